@@ -4,6 +4,7 @@ B histories, E events in all of them, R requests, C candidates in all of them. I
 times are int64 milliseconds since 1970 UTC, numeric features are float32. Nothing is padded.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -57,6 +58,42 @@ class Histories:
             prev_event_ts_B=prev,
             event_ts_E=self.event_ts_E[events],
             features={name: values[events] for name, values in self.features.items()},
+        )
+
+    def followed_by(self, newer: "Histories") -> "Histories":
+        """The same B users with `newer`'s events after their own; `newer` starts where each of these ends."""
+        lengths_B, newer_lengths_B = np.diff(self.offsets_B1), np.diff(newer.offsets_B1)
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths_B + newer_lengths_B)])
+        own_E = np.arange(len(self.event_ts_E)) + np.repeat(offsets[:-1] - self.offsets_B1[:-1], lengths_B)
+        newer_E = np.arange(len(newer.event_ts_E)) + np.repeat(
+            offsets[:-1] + lengths_B - newer.offsets_B1[:-1], newer_lengths_B
+        )
+
+        def both(own: npt.NDArray, new: npt.NDArray) -> npt.NDArray:
+            out = np.empty(int(offsets[-1]), own.dtype)
+            out[own_E], out[newer_E] = own, new
+            return out
+
+        return Histories(
+            user_key_B=self.user_key_B,
+            offsets_B1=offsets,
+            first_index_B=self.first_index_B,
+            prev_event_ts_B=self.prev_event_ts_B,
+            event_ts_E=both(self.event_ts_E, newer.event_ts_E),
+            features={name: both(values, newer.features[name]) for name, values in self.features.items()},
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence["Histories"]) -> "Histories":
+        """All users of all parts, in order."""
+        lengths_B = np.concatenate([np.diff(part.offsets_B1) for part in parts])
+        return Histories(
+            user_key_B=np.concatenate([part.user_key_B for part in parts]),
+            offsets_B1=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths_B)]),
+            first_index_B=np.concatenate([part.first_index_B for part in parts]),
+            prev_event_ts_B=np.concatenate([part.prev_event_ts_B for part in parts]),
+            event_ts_E=np.concatenate([part.event_ts_E for part in parts]),
+            features={name: np.concatenate([part.features[name] for part in parts]) for name in parts[0].features},
         )
 
 

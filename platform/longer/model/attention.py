@@ -1,0 +1,112 @@
+"""The transformer block, rotary positions, and attention over a context that many queries share.
+
+B histories, T tokens, D width, H heads, Z = D/H width of a head, G context groups (padded), P queries in all histories,
+S private keys of a query.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Rotation(nn.Module):
+    """Rotary position (arXiv 2104.09864) of absolute group indices: scores depend on differences only.
+
+    Angles are taken in float64 and reduced there, so that a user's billionth event is placed as exactly as the first.
+    """
+
+    def __init__(self, head_width: int, base: float = 10_000.0):
+        super().__init__()
+        exponents = torch.arange(0, head_width, 2, dtype=torch.float64) / head_width
+        self.frequencies = [base**-e for e in exponents.tolist()]
+
+    def forward(self, x_THZ: Tensor, position_T: Tensor) -> Tensor:
+        """Turn pairs of channels by position; leading dimensions of `x` and `position` agree."""
+        frequencies = torch.tensor(self.frequencies, dtype=torch.float64, device=position_T.device)
+        angles = position_T.to(torch.float64)[..., None, None] * frequencies
+        cos, sin = angles.cos().to(x_THZ.dtype), angles.sin().to(x_THZ.dtype)
+        even, odd = x_THZ.chunk(2, dim=-1)
+        return torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer layer whose queries and keys come separately, so that keys can be kept."""
+
+    def __init__(self, width: int, num_heads: int, feed_forward_ratio: int, dropout: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm_attention = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.output = nn.Linear(width, width)
+        self.norm_feed_forward = nn.LayerNorm(width)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(width, feed_forward_ratio * width), nn.GELU(), nn.Linear(feed_forward_ratio * width, width)
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.rotation = Rotation(width // num_heads)
+
+    def queries(self, x_TD: Tensor, position_T: Tensor) -> Tensor:
+        """[..., H, Z], rotated."""
+        return self.rotation(self._heads(self.query(self.norm_attention(x_TD))), position_T)
+
+    def keys_values(self, x_TD: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Two of [..., H, Z], the keys rotated: what a user state keeps."""
+        key, value = self.key_value(self.norm_attention(x_TD)).chunk(2, dim=-1)
+        return self.rotation(self._heads(key), position_T), self._heads(value)
+
+    def finish(self, x_TD: Tensor, attended_TD: Tensor) -> Tensor:
+        """The rest of the layer, given what the queries gathered."""
+        x_TD = x_TD + self.dropout(self.output(attended_TD))
+        return x_TD + self.dropout(self.feed_forward(self.norm_feed_forward(x_TD)))
+
+    def _heads(self, x_TD: Tensor) -> Tensor:
+        return x_TD.unflatten(-1, (self.num_heads, -1))
+
+
+def attend_groups(query_BTHZ: Tensor, key_BGHZ: Tensor, value_BGHZ: Tensor, visible_BTG: Tensor) -> Tensor:
+    """Attention of padded group rows to padded groups, [B, T, D]. Every row must see at least one key, padding included."""
+    out_BHTZ = F.scaled_dot_product_attention(
+        query_BTHZ.transpose(1, 2), key_BGHZ.transpose(1, 2), value_BGHZ.transpose(1, 2), attn_mask=visible_BTG[:, None]
+    )
+    return out_BHTZ.transpose(1, 2).flatten(-2)
+
+
+def attend_shared(
+    query_PHZ: Tensor,
+    key_BGHZ: Tensor,
+    value_BGHZ: Tensor,
+    num_queries_B: list[int],
+    num_visible_P: Tensor,
+    private_key_PSHZ: Tensor,
+    private_value_PSHZ: Tensor,
+    private_visible_PS: Tensor,
+) -> Tensor:
+    """Exact softmax attention of each query over its history's groups together with its own private keys, [P, D].
+
+    Queries lie flat, sorted by history: the first `num_queries_B[0]` read context row 0, and so on. Query p sees the first
+    `num_visible_P[p]` groups of its row and those private keys (its request's newest group and globals, itself) that
+    `private_visible_PS` allows, at least one. No key is copied per query and no query is padded.
+    """
+    scale = 1.0 / math.sqrt(query_PHZ.shape[-1])
+    query_PHZ = query_PHZ * scale
+    hidden = -torch.inf
+    private_PHS = torch.einsum("phz,pshz->phs", query_PHZ, private_key_PSHZ)
+    private_PHS = private_PHS.masked_fill(~private_visible_PS[:, None], hidden)
+    column_G = torch.arange(key_BGHZ.shape[1], device=query_PHZ.device)
+    gathered = []
+    for row, queries in enumerate(zip(*(t.split(num_queries_B) for t in (query_PHZ, num_visible_P, private_PHS)), strict=True)):
+        query_QHZ, num_visible_Q, private_QHS = queries
+        if not len(query_QHZ):
+            continue
+        shared_HQG = torch.einsum("qhz,ghz->hqg", query_QHZ, key_BGHZ[row])
+        shared_HQG = shared_HQG.masked_fill(column_G >= num_visible_Q[:, None], hidden)
+        weights_HQA = torch.cat([shared_HQG, private_QHS.transpose(0, 1)], dim=-1).softmax(dim=-1)
+        weights_HQG, weights_HQS = weights_HQA.split([len(column_G), private_QHS.shape[-1]], dim=-1)
+        from_shared_QHZ = torch.einsum("hqg,ghz->qhz", weights_HQG.to(value_BGHZ.dtype), value_BGHZ[row])
+        gathered.append((from_shared_QHZ, weights_HQS.transpose(0, 1)))
+    from_shared_PHZ = torch.cat([shared for shared, _ in gathered])
+    private_weights_PHS = torch.cat([weights for _, weights in gathered]).to(private_value_PSHZ.dtype)
+    return (from_shared_PHZ + torch.einsum("phs,pshz->phz", private_weights_PHS, private_value_PSHZ)).flatten(-2)

@@ -1,0 +1,160 @@
+"""From keys and numbers to vectors: events, groups of events, candidates, user globals and what is known of a request.
+
+B histories, E events, N groups, K events in a group, R requests, C candidates, M user globals, d event width, D = K*d.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from longer.arrays import NO_EVENT_TS
+from longer.config import ModelSettings
+from longer.model.inputs import EventTensors
+from longer.schema import EventSchema
+
+_MS_PER_HOUR = 3_600_000
+_HOURS_PER_WEEK = 168
+_MONDAY = 96  # hours between Monday 1969-12-29 and 1970-01-01T00:00Z, modulo a week, counted forwards
+_NUM_GAPS = 64
+
+
+class HashedTable(nn.Module):
+    """Embedding of 63-bit keys in a fixed number of rows; row 0 is for the missing key 0. Collisions share a row."""
+
+    def __init__(self, num_rows: int, width: int, std: float = 0.05):
+        super().__init__()
+        self.num_rows = num_rows
+        self.embedding = nn.Embedding(num_rows, width)
+        nn.init.normal_(self.embedding.weight, std=std)
+
+    def forward(self, keys: Tensor) -> Tensor:
+        return self.embedding(torch.where(keys == 0, 0, keys % (self.num_rows - 1) + 1))
+
+
+class Gap(nn.Module):
+    """Embedding of a time gap by half octaves of seconds; the last row means 'no event before'."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.embedding = nn.Embedding(_NUM_GAPS + 1, width)
+        nn.init.normal_(self.embedding.weight, std=0.05)
+        self.edges_s = [round(2 ** (i / 2)) for i in range(1, _NUM_GAPS)]
+
+    def forward(self, later_ts: Tensor, earlier_ts: Tensor) -> Tensor:
+        none_before = earlier_ts == int(NO_EVENT_TS)
+        gap_s = torch.where(none_before, 0, later_ts - earlier_ts) // 1000
+        edges_s = torch.tensor(self.edges_s, device=later_ts.device)  # integers: a bin never depends on rounding
+        return self.embedding(torch.where(none_before, _NUM_GAPS, torch.bucketize(gap_s, edges_s, right=True)))
+
+
+class HourOfWeek(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.embedding = nn.Embedding(_HOURS_PER_WEEK, width)
+        nn.init.normal_(self.embedding.weight, std=0.05)
+
+    def forward(self, ts: Tensor) -> Tensor:
+        return self.embedding((ts // _MS_PER_HOUR + _MONDAY) % _HOURS_PER_WEEK)
+
+
+class InnerTrans(nn.Module):
+    """A transformer block inside each group of K events (arXiv 2505.04421, section 3.4); one head, attention over K written out."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.scale = width**-0.5
+        self.norm_attention = nn.LayerNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.output = nn.Linear(width, width)
+        self.norm_feed_forward = nn.LayerNorm(width)
+        self.feed_forward = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x_NKd: Tensor, exists_NK: Tensor | None) -> Tensor:
+        query, key, value = self.query_key_value(self.norm_attention(x_NKd)).chunk(3, dim=-1)
+        scores_NKK = (query * self.scale) @ key.transpose(-1, -2)
+        if exists_NK is not None:
+            scores_NKK = scores_NKK.masked_fill(~exists_NK[:, None, :], torch.finfo(scores_NKK.dtype).min)
+        x_NKd = x_NKd + self.output(scores_NKK.softmax(dim=-1).to(value.dtype) @ value)
+        return x_NKd + self.feed_forward(self.norm_feed_forward(x_NKd))
+
+
+class Embedding(nn.Module):
+    """Events and candidates in one space: both pass through the same item table and the same merge.
+
+    A candidate is merged as a group of K copies of itself, which keeps item identity through the projection: on ids alone
+    K = 4 ranks much better so than with a projection of its own.
+    """
+
+    def __init__(self, settings: ModelSettings, schema: EventSchema):
+        super().__init__()
+        d, width = settings.event_width, settings.width
+        self.merge_size = settings.merge_size
+        self.num_globals = settings.num_cls_tokens + 1
+        self.item = HashedTable(settings.item_rows, d)
+        self.event_categories = nn.ModuleDict(
+            {
+                name: HashedTable(settings.categorical_rows, d)
+                for name in ("action", *schema.features_of("event", "categorical"))
+            }
+        )
+        self.item_categories = nn.ModuleDict(
+            {name: HashedTable(settings.categorical_rows, d) for name in schema.features_of("item", "categorical")}
+        )
+        self.event_numbers = nn.ModuleDict({name: nn.Linear(1, d) for name in schema.features_of("event", "numeric")})
+        self.item_numbers = nn.ModuleDict({name: nn.Linear(1, d) for name in schema.features_of("item", "numeric")})
+        self.gap = Gap(d)
+        self.hour = HourOfWeek(d)
+        self.norm = nn.LayerNorm(d)
+        self.inner = InnerTrans(d) if settings.inner_transformer else None
+        self.merge = nn.Linear(width, width)
+        self.user = HashedTable(settings.user_rows, width)
+        self.cls_MD = nn.Parameter(torch.randn(settings.num_cls_tokens, width) * 0.05)
+        self.request_gap = Gap(width)
+        self.request_hour = HourOfWeek(width)
+
+    def events(self, events: EventTensors) -> Tensor:
+        """[E, d]: everything that was fixed when each event happened."""
+        x_Ed = self._item(events.features)
+        for name, table in self.event_categories.items():
+            x_Ed = x_Ed + table(events.features[name])
+        for name, linear in self.event_numbers.items():
+            x_Ed = x_Ed + linear(self._squash(events.features[name]))
+        x_Ed = x_Ed + self.gap(events.event_ts_E, events.previous_ts_E()) + self.hour(events.event_ts_E)
+        return self.norm(x_Ed)
+
+    def groups(self, x_NKd: Tensor, exists_NK: Tensor | None = None) -> Tensor:
+        """[N, D]: K event vectors merged into one token; absent events of a partial group count as zeros."""
+        if self.inner is not None:
+            x_NKd = self.inner(x_NKd, exists_NK)
+        if exists_NK is not None:
+            x_NKd = x_NKd * exists_NK[..., None]
+        return self.merge(x_NKd.flatten(1))
+
+    def candidates(self, candidates: Mapping[str, Tensor]) -> Tensor:
+        """[C, D]"""
+        x_Cd = self.norm(self._item(candidates))
+        if self.inner is not None:
+            x_Cd = self.inner(x_Cd[:, None], None)[:, 0]
+        return self.merge(x_Cd.repeat(1, self.merge_size))
+
+    def user_globals(self, user_key_R: Tensor) -> Tensor:
+        """[R, M, D]: the learned CLS tokens, then the user's own."""
+        cls_RMD = self.cls_MD.expand(len(user_key_R), -1, -1)
+        return torch.cat([cls_RMD, self.user(user_key_R)[:, None]], dim=1)
+
+    def requests(self, request_ts_R: Tensor, last_event_ts_R: Tensor) -> Tensor:
+        """[R, D]: what is known of a request when it is scored."""
+        return self.request_gap(request_ts_R, last_event_ts_R) + self.request_hour(request_ts_R)
+
+    def _item(self, features: Mapping[str, Tensor]) -> Tensor:
+        x_d = self.item(features["item_id"])
+        for name, table in self.item_categories.items():
+            x_d = x_d + table(features[name])
+        for name, linear in self.item_numbers.items():
+            x_d = x_d + linear(self._squash(features[name]))
+        return x_d
+
+    def _squash(self, numbers: Tensor) -> Tensor:
+        numbers = numbers.to(self.norm.weight.dtype)
+        return (numbers.sign() * numbers.abs().log1p())[:, None]

@@ -1,0 +1,109 @@
+"""Requests and histories as tensors: the torch twin of `longer.arrays`.
+
+B histories, E events in all of them, R requests, C candidates in all of them, K events in a group, N full groups in all histories.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longer.arrays import Candidates, Histories, RequestBatch
+
+
+@dataclass(frozen=True)
+class EventTensors:
+    """Consecutive events of B users; `features` as in `longer.arrays.Histories`."""
+
+    user_key_B: Tensor
+    offsets_B1: Tensor
+    first_index_B: Tensor
+    prev_event_ts_B: Tensor
+    event_ts_E: Tensor
+    features: dict[str, Tensor]
+
+    @property
+    def num_events_B(self) -> Tensor:
+        return self.offsets_B1.diff()
+
+    @property
+    def row_E(self) -> Tensor:
+        return torch.repeat_interleave(self.num_events_B)
+
+    def previous_ts_E(self) -> Tensor:
+        """Time of the event before each event, across the start of the row."""
+        previous_E = torch.roll(self.event_ts_E, 1)
+        starts = self.offsets_B1[:-1][self.num_events_B > 0]
+        previous_E[starts] = self.prev_event_ts_B[self.num_events_B > 0]
+        return previous_E
+
+    def last_ts_R(self, row_R: Tensor, end_R: Tensor) -> Tensor:
+        """Time of the event just before absolute index `end_R` of history `row_R`; `NO_EVENT_TS` where there is none."""
+        offset_R = end_R - self.first_index_B[row_R]
+        inside_R = offset_R > 0
+        if not len(self.event_ts_E):
+            return self.prev_event_ts_B[row_R]
+        position_R = torch.where(inside_R, self.offsets_B1[row_R] + offset_R - 1, 0)
+        return torch.where(inside_R, self.event_ts_E[position_R], self.prev_event_ts_B[row_R])
+
+
+@dataclass(frozen=True)
+class RequestTensors:
+    """R requests, each of one of B histories, and their candidates; `row_R` is sorted."""
+
+    row_R: Tensor
+    history_end_R: Tensor
+    request_ts_R: Tensor
+    candidate_offsets_R1: Tensor
+    candidates: dict[str, Tensor]
+    labels: dict[str, Tensor]
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.row_R)
+
+    @property
+    def request_of_candidate_C(self) -> Tensor:
+        return torch.repeat_interleave(self.candidate_offsets_R1.diff())
+
+
+@dataclass(frozen=True)
+class BatchTensors(RequestTensors):
+    """Requests with the histories that they read; see `longer.arrays.RequestBatch`."""
+
+    histories: EventTensors
+
+
+def to_tensors(batch: RequestBatch, device: torch.device | str = "cpu") -> BatchTensors:
+    """The same requests on a device; arrays are not copied where they need not move."""
+    return BatchTensors(
+        row_R=_tensor(batch.row_R, device),
+        history_end_R=_tensor(batch.history_end_R, device),
+        request_ts_R=_tensor(batch.request_ts_R, device),
+        candidate_offsets_R1=_tensor(batch.candidates.offsets_R1, device),
+        candidates=feature_tensors(batch.candidates, device),
+        labels={name: _tensor(values, device) for name, values in batch.labels.items()},
+        histories=event_tensors(batch.histories, device),
+    )
+
+
+def event_tensors(histories: Histories, device: torch.device | str = "cpu") -> EventTensors:
+    return EventTensors(
+        user_key_B=_tensor(histories.user_key_B, device),
+        offsets_B1=_tensor(histories.offsets_B1, device),
+        first_index_B=_tensor(histories.first_index_B, device),
+        prev_event_ts_B=_tensor(histories.prev_event_ts_B, device),
+        event_ts_E=_tensor(histories.event_ts_E, device),
+        features={name: _tensor(values, device) for name, values in histories.features.items()},
+    )
+
+
+def feature_tensors(candidates: Candidates, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    return {name: _tensor(values, device) for name, values in candidates.features.items()}
+
+
+def _tensor(array: np.ndarray, device: torch.device | str) -> Tensor:
+    if not array.flags.writeable:  # zero-copy views of shared memory; torch warns of writes that never happen
+        array = array.copy()
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)

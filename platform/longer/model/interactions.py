@@ -1,0 +1,113 @@
+"""Candidate x history features: how often and how recently a candidate's item and category occur in the history window.
+
+The paper lists "high-order compressed user-item interaction features" among its tokens (arXiv 2505.04421, section 3.3); softmax
+attention normalises, so it cannot count by itself. Counting is done on an index that is appendable and exact: for each history
+and field, the sorted pairs (key, event number), 40 bits of key and 23 bits of event number in one int64, padded at the end.
+
+B histories, R requests, C candidates in all requests, F fields, L events (padded), V query values.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longer.model.inputs import EventTensors
+
+_INDEX_BITS = 23
+_KEY_MASK = 2**40 - 1
+PAD = 2**63 - 1
+_MS_PER_HOUR = 3_600_000.0
+
+
+@dataclass(frozen=True)
+class InteractionIndex:
+    """Sorted (key, event number) pairs of the events of B histories; event numbers count from `first_index_B`."""
+
+    pairs_BFL: Tensor
+    event_ts_BL: Tensor
+    num_events_B: Tensor
+    first_index_B: Tensor
+
+    @staticmethod
+    def build(histories: EventTensors, fields: Sequence[str]) -> "InteractionIndex":
+        """The index of every event of the histories."""
+        num_events_B = histories.num_events_B
+        longest = int(num_events_B.max()) if len(num_events_B) else 0
+        row_E = histories.row_E
+        slot_E = torch.arange(len(row_E), device=row_E.device) - histories.offsets_B1[row_E]
+        keys_EF = torch.stack([histories.features[name] for name in fields], dim=-1)
+        pairs_BLF = keys_EF.new_full((len(num_events_B), longest, len(fields)), PAD)
+        pairs_BLF[row_E, slot_E] = _pair(keys_EF, slot_E[:, None])
+        event_ts_BL = keys_EF.new_zeros(len(num_events_B), longest)
+        event_ts_BL[row_E, slot_E] = histories.event_ts_E
+        return InteractionIndex(
+            pairs_BLF.transpose(1, 2).sort(dim=-1).values, event_ts_BL, num_events_B, histories.first_index_B
+        )
+
+    def features(
+        self,
+        row_C: Tensor,
+        begin_C: Tensor,
+        end_C: Tensor,
+        request_ts_C: Tensor,
+        keys_CF: Tensor,
+        count_events: Sequence[int],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """[C, F * (4 + len(count_events))]: log counts in events [begin, end) and in its last n, seen, log ages in events and hours.
+
+        `begin_C` and `end_C` are absolute indices inside the rows. A missing key (0) was never seen.
+        """
+        first_C = self.first_index_B[row_C]
+        end_C, begin_C = end_C - first_C, begin_C - first_C
+        bounds_CV = torch.stack([end_C, begin_C, *(torch.maximum(end_C - n, begin_C) for n in count_events)], dim=-1)
+        rank_CFV = self._rank(row_C, _pair(keys_CF[..., None], bounds_CV[:, None]))
+        count_CFV = rank_CFV[..., :1] - rank_CFV[..., 1:]
+        seen_CF = (count_CFV[..., 0] > 0) & (keys_CF != 0)
+        newest_CF = (rank_CFV[..., 0] - 1).clamp_min(0)
+        fields = torch.arange(keys_CF.shape[1], device=keys_CF.device)
+        if self.pairs_BFL.shape[-1]:
+            newest_CF = self.pairs_BFL[row_C[:, None], fields, newest_CF] & (2**_INDEX_BITS - 1)
+            newest_CF = torch.where(seen_CF, newest_CF, 0)
+            newest_ts_CF = self.event_ts_BL[row_C[:, None], newest_CF]
+        else:
+            newest_ts_CF = torch.zeros_like(newest_CF)
+        age_events_CF = torch.where(seen_CF, end_C[:, None] - newest_CF, 0)
+        age_ms_CF = torch.where(seen_CF, request_ts_C[:, None] - newest_ts_CF, 0)
+        counts_CFV = torch.where(seen_CF[..., None], count_CFV, 0).to(dtype).log1p()
+        ages_CFV = torch.stack([age_events_CF.to(dtype).log1p(), (age_ms_CF.to(dtype) / _MS_PER_HOUR).log1p()], dim=-1)
+        return torch.cat([counts_CFV, seen_CF[..., None].to(dtype), ages_CFV], dim=-1).flatten(1)
+
+    def _rank(self, row_C: Tensor, pairs_CFV: Tensor) -> Tensor:
+        """How many pairs of the row's field are smaller: one batched binary search, candidates of a row side by side."""
+        num_rows, num_fields, length = self.pairs_BFL.shape
+        per_row_B = torch.bincount(row_C, minlength=num_rows)
+        slot_C = torch.arange(len(row_C), device=row_C.device) - (per_row_B.cumsum(0) - per_row_B)[row_C]
+        widest = int(per_row_B.max()) if len(row_C) else 0
+        padded = pairs_CFV.new_zeros(num_rows, num_fields, widest, pairs_CFV.shape[-1])
+        padded[row_C, :, slot_C] = pairs_CFV
+        rank = torch.searchsorted(self.pairs_BFL.contiguous(), padded.flatten(2))
+        return rank.view_as(padded)[row_C, :, slot_C]
+
+
+def num_features(num_fields: int, count_events: Sequence[int]) -> int:
+    return num_fields * (4 + len(count_events))
+
+
+def _pair(key: Tensor, event_number: Tensor) -> Tensor:
+    return ((key & _KEY_MASK) << _INDEX_BITS) | event_number
+
+
+def slide(pairs_FL: Tensor, num_dropped: int) -> Tensor:
+    """The pairs of one history without its first `num_dropped` events, renumbered; the order needs no new sort."""
+    number_FL = pairs_FL & (2**_INDEX_BITS - 1)
+    kept = pairs_FL[number_FL >= num_dropped]
+    return kept.view(pairs_FL.shape[0], -1) - num_dropped
+
+
+def merge(pairs_FL: Tensor, keys_FN: Tensor) -> Tensor:
+    """The pairs of one history with N newer events added at its end."""
+    numbers_N = pairs_FL.shape[1] + torch.arange(keys_FN.shape[1], device=keys_FN.device)
+    return torch.cat([pairs_FL, _pair(keys_FN, numbers_N)], dim=1).sort(dim=-1).values

@@ -1,0 +1,314 @@
+"""LONGER (arXiv 2505.04421) with an appendable encoding: cross-causal, then self-causal attention over merged groups.
+
+Notable:
+- a user's full groups form a `Context`: computed once, extended as groups arrive, shared by all requests and candidates;
+- the newest partial group and the user globals form a request's `Tail`; candidates see context, tail and themselves;
+- training, `encode`, `append` and `score` are the same three steps (extend, tail, candidates) on different numbers of groups;
+- the last layer needs only keys and values of groups and globals: nothing reads what they would gather there.
+
+B histories, N full groups in all of them (flat), G context groups (padded), Q query-window groups (padded), T = 1 + M tail tokens,
+R requests, C candidates in all requests, D width, H heads, Z = D/H, K events in a group, d event width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from longer.config import ModelSettings, TaskSettings
+from longer.model.attention import Block, attend_groups, attend_shared
+from longer.model.embedding import Embedding, HashedTable
+from longer.model.inputs import BatchTensors, EventTensors, RequestTensors
+from longer.model.interactions import InteractionIndex, num_features
+from longer.model.visibility import CANDIDATE, GLOBAL, GROUP, visible
+from longer.schema import EventSchema
+
+
+@dataclass(frozen=True)
+class Context:
+    """The full groups of B histories: what candidates, requests and later groups read. Padded at the end.
+
+    Layer 0 holds the history window, from group `first_B`; the layers above hold the query window, from group `query_first_B`.
+    Both end before group `end_B`. `tokens_BQD` are the query window's inputs to the first layer.
+    """
+
+    first_B: Tensor
+    query_first_B: Tensor
+    end_B: Tensor
+    tokens_BQD: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    def first_of_layer_B(self, layer: int) -> Tensor:
+        return self.first_B if layer == 0 else self.query_first_B
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Keys and values, a pair of [R, T, H, Z] a layer, of each request's partial newest group (if any) and user globals."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    exists_RT: Tensor
+
+
+class Longer(nn.Module):
+    """Scores candidates against user histories. Weights come from torch's global generator: seed it first."""
+
+    def __init__(self, settings: ModelSettings, schema: EventSchema, tasks: tuple[TaskSettings, ...]):
+        super().__init__()
+        self.settings, self.schema, self.tasks = settings, schema, tasks
+        self.windows = settings.windows
+        width = settings.width
+        self.embedding = Embedding(settings, schema)
+        self.blocks = nn.ModuleList(
+            Block(width, settings.num_heads, settings.feed_forward_ratio, settings.dropout)
+            for _ in range(settings.num_self_layers + 1)
+        )
+        self.interaction_fields = ("item_id", *schema.features_of("item", "categorical"))
+        num_interactions = (
+            num_features(len(self.interaction_fields), settings.count_events) if settings.interactions else 0
+        )
+        if settings.interactions:
+            self.interaction_token = nn.Sequential(
+                nn.Linear(num_interactions, width), nn.GELU(), nn.Linear(width, width)
+            )
+        self.norm_head = nn.LayerNorm(width)
+        self.head = nn.Sequential(
+            nn.Linear(width + num_interactions, 2 * width), nn.GELU(), nn.Linear(2 * width, len(tasks))
+        )
+        self.item_bias = HashedTable(settings.item_rows, len(tasks), std=0.01)
+
+    def embedding_parameters(self) -> list[nn.Parameter]:
+        return [m.weight for m in self.modules() if isinstance(m, nn.Embedding)]
+
+    def dense_parameters(self) -> list[nn.Parameter]:
+        tables = {id(p) for p in self.embedding_parameters()}
+        return [p for p in self.parameters() if id(p) not in tables]
+
+    def forward(self, batch: BatchTensors) -> Tensor:
+        """[C, tasks]: logits of binary tasks, values of regression tasks, for every candidate of every request."""
+        histories, windows = batch.histories, self.windows
+        x_Ed = self.embedding.events(histories)
+        first_B = histories.first_index_B // windows.merge_size
+        end_B = (histories.first_index_B + histories.num_events_B) // windows.merge_size
+        query_first_B = windows.query_start(histories.first_index_B + histories.num_events_B)
+        context = self.extend(None, self.full_groups(histories, x_Ed), end_B - first_B, first_B, query_first_B)
+        tail = self.tail(
+            context,
+            batch.row_R,
+            batch.history_end_R,
+            histories.user_key_B[batch.row_R],
+            *self.partial_groups(histories, x_Ed, batch.row_R, batch.history_end_R),
+        )
+        index = InteractionIndex.build(histories, self.interaction_fields) if self.settings.interactions else None
+        return self.candidates(context, tail, index, batch, histories.last_ts_R(batch.row_R, batch.history_end_R))
+
+    # -- context ------------------------------------------------------------------------------------------------------
+
+    def extend(
+        self, old: Context | None, new_ND: Tensor, num_new_B: Tensor, first_B: Tensor, query_first_B: Tensor
+    ) -> Context:
+        """The context after `num_new_B` further full groups, `new_ND` flat, with the windows starting where told.
+
+        Rows whose windows did not move keep their upper layers and add only the new groups' rows; rows whose windows moved
+        recompute the query window against the kept first-layer keys and values.
+        """
+        if old is None:
+            old = self._empty_context(new_ND, first_B, query_first_B)
+        end_B = old.end_B + num_new_B
+        row_N = torch.repeat_interleave(num_new_B)
+        group_N = old.end_B[row_N] + torch.arange(len(row_N), device=row_N.device) - (num_new_B.cumsum(0) - num_new_B)[row_N]
+        moved_B = (first_B != old.first_B) | (query_first_B != old.query_first_B)
+
+        in_history = group_N >= first_B[row_N]
+        key_NHZ, value_NHZ = self.blocks[0].keys_values(new_ND, group_N)
+        keep = (old.first_B, old.end_B, first_B, end_B, row_N[in_history], group_N[in_history])
+        keys = [_splice(old.keys[0], key_NHZ[in_history], *keep)]
+        values = [_splice(old.values[0], value_NHZ[in_history], *keep)]
+
+        in_query = group_N >= query_first_B[row_N]
+        keep = (old.query_first_B, old.end_B, query_first_B, end_B, row_N[in_query], group_N[in_query])
+        tokens_BQD = _splice(old.tokens_BQD, new_ND[in_query], *keep)
+
+        computed_B = torch.where(moved_B, query_first_B, torch.maximum(old.end_B, query_first_B))
+        row_P, group_P = _ranges(computed_B, end_B)
+        x_PD = tokens_BQD[row_P, group_P - query_first_B[row_P]]
+        for layer, block in enumerate(self.blocks):
+            if layer > 0:
+                key_PHZ, value_PHZ = block.keys_values(x_PD, group_P)
+                keep = (old.query_first_B, computed_B, query_first_B, end_B, row_P, group_P)
+                keys.append(_splice(old.keys[layer], key_PHZ, *keep))
+                values.append(_splice(old.values[layer], value_PHZ, *keep))
+            if layer < len(self.blocks) - 1 and len(row_P):
+                start_B = first_B if layer == 0 else query_first_B
+                x_PD = self._group_rows(block, x_PD, row_P, group_P, computed_B, keys[layer], values[layer], start_B)
+        return Context(first_B, query_first_B, end_B, tokens_BQD, keys, values)
+
+    def _group_rows(
+        self,
+        block: Block,
+        x_PD: Tensor,
+        row_P: Tensor,
+        group_P: Tensor,
+        computed_B: Tensor,
+        key_BGHZ: Tensor,
+        value_BGHZ: Tensor,
+        start_B: Tensor,
+    ) -> Tensor:
+        """One layer over the computed group rows, padded to [B, T] for attention only."""
+        slot_P = group_P - computed_B[row_P]
+        query_PHZ = block.queries(x_PD, group_P)
+        longest = int(slot_P.max()) + 1
+        query_BTHZ = query_PHZ.new_zeros(len(computed_B), longest, *query_PHZ.shape[1:])
+        query_BTHZ[row_P, slot_P] = query_PHZ
+        group_BT = computed_B[:, None] + torch.arange(longest, device=row_P.device)
+        group_BG = start_B[:, None] + torch.arange(key_BGHZ.shape[1], device=row_P.device)
+        # A row's own group is its newest key, so existing rows never read the padding behind the context.
+        visible_BTG = visible(GROUP, group_BT[:, :, None], GROUP, group_BG[:, None, :])
+        return block.finish(x_PD, attend_groups(query_BTHZ, key_BGHZ, value_BGHZ, visible_BTG)[row_P, slot_P])
+
+    def _empty_context(self, like_ND: Tensor, first_B: Tensor, query_first_B: Tensor) -> Context:
+        num_rows, block = len(first_B), self.blocks[0]
+        empty = like_ND.new_zeros(num_rows, 0, block.num_heads, like_ND.shape[-1] // block.num_heads)
+        layers = [empty] * len(self.blocks)
+        return Context(first_B, query_first_B, first_B, like_ND.new_zeros(num_rows, 0, like_ND.shape[-1]), layers, layers)
+
+    # -- a request's own tokens ---------------------------------------------------------------------------------------
+
+    def tail(
+        self,
+        context: Context,
+        row_R: Tensor,
+        history_end_R: Tensor,
+        user_key_R: Tensor,
+        partial_RKd: Tensor,
+        partial_exists_RK: Tensor,
+    ) -> Tail:
+        """Keys and values of each request's partial newest group and user globals. `row_R` is sorted."""
+        globals_RMD = self.embedding.user_globals(user_key_R)
+        partial_R1D = self.embedding.groups(partial_RKd, partial_exists_RK)[:, None]
+        x_RTD = torch.cat([partial_R1D, globals_RMD.to(partial_R1D.dtype)], dim=1)
+        num_globals = globals_RMD.shape[1]
+        full_R = history_end_R // self.windows.merge_size
+        exists_RT = torch.cat([partial_exists_RK[:, :1], partial_exists_RK.new_ones(len(row_R), num_globals)], dim=1)
+        kind_T = torch.tensor([GROUP] + [GLOBAL] * num_globals, device=row_R.device)
+        position_RT = torch.where(kind_T == GROUP, full_R[:, None], self.windows.num_groups(history_end_R)[:, None])
+        seen_TT = visible(kind_T[:, None], kind_T.new_zeros(1), kind_T, kind_T.new_zeros(1))
+        seen_RTT = seen_TT & exists_RT[:, None] | torch.eye(len(kind_T), dtype=torch.bool, device=row_R.device)
+        num_queries_B = (torch.bincount(row_R, minlength=len(context.first_B)) * len(kind_T)).tolist()
+        keys, values = [], []
+        for layer, block in enumerate(self.blocks):
+            key_RTHZ, value_RTHZ = block.keys_values(x_RTD, position_RT)
+            keys.append(key_RTHZ)
+            values.append(value_RTHZ)
+            if layer == len(self.blocks) - 1:
+                break
+            num_tail = len(kind_T)
+            attended_PD = attend_shared(
+                block.queries(x_RTD, position_RT).flatten(0, 1),
+                context.keys[layer],
+                context.values[layer],
+                num_queries_B,
+                (full_R - context.first_of_layer_B(layer)[row_R]).repeat_interleave(num_tail),
+                key_RTHZ.repeat_interleave(num_tail, dim=0),
+                value_RTHZ.repeat_interleave(num_tail, dim=0),
+                seen_RTT.flatten(0, 1),
+            )
+            x_RTD = block.finish(x_RTD, attended_PD.view_as(x_RTD))
+        return Tail(keys, values, exists_RT)
+
+    def candidates(
+        self, context: Context, tail: Tail, index: InteractionIndex | None, batch: RequestTensors, last_event_ts_R: Tensor
+    ) -> Tensor:
+        """[C, tasks]: each candidate against context, its request's tail and itself, never another candidate."""
+        request_C = batch.request_of_candidate_C
+        row_C = batch.row_R[request_C]
+        x_CD = self.embedding.candidates(batch.candidates)
+        x_CD = x_CD + self.embedding.requests(batch.request_ts_R, last_event_ts_R)[request_C]
+        head_input = []
+        if index is not None:
+            features_CF = self._interactions(index, batch, row_C, request_C, x_CD.dtype)
+            x_CD = x_CD + self.interaction_token(features_CF)
+            head_input.append(features_CF)
+        full_C = (batch.history_end_R // self.windows.merge_size)[request_C]
+        position_C = self.windows.num_groups(batch.history_end_R)[request_C]
+        num_queries_B = torch.bincount(row_C, minlength=len(context.first_B)).tolist()
+        number_C = torch.arange(len(row_C), device=row_C.device)
+        kind_T = torch.tensor([GROUP] + [GLOBAL] * (tail.exists_RT.shape[1] - 1), device=row_C.device)
+        sees_tail_CT = visible(CANDIDATE, number_C[:, None], kind_T, number_C.new_zeros(1)) & tail.exists_RT[request_C]
+        sees_itself_C1 = visible(CANDIDATE, number_C, CANDIDATE, number_C)[:, None]
+        sees_CS = torch.cat([sees_tail_CT, sees_itself_C1], dim=1)
+        for layer, block in enumerate(self.blocks):
+            key_CHZ, value_CHZ = block.keys_values(x_CD, position_C)
+            attended_CD = attend_shared(
+                block.queries(x_CD, position_C),
+                context.keys[layer],
+                context.values[layer],
+                num_queries_B,
+                full_C - context.first_of_layer_B(layer)[row_C],
+                torch.cat([tail.keys[layer][request_C], key_CHZ[:, None]], dim=1),
+                torch.cat([tail.values[layer][request_C], value_CHZ[:, None]], dim=1),
+                sees_CS,
+            )
+            x_CD = block.finish(x_CD, attended_CD)
+        head_CD = torch.cat([self.norm_head(x_CD), *(f.to(x_CD.dtype) for f in head_input)], dim=-1)
+        return self.head(head_CD) + self.item_bias(batch.candidates["item_id"])
+
+    def _interactions(
+        self, index: InteractionIndex, batch: RequestTensors, row_C: Tensor, request_C: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        windows = self.windows
+        begin_R = windows.history_start(batch.history_end_R) * windows.merge_size
+        return index.features(
+            row_C,
+            begin_R[request_C],
+            batch.history_end_R[request_C],
+            batch.request_ts_R[request_C],
+            torch.stack([batch.candidates[name] for name in self.interaction_fields], dim=-1),
+            self.settings.count_events,
+            dtype,
+        )
+
+    # -- events to groups ---------------------------------------------------------------------------------------------
+
+    def full_groups(self, events: EventTensors, x_Ed: Tensor) -> Tensor:
+        """[N, D]: every full group of every history, flat. Histories start on a group."""
+        first_B = events.offsets_B1[:-1]
+        row_N, group_N = _ranges(torch.zeros_like(first_B), events.num_events_B // self.windows.merge_size)
+        start_N = first_B[row_N] + group_N * self.windows.merge_size
+        slots_K = torch.arange(self.windows.merge_size, device=start_N.device)
+        return self.embedding.groups(x_Ed[start_N[:, None] + slots_K])
+
+    def partial_groups(
+        self, events: EventTensors, x_Ed: Tensor, row_R: Tensor, history_end_R: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """[R, K, d] and which exist, [R, K]: the events of each request's partial newest group, none if its last is full."""
+        slots_K = torch.arange(self.windows.merge_size, device=row_R.device)
+        start_R = history_end_R // self.windows.merge_size * self.windows.merge_size
+        exists_RK = start_R[:, None] + slots_K < history_end_R[:, None]
+        position_RK = (start_R - events.first_index_B[row_R] + events.offsets_B1[row_R])[:, None] + slots_K
+        if not len(x_Ed):  # the empty sum keeps every weight in the graph, which data-parallel training counts on
+            return x_Ed.sum() * 0 + x_Ed.new_zeros(*exists_RK.shape, x_Ed.shape[-1]), exists_RK
+        return x_Ed[torch.where(exists_RK, position_RK, 0)] * exists_RK[..., None], exists_RK
+
+
+def _ranges(begin_B: Tensor, end_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat (row, value) pairs of begin_B[b] <= value < end_B[b]."""
+    length_B = (end_B - begin_B).clamp_min(0)
+    row_P = torch.repeat_interleave(length_B)
+    value_P = torch.arange(len(row_P), device=row_P.device) - (length_B.cumsum(0) - length_B)[row_P] + begin_B[row_P]
+    return row_P, value_P
+
+
+def _splice(
+    old_BG: Tensor, new_N: Tensor, old_first_B: Tensor, old_end_B: Tensor, first_B: Tensor, end_B: Tensor, row_N: Tensor, group_N: Tensor
+) -> Tensor:
+    """Groups [first_B, end_B) of each row, padded with zeros: the old ones of [old_first_B, old_end_B) still wanted, then new ones."""
+    longest = int((end_B - first_B).max()) if len(first_B) else 0
+    out_BG = new_N.new_zeros(len(first_B), longest, *new_N.shape[1:])
+    if old_BG.shape[1]:
+        row_P, group_P = _ranges(torch.maximum(old_first_B, first_B), old_end_B)
+        out_BG[row_P, group_P - first_B[row_P]] = old_BG[row_P, group_P - old_first_B[row_P]].to(out_BG.dtype)
+    out_BG[row_N, group_N - first_B[row_N]] = new_N
+    return out_BG
