@@ -1,0 +1,119 @@
+"""From histories and requests to what the model reads: requests of one user packed so that they share one history.
+
+A request's history is never copied into it: requests of a user whose window starts agree (`longer.windows`) become one pack,
+and a pack's history is stored once, from the common window start to the newest request's end.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from longer.arrays import Candidates, Float32, Histories, Int64, RequestBatch
+from longer.windows import WindowRule
+
+
+@dataclass(frozen=True)
+class Requests:
+    """R requests with C candidates in all, as a table holds them: keys for the model, raw ids for outputs."""
+
+    request_id_R: Int64
+    user_id_R: pa.Array
+    user_key_R: Int64
+    request_ts_R: Int64
+    history_end_R: Int64
+    candidates: Candidates
+    item_id_C: pa.Array
+    labels: dict[str, Float32]
+
+    def __len__(self) -> int:
+        return len(self.request_id_R)
+
+    def take(self, rows_N: Int64) -> "Requests":
+        """Requests `rows_N`, in that order."""
+        offsets, picked_C = _ranges(self.candidates.offsets_R1[rows_N], self.candidates.offsets_R1[rows_N + 1])
+        return Requests(
+            request_id_R=self.request_id_R[rows_N],
+            user_id_R=self.user_id_R.take(pa.array(rows_N)),
+            user_key_R=self.user_key_R[rows_N],
+            request_ts_R=self.request_ts_R[rows_N],
+            history_end_R=self.history_end_R[rows_N],
+            candidates=Candidates(offsets, {name: x[picked_C] for name, x in self.candidates.features.items()}),
+            item_id_C=self.item_id_C.take(pa.array(picked_C)),
+            labels={name: x[picked_C] for name, x in self.labels.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Packs:
+    """P packs: pack p is the requests `order_R[offsets_P1[p]:offsets_P1[p + 1]]`, oldest first."""
+
+    order_R: Int64
+    offsets_P1: Int64
+
+    def __len__(self) -> int:
+        return len(self.offsets_P1) - 1
+
+    def take(self, packs_N: Int64) -> "Packs":
+        """Packs `packs_N`, in that order."""
+        offsets, picked_R = _ranges(self.offsets_P1[packs_N], self.offsets_P1[packs_N + 1])
+        return Packs(self.order_R[picked_R], offsets)
+
+
+def plan_packs(row_R: Int64, history_end_R: Int64, windows: WindowRule, max_requests: int) -> Packs:
+    """Packs that hold every request once: one user's, equal window starts, in time order, at most `max_requests` each."""
+    order_R = np.lexsort((history_end_R, row_R))  # stable: requests of one time keep their order
+    row, end = row_R[order_R], history_end_R[order_R]
+    starts = np.stack([row, windows.history_start(end), windows.query_start(end)])
+    new_run = np.ones(len(row), bool)
+    new_run[1:] = (starts[:, 1:] != starts[:, :-1]).any(axis=0)
+    place = np.arange(len(row))
+    place_in_run = place - np.maximum.accumulate(np.where(new_run, place, 0))
+    first = np.flatnonzero(place_in_run % max_requests == 0)
+    return Packs(order_R, np.append(first, len(row)))
+
+
+def rows_of_requests(histories: Histories, requests: Requests) -> Int64:
+    """The history row of each request, by user key; every request's user must be among the histories."""
+    order_B = np.argsort(histories.user_key_B, kind="stable")
+    return order_B[np.searchsorted(histories.user_key_B, requests.user_key_R, sorter=order_B)]
+
+
+def assemble(histories: Histories, row_R: Int64, requests: Requests, packs: Packs, windows: WindowRule) -> RequestBatch:
+    """One batch of the packs' requests, in their order; history i is pack i's, from its window start to its newest end.
+
+    `row_R` is the row in `histories` of each of `requests`. The histories must reach back to every window start.
+    """
+    oldest_P, newest_P = packs.order_R[packs.offsets_P1[:-1]], packs.order_R[packs.offsets_P1[1:] - 1]
+    starts_P = windows.history_start(requests.history_end_R[oldest_P]) * windows.merge_size
+    chosen = requests.take(packs.order_R)
+    return RequestBatch(
+        histories=histories.slice_events(row_R[oldest_P], starts_P, requests.history_end_R[newest_P]),
+        row_R=np.repeat(np.arange(len(packs)), np.diff(packs.offsets_P1)),
+        history_end_R=chosen.history_end_R,
+        request_ts_R=chosen.request_ts_R,
+        candidates=chosen.candidates,
+        request_id_R=chosen.request_id_R,
+        labels=chosen.labels,
+    )
+
+
+def concat_histories(parts: Sequence[Histories]) -> Histories:
+    """The histories of all parts, in order; the parts share their features."""
+    lengths_B = np.concatenate([np.diff(part.offsets_B1) for part in parts])
+    return Histories(
+        user_key_B=np.concatenate([part.user_key_B for part in parts]),
+        offsets_B1=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths_B)]),
+        first_index_B=np.concatenate([part.first_index_B for part in parts]),
+        prev_event_ts_B=np.concatenate([part.prev_event_ts_B for part in parts]),
+        event_ts_E=np.concatenate([part.event_ts_E for part in parts]),
+        features={name: np.concatenate([part.features[name] for part in parts]) for name in parts[0].features},
+    )
+
+
+def _ranges(starts_N: Int64, ends_N: Int64) -> tuple[Int64, Int64]:
+    """Offsets of the ranges laid end to end, and the indices they hold."""
+    lengths_N = ends_N - starts_N
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths_N)])
+    return offsets, np.repeat(starts_N - offsets[:-1], lengths_N) + np.arange(offsets[-1])

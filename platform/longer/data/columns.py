@@ -1,0 +1,81 @@
+"""Arrow list columns to flat NumPy arrays and back: the one place that knows how stored values become keys and floats."""
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pyarrow.fs import FileSystem
+
+from longer.arrays import NO_EVENT_TS, Candidates, Float32, Histories, Int64
+from longer.data.batches import Requests
+from longer.hashing import stable_keys
+from longer.schema import EventSchema
+
+
+def single_array(column: pa.ChunkedArray) -> pa.Array:
+    """The column as one array, without a copy where it has one chunk."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def flat_list(column: pa.ChunkedArray) -> tuple[Int64, pa.Array]:
+    """Offsets from 0 and values of a list column without nulls."""
+    lists = single_array(column)
+    offsets = lists.offsets.to_numpy().astype(np.int64)
+    return offsets - offsets[0], lists.flatten()
+
+
+def numbers(values: pa.Array) -> Float32:
+    """Float32 values; null and NaN, which would poison every sum, are 0."""
+    floats = pc.fill_null(values.cast(pa.float32()), 0.0).to_numpy(zero_copy_only=False)
+    return np.nan_to_num(floats, nan=0.0)
+
+
+def milliseconds(times: pa.Array, missing: int = 0) -> Int64:
+    return pc.fill_null(times.cast(pa.int64()), int(missing)).to_numpy(zero_copy_only=False)
+
+
+def histories_of(table: pa.Table, schema: EventSchema) -> Histories:
+    """The rows of a sequence table (`sequences_arrow`) as arrays."""
+    offsets_B1, event_ts = flat_list(table["event_ts"])
+    return Histories(
+        user_key_B=stable_keys(table["user_id"]),
+        offsets_B1=offsets_B1,
+        first_index_B=table["first_index"].to_numpy(),
+        prev_event_ts_B=milliseconds(single_array(table["prev_event_ts"]), missing=NO_EVENT_TS),
+        event_ts_E=milliseconds(event_ts),
+        features=_features(table, ["item_id", "action", *schema.of_kind("categorical")], schema.of_kind("numeric")),
+    )
+
+
+def requests_of(table: pa.Table, schema: EventSchema) -> Requests:
+    """The rows of a request table (`requests_arrow`) as arrays."""
+    offsets_R1, item_id_C = flat_list(table["item_id"])
+    keys = ["item_id", *schema.features_of("item", "categorical")]
+    return Requests(
+        request_id_R=table["request_id"].to_numpy(),
+        user_id_R=single_array(table["user_id"]),
+        user_key_R=stable_keys(table["user_id"]),
+        request_ts_R=milliseconds(single_array(table["request_ts"])),
+        history_end_R=table["history_end"].to_numpy(),
+        candidates=Candidates(offsets_R1, _features(table, keys, schema.features_of("item", "numeric"))),
+        item_id_C=item_id_C,
+        labels={task: numbers(flat_list(table[task])[1]) for task in schema.tasks},
+    )
+
+
+def _features(table: pa.Table, keys: list[str], numeric: tuple[str, ...]) -> dict[str, npt.NDArray]:
+    return {name: stable_keys(flat_list(table[name])[1]) for name in keys} | {
+        name: numbers(flat_list(table[name])[1]) for name in numeric
+    }
+
+
+def list_columns(offsets: Int64, values: pa.Table) -> dict[str, pa.Array]:
+    """Each column of `values` cut into lists at `offsets`."""
+    ends = pa.array(offsets.astype(np.int32))
+    return {name: pa.ListArray.from_arrays(ends, single_array(values[name])) for name in values.column_names}
+
+
+def open_parquet(filesystem: FileSystem, path: str, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
+    """A file of a sequence or request table; pre-buffering makes neighbouring ranges one read, which S3 needs."""
+    return pq.ParquetFile(filesystem.open_input_file(path), metadata=metadata, pre_buffer=True)

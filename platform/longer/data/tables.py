@@ -1,0 +1,144 @@
+"""Readers of the sequence and request tables, pinned to one version. No Ray, no torch; local or S3."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from longer.arrays import NO_EVENT_TS, Histories
+from longer.data.batches import Requests, concat_histories
+from longer.data.columns import histories_of, open_parquet, requests_of, single_array
+from longer.errors import UserError
+from longer.hashing import bucket_of, stable_keys
+from longer.schema import EventSchema
+from longer.storage import Table, Version, arrow_filesystem
+
+
+def open_version(path: str, schema: EventSchema, version_id: str | None, job: str) -> Version:
+    """The pinned version, or the one served; a UserError if there is none or it was built with another schema."""
+    version = Table(path).find(version_id) if version_id else Table(path).require(job)
+    if version is None:
+        raise UserError(f"{path}: version {version_id} is not in this table: run `python -m {job}` with its settings")
+    if version.manifest["schema_hash"] != schema.hash():
+        raise UserError(
+            f"{path}: version {version.id} was built with another event_schema: use its settings, or run `python -m {job}` with yours"
+        )
+    return version
+
+
+@dataclass(frozen=True)
+class _Footer:
+    """What a point read needs of a file: where it is, its metadata, and the first and last user of each row group."""
+
+    path: str
+    metadata: pq.FileMetaData
+    first_user: pa.Array
+    last_user: pa.Array
+
+
+class SequenceTable:
+    """Histories by user or by bucket. Footers are read once and kept; each read opens its file, so threads may share this."""
+
+    def __init__(self, path: str, schema: EventSchema, version_id: str | None = None) -> None:
+        self.version = open_version(path, schema, version_id, "jobs.build_sequences")
+        self.num_buckets: int = self.version.manifest["settings"]["num_buckets"]
+        self.schema = schema
+        self._arrow_schema = schema.sequences_arrow()
+        self._filesystem, _ = arrow_filesystem(self.version.path)
+        self._footers: dict[int, _Footer | None] = {}
+
+    def get(self, user_ids: pa.Array | Iterable[int] | Iterable[str]) -> Histories:
+        """Histories of these users, in this order; a user who is not there has an empty one.
+
+        Reads only the row groups that can hold the users.
+        """
+        wanted = user_ids if isinstance(user_ids, pa.Array) else pa.array(user_ids, self.schema.id_types[0])
+        buckets = bucket_of(stable_keys(wanted), self.num_buckets)
+        parts = [
+            self._read_users(int(bucket), wanted.filter(pa.array(buckets == bucket))) for bucket in np.unique(buckets)
+        ]
+        users, histories = zip(*(parts or [self._rows(self._empty())]), strict=True)
+        row = pc.index_in(wanted, pa.concat_arrays(users))
+        return _rows_or_empty(concat_histories(histories), row, stable_keys(wanted))
+
+    def read_bucket(self, bucket: int) -> tuple[pa.Array, Histories]:
+        """All users of a bucket, raw ids ascending, and their histories."""
+        footer = self._footer(bucket)
+        return self._rows(self._open(footer).read(columns=self._arrow_schema.names) if footer else self._empty())
+
+    def _read_users(self, bucket: int, users: pa.Array) -> tuple[pa.Array, Histories]:
+        footer = self._footer(bucket)
+        if footer is None:
+            return self._rows(self._empty())
+        can_hold = [
+            group
+            for group, (first, last) in enumerate(zip(footer.first_user, footer.last_user, strict=True))
+            if pc.any(pc.and_(pc.greater_equal(users, first), pc.less_equal(users, last))).as_py()
+        ]
+        table = self._open(footer).read_row_groups(can_hold, columns=self._arrow_schema.names)
+        return self._rows(table.filter(pc.is_in(table["user_id"], users)))
+
+    def _rows(self, table: pa.Table) -> tuple[pa.Array, Histories]:
+        return single_array(table["user_id"]), histories_of(table, self.schema)
+
+    def _footer(self, bucket: int) -> _Footer | None:
+        if bucket not in self._footers:
+            files = self.version.files(f"bucket={bucket:04d}/")
+            self._footers[bucket] = self._read_footer(files[0]) if files else None
+        return self._footers[bucket]
+
+    def _read_footer(self, file: str) -> _Footer:
+        _, path = arrow_filesystem(file)
+        metadata = open_parquet(self._filesystem, path).metadata
+        spans = [metadata.row_group(group).column(0).statistics for group in range(metadata.num_row_groups)]
+        id_type = self.schema.id_types[0]
+        return _Footer(
+            path, metadata, pa.array([s.min for s in spans], id_type), pa.array([s.max for s in spans], id_type)
+        )
+
+    def _open(self, footer: _Footer) -> pq.ParquetFile:
+        return open_parquet(self._filesystem, footer.path, footer.metadata)
+
+    def _empty(self) -> pa.Table:
+        return self._arrow_schema.empty_table()
+
+
+class RequestTable:
+    """Requests by split and bucket."""
+
+    def __init__(self, path: str, schema: EventSchema, version_id: str | None = None) -> None:
+        self.version = open_version(path, schema, version_id, "jobs.build_requests")
+        self.num_buckets: int = self.version.manifest["num_buckets"]
+        self.schema = schema
+        self._arrow_schema = schema.requests_arrow()
+        self._filesystem, _ = arrow_filesystem(self.version.path)
+
+    def read(self, split: str, bucket: int) -> Requests:
+        """All requests of a split ('train', 'valid' or 'test') in a bucket, by user and time."""
+        files = self.version.files(f"split={split}/bucket={bucket:04d}/")
+        if not files:
+            return requests_of(self._arrow_schema.empty_table(), self.schema)
+        _, path = arrow_filesystem(files[0])
+        return requests_of(open_parquet(self._filesystem, path).read(), self.schema)
+
+
+def _rows_or_empty(histories: Histories, row: pa.Array, user_key_N: np.ndarray) -> Histories:
+    """The histories' rows in the order of `row`; null rows are users without one."""
+    known_N = row.is_valid().to_numpy(zero_copy_only=False)
+    rows_N = pc.fill_null(row, 0).to_numpy(zero_copy_only=False)[known_N].astype(np.int64)
+    some = histories.slice_events(rows_N, histories.first_index_B[rows_N], histories.end_index_B[rows_N])
+    lengths_N = np.zeros(len(known_N), np.int64)
+    first_N, prev_N = lengths_N.copy(), np.full(len(known_N), NO_EVENT_TS)
+    lengths_N[known_N], first_N[known_N] = np.diff(some.offsets_B1), some.first_index_B
+    prev_N[known_N] = some.prev_event_ts_B
+    return Histories(
+        user_key_B=user_key_N,
+        offsets_B1=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths_N)]),
+        first_index_B=first_N,
+        prev_event_ts_B=prev_N,
+        event_ts_E=some.event_ts_E,
+        features=some.features,
+    )

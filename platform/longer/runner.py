@@ -1,0 +1,86 @@
+"""How every job starts: settings from the command line, a Ray to run on, and one line and exit code 2 for a user's mistake."""
+
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import longer
+from longer.config import RaySettings, Settings, parse_settings
+from longer.errors import UserError
+
+_SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`, whose runtime environment then holds
+
+
+def run_job(description: str, run: Callable[..., Any], flags: Sequence[tuple[str, str]] = ()) -> None:
+    """Runs a job and exits: 0 when done, 2 with one line on stderr for a UserError; bugs keep their traceback.
+
+    `run` gets the settings, and each of its own boolean `flags` (name, help) as a keyword argument.
+    """
+    try:
+        settings, given = parse_settings(description, flags=flags)
+        start_ray(settings.ray)
+        run(settings, **{name.replace("-", "_"): name in given for name, _ in flags})
+    except Exception as error:
+        mistake = user_error_in(error)
+        if mistake is None:
+            raise
+        print(mistake, file=sys.stderr)
+        sys.exit(2)
+
+
+def start_ray(settings: RaySettings) -> None:
+    """Connects to the cluster of the settings, or starts a local Ray, unless this process has one already.
+
+    A local Ray is authenticated by a token of its own, whether or not this machine has run Ray before: Ray would otherwise
+    switch authentication on by a file that an earlier run may have left.
+    """
+    if settings.address is None and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray  # reads the environment when imported
+
+    if ray.is_initialized():
+        return
+    package = str(Path(longer.__file__).parent)
+    if settings.address is None:
+        ray.init(
+            num_cpus=settings.num_cpus,
+            object_store_memory=settings.object_store_bytes,
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            runtime_env={"env_vars": {"PYTHONPATH": _worker_path()}},
+        )
+    else:
+        environment = {} if _SUBMITTED in os.environ else {"py_modules": [package]}
+        ray.init(address=settings.address, logging_level=logging.WARNING, runtime_env=environment)
+    _quiet_ray_data()
+
+
+def user_error_in(error: BaseException | None) -> UserError | None:
+    """The UserError that `error` is or was caused by, through Ray's wrapping of what a task raised."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if type(error) is UserError:
+            return error
+        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
+    return None
+
+
+def _worker_path() -> str:
+    """PYTHONPATH of workers: the package's folder and the jobs', absolute, since workers run elsewhere."""
+    return os.pathsep.join(os.path.abspath(path) for path in sys.path if path or path == "")
+
+
+def _quiet_ray_data() -> None:
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -1,0 +1,238 @@
+"""Local paths and s3:// alike: one resolver, atomic small files, and tables that are folders of immutable versions.
+
+    TABLE/<version>/...parquet        data
+    TABLE/<version>/_MANIFEST.json    written after the data: a version without it does not exist
+    TABLE/_CURRENT.json               written last: which version is served
+
+A version id is the fingerprint of everything that decides its content, so a finished job that runs again finds its version.
+S3 credentials, region and endpoint (AWS_ENDPOINT_URL) come from the usual environment variables.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+from pyarrow.fs import FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem
+
+from longer.errors import UserError
+
+TABLE_FORMAT = 1
+"""Part of every version id. Raise it when a job writes other bytes for the same input and settings."""
+
+_MANIFEST = "_MANIFEST.json"
+_CURRENT = "_CURRENT.json"
+
+
+def fingerprint(*parts: Any) -> str:
+    """Twelve hex digits that depend on the JSON form of `parts` only, dictionary order aside."""
+    canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The fsspec filesystem of a local path or s3:// URL, and the path on it. Listings are never stale."""
+    if "://" in path and not path.startswith("s3://"):
+        raise UserError(f"{path}: paths are local or start with s3://")
+    options = {"use_listings_cache": False} if path.startswith("s3://") else {}
+    return fsspec.core.url_to_fs(path, **options)
+
+
+def arrow_filesystem(path: str) -> tuple[FileSystem, str]:
+    """The Arrow filesystem of a local path or s3:// URL, and the path on it without the scheme."""
+    fs, bare = filesystem(path)
+    return (PyFileSystem(FSSpecHandler(fs)) if path.startswith("s3://") else LocalFileSystem()), bare
+
+
+def exists(path: str) -> bool:
+    fs, bare = filesystem(path)
+    return fs.exists(bare)
+
+
+def read_bytes(path: str) -> bytes:
+    fs, bare = filesystem(path)
+    return fs.cat_file(bare)
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Writes a small file whole or not at all, making its folder if needed."""
+    fs, bare = filesystem(path)
+    if path.startswith("s3://"):
+        fs.pipe_file(bare, data)  # one PUT is atomic
+        return
+    os.makedirs(os.path.dirname(bare), exist_ok=True)
+    temporary = f"{os.path.dirname(bare)}/.tmp-{uuid.uuid4().hex}"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, bare)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def remove_tree(path: str) -> None:
+    """Removes a folder and all under it, if it is there."""
+    fs, bare = filesystem(path)
+    if fs.exists(bare):
+        fs.rm(bare, recursive=True)
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One data file of a version; `path` is relative to the version's folder."""
+
+    path: str
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Version:
+    """A published version of a table; it never changes."""
+
+    id: str
+    path: str
+    manifest: dict[str, Any]
+
+    def files(self, prefix: str = "") -> list[str]:
+        """Full paths of the data files whose path in the version starts with `prefix`, sorted."""
+        return [f"{self.path}/{file['path']}" for file in self.manifest["files"] if file["path"].startswith(prefix)]
+
+
+class Table:
+    """A folder of immutable versions; a version appears whole or not at all, and a crash leaves the last one served."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path.rstrip("/")
+
+    def current(self) -> Version | None:
+        """The version that is served, if any."""
+        try:
+            pointer = json.loads(read_bytes(f"{self.path}/{_CURRENT}"))
+        except FileNotFoundError:
+            return None
+        return self.find(pointer["version"])
+
+    def require(self, job: str) -> Version:
+        """The version that is served; a UserError names the table and the job that makes it."""
+        version = self.current()
+        if version is None:
+            raise UserError(
+                f"{self.path}: no published version of this table: run `python -m {job}` first, with the same --root"
+            )
+        return version
+
+    def find(self, version_id: str) -> Version | None:
+        """A published version by id, served or not."""
+        path = f"{self.path}/{version_id}"
+        try:
+            return Version(version_id, path, json.loads(read_bytes(f"{path}/{_MANIFEST}")))
+        except FileNotFoundError:
+            return None
+
+    def reuse(self, version_id: str) -> Version | None:
+        """A published version by id, now the one that is served."""
+        version = self.find(version_id)
+        if version:
+            self._serve(version_id)
+        return version
+
+    def begin(self, version_id: str) -> str:
+        """The folder to write a version's data into, empty: what an unfinished attempt left there is removed."""
+        path = f"{self.path}/{version_id}"
+        fs, bare = filesystem(path)
+        if fs.exists(f"{bare}/{_MANIFEST}"):
+            fs.rm_file(f"{bare}/{_MANIFEST}")  # first, so that the version is never there with half its files
+        remove_tree(path)
+        return path
+
+    def discard(self, version_id: str) -> None:
+        """Removes what a failed attempt has written."""
+        self.begin(version_id)
+
+    def publish(self, version_id: str, manifest: dict[str, Any], files: Sequence[DataFile] | None = None) -> Version:
+        """Makes the data under `begin(version_id)` a version and serves it: manifest first, then the pointer.
+
+        `files` come from `checked_output` where the data was written with it; otherwise the data is read back for its checksums.
+        """
+        path = f"{self.path}/{version_id}"
+        listed = sorted(_read_back(path) if files is None else files, key=lambda file: file.path)
+        full = {
+            "version": version_id,
+            "table_format": TABLE_FORMAT,
+            "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            **manifest,
+            "num_bytes": sum(file.num_bytes for file in listed),
+            "files": [asdict(file) for file in listed],
+        }
+        write_bytes(f"{path}/{_MANIFEST}", json.dumps(full, indent=1).encode())
+        self._serve(version_id)
+        return Version(version_id, path, full)
+
+    def _serve(self, version_id: str) -> None:
+        write_bytes(f"{self.path}/{_CURRENT}", json.dumps({"version": version_id}).encode())
+
+
+class CheckedOutput:
+    """A binary sink for pyarrow that counts and hashes what passes; `data_file` is its record once closed."""
+
+    def __init__(self, sink: pa.NativeFile, path: str) -> None:
+        self._sink, self._path = sink, path
+        self._hash, self._num_bytes = hashlib.sha256(), 0
+        self.closed = False
+
+    def write(self, data: Any) -> int:
+        self._hash.update(data)
+        self._num_bytes += len(data)
+        self._sink.write(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self._sink.flush()
+
+    def close(self) -> None:
+        self.closed = True
+
+    @property
+    def data_file(self) -> DataFile:
+        return DataFile(self._path, self._num_bytes, self._hash.hexdigest())
+
+
+@contextmanager
+def checked_output(version_path: str, file: str) -> Iterator[CheckedOutput]:
+    """A sink for the data file `file` of the version at `version_path`; gives its size and checksum without reading it back."""
+    fs, bare = arrow_filesystem(f"{version_path}/{file}")
+    if isinstance(fs, LocalFileSystem):
+        os.makedirs(os.path.dirname(bare), exist_ok=True)
+    with fs.open_output_stream(bare, buffer_size=1 << 20) as sink:
+        yield CheckedOutput(sink, file)
+
+
+def checksum(path: str) -> str:
+    """SHA-256 of a file's content, in hex."""
+    fs, bare = filesystem(path)
+    with fs.open(bare, "rb", block_size=8 << 20) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_back(path: str) -> list[DataFile]:
+    fs, bare = filesystem(path)
+    found = {name: info["size"] for name, info in fs.find(bare, detail=True).items() if not name.endswith(_MANIFEST)}
+    scheme = "s3://" if path.startswith("s3://") else ""
+    with ThreadPoolExecutor(8) as pool:
+        checksums = pool.map(lambda name: checksum(scheme + name), found)
+    return [
+        DataFile(name.removeprefix(bare).lstrip("/"), size, sha256)
+        for (name, size), sha256 in zip(found.items(), checksums, strict=True)
+    ]
