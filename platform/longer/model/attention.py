@@ -96,17 +96,16 @@ def attend_shared(
     private_PHS = torch.einsum("phz,pshz->phs", query_PHZ, private_key_PSHZ)
     private_PHS = private_PHS.masked_fill(~private_visible_PS[:, None], hidden)
     column_G = torch.arange(key_BGHZ.shape[1], device=query_PHZ.device)
-    gathered = []
-    for row, queries in enumerate(zip(*(t.split(num_queries_B) for t in (query_PHZ, num_visible_P, private_PHS)), strict=True)):
-        query_QHZ, num_visible_Q, private_QHS = queries
+    from_shared, private_weights = [query_PHZ[:0]], [private_PHS[:0]]
+    per_row = (tensor.split(num_queries_B) for tensor in (query_PHZ, num_visible_P, private_PHS))
+    for row, (query_QHZ, num_visible_Q, private_QHS) in enumerate(zip(*per_row, strict=True)):
         if not len(query_QHZ):
             continue
         shared_HQG = torch.einsum("qhz,ghz->hqg", query_QHZ, key_BGHZ[row])
         shared_HQG = shared_HQG.masked_fill(column_G >= num_visible_Q[:, None], hidden)
         weights_HQA = torch.cat([shared_HQG, private_QHS.transpose(0, 1)], dim=-1).softmax(dim=-1)
-        weights_HQG, weights_HQS = weights_HQA.split([len(column_G), private_QHS.shape[-1]], dim=-1)
-        from_shared_QHZ = torch.einsum("hqg,ghz->qhz", weights_HQG.to(value_BGHZ.dtype), value_BGHZ[row])
-        gathered.append((from_shared_QHZ, weights_HQS.transpose(0, 1)))
-    from_shared_PHZ = torch.cat([shared for shared, _ in gathered])
-    private_weights_PHS = torch.cat([weights for _, weights in gathered]).to(private_value_PSHZ.dtype)
-    return (from_shared_PHZ + torch.einsum("phs,pshz->phz", private_weights_PHS, private_value_PSHZ)).flatten(-2)
+        weights_HQG, weights_HQS = weights_HQA.to(value_BGHZ.dtype).split([len(column_G), private_QHS.shape[-1]], dim=-1)
+        from_shared.append(torch.einsum("hqg,ghz->qhz", weights_HQG, value_BGHZ[row]))
+        private_weights.append(weights_HQS.transpose(0, 1))
+    from_private_PHZ = torch.einsum("phs,pshz->phz", torch.cat(private_weights), private_value_PSHZ)
+    return (torch.cat(from_shared) + from_private_PHZ).flatten(-2)

@@ -2,7 +2,7 @@
 
 The paper lists "high-order compressed user-item interaction features" among its tokens (arXiv 2505.04421, section 3.3); softmax
 attention normalises, so it cannot count by itself. Counting is done on an index that is appendable and exact: for each history
-and field, the sorted pairs (key, event number), 40 bits of key and 23 bits of event number in one int64, padded at the end.
+and field, the sorted pairs (key, event number), 39 bits of key and 23 bits of event number in one int64, padded at the end.
 
 B histories, R requests, C candidates in all requests, F fields, L events (padded), V query values.
 """
@@ -16,8 +16,8 @@ from torch import Tensor
 from longer.model.inputs import EventTensors
 
 _INDEX_BITS = 23
-_KEY_MASK = 2**40 - 1
-PAD = 2**63 - 1
+_KEY_MASK = 2**39 - 1
+PAD = 2**62
 _MS_PER_HOUR = 3_600_000.0
 
 

@@ -118,7 +118,9 @@ class Longer(nn.Module):
             old = self._empty_context(new_ND, first_B, query_first_B)
         end_B = old.end_B + num_new_B
         row_N = torch.repeat_interleave(num_new_B)
-        group_N = old.end_B[row_N] + torch.arange(len(row_N), device=row_N.device) - (num_new_B.cumsum(0) - num_new_B)[row_N]
+        group_N = (
+            old.end_B[row_N] + torch.arange(len(row_N), device=row_N.device) - (num_new_B.cumsum(0) - num_new_B)[row_N]
+        )
         moved_B = (first_B != old.first_B) | (query_first_B != old.query_first_B)
 
         in_history = group_N >= first_B[row_N]
@@ -172,7 +174,9 @@ class Longer(nn.Module):
         num_rows, block = len(first_B), self.blocks[0]
         empty = like_ND.new_zeros(num_rows, 0, block.num_heads, like_ND.shape[-1] // block.num_heads)
         layers = [empty] * len(self.blocks)
-        return Context(first_B, query_first_B, first_B, like_ND.new_zeros(num_rows, 0, like_ND.shape[-1]), layers, layers)
+        return Context(
+            first_B, query_first_B, first_B, like_ND.new_zeros(num_rows, 0, like_ND.shape[-1]), layers, layers
+        )
 
     # -- a request's own tokens ---------------------------------------------------------------------------------------
 
@@ -219,7 +223,12 @@ class Longer(nn.Module):
         return Tail(keys, values, exists_RT)
 
     def candidates(
-        self, context: Context, tail: Tail, index: InteractionIndex | None, batch: RequestTensors, last_event_ts_R: Tensor
+        self,
+        context: Context,
+        tail: Tail,
+        index: InteractionIndex | None,
+        batch: RequestTensors,
+        last_event_ts_R: Tensor,
     ) -> Tensor:
         """[C, tasks]: each candidate against context, its request's tail and itself, never another candidate."""
         request_C = batch.request_of_candidate_C
@@ -302,7 +311,14 @@ def _ranges(begin_B: Tensor, end_B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _splice(
-    old_BG: Tensor, new_N: Tensor, old_first_B: Tensor, old_end_B: Tensor, first_B: Tensor, end_B: Tensor, row_N: Tensor, group_N: Tensor
+    old_BG: Tensor,
+    new_N: Tensor,
+    old_first_B: Tensor,
+    old_end_B: Tensor,
+    first_B: Tensor,
+    end_B: Tensor,
+    row_N: Tensor,
+    group_N: Tensor,
 ) -> Tensor:
     """Groups [first_B, end_B) of each row, padded with zeros: the old ones of [old_first_B, old_end_B) still wanted, then new ones."""
     longest = int((end_B - first_B).max()) if len(first_B) else 0

@@ -159,7 +159,9 @@ def _advance(
             tail_exists_T=tail.exists_RT[b].clone(),
             pairs_FL=pairs[b].clone(),
             event_ts_L=times[b].clone(),
-            partial=partial.slice_events(np.array([b]), partial.first_index_B[b : b + 1], partial.end_index_B[b : b + 1]),
+            partial=partial.slice_events(
+                np.array([b]), partial.first_index_B[b : b + 1], partial.end_index_B[b : b + 1]
+            ),
         )
         for b, end in enumerate(events.end_index_B)
     ]

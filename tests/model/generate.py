@@ -1,0 +1,86 @@
+"""Random histories, requests and small models for the model's tests."""
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from longer.arrays import NO_EVENT_TS, Candidates, Histories, RequestBatch
+from longer.config import ModelSettings, TaskSettings
+from longer.hashing import stable_keys
+from longer.model.longer import Longer
+from longer.schema import EventSchema, Feature
+
+SCHEMA = EventSchema(
+    features=(
+        Feature(name="category", kind="categorical", of="item"),
+        Feature(name="weight", kind="numeric", of="item"),
+        Feature(name="shop", kind="categorical", of="event"),
+        Feature(name="price", kind="numeric", of="event"),
+    ),
+    tasks=("click", "minutes"),
+)
+TASKS = (TaskSettings(name="click"), TaskSettings(name="minutes", kind="regression"))
+SIZES: dict = {
+    "history_events": 24,
+    "merge_size": 3,
+    "event_width": 4,
+    "query_groups": 4,
+    "stride_groups": 2,
+    "num_heads": 2,
+    "num_self_layers": 2,
+    "num_cls_tokens": 2,
+    "item_rows": 31,
+    "user_rows": 13,
+    "categorical_rows": 11,
+    "count_events": (2, 5),
+}
+
+
+def small_model(seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: object) -> Longer:
+    """Small, but with every part switched on and with weights large enough that every part shows in the output."""
+    torch.manual_seed(seed)
+    model = Longer(ModelSettings(**{**SIZES, **sizes}), SCHEMA, TASKS)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return model.to(dtype).eval()
+
+
+def random_histories(rng: np.random.Generator, lengths: list[int], num_items: int = 20) -> Histories:
+    """Users with all their events from event 0, ties in time included."""
+    total = sum(lengths)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    gaps = rng.choice([0, 1, 900, 60_000, 86_400_000], size=total)
+    times = np.concatenate([[0], np.cumsum(gaps)])[1:] + 1_500_000_000_000
+    return Histories(
+        user_key_B=rng.integers(1, 2**62, len(lengths)),
+        offsets_B1=offsets,
+        first_index_B=np.zeros(len(lengths), np.int64),
+        prev_event_ts_B=np.full(len(lengths), NO_EVENT_TS),
+        event_ts_E=times.astype(np.int64),
+        features=random_features(rng, total, num_items, ("item_id", "category", "action", "shop"), ("weight", "price")),
+    )
+
+
+def random_features(rng: np.random.Generator, n: int, num_items: int, keys: tuple, numbers: tuple) -> dict:
+    """Keys as hashing gives them (0 stands for a missing value), from few items, so that they recur."""
+    keys_of_items = np.append(0, stable_keys(pa.array(range(1, num_items))))
+    return {name: keys_of_items[rng.integers(0, num_items, n)] for name in keys} | {
+        name: rng.normal(size=n).astype(np.float32) for name in numbers
+    }
+
+
+def random_candidates(rng: np.random.Generator, counts: list[int], num_items: int = 20) -> Candidates:
+    return Candidates(
+        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        random_features(rng, sum(counts), num_items, ("item_id", "category"), ("weight",)),
+    )
+
+
+def one_request_a_row(model: Longer, histories: Histories, request_ts: np.ndarray, candidates: Candidates) -> RequestBatch:
+    """A batch in which each user is asked about at the end of the history, with the window cut as the data room cuts it."""
+    end = histories.end_index_B
+    rows = np.arange(len(histories))
+    start = model.windows.history_start(end) * model.windows.merge_size
+    return RequestBatch(
+        histories.slice_events(rows, np.maximum(start, histories.first_index_B), end), rows, end, request_ts, candidates, rows
+    )

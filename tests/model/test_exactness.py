@@ -1,0 +1,143 @@
+"""One promise, many paths: dense reference == training forward == encode + score == any chain of appends + score."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longer.arrays import Histories, RequestBatch
+from longer.model.inputs import to_tensors
+from longer.model.longer import Longer
+from longer.model.states import append, encode, score
+from tests.model.generate import one_request_a_row, random_candidates, random_histories, small_model
+from tests.model.reference import reference_outputs
+
+MODELS = {
+    "default": small_model(),
+    "no merging": small_model(1, merge_size=1, event_width=4, history_events=24),
+    "paper's stride 1": small_model(2, stride_groups=1),
+    "cross layer only": small_model(3, num_self_layers=0, inner_transformer=False),
+    "whole window is queries": small_model(4, query_groups=8, history_events=24, stride_groups=4),
+}
+LENGTHS = st.lists(st.integers(0, 60), min_size=1, max_size=4)
+exactly = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def ask(rng: np.random.Generator, histories: Histories) -> tuple[np.ndarray, list[int]]:
+    """Request times strictly after each user's last event, and how many candidates to score."""
+    ends = histories.offsets_B1[1:]
+    has_events = np.diff(histories.offsets_B1) > 0
+    last = np.where(has_events, np.append(histories.event_ts_E, 0)[np.maximum(ends - 1, 0)], 1_600_000_000_000)
+    return last + rng.integers(1, 10**9, len(histories)), rng.integers(0, 5, len(histories)).tolist()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@given(seed=st.integers(0, 2**32 - 1), lengths=LENGTHS)
+@settings(max_examples=25, deadline=None)
+def test_forward_and_cached_scores_equal_the_dense_reference(name: str, seed: int, lengths: list[int]) -> None:
+    model, rng = MODELS[name], np.random.default_rng(seed)
+    histories = random_histories(rng, lengths)
+    request_ts, counts = ask(rng, histories)
+    candidates = random_candidates(rng, counts)
+    expected = reference_outputs(model, histories, request_ts, candidates)
+    forward = model(to_tensors(one_request_a_row(model, histories, request_ts, candidates))).detach().numpy()
+    cached = score(model, encode(model, histories), request_ts, candidates)
+    np.testing.assert_allclose(forward, expected, **exactly)
+    np.testing.assert_allclose(cached, expected, **exactly)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@given(seed=st.integers(0, 2**32 - 1), lengths=LENGTHS, num_appends=st.integers(1, 6))
+@settings(max_examples=25, deadline=None)
+def test_appended_states_equal_encoded_ones_across_window_moves(
+    name: str, seed: int, lengths: list[int], num_appends: int
+) -> None:
+    model, rng = MODELS[name], np.random.default_rng(seed)
+    histories = random_histories(rng, lengths)
+    request_ts, counts = ask(rng, histories)
+    candidates = random_candidates(rng, counts)
+    rows, total = np.arange(len(lengths)), np.array(lengths)
+    cuts = np.sort(rng.integers(0, total[:, None] + 1, (len(lengths), num_appends)), axis=1)
+    states = encode(model, histories.slice_events(rows, np.zeros_like(total), cuts[:, 0]))
+    for begin, end in zip(cuts.T, [*cuts.T[1:], total], strict=True):
+        before = [state.num_bytes for state in states]
+        old, states = states, append(model, states, histories.slice_events(rows, begin, end))
+        assert [state.num_bytes for state in old] == before
+    fresh = encode(model, histories)
+    np.testing.assert_allclose(
+        score(model, states, request_ts, candidates), score(model, fresh, request_ts, candidates), **exactly
+    )
+    for appended, encoded in zip(states, fresh, strict=True):
+        assert (appended.first_index, appended.num_events, appended.last_event_ts) == (
+            encoded.first_index,
+            encoded.num_events,
+            encoded.last_event_ts,
+        )
+        assert torch.equal(appended.pairs_FL, encoded.pairs_FL)
+        assert appended.num_bytes == encoded.num_bytes
+        for ours, theirs in zip(appended.keys + appended.values, encoded.keys + encoded.values, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@given(seed=st.integers(0, 2**32 - 1), length=st.integers(0, 60))
+@settings(max_examples=40, deadline=None)
+def test_requests_that_share_an_encode_equal_requests_alone(seed: int, length: int) -> None:
+    """Training packs requests of one user whose windows start alike; each must see its own history only, not its neighbours'."""
+    model, rng = MODELS["default"], np.random.default_rng(seed)
+    histories = random_histories(rng, [length])
+    ends = np.array([e for e in range(length + 1) if _same_windows(model, e, length)])
+    ends = np.sort(rng.choice(ends, size=min(3, len(ends)), replace=False))
+    candidates = random_candidates(rng, [2] * len(ends))
+    request_ts = np.full(len(ends), 2_000_000_000_000)
+    start = model.windows.history_start(length) * model.windows.merge_size
+    shared = histories.slice_events(np.array([0]), np.array([start]), ends[-1:])
+    row = np.zeros(len(ends), np.int64)
+    together = model(to_tensors(RequestBatch(shared, row, ends, request_ts, candidates, row))).detach().numpy()
+    rows = np.zeros(len(ends), np.int64)
+    apart = reference_outputs(model, histories.slice_events(rows, rows, ends), request_ts, candidates)
+    np.testing.assert_allclose(together, apart, **exactly)
+
+
+def _same_windows(model: Longer, end: int, length: int) -> bool:
+    windows = model.windows
+    return windows.query_start(end) == windows.query_start(length) and windows.history_start(end) == windows.history_start(length)
+
+
+def test_float32_states_are_within_1e5_of_forward() -> None:
+    rng = np.random.default_rng(5)
+    model = small_model(dtype=torch.float32)
+    histories = random_histories(rng, [0, 1, 7, 24, 29, 55])
+    request_ts, _ = ask(rng, histories)
+    candidates = random_candidates(rng, [4] * len(histories))
+    forward = model(to_tensors(one_request_a_row(model, histories, request_ts, candidates))).detach().numpy()
+    rows, ends = np.arange(len(histories)), histories.end_index_B
+    states = encode(model, histories.slice_events(rows, np.zeros_like(ends), ends // 2))
+    states = append(model, states, histories.slice_events(rows, ends // 2, ends))
+    np.testing.assert_allclose(score(model, states, request_ts, candidates), forward, rtol=1e-5, atol=1e-5)
+
+
+def test_a_billion_events_lose_no_precision_in_position() -> None:
+    """Rotation by absolute index must give the same scores however old the user is: only differences count."""
+    rng = np.random.default_rng(6)
+    model = small_model(dtype=torch.float32)
+    histories = random_histories(rng, [30])
+    stride = model.windows.stride_events
+    old = 10**9 // stride * stride
+    aged = Histories(**{**histories.__dict__, "first_index_B": histories.first_index_B + old})
+    window_start = model.windows.history_start(30 + old) * model.windows.merge_size
+    young = encode(model, histories.slice_events(np.array([0]), np.array([window_start - old]), np.array([30])))
+    candidates, request_ts = random_candidates(rng, [5]), np.array([2_000_000_000_000])
+    aged_scores = score(model, encode(model, aged), request_ts, candidates)
+    np.testing.assert_allclose(aged_scores, score(model, young, request_ts, candidates), rtol=1e-5, atol=1e-5)
+
+
+def test_candidates_do_not_see_each_other() -> None:
+    rng = np.random.default_rng(7)
+    model = MODELS["default"]
+    states = encode(model, random_histories(rng, [40]))
+    candidates, request_ts = random_candidates(rng, [6]), np.array([2_000_000_000_000])
+    together = score(model, states, request_ts, candidates)
+    for c in range(6):
+        alone = type(candidates)(np.array([0, 1]), {name: v[c : c + 1] for name, v in candidates.features.items()})
+        np.testing.assert_allclose(score(model, states, request_ts, alone)[0], together[c], **exactly)
