@@ -48,7 +48,7 @@ class ItemTable:
         item_key_I = stable_keys(rows["item_id"])
         order_I = np.argsort(item_key_I)
         self._item_key_I = item_key_I[order_I]
-        self._features = {
+        self._features: dict[str, npt.NDArray] = {
             **{name: stable_keys(rows[name])[order_I] for name in schema.features_of("item", "categorical")},
             **{name: numbers(single_array(rows[name]))[order_I] for name in schema.features_of("item", "numeric")},
         }

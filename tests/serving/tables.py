@@ -1,0 +1,107 @@
+"""A small world on disk: sequences, requests, items and a checkpoint of random weights, built by the real kernels."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from longer.config import ModelSettings, Settings, load_settings
+from longer.data.items import publish_items
+from longer.data.sequences import KeepRule, build_sequences, trim_events
+from longer.model.longer import Longer
+from longer.schema import EventSchema
+from longer.storage import Table, Version, checked_output, fingerprint
+from longer.training.checkpoints import save_model
+
+DAY_MS = 86_400_000
+START_MS = 1_700_000_000_000 // DAY_MS * DAY_MS
+NUM_BUCKETS = 3
+NUM_USERS = 9
+NUM_ITEMS = 12
+
+SCHEMA = {
+    "user_id": "int64",
+    "item_id": "string",
+    "features": [
+        {"name": "category", "kind": "categorical", "of": "item"},
+        {"name": "price", "kind": "numeric", "of": "item"},
+        {"name": "quantity", "kind": "numeric", "of": "event"},
+    ],
+}
+MODEL = {
+    "history_events": 16,
+    "merge_size": 2,
+    "event_width": 8,
+    "query_groups": 4,
+    "stride_groups": 2,
+    "num_heads": 2,
+    "num_self_layers": 2,
+    "item_rows": 64,
+    "user_rows": 64,
+    "categorical_rows": 16,
+}
+
+
+def tiny_settings(root: Path | str) -> Settings:
+    overrides = {
+        "root": str(root),
+        "event_schema": SCHEMA,
+        "model": MODEL,
+        "sequences": {"num_buckets": NUM_BUCKETS, "keep_events": 40, "row_group_users": 2},
+    }
+    return load_settings(overrides=overrides)
+
+
+def random_events(schema: EventSchema, seed: int, num_days: int = 30) -> pa.Table:
+    """Users 1..NUM_USERS; user u has about u*u events, several often at one time."""
+    rng = np.random.default_rng(seed)
+    rows: dict[str, list] = {name: [] for name in schema.events_arrow().names}
+    for user in range(1, NUM_USERS + 1):
+        for ts in sorted(START_MS + rng.integers(0, num_days * 96, size=user * user) * (DAY_MS // 96)):
+            item = int(rng.integers(NUM_ITEMS))
+            rows["user_id"].append(user)
+            rows["item_id"].append(f"item{item}")
+            rows["event_ts"].append(int(ts))
+            rows["action"].append("buy")
+            rows["category"].append(f"category{item % 3}")
+            rows["price"].append(float(item))
+            rows["quantity"].append(float(rng.integers(1, 4)))
+    return pa.table({field.name: pa.array(rows[field.name], field.type) for field in schema.events_arrow()})
+
+
+def publish_sequences(settings: Settings, events: pa.Table) -> Version:
+    schema, windows = settings.event_schema, settings.model.windows
+    rule = KeepRule(settings.sequences.keep_events, windows.stride_events)
+    table = Table(settings.path("tables", "sequences"))
+    version_id = fingerprint(events.num_rows, int(events["event_ts"].cast(pa.int64()).to_numpy().sum()))
+    path, files = table.begin(version_id), []
+    trimmed = trim_events(events, schema, rule, NUM_BUCKETS)
+    for bucket in range(NUM_BUCKETS):
+        mine = trimmed.filter(pa.array(trimmed["bucket"].to_numpy() == bucket))
+        if len(mine):
+            with checked_output(path, f"bucket={bucket:04d}/part-0.parquet") as sink:
+                pq.write_table(build_sequences(mine, schema, rule), sink, row_group_size=2)
+            files.append(sink.data_file)
+    manifest = {"schema_hash": schema.hash(), "settings": {"num_buckets": NUM_BUCKETS}}
+    return table.publish(version_id, manifest, files)
+
+
+def save_random_model(directory: str, settings: Settings, seed: int = 0) -> str:
+    """Weights large enough that scores differ between candidates and histories; returns the model version."""
+    torch.manual_seed(seed)
+    model = Longer(ModelSettings(**MODEL), settings.event_schema, settings.train.tasks)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return save_model(directory, model, settings.model, settings.event_schema, settings.train.tasks)
+
+
+def build_world(root: Path | str, seed: int = 0) -> Settings:
+    """Sequences, items and checkpoint under `root`, and the settings that find them."""
+    settings = tiny_settings(root)
+    sequences = publish_sequences(settings, random_events(settings.event_schema, seed))
+    publish_items(settings.path("tables", "items"), sequences, settings.event_schema)
+    save_random_model(settings.path("checkpoint"), settings)
+    return settings

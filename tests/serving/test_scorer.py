@@ -1,0 +1,203 @@
+"""Whatever the cache holds, a request's scores are those of encoding its user from scratch at its time."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longer.config import Settings
+from longer.errors import UserError
+from longer.serving.scorer import Scorer, ScoreRequest, ScoreResult
+from tests.serving.tables import DAY_MS, NUM_USERS, START_MS, build_world, publish_sequences, random_events
+
+CANDIDATES = ["item1", "item5", "never seen", "item7"]
+END_MS = START_MS + 30 * DAY_MS
+BIG = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return build_world(tmp_path_factory.mktemp("world"))
+
+
+def scorer_of(world: Settings, cache_bytes: int = BIG, items: bool = True) -> Scorer:
+    return Scorer(
+        world.path("checkpoint"),
+        world.path("tables", "sequences"),
+        cache_bytes,
+        world.path("tables", "items") if items else None,
+    )
+
+
+def ask(scorer: Scorer, *asked: tuple[int, int], item_ids: list[str] = CANDIDATES) -> list[ScoreResult]:
+    outcomes = scorer.score([ScoreRequest(user, item_ids, request_ts=ts) for user, ts in asked])
+    assert not any(isinstance(outcome, UserError) for outcome in outcomes), outcomes
+    return [outcome for outcome in outcomes if isinstance(outcome, ScoreResult)]
+
+
+def assert_same(left: ScoreResult, right: ScoreResult) -> None:
+    np.testing.assert_allclose(left.scores["label"], right.scores["label"], rtol=0, atol=1e-5)
+    assert (left.num_events, left.last_event_ts) == (right.num_events, right.last_event_ts)
+
+
+def times_of(world: Settings, user: int) -> list[int]:
+    events = random_events(world.event_schema, seed=0)
+    return events.filter(pa.compute.equal(events["user_id"], user))["event_ts"].cast(pa.int64()).to_pylist()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batches=st.lists(
+        st.lists(st.tuples(st.integers(3, NUM_USERS + 2), st.integers(-1, 31 * 96)), min_size=1, max_size=5),
+        min_size=1,
+        max_size=8,
+    ),
+    cache_bytes=st.sampled_from([0, 30_000, BIG]),
+)
+def test_no_order_of_requests_and_no_eviction_changes_a_score(
+    world: Settings, batches: list[list[tuple[int, int]]], cache_bytes: int
+) -> None:
+    cached, from_scratch = scorer_of(world, cache_bytes), scorer_of(world, 0)
+    for batch in batches:
+        asked = [(user, START_MS + quarter * (DAY_MS // 96)) for user, quarter in batch]
+        try:
+            got = cached.score([ScoreRequest(user, CANDIDATES, request_ts=ts) for user, ts in asked])
+        finally:
+            assert cached.cache.num_bytes <= cache_bytes
+        for outcome, one in zip(got, asked, strict=True):
+            wanted = from_scratch.score([ScoreRequest(one[0], CANDIDATES, request_ts=one[1])])[0]
+            if isinstance(wanted, UserError):
+                assert isinstance(outcome, UserError | ScoreResult)  # a state may remember what the table has dropped
+            else:
+                assert isinstance(outcome, ScoreResult)
+                assert_same(outcome, wanted)
+
+
+def test_a_hit_reads_nothing(world: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = scorer_of(world)
+    first = ask(scorer, (5, END_MS))[0]
+    monkeypatch.setattr(scorer.history, "read", lambda user_ids: pytest.fail("read the table"))
+    again = ask(scorer, (5, END_MS + DAY_MS))[0]
+    assert (first.source, again.source) == ("load", "hit")
+    assert again.num_events == 25
+
+
+def test_a_state_ends_strictly_before_the_request(world: Settings) -> None:
+    """At the time of an event the event is not seen, a millisecond later it is; events of one time come together."""
+    times = times_of(world, 6)
+    scorer = scorer_of(world)
+    previous = 0
+    for ts in sorted(set(times)):
+        before, after = ask(scorer, (6, ts), (6, ts + 1))
+        assert before.num_events == sum(t < ts for t in times) == previous
+        assert after.num_events == previous + times.count(ts)
+        assert before.source == ("hit" if previous else "cold")
+        assert after.source == "append"
+        previous = after.num_events
+    assert scorer.cache.counters.load == 0
+
+
+def test_a_question_about_the_past_leaves_the_newer_state(world: Settings) -> None:
+    scorer = scorer_of(world)
+    middle = times_of(world, 6)[20]
+    ask(scorer, (6, END_MS))
+    past = ask(scorer, (6, middle))[0]
+    assert past.source == "load"
+    assert_same(past, ask(scorer_of(world), (6, middle))[0])
+    assert ask(scorer, (6, END_MS))[0].source == "hit"
+
+
+def test_unknown_users_items_and_empty_histories_get_scores(world: Settings) -> None:
+    scorer = scorer_of(world)
+    unknown, before_all = ask(scorer, (10**12, END_MS), (6, START_MS - DAY_MS))
+    for result in (unknown, before_all):
+        assert (result.source, result.num_events, result.last_event_ts) == ("cold", 0, None)
+        assert np.isfinite(result.scores["label"]).all()
+        assert ((result.scores["label"] > 0) & (result.scores["label"] < 1)).all()
+    assert ask(scorer, (10**12, END_MS + 1))[0].source == "hit"
+
+
+def test_two_requests_of_one_user_in_one_batch_are_answered_in_order(world: Settings) -> None:
+    middle = times_of(world, 8)[50]
+    together = ask(scorer_of(world), (8, middle), (3, END_MS), (8, END_MS), (8, middle))
+    assert [r.source for r in together] == ["load", "load", "append", "load"]
+    for result, one in zip(together, [(8, middle), (3, END_MS), (8, END_MS), (8, middle)], strict=True):
+        assert_same(result, ask(scorer_of(world), one)[0])
+
+
+def test_an_evicted_user_is_loaded_again_with_the_same_scores(world: Settings) -> None:
+    big = scorer_of(world)
+    ask(big, (9, END_MS))
+    one_state = scorer_of(world, big.cache.num_bytes)
+    first, _, again = (ask(one_state, (user, END_MS))[0] for user in (9, 8, 9))
+    assert again.source == "load"
+    assert one_state.cache.counters.evict == 2
+    np.testing.assert_array_equal(first.scores["label"], again.scores["label"])
+
+
+def test_given_item_features_win_over_the_catalogue_and_missing_ones_fall_back(world: Settings) -> None:
+    bare, full = scorer_of(world, items=False), scorer_of(world)
+    known = ["item1", "item5"]
+    wanted = ask(full, (5, END_MS), item_ids=known)[0]
+    for features in (
+        {"category": ["category1", "category2"], "price": [1.0, 5.0]},
+        {"category": ["category1", None], "price": [None, 5]},
+    ):
+        got = full.score([ScoreRequest(5, known, features, END_MS)])[0]
+        assert isinstance(got, ScoreResult)
+        assert_same(got, wanted)
+    given_all = bare.score([ScoreRequest(5, known, {"category": ["category1", "category2"], "price": [1, 5]}, END_MS)])
+    assert isinstance(given_all[0], ScoreResult)
+    assert_same(given_all[0], wanted)
+    nothing_known = ask(bare, (5, END_MS), item_ids=known)[0]
+    assert np.abs(nothing_known.scores["label"] - wanted.scores["label"]).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (ScoreRequest("5", ["item1"]), "user_id: expected int64 values"),
+        (ScoreRequest(2**63, ["item1"]), "user_id: expected int64 values"),
+        (ScoreRequest(5, [1]), "candidates: expected string values"),
+        (ScoreRequest(5, ["a"], {"price": ["secret"]}), "candidates.price: expected float values"),
+        (ScoreRequest(5, ["a"], {"secret": [1]}), "candidates: unknown item feature: this model reads category, price"),
+        (ScoreRequest(9, ["a"], request_ts=START_MS), "request_ts: the sequence table no longer keeps"),
+    ],
+)
+def test_a_bad_request_has_one_line_without_its_values_and_spoils_no_other(
+    world: Settings, request_: ScoreRequest, message: str
+) -> None:
+    good = ScoreRequest(5, ["item1"], request_ts=END_MS)
+    outcomes = scorer_of(world).score([good, request_, good])
+    assert isinstance(outcomes[1], UserError)
+    assert str(outcomes[1]).startswith(message)
+    assert "secret" not in str(outcomes[1])
+    assert isinstance(outcomes[0], ScoreResult)
+    assert isinstance(outcomes[2], ScoreResult)
+
+
+def test_a_new_table_version_appends_its_events_and_drops_states_whose_past_has_changed(tmp_path: Path) -> None:
+    world = build_world(tmp_path)
+    events = random_events(world.event_schema, seed=0)
+    scorer = scorer_of(world)
+    ask(scorer, (6, END_MS + DAY_MS), (7, END_MS + DAY_MS), (8, END_MS + DAY_MS))
+
+    def more(user: int, ts: int) -> pa.Table:
+        row = {name: events[name][0].as_py() for name in events.column_names} | {"user_id": user}
+        del row["event_ts"]
+        return pa.Table.from_pylist([row | {"event_ts": pa.scalar(ts, pa.timestamp("ms", "UTC"))}], events.schema)
+
+    late = times_of(world, 7)[-2] + 1
+    publish_sequences(world, pa.concat_tables([events, more(6, END_MS), more(7, late)]))
+    assert ask(scorer, (6, END_MS + DAY_MS))[0].source == "hit"
+    assert scorer.history.refresh()
+    assert not scorer.history.refresh()
+    asked = [(user, END_MS + DAY_MS) for user in (6, 7, 8)]
+    results = ask(scorer, *asked)
+    assert [r.source for r in results] == ["append", "load", "append"]
+    assert scorer.cache.counters.stale == 1
+    for result, one in zip(results, asked, strict=True):
+        assert_same(result, ask(scorer_of(world), one)[0])
