@@ -4,7 +4,7 @@ import pyarrow.compute as pc
 
 from longer.config import Settings
 from longer.data.events import iso_time
-from longer.data.ray_sequences import BucketWriter, data_files, readable_files, write_sequences
+from longer.data.ray_sequences import BucketWriter, EventReader, data_files, readable_files, write_sequences
 from longer.data.sequences import KeepRule
 from longer.data.tables import open_version
 from longer.progress import say
@@ -25,9 +25,10 @@ def run(settings: Settings) -> Version:
         say("build_sequences", f"version {version_id} is already built, nothing changed")
         return published
     files = readable_files(events, schema, settings.sequences.skip_unreadable_files)
+    reader = EventReader(schema, rule, settings.sequences.num_buckets)
     writer = BucketWriter(schema, rule, table.begin(version_id), settings.sequences.row_group_users)
     try:
-        stats = write_sequences(files, settings.sequences.num_buckets, schema, writer)
+        stats = write_sequences(events, files, reader, writer)
     except BaseException:
         table.discard(version_id)
         raise

@@ -61,4 +61,4 @@ def _quarantine(settings: Settings, version_id: str, rows: pa.Table, manifest: d
 
 
 if __name__ == "__main__":
-    run_job(__doc__, run)
+    run_job(__doc__, run, needs_ray=False)

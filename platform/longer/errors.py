@@ -6,3 +6,8 @@ class UserError(Exception):
 
     Jobs print the line and exit with code 2; the service answers 4xx with it. Anything else is a bug and keeps its traceback.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of another library's message, to quote in a UserError."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

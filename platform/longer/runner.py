@@ -13,16 +13,20 @@ from longer.config import RaySettings, Settings, parse_settings
 from longer.errors import UserError
 
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`, whose runtime environment then holds
+_MAX_IDLE_WORKERS = 32
 
 
-def run_job(description: str, run: Callable[..., Any], flags: Sequence[tuple[str, str]] = ()) -> None:
+def run_job(
+    description: str, run: Callable[..., Any], flags: Sequence[tuple[str, str]] = (), needs_ray: bool = True
+) -> None:
     """Runs a job and exits: 0 when done, 2 with one line on stderr for a UserError; bugs keep their traceback.
 
     `run` gets the settings, and each of its own boolean `flags` (name, help) as a keyword argument.
     """
     try:
         settings, given = parse_settings(description, flags=flags)
-        start_ray(settings.ray)
+        if needs_ray:
+            start_ray(settings.ray)
         run(settings, **{name.replace("-", "_"): name in given for name, _ in flags})
     except Exception as error:
         mistake = user_error_in(error)
@@ -42,21 +46,23 @@ def start_ray(settings: RaySettings) -> None:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray Data's shuffle has worker pools of its own; with the default, num_cpus, idle workers of one are ended to start those
+    # of another, which takes a second each and at times prints an abort from the dying worker.
+    os.environ.setdefault("RAY_num_workers_soft_limit", str(_MAX_IDLE_WORKERS))
     import ray  # reads the environment when imported
 
     if ray.is_initialized():
         return
-    package = str(Path(longer.__file__).parent)
     if settings.address is None:
+        os.environ["PYTHONPATH"] = _worker_path()  # inherited; a runtime_env would waste the workers that Ray prestarts
         ray.init(
             num_cpus=settings.num_cpus,
             object_store_memory=settings.object_store_bytes,
             include_dashboard=False,
             logging_level=logging.WARNING,
-            runtime_env={"env_vars": {"PYTHONPATH": _worker_path()}},
         )
     else:
-        environment = {} if _SUBMITTED in os.environ else {"py_modules": [package]}
+        environment = {} if _SUBMITTED in os.environ else {"py_modules": [str(Path(longer.__file__).parent)]}
         ray.init(address=settings.address, logging_level=logging.WARNING, runtime_env=environment)
     _quiet_ray_data()
 
@@ -74,7 +80,7 @@ def user_error_in(error: BaseException | None) -> UserError | None:
 
 def _worker_path() -> str:
     """PYTHONPATH of workers: the package's folder and the jobs', absolute, since workers run elsewhere."""
-    return os.pathsep.join(os.path.abspath(path) for path in sys.path if path or path == "")
+    return os.pathsep.join(os.path.abspath(path) for path in sys.path)
 
 
 def _quiet_ray_data() -> None:

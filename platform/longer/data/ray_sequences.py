@@ -1,22 +1,27 @@
 """Events to sequences with Ray Data: read and trim each block, shuffle by bucket, write each bucket's rows."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import ray
 import ray.data
 
 from longer.data.sequences import KeepRule, build_sequences, trim_events
-from longer.errors import UserError
+from longer.errors import UserError, one_line
 from longer.progress import say, track
 from longer.schema import EventSchema
 from longer.storage import DataFile, Version, arrow_filesystem, checked_output
 
 POINT_READ_COLUMNS = ["user_id", "first_index", "num_events_total"]
 """Columns with row-group statistics; those of list values would only swell the footer that a point read fetches."""
+
+_NUM_FOOTER_THREADS = 32
+_BLOCK_BYTES_ON_DISK = 16 << 20  # about 128 MiB in memory
 
 
 @dataclass(frozen=True)
@@ -54,47 +59,66 @@ class BucketWriter:
             )
 
 
-def readable_files(events: Version, schema: EventSchema, skip_unreadable: bool) -> list[str]:
-    """The event files to read. One that cannot be read, or lacks a column, raises UserError or is skipped and named."""
-    readable = []
-    for path in track(events.files(), len(events.files()), "check event files", "files"):
-        problem = _problem(path, schema)
-        if problem is None:
-            readable.append(path)
-        elif skip_unreadable:
-            say("build_sequences", f"skipped {path}: {problem}")
-        else:
+@dataclass(frozen=True)
+class EventReader:
+    """Reads a row of event files and trims their events: each file is opened once, and an error names it."""
+
+    schema: EventSchema
+    rule: KeepRule
+    num_buckets: int
+
+    def __call__(self, blocks: pa.Table) -> pa.Table:
+        files = blocks["files"].combine_chunks().flatten().to_pylist()
+        events = pa.concat_tables([self._read(file) for file in files])
+        return trim_events(events, self.schema, self.rule, self.num_buckets)
+
+    def _read(self, path: str) -> pa.Table:
+        filesystem, bare = arrow_filesystem(path)
+        wanted = self.schema.events_arrow()
+        try:
+            return pq.read_table(bare, filesystem=filesystem, columns=wanted.names, partitioning=None).cast(wanted)
+        except (pa.ArrowException, OSError) as error:
             raise UserError(
-                f"{path}: {problem}: restore the file, or go on without it with --sequences.skip_unreadable_files true"
-            )
+                f"{path}: damaged inside ({one_line(error)}): restore the file or import the log again"
+            ) from None
+
+
+def readable_files(events: Version, schema: EventSchema, skip_unreadable: bool) -> list[str]:
+    """The event files to read. One that cannot be opened, or lacks a column, raises UserError or is skipped and named."""
+    files = events.files()
+    with ThreadPoolExecutor(_NUM_FOOTER_THREADS) as pool:
+        problems = pool.map(lambda file: _problem(file, schema), files)
+        readable = []
+        for file, problem in zip(files, track(problems, len(files), "check event files", "files"), strict=True):
+            if problem is None:
+                readable.append(file)
+            elif skip_unreadable:
+                say("build_sequences", f"skipped {file}: {problem}")
+            else:
+                raise UserError(
+                    f"{file}: {problem}: restore the file, or leave it out with --sequences.skip_unreadable_files"
+                )
     if not readable:
         raise UserError(f"{events.path}: the event log is empty: import a log with at least one event")
     return readable
 
 
-def write_sequences(files: list[str], num_buckets: int, schema: EventSchema, writer: BucketWriter) -> pa.Table:
+def write_sequences(events: Version, files: list[str], reader: EventReader, writer: BucketWriter) -> pa.Table:
     """Statistics of the buckets written, one row each; the data is under the writer's version path when this returns."""
-    filesystem, _ = arrow_filesystem(files[0])
-    blocks = ray.data.read_parquet(
-        [arrow_filesystem(file)[1] for file in files],
-        filesystem=filesystem,
-        columns=schema.events_arrow().names,
-        partitioning=None,
-    )
-    trimmed = blocks.map_batches(
-        trim_events,
-        fn_args=(schema, writer.rule, num_buckets),
-        batch_format="pyarrow",
-        batch_size=None,
-        zero_copy_batch=True,
-    )
-    written = trimmed.repartition(num_buckets, keys=["bucket"]).map_batches(
-        writer, batch_format="pyarrow", batch_size=None, zero_copy_batch=True
-    )
-    rows = list(track(written.iter_rows(), num_buckets, "build sequences", "buckets"))
-    if not rows:
-        raise UserError("the event log has no events: import a log with at least one event")
-    return pa.Table.from_pylist(rows)
+    num_bytes = events.manifest["num_bytes"]
+    blocks = np.array_split(np.array(files, object), _num_blocks(num_bytes, len(files)))
+    read = ray.data.from_items(
+        [{"files": list(block)} for block in blocks], override_num_blocks=len(blocks)
+    ).map_batches(reader, batch_format="pyarrow", batch_size=None)
+    shuffled = read.repartition(_num_blocks(num_bytes, reader.num_buckets), keys=["bucket"])
+    written = shuffled.map_batches(writer, batch_format="pyarrow", batch_size=None)
+    return pa.Table.from_pylist(list(track(written.iter_rows(), reader.num_buckets, "build sequences", "buckets")))
+
+
+def _num_blocks(num_bytes: int, most: int) -> int:
+    """Blocks large enough to be worth a task and a worker process, which takes a second to start; one a CPU at least."""
+    num_cpus = int(ray.cluster_resources()["CPU"])
+    return min(most, max(num_cpus, num_bytes // _BLOCK_BYTES_ON_DISK))
 
 
 def data_files(stats: pa.Table) -> list[DataFile]:
@@ -107,6 +131,6 @@ def _problem(path: str, schema: EventSchema) -> str | None:
         with filesystem.open_input_file(bare) as file:
             names = pq.read_schema(file).names
     except (pa.ArrowException, OSError) as error:
-        return f"not a readable Parquet file ({str(error).splitlines()[0]})"
+        return f"not a readable Parquet file ({one_line(error)})"
     missing = [name for name in schema.events_arrow().names if name not in names]
     return f"no column {missing[0]!r}" if missing else None

