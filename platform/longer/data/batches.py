@@ -4,7 +4,6 @@ A request's history is never copied into it: requests of a user whose window sta
 and a pack's history is stored once, from the common window start to the newest request's end.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,17 +98,7 @@ def assemble(histories: Histories, row_R: Int64, requests: Requests, packs: Pack
     )
 
 
-def concat_histories(parts: Sequence[Histories]) -> Histories:
-    """The histories of all parts, in order; the parts share their features."""
-    lengths_B = np.concatenate([np.diff(part.offsets_B1) for part in parts])
-    return Histories(
-        user_key_B=np.concatenate([part.user_key_B for part in parts]),
-        offsets_B1=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths_B)]),
-        first_index_B=np.concatenate([part.first_index_B for part in parts]),
-        prev_event_ts_B=np.concatenate([part.prev_event_ts_B for part in parts]),
-        event_ts_E=np.concatenate([part.event_ts_E for part in parts]),
-        features={name: np.concatenate([part.features[name] for part in parts]) for name in parts[0].features},
-    )
+concat_histories = Histories.concatenate
 
 
 def _ranges(starts_N: Int64, ends_N: Int64) -> tuple[Int64, Int64]:

@@ -32,7 +32,7 @@ def numbers(values: pa.Array) -> Float32:
 
 
 def milliseconds(times: pa.Array, missing: int = 0) -> Int64:
-    return pc.fill_null(times.cast(pa.int64()), int(missing)).to_numpy(zero_copy_only=False)
+    return pc.fill_null(times.cast(pa.int64()), missing).to_numpy(zero_copy_only=False)
 
 
 def histories_of(table: pa.Table, schema: EventSchema) -> Histories:
@@ -42,7 +42,7 @@ def histories_of(table: pa.Table, schema: EventSchema) -> Histories:
         user_key_B=stable_keys(table["user_id"]),
         offsets_B1=offsets_B1,
         first_index_B=table["first_index"].to_numpy(),
-        prev_event_ts_B=milliseconds(single_array(table["prev_event_ts"]), missing=NO_EVENT_TS),
+        prev_event_ts_B=milliseconds(single_array(table["prev_event_ts"]), missing=int(NO_EVENT_TS)),
         event_ts_E=milliseconds(event_ts),
         features=_features(table, ["item_id", "action", *schema.of_kind("categorical")], schema.of_kind("numeric")),
     )

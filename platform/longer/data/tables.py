@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from longer.arrays import NO_EVENT_TS, Histories
-from longer.data.batches import Requests, concat_histories
+from longer.data.batches import Requests
 from longer.data.columns import histories_of, open_parquet, requests_of, single_array
 from longer.errors import UserError
 from longer.hashing import bucket_of, stable_keys
@@ -24,7 +24,8 @@ def open_version(path: str, schema: EventSchema, version_id: str | None, job: st
         raise UserError(f"{path}: version {version_id} is not in this table: run `python -m {job}` with its settings")
     if version.manifest["schema_hash"] != schema.hash():
         raise UserError(
-            f"{path}: version {version.id} was built with another event_schema: use its settings, or run `python -m {job}` with yours"
+            f"{path}: version {version.id} was built with another event_schema: "
+            f"use its settings, or run `python -m {job}` with yours"
         )
     return version
 
@@ -62,7 +63,7 @@ class SequenceTable:
         ]
         users, histories = zip(*(parts or [self._rows(self._empty())]), strict=True)
         row = pc.index_in(wanted, pa.concat_arrays(users))
-        return _rows_or_empty(concat_histories(histories), row, stable_keys(wanted))
+        return _rows_or_empty(Histories.concatenate(histories), row, stable_keys(wanted))
 
     def read_bucket(self, bucket: int) -> tuple[pa.Array, Histories]:
         """All users of a bucket, raw ids ascending, and their histories."""

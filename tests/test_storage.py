@@ -1,0 +1,80 @@
+"""A table never shows half a version, on disk and on S3."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from longer.errors import UserError
+from longer.storage import Table, checked_output, filesystem, fingerprint, write_bytes
+
+
+def publish(table: Table, version_id: str, content: bytes) -> None:
+    with checked_output(table.begin(version_id), "bucket=0000/part-0.parquet") as sink:
+        sink.write(content)
+    table.publish(version_id, {"num_rows": 1}, [sink.data_file])
+
+
+def test_a_crash_between_data_and_manifest_leaves_the_last_version_served(tmp_path: Path) -> None:
+    table = Table(f"{tmp_path}/events")
+    publish(table, "first", b"old")
+    with checked_output(table.begin("second"), "bucket=0000/part-0.parquet") as sink:
+        sink.write(b"new")
+    current = table.current()
+    assert current is not None
+    assert (current.id, table.find("second")) == ("first", None)
+
+
+def test_a_crash_between_manifest_and_pointer_leaves_the_last_version_served(tmp_path: Path) -> None:
+    table = Table(f"{tmp_path}/events")
+    publish(table, "first", b"old")
+    write_bytes(f"{tmp_path}/events/second/_MANIFEST.json", b'{"files": []}')
+    assert table.require("jobs.import_events").id == "first"
+    reused = table.reuse("second")
+    assert reused is not None
+    assert table.require("jobs.import_events").id == "second"
+
+
+def test_what_an_unfinished_attempt_left_is_not_published(tmp_path: Path) -> None:
+    table = Table(f"{tmp_path}/events")
+    write_bytes(f"{table.begin('v')}/stale.parquet", b"stale")
+    write_bytes(f"{table.begin('v')}/fresh.parquet", b"fresh")
+    assert table.publish("v", {}).files() == [f"{tmp_path}/events/v/fresh.parquet"]
+
+
+def test_checksums_are_the_same_written_or_read_back(tmp_path: Path) -> None:
+    table = Table(f"{tmp_path}/events")
+    with checked_output(table.begin("v"), "a/b.parquet") as sink:
+        sink.write(b"some bytes")
+    written = table.publish("v", {}, [sink.data_file]).manifest["files"]
+    assert written == table.publish("v", {}).manifest["files"]
+    assert written == [{"path": "a/b.parquet", "num_bytes": 10, "sha256": hashlib.sha256(b"some bytes").hexdigest()}]
+
+
+def test_a_table_that_was_never_built_names_itself_and_the_job(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"sequences: .*python -m jobs.build_sequences"):
+        Table(f"{tmp_path}/sequences").require("jobs.build_sequences")
+
+
+def test_a_failed_small_write_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_bytes(f"{tmp_path}/pointer.json", b"old")
+
+    def no_space(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.fsync", no_space)
+    with pytest.raises(OSError, match="no space"):
+        write_bytes(f"{tmp_path}/pointer.json", b"new")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+
+
+def test_fingerprints_do_not_depend_on_dictionary_order_and_stay_the_same_for_ever() -> None:
+    assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1}) == "260e4ee6b948"
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+
+
+def test_an_unknown_scheme_is_one_line() -> None:
+    with pytest.raises(UserError, match="local or start with s3://"):
+        filesystem("gs://bucket/table")
