@@ -76,11 +76,18 @@ def random_candidates(rng: np.random.Generator, counts: list[int], num_items: in
     )
 
 
-def one_request_a_row(model: Longer, histories: Histories, request_ts: np.ndarray, candidates: Candidates) -> RequestBatch:
+def one_request_a_row(
+    model: Longer, histories: Histories, request_ts: np.ndarray, candidates: Candidates
+) -> RequestBatch:
     """A batch in which each user is asked about at the end of the history, with the window cut as the data room cuts it."""
     end = histories.end_index_B
     rows = np.arange(len(histories))
     start = model.windows.history_start(end) * model.windows.merge_size
     return RequestBatch(
-        histories.slice_events(rows, np.maximum(start, histories.first_index_B), end), rows, end, request_ts, candidates, rows
+        histories.slice_events(rows, np.maximum(start, histories.first_index_B), end),
+        rows,
+        end,
+        request_ts,
+        candidates,
+        rows,
     )

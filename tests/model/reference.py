@@ -14,7 +14,9 @@ from longer.model.inputs import event_tensors, feature_tensors
 from longer.model.longer import Longer
 
 
-def reference_outputs(model: Longer, histories: Histories, request_ts: np.ndarray, candidates: Candidates) -> np.ndarray:
+def reference_outputs(
+    model: Longer, histories: Histories, request_ts: np.ndarray, candidates: Candidates
+) -> np.ndarray:
     """[C, tasks] of requests asked at the end of each whole history (event 0 on)."""
     outputs = []
     for b in range(len(histories)):
@@ -54,14 +56,20 @@ def _one_request(model: Longer, user: Histories, request_ts: int, candidates: di
     positions = torch.tensor([*range(history_start, g), *[g] * (num_globals + len(x_cand))])
     mask = torch.tensor([[_sees(kinds, q, j) for j in range(len(x))] for q in range(len(x))])
     for number, block in enumerate(model.blocks):
-        in_query_window = torch.tensor([kind != "group" or p >= query_start for kind, p in zip(kinds, positions, strict=True)])
+        in_query_window = torch.tensor(
+            [kind != "group" or p >= query_start for kind, p in zip(kinds, positions, strict=True)]
+        )
         query = block.queries(x, positions)
         key, value = block.keys_values(x, positions)
         scores = torch.einsum("qhz,khz->hqk", query, key) / math.sqrt(query.shape[-1])
         weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
         x = block.finish(x, torch.einsum("hqk,khz->qhz", weights, value).flatten(1))
         if number == 0:  # from here on, only the query window goes on
-            x, positions, mask = x[in_query_window], positions[in_query_window], mask[in_query_window][:, in_query_window]
+            x, positions, mask = (
+                x[in_query_window],
+                positions[in_query_window],
+                mask[in_query_window][:, in_query_window],
+            )
             kinds = [kind for kind, kept in zip(kinds, in_query_window, strict=True) if kept]
     x = x[-len(x_cand) :] if len(x_cand) else x[:0]
     biases = model.item_bias(torch.from_numpy(candidates["item_id"]))

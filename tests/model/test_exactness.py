@@ -101,7 +101,9 @@ def test_requests_that_share_an_encode_equal_requests_alone(seed: int, length: i
 
 def _same_windows(model: Longer, end: int, length: int) -> bool:
     windows = model.windows
-    return windows.query_start(end) == windows.query_start(length) and windows.history_start(end) == windows.history_start(length)
+    return windows.query_start(end) == windows.query_start(length) and windows.history_start(
+        end
+    ) == windows.history_start(length)
 
 
 def test_float32_states_are_within_1e5_of_forward() -> None:

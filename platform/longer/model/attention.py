@@ -104,7 +104,9 @@ def attend_shared(
         shared_HQG = torch.einsum("qhz,ghz->hqg", query_QHZ, key_BGHZ[row])
         shared_HQG = shared_HQG.masked_fill(column_G >= num_visible_Q[:, None], hidden)
         weights_HQA = torch.cat([shared_HQG, private_QHS.transpose(0, 1)], dim=-1).softmax(dim=-1)
-        weights_HQG, weights_HQS = weights_HQA.to(value_BGHZ.dtype).split([len(column_G), private_QHS.shape[-1]], dim=-1)
+        weights_HQG, weights_HQS = weights_HQA.to(value_BGHZ.dtype).split(
+            [len(column_G), private_QHS.shape[-1]], dim=-1
+        )
         from_shared.append(torch.einsum("hqg,ghz->qhz", weights_HQG, value_BGHZ[row]))
         private_weights.append(weights_HQS.transpose(0, 1))
     from_private_PHZ = torch.einsum("phs,pshz->phz", torch.cat(private_weights), private_value_PSHZ)

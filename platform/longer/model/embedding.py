@@ -15,7 +15,7 @@ from longer.schema import EventSchema
 
 _MS_PER_HOUR = 3_600_000
 _HOURS_PER_WEEK = 168
-_MONDAY = 96  # hours between Monday 1969-12-29 and 1970-01-01T00:00Z, modulo a week, counted forwards
+_THURSDAY = 72  # 1970-01-01 was a Thursday; the week starts on Monday 00:00 UTC
 _NUM_GAPS = 64
 
 
@@ -55,7 +55,7 @@ class HourOfWeek(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.05)
 
     def forward(self, ts: Tensor) -> Tensor:
-        return self.embedding((ts // _MS_PER_HOUR + _MONDAY) % _HOURS_PER_WEEK)
+        return self.embedding((ts // _MS_PER_HOUR + _THURSDAY) % _HOURS_PER_WEEK)
 
 
 class InnerTrans(nn.Module):

@@ -56,7 +56,7 @@ class InteractionIndex:
         count_events: Sequence[int],
         dtype: torch.dtype,
     ) -> Tensor:
-        """[C, F * (4 + len(count_events))]: log counts in events [begin, end) and in its last n, seen, log ages in events and hours.
+        """[C, F * (4 + len(count_events))]: log counts in [begin, end) and its last n events, seen, log ages in events and hours.
 
         `begin_C` and `end_C` are absolute indices inside the rows. A missing key (0) was never seen.
         """
@@ -82,7 +82,7 @@ class InteractionIndex:
 
     def _rank(self, row_C: Tensor, pairs_CFV: Tensor) -> Tensor:
         """How many pairs of the row's field are smaller: one batched binary search, candidates of a row side by side."""
-        num_rows, num_fields, length = self.pairs_BFL.shape
+        num_rows, num_fields, _ = self.pairs_BFL.shape
         per_row_B = torch.bincount(row_C, minlength=num_rows)
         slot_C = torch.arange(len(row_C), device=row_C.device) - (per_row_B.cumsum(0) - per_row_B)[row_C]
         widest = int(per_row_B.max()) if len(row_C) else 0

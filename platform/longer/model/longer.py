@@ -10,46 +10,19 @@ B histories, N full groups in all of them (flat), G context groups (padded), Q q
 R requests, C candidates in all requests, D width, H heads, Z = D/H, K events in a group, d event width.
 """
 
-from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from longer.config import ModelSettings, TaskSettings
 from longer.model.attention import Block, attend_groups, attend_shared
+from longer.model.context import Context, Tail, ranges, splice
 from longer.model.embedding import Embedding, HashedTable
 from longer.model.inputs import BatchTensors, EventTensors, RequestTensors
 from longer.model.interactions import InteractionIndex, num_features
 from longer.model.visibility import CANDIDATE, GLOBAL, GROUP, visible
 from longer.schema import EventSchema
-
-
-@dataclass(frozen=True)
-class Context:
-    """The full groups of B histories: what candidates, requests and later groups read. Padded at the end.
-
-    Layer 0 holds the history window, from group `first_B`; the layers above hold the query window, from group `query_first_B`.
-    Both end before group `end_B`. `tokens_BQD` are the query window's inputs to the first layer.
-    """
-
-    first_B: Tensor
-    query_first_B: Tensor
-    end_B: Tensor
-    tokens_BQD: Tensor
-    keys: list[Tensor]
-    values: list[Tensor]
-
-    def first_of_layer_B(self, layer: int) -> Tensor:
-        return self.first_B if layer == 0 else self.query_first_B
-
-
-@dataclass(frozen=True)
-class Tail:
-    """Keys and values, a pair of [R, T, H, Z] a layer, of each request's partial newest group (if any) and user globals."""
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    exists_RT: Tensor
 
 
 class Longer(nn.Module):
@@ -79,8 +52,12 @@ class Longer(nn.Module):
         )
         self.item_bias = HashedTable(settings.item_rows, len(tasks), std=0.01)
 
+    @property
+    def _layers(self) -> list[Block]:
+        return cast("list[Block]", list(self.blocks))
+
     def embedding_parameters(self) -> list[nn.Parameter]:
-        return [m.weight for m in self.modules() if isinstance(m, nn.Embedding)]
+        return [cast(nn.Parameter, m.weight) for m in self.modules() if isinstance(m, nn.Embedding)]
 
     def dense_parameters(self) -> list[nn.Parameter]:
         tables = {id(p) for p in self.embedding_parameters()}
@@ -124,25 +101,25 @@ class Longer(nn.Module):
         moved_B = (first_B != old.first_B) | (query_first_B != old.query_first_B)
 
         in_history = group_N >= first_B[row_N]
-        key_NHZ, value_NHZ = self.blocks[0].keys_values(new_ND, group_N)
+        key_NHZ, value_NHZ = self._layers[0].keys_values(new_ND, group_N)
         keep = (old.first_B, old.end_B, first_B, end_B, row_N[in_history], group_N[in_history])
-        keys = [_splice(old.keys[0], key_NHZ[in_history], *keep)]
-        values = [_splice(old.values[0], value_NHZ[in_history], *keep)]
+        keys = [splice(old.keys[0], key_NHZ[in_history], *keep)]
+        values = [splice(old.values[0], value_NHZ[in_history], *keep)]
 
         in_query = group_N >= query_first_B[row_N]
         keep = (old.query_first_B, old.end_B, query_first_B, end_B, row_N[in_query], group_N[in_query])
-        tokens_BQD = _splice(old.tokens_BQD, new_ND[in_query], *keep)
+        tokens_BQD = splice(old.tokens_BQD, new_ND[in_query], *keep)
 
         computed_B = torch.where(moved_B, query_first_B, torch.maximum(old.end_B, query_first_B))
-        row_P, group_P = _ranges(computed_B, end_B)
+        row_P, group_P = ranges(computed_B, end_B)
         x_PD = tokens_BQD[row_P, group_P - query_first_B[row_P]]
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(self._layers):
             if layer > 0:
                 key_PHZ, value_PHZ = block.keys_values(x_PD, group_P)
                 keep = (old.query_first_B, computed_B, query_first_B, end_B, row_P, group_P)
-                keys.append(_splice(old.keys[layer], key_PHZ, *keep))
-                values.append(_splice(old.values[layer], value_PHZ, *keep))
-            if layer < len(self.blocks) - 1 and len(row_P):
+                keys.append(splice(old.keys[layer], key_PHZ, *keep))
+                values.append(splice(old.values[layer], value_PHZ, *keep))
+            if layer < len(self._layers) - 1 and len(row_P):
                 start_B = first_B if layer == 0 else query_first_B
                 x_PD = self._group_rows(block, x_PD, row_P, group_P, computed_B, keys[layer], values[layer], start_B)
         return Context(first_B, query_first_B, end_B, tokens_BQD, keys, values)
@@ -171,9 +148,9 @@ class Longer(nn.Module):
         return block.finish(x_PD, attend_groups(query_BTHZ, key_BGHZ, value_BGHZ, visible_BTG)[row_P, slot_P])
 
     def _empty_context(self, like_ND: Tensor, first_B: Tensor, query_first_B: Tensor) -> Context:
-        num_rows, block = len(first_B), self.blocks[0]
+        num_rows, block = len(first_B), self._layers[0]
         empty = like_ND.new_zeros(num_rows, 0, block.num_heads, like_ND.shape[-1] // block.num_heads)
-        layers = [empty] * len(self.blocks)
+        layers = [empty] * len(self._layers)
         return Context(
             first_B, query_first_B, first_B, like_ND.new_zeros(num_rows, 0, like_ND.shape[-1]), layers, layers
         )
@@ -202,11 +179,11 @@ class Longer(nn.Module):
         seen_RTT = seen_TT & exists_RT[:, None] | torch.eye(len(kind_T), dtype=torch.bool, device=row_R.device)
         num_queries_B = (torch.bincount(row_R, minlength=len(context.first_B)) * len(kind_T)).tolist()
         keys, values = [], []
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(self._layers):
             key_RTHZ, value_RTHZ = block.keys_values(x_RTD, position_RT)
             keys.append(key_RTHZ)
             values.append(value_RTHZ)
-            if layer == len(self.blocks) - 1:
+            if layer == len(self._layers) - 1:
                 break
             num_tail = len(kind_T)
             attended_PD = attend_shared(
@@ -248,7 +225,7 @@ class Longer(nn.Module):
         sees_tail_CT = visible(CANDIDATE, number_C[:, None], kind_T, number_C.new_zeros(1)) & tail.exists_RT[request_C]
         sees_itself_C1 = visible(CANDIDATE, number_C, CANDIDATE, number_C)[:, None]
         sees_CS = torch.cat([sees_tail_CT, sees_itself_C1], dim=1)
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(self._layers):
             key_CHZ, value_CHZ = block.keys_values(x_CD, position_C)
             attended_CD = attend_shared(
                 block.queries(x_CD, position_C),
@@ -284,7 +261,7 @@ class Longer(nn.Module):
     def full_groups(self, events: EventTensors, x_Ed: Tensor) -> Tensor:
         """[N, D]: every full group of every history, flat. Histories start on a group."""
         first_B = events.offsets_B1[:-1]
-        row_N, group_N = _ranges(torch.zeros_like(first_B), events.num_events_B // self.windows.merge_size)
+        row_N, group_N = ranges(torch.zeros_like(first_B), events.num_events_B // self.windows.merge_size)
         start_N = first_B[row_N] + group_N * self.windows.merge_size
         slots_K = torch.arange(self.windows.merge_size, device=start_N.device)
         return self.embedding.groups(x_Ed[start_N[:, None] + slots_K])
@@ -300,31 +277,3 @@ class Longer(nn.Module):
         if not len(x_Ed):  # the empty sum keeps every weight in the graph, which data-parallel training counts on
             return x_Ed.sum() * 0 + x_Ed.new_zeros(*exists_RK.shape, x_Ed.shape[-1]), exists_RK
         return x_Ed[torch.where(exists_RK, position_RK, 0)] * exists_RK[..., None], exists_RK
-
-
-def _ranges(begin_B: Tensor, end_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Flat (row, value) pairs of begin_B[b] <= value < end_B[b]."""
-    length_B = (end_B - begin_B).clamp_min(0)
-    row_P = torch.repeat_interleave(length_B)
-    value_P = torch.arange(len(row_P), device=row_P.device) - (length_B.cumsum(0) - length_B)[row_P] + begin_B[row_P]
-    return row_P, value_P
-
-
-def _splice(
-    old_BG: Tensor,
-    new_N: Tensor,
-    old_first_B: Tensor,
-    old_end_B: Tensor,
-    first_B: Tensor,
-    end_B: Tensor,
-    row_N: Tensor,
-    group_N: Tensor,
-) -> Tensor:
-    """Groups [first_B, end_B) of each row, padded with zeros: the old ones of [old_first_B, old_end_B) still wanted, then new ones."""
-    longest = int((end_B - first_B).max()) if len(first_B) else 0
-    out_BG = new_N.new_zeros(len(first_B), longest, *new_N.shape[1:])
-    if old_BG.shape[1]:
-        row_P, group_P = _ranges(torch.maximum(old_first_B, first_B), old_end_B)
-        out_BG[row_P, group_P - first_B[row_P]] = old_BG[row_P, group_P - old_first_B[row_P]].to(out_BG.dtype)
-    out_BG[row_N, group_N - first_B[row_N]] = new_N
-    return out_BG

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from longer.arrays import Candidates, Histories, Int64
+from longer.model.context import Context, Tail
 from longer.model.inputs import RequestTensors, event_tensors, feature_tensors
 from longer.model.interactions import PAD, InteractionIndex, merge, slide
-from longer.model.longer import Context, Longer, Tail
+from longer.model.longer import Longer
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def _pad(tensors: Iterator[Tensor]) -> Tensor:
 
 
 def _pad_layers(states: Sequence[UserState], layers_of: Callable[[UserState], tuple[Tensor, ...]]) -> list[Tensor]:
-    return [pad_sequence(layer, batch_first=True) for layer in zip(*map(layers_of, states), strict=True)]
+    return [pad_sequence(list(layer), batch_first=True) for layer in zip(*map(layers_of, states), strict=True)]
 
 
 def _device(model: Longer) -> torch.device:

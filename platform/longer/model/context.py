@@ -1,0 +1,66 @@
+"""What is kept between the three steps of the model, and how padded rows of groups grow and slide.
+
+B histories, G context groups (padded), Q query-window groups (padded), N new groups in all histories (flat), R requests,
+T tail tokens, D width, H heads, Z head width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Context:
+    """The full groups of B histories: what candidates, requests and later groups read. Padded at the end.
+
+    Layer 0 holds the history window, from group `first_B`; the layers above hold the query window, from group `query_first_B`.
+    Both end before group `end_B`. `tokens_BQD` are the query window's inputs to the first layer.
+    """
+
+    first_B: Tensor
+    query_first_B: Tensor
+    end_B: Tensor
+    tokens_BQD: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    def first_of_layer_B(self, layer: int) -> Tensor:
+        return self.first_B if layer == 0 else self.query_first_B
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Keys and values, a pair of [R, T, H, Z] a layer, of each request's partial newest group (if any) and user globals."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    exists_RT: Tensor
+
+
+def ranges(begin_B: Tensor, end_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat (row, value) pairs of begin_B[b] <= value < end_B[b]."""
+    length_B = (end_B - begin_B).clamp_min(0)
+    row_P = torch.repeat_interleave(length_B)
+    value_P = torch.arange(len(row_P), device=row_P.device) - (length_B.cumsum(0) - length_B)[row_P] + begin_B[row_P]
+    return row_P, value_P
+
+
+def splice(
+    old_BG: Tensor,
+    new_N: Tensor,
+    old_first_B: Tensor,
+    old_end_B: Tensor,
+    first_B: Tensor,
+    end_B: Tensor,
+    row_N: Tensor,
+    group_N: Tensor,
+) -> Tensor:
+    """Groups [first_B, end_B) of each row, padded with zeros: old ones of [old_first_B, old_end_B) still wanted, then new ones."""
+    longest = int((end_B - first_B).max()) if len(first_B) else 0
+    out_BG = new_N.new_zeros(len(first_B), longest, *new_N.shape[1:])
+    if old_BG.shape[1]:
+        row_P, group_P = ranges(torch.maximum(old_first_B, first_B), old_end_B)
+        out_BG[row_P, group_P - first_B[row_P]] = old_BG[row_P, group_P - old_first_B[row_P]].to(out_BG.dtype)
+    out_BG[row_N, group_N - first_B[row_N]] = new_N
+    return out_BG

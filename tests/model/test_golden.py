@@ -1,0 +1,31 @@
+"""Golden scores: a change that is not meant to change the model must not change them.
+
+Weights and inputs come from seeded NumPy, whose generators are stable; float64 leaves room for other processors' rounding.
+"""
+
+import numpy as np
+import torch
+
+from longer.model.inputs import to_tensors
+from tests.model.generate import one_request_a_row, random_candidates, random_histories, small_model
+
+
+def test_scores_have_not_moved() -> None:
+    rng = np.random.default_rng(2025)
+    model = small_model()
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            parameter.copy_(torch.from_numpy(rng.normal(0, 0.4, tuple(parameter.shape))))
+    histories = random_histories(rng, [0, 5, 50])
+    candidates = random_candidates(rng, [1, 2, 1])
+    batch = one_request_a_row(model, histories, np.array([1_600_000_000_000] * 3) + 10**12, candidates)
+    golden = np.array(GOLDEN)
+    np.testing.assert_allclose(model(to_tensors(batch)).detach().numpy(), golden, rtol=1e-9)
+
+
+GOLDEN = [
+    [0.7267172836474797, 1.4766536448338645],
+    [-0.7186930966442894, 2.2855881972025602],
+    [0.621118787175234, 0.9622051140578296],
+    [-16.153285252449535, -2.19713090308181],
+]
