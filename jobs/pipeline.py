@@ -1,0 +1,46 @@
+"""Runs every stage, from raw log to report: python -m jobs.pipeline --config configs/quickstart.yaml [--fresh]
+
+A stage whose inputs and settings have not changed finds its result published, changes nothing and says so.
+"""
+
+import time
+from collections.abc import Callable
+
+from jobs import batch_score, build_requests, build_sequences, evaluate, import_events, serve_check, train
+from longer.config import Settings
+from longer.progress import say
+from longer.report import write_report
+from longer.runner import run_job
+from longer.storage import Version, remove_tree
+
+STAGES: dict[str, Callable[[Settings], Version]] = {
+    "import_events": import_events.run,
+    "build_sequences": build_sequences.run,
+    "build_requests": build_requests.run,
+    "train": train.run,
+    "evaluate": evaluate.run,
+    "serve": serve_check.run,
+    "batch_score": batch_score.run,
+}
+
+
+def run(settings: Settings, fresh: bool = False) -> None:
+    """Writes the report of all stages; with `fresh`, after removing everything under `root` that a pipeline wrote."""
+    started = time.perf_counter()
+    if fresh:
+        for folder in ("tables", "checkpoints", "training", "evaluation", "serving_check", "batch_scores"):
+            remove_tree(settings.path(folder))
+    seconds: dict[str, float] = {}
+    versions: dict[str, Version] = {}
+    for number, (name, stage) in enumerate(STAGES.items(), 1):
+        say("pipeline", f"[{number}/{len(STAGES) + 1}] {name}")
+        stage_started = time.perf_counter()
+        versions[name] = stage(settings)
+        seconds[name] = round(time.perf_counter() - stage_started, 2)
+    say("pipeline", f"[{len(STAGES) + 1}/{len(STAGES) + 1}] report")
+    write_report(settings, versions, seconds)
+    say("pipeline", f"done in {time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    run_job(__doc__, run, flags=(("fresh", "remove earlier results under --root first"),))

@@ -1,0 +1,73 @@
+"""What a pipeline run amounts to: report.json for machines and report.html, one self-contained page, for people."""
+
+import json
+import platform as python_platform
+from collections.abc import Mapping
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from longer.charts import auc_by_length, histogram, training_curve
+from longer.config import Settings
+from longer.progress import say
+from longer.storage import Version, exists, read_bytes, write_bytes
+
+_TEMPLATE = Path(__file__).with_name("report.html.jinja")
+
+
+def write_report(settings: Settings, versions: Mapping[str, Version], seconds: Mapping[str, float]) -> dict[str, Any]:
+    """The report of these stage results, written under `root` unless it is there already.
+
+    `seconds` of a stage that found its result published are taken from the earlier report, which saw the work.
+    """
+    path = settings.path("report.json")
+    earlier = json.loads(read_bytes(path)) if exists(path) else {"versions": {}, "stages": {}}
+    ids = {name: version.id for name, version in versions.items()}
+    if earlier["versions"] == ids and exists(settings.path("report.html")):
+        say("report", f"{path} is already written, nothing changed")
+        return earlier
+    kept = {name: earlier["stages"][name] for name, id in ids.items() if earlier["versions"].get(name) == id}
+    report = summarize(versions, {**seconds, **kept})
+    write_bytes(settings.path("report.html"), render(report, versions).encode())
+    write_bytes(path, json.dumps(report, indent=1).encode())
+    say("report", f"{settings.path('report.html')} and report.json")
+    return report
+
+
+def summarize(versions: Mapping[str, Version], seconds: Mapping[str, float]) -> dict[str, Any]:
+    """The figures of report.json."""
+    train, evaluation, serving, batch = (
+        versions[name].manifest for name in ("train", "evaluate", "serve", "batch_score")
+    )
+    return {
+        "test": evaluation["test"],
+        "baselines": evaluation["baselines"],
+        "serving": {name: serving[name] for name in ("requests", "p50_ms", "p99_ms", "max_abs_diff_vs_offline", "cache")},
+        "batch": {name: batch[name] for name in ("rows", "rows_per_s", "max_abs_diff_vs_online")},
+        "stages": dict(seconds),
+        "model": {name: train[name] for name in ("model_version", "num_parameters", "step", "validation")},
+        "versions": {name: version.id for name, version in versions.items()},
+        "made_with": {
+            "python": python_platform.python_version(),
+            **{package: installed(package) for package in ("ray", "torch", "pyarrow")},
+        },
+    }
+
+
+def render(report: Mapping[str, Any], versions: Mapping[str, Version]) -> str:
+    """The page: figures as tables, curves as inline SVG, nothing loaded from anywhere."""
+    evaluation = versions["evaluate"].manifest
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(_TEMPLATE.read_text()).render(
+        report=report,
+        sizes={name: versions[name].manifest for name in ("import_events", "build_sequences", "build_requests")},
+        settings=versions["train"].manifest["settings"],
+        methods={"LONGER": report["test"], **report["baselines"]},
+        charts={
+            "Training": training_curve(versions["train"].manifest["history"]),
+            "Test AUC by length of history": auc_by_length(evaluation["auc_by_length"]),
+            "Latency of online requests": histogram(versions["serve"].manifest["latencies_ms"], "milliseconds"),
+        },
+    )
