@@ -1,0 +1,15 @@
+"""Scores the test split, beside the baselines: python -m jobs.evaluate --config configs/quickstart.yaml"""
+
+from longer.config import Settings
+from longer.runner import run_job
+from longer.storage import Table, Version
+from longer.training.evaluate import evaluate
+
+
+def run(settings: Settings) -> Version:
+    """Metrics and scores of the served checkpoint."""
+    return evaluate(settings, Table(settings.path("checkpoints")).require("jobs.train"))
+
+
+if __name__ == "__main__":
+    run_job(__doc__, run)

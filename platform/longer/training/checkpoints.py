@@ -1,0 +1,182 @@
+"""Checkpoints that cannot run code: safetensors for tensors, JSON for the rest, on local disk or S3.
+
+model.safetensors      weights
+model.json             format, model version, schema, model settings, tasks: all that serving needs
+trainer.safetensors    the optimizer's moments, float32
+trainer.json           the position in the data and the history so far
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from longer.config import ModelSettings, TaskSettings
+from longer.errors import UserError
+from longer.model.longer import Longer
+from longer.schema import EventSchema
+from longer.storage import read_bytes, write_bytes
+from longer.training.cursor import Position
+
+FORMAT_VERSION = 1
+
+_TASKS: TypeAdapter[tuple[TaskSettings, ...]] = TypeAdapter(tuple[TaskSettings, ...])
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a model is, apart from its weights."""
+
+    path: str
+    model_version: str
+    model: ModelSettings
+    schema: EventSchema
+    tasks: tuple[TaskSettings, ...]
+
+
+@dataclass
+class TrainerState:
+    """Where a training run stands; `history` holds one record a logged step and one a validation."""
+
+    position: Position = field(default_factory=Position)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def save_model(
+    directory: str, model: Longer, settings: ModelSettings, schema: EventSchema, tasks: tuple[TaskSettings, ...]
+) -> str:
+    """Writes model.safetensors, then model.json; returns the model version, a hash of the weights and of the settings."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    about = {
+        "schema_hash": schema.hash(),
+        "event_schema": schema.model_dump(mode="json"),
+        "model": settings.model_dump(mode="json"),
+        "tasks": _TASKS.dump_python(tasks, mode="json"),
+    }
+    version = _model_version(weights, about)
+    write_bytes(f"{directory}/model.safetensors", safetensors.torch.save(weights))
+    write_bytes(f"{directory}/model.json", _json({"format_version": FORMAT_VERSION, "model_version": version, **about}))
+    return version
+
+
+def load_model(
+    path: str, device: str = "cpu", expected_schema: EventSchema | None = None
+) -> tuple[Longer, CheckpointInfo]:
+    """The model under `path`, local or s3://, in eval mode; a UserError names what is missing, changed or does not fit."""
+    about = _read_json(path, "model.json")
+    info = _info(path, about)
+    if expected_schema and expected_schema.hash() != info.schema.hash():
+        raise UserError(
+            f"{path}/model.json: schema {info.schema.hash()} is not the settings' event_schema {expected_schema.hash()}: "
+            "use the settings that the checkpoint was trained with, or train again"
+        )
+    weights = _read_tensors(path, "model.safetensors")
+    with torch.random.fork_rng(devices=[]):
+        model = Longer(info.model, info.schema, info.tasks)
+    _check_same_tensors(path, model.state_dict(), weights)
+    stated = {name: about[name] for name in ("schema_hash", "event_schema", "model", "tasks")}
+    if _model_version(weights, stated) != info.model_version:
+        raise UserError(
+            f"{path}/model.safetensors: content is not that of model.json's model_version: copy both files again"
+        )
+    model.load_state_dict(weights)
+    return model.to(device).eval(), info
+
+
+def save_trainer(directory: str, model: Longer, optimizer: torch.optim.Optimizer, state: TrainerState) -> None:
+    """Writes the optimizer's moments under their parameters' names, and the state."""
+    tensors = {
+        f"{name}/{key}": value.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+    write_bytes(f"{directory}/trainer.safetensors", safetensors.torch.save(tensors))
+    about = {
+        "format_version": FORMAT_VERSION,
+        "epoch": state.position.epoch,
+        "step": state.position.step,
+        "history": state.history,
+    }
+    write_bytes(f"{directory}/trainer.json", _json(about))
+
+
+def load_trainer(path: str, model: Longer, optimizer: torch.optim.Optimizer) -> TrainerState:
+    """Puts the moments back into `optimizer` and returns the state that was saved with them."""
+    for name, tensor in _read_tensors(path, "trainer.safetensors").items():
+        parameter_name, key = name.rsplit("/", 1)
+        parameter = model.get_parameter(parameter_name)
+        optimizer.state[parameter][key] = tensor if key == "step" else tensor.to(parameter.device)
+    return read_trainer_state(path)
+
+
+def read_trainer_state(path: str) -> TrainerState:
+    about = _read_json(path, "trainer.json")
+    return TrainerState(Position(about["epoch"], about["step"]), about["history"])
+
+
+def _info(path: str, about: dict[str, Any]) -> CheckpointInfo:
+    try:
+        return CheckpointInfo(
+            path,
+            about["model_version"],
+            ModelSettings(**about["model"]),
+            EventSchema(**about["event_schema"]),
+            _TASKS.validate_python(about["tasks"]),
+        )
+    except (KeyError, TypeError, ValidationError) as error:
+        reason = f"no field {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise UserError(
+            f"{path}/model.json: not a model's description ({reason}): was it edited? copy it again"
+        ) from None
+
+
+def _model_version(weights: Mapping[str, torch.Tensor], about: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()[:16]
+
+
+def _check_same_tensors(path: str, expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
+    for name in sorted(expected.keys() | found.keys()):
+        wanted, got = (tuple(side[name].shape) if name in side else "absent" for side in (expected, found))
+        if wanted != got:
+            raise UserError(
+                f"{path}/model.safetensors: tensor {name} is {got}, model.json's settings make it {wanted}: "
+                "the two files are not of one checkpoint"
+            )
+
+
+def _read_tensors(path: str, name: str) -> dict[str, torch.Tensor]:
+    try:
+        return safetensors.torch.load(read_bytes(f"{path}/{name}"))
+    except FileNotFoundError:
+        raise UserError(f"{path}/{name}: no such file: is this a checkpoint folder?") from None
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path}/{name}: not a safetensors file ({error}): copy it again") from None
+
+
+def _read_json(path: str, name: str) -> dict[str, Any]:
+    try:
+        about = json.loads(read_bytes(f"{path}/{name}"))
+    except FileNotFoundError:
+        raise UserError(f"{path}/{name}: no such file: is this a checkpoint folder?") from None
+    except ValueError:
+        raise UserError(f"{path}/{name}: not valid JSON: copy it again") from None
+    if about.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path}/{name}: format version {about.get('format_version')}, this release reads {FORMAT_VERSION}: "
+            "use the release that wrote it, or train again"
+        )
+    return about
+
+
+def _json(about: dict[str, Any]) -> bytes:
+    return json.dumps(about, indent=1).encode()

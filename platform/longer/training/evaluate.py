@@ -1,0 +1,226 @@
+"""The test split: the model's metrics, the baselines' on the same rows, and every score in a table.
+
+C candidates, T tasks.
+"""
+
+import functools
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+import ray
+import torch
+
+from longer.arrays import Int64, RequestBatch
+from longer.config import Settings, TaskSettings
+from longer.data.batches import Requests
+from longer.data.tables import RequestTable, SequenceTable
+from longer.errors import UserError
+from longer.model.inputs import to_tensors
+from longer.model.longer import Longer
+from longer.progress import say, track
+from longer.schema import EventSchema
+from longer.serving.scores import score_rows
+from longer.storage import TABLE_FORMAT, DataFile, Table, Version, checked_output, fingerprint, write_bytes
+from longer.training.baselines import count_in_history, item_counts, popularity
+from longer.training.checkpoints import CheckpointInfo, load_model
+from longer.training.loader import read_split, score_packs
+from longer.training.metrics import auc, gauc
+from longer.training.steps import task_metrics
+
+_PACK_REQUESTS = 64
+
+
+@dataclass(frozen=True)
+class BucketScores:
+    """The rows of one bucket: outputs, labels and what the metrics and baselines need."""
+
+    output_CT: npt.NDArray[np.float32]
+    labels: dict[str, npt.NDArray[np.float32]]
+    user_C: Int64
+    item_C: Int64
+    history_end_C: Int64
+    counts: list[Int64]
+    trained_items: tuple[Int64, Int64]
+    num_requests: int
+    file: DataFile | None
+
+
+def evaluate(settings: Settings, checkpoint: Version) -> Version:
+    """Every score of the test split, published; the manifest holds the metrics, and those of the baselines on the same rows.
+
+    A finished evaluation is found and nothing changes.
+    """
+    requests = RequestTable(settings.path("tables", "requests"), settings.event_schema).version
+    chosen = settings.evaluate.model_dump(mode="json")
+    inputs = {
+        "checkpoint": checkpoint.id,
+        "requests": requests.id,
+        "sequences": requests.manifest["inputs"]["sequences"],
+    }
+    version_id = fingerprint("evaluation", TABLE_FORMAT, chosen, inputs)
+    table = Table(settings.path("evaluation"))
+    if published := table.reuse(version_id):
+        say("evaluate", f"version {version_id} is already there, nothing changed")
+        return published
+    if not requests.manifest["num_requests"]["test"]:
+        raise UserError(
+            f"{requests.path}: no requests in the test split: raise requests.test_days_share, build them again"
+        )
+    train_end_ms = round(datetime.fromisoformat(requests.manifest["valid_from"]).timestamp() * 1000)
+    scorer = BucketScorer(settings, inputs, checkpoint.path, table.begin(version_id), train_end_ms)
+    try:
+        parts = list(_score_buckets(settings, scorer, requests.manifest["num_buckets"]))
+        metrics = _metrics(settings, parts)
+        write_bytes(f"{scorer.version_path}/metrics.json", json.dumps(metrics, indent=1).encode())
+    except BaseException:
+        table.discard(version_id)
+        raise
+    about = {
+        "schema_hash": settings.event_schema.hash(),
+        "settings": chosen,
+        "inputs": inputs,
+        "model_version": checkpoint.manifest["model_version"],
+        "num_requests": sum(part.num_requests for part in parts),
+        "num_rows": sum(len(part.item_C) for part in parts),
+    }
+    version = table.publish(version_id, {**about, **metrics})
+    say(
+        "evaluate",
+        f"version {version_id}: {', '.join(f'{name} {value:.4f}' for name, value in metrics['test'].items())}",
+    )
+    return version
+
+
+@dataclass(frozen=True)
+class BucketScorer:
+    """Scores the test requests of a bucket and writes them under the version's path: what a Ray task runs."""
+
+    settings: Settings
+    inputs: dict[str, str]
+    checkpoint_path: str
+    version_path: str
+    train_end_ms: int
+
+    def score(self, bucket: int) -> BucketScores:
+        torch.set_num_threads(1)
+        settings, schema = self.settings, self.settings.event_schema
+        model, info = _model(self.checkpoint_path, schema)
+        sequences = SequenceTable(settings.path("tables", "sequences"), schema, self.inputs["sequences"])
+        requests = RequestTable(settings.path("tables", "requests"), schema, self.inputs["requests"])
+        data = read_split(sequences, requests, "test", info.model.windows, [bucket])
+        asked, item_C = data.requests, data.requests.candidates.features["item_id"]
+        output_CT = np.zeros((len(item_C), len(info.tasks)), np.float32)
+        for rows_C, outputs in score_packs(data, data.packs(_PACK_REQUESTS), functools.partial(_outputs, model)):
+            output_CT[rows_C] = outputs
+        history_end_C = np.repeat(asked.history_end_R, np.diff(asked.candidates.offsets_R1))
+        last_events = [*settings.evaluate.count_baseline_events, None]
+        return BucketScores(
+            output_CT=output_CT,
+            labels=asked.labels,
+            user_C=np.repeat(asked.user_key_R, np.diff(asked.candidates.offsets_R1)),
+            item_C=item_C,
+            history_end_C=history_end_C,
+            counts=count_in_history(data.histories, data.row_C, history_end_C, item_C, last_events),
+            trained_items=item_counts(data.histories, self.train_end_ms),
+            num_requests=len(asked),
+            file=self._write(bucket, asked, output_CT, info.tasks) if len(asked) else None,
+        )
+
+    def _write(
+        self, bucket: int, requests: Requests, output_CT: npt.NDArray[np.float32], tasks: tuple[TaskSettings, ...]
+    ) -> DataFile:
+        scores = {}
+        for index, task in enumerate(tasks):
+            output_C = torch.from_numpy(np.ascontiguousarray(output_CT[:, index]))
+            scores[task.name] = (output_C.sigmoid() if task.kind == "binary" else output_C).numpy()
+        with checked_output(self.version_path, f"bucket={bucket:04d}/part-0.parquet") as sink:
+            pq.write_table(score_rows(requests, scores, self.settings.event_schema), sink, compression="zstd")
+        return sink.data_file
+
+
+@functools.lru_cache(maxsize=1)
+def _model(path: str, schema: EventSchema) -> tuple[Longer, CheckpointInfo]:
+    """Loaded once a worker process, which scores many buckets."""
+    return load_model(path, expected_schema=schema)
+
+
+@torch.inference_mode()
+def _outputs(model: Longer, batch: RequestBatch) -> npt.NDArray[np.float32]:
+    return model(to_tensors(batch)).numpy()
+
+
+def _score_buckets(settings: Settings, scorer: BucketScorer, num_buckets: int) -> Iterator[BucketScores]:
+    """One task a bucket, one thread a task, as many at a time as there are cores."""
+    cores = len(os.sched_getaffinity(0))
+    logical = max(1, int(ray.cluster_resources()["CPU"]) // cores) if settings.ray.address is None else 1
+    task = ray.remote(num_cpus=logical)(BucketScorer.score)
+    pending = [task.remote(scorer, bucket) for bucket in range(num_buckets)]
+
+    def completed() -> Iterator[BucketScores]:
+        left = pending
+        while left:
+            done, left = ray.wait(left, num_returns=1)
+            yield ray.get(done[0])
+
+    return track(completed(), num_buckets, "evaluate", "buckets")
+
+
+def _metrics(settings: Settings, parts: list[BucketScores]) -> dict[str, Any]:
+    """Of the first task and of each; baselines and AUC by history length rank for the first binary task."""
+    tasks = settings.train.tasks
+    output_CT, user_C, item_C, history_end_C = (
+        np.concatenate([getattr(part, name) for part in parts])
+        for name in ("output_CT", "user_C", "item_C", "history_end_C")
+    )
+    labels = {task.name: np.concatenate([part.labels[task.name] for part in parts]) for task in tasks}
+    metrics = task_metrics(output_CT, labels, user_C, tasks)
+    result: dict[str, Any] = {"test": metrics[tasks[0].name], "test_by_task": metrics}
+    binary = [index for index, task in enumerate(tasks) if task.kind == "binary"]
+    if not binary:
+        return result
+    label_C = labels[tasks[binary[0]].name]
+    names = [f"count_last_{last}" for last in settings.evaluate.count_baseline_events] + ["count_all"]
+    scores: dict[str, npt.NDArray] = {"longer": output_CT[:, binary[0]]}
+    scores["popularity"] = popularity([part.trained_items for part in parts], item_C)
+    scores |= {name: np.concatenate([part.counts[i] for part in parts]) for i, name in enumerate(names)}
+    result["baselines"] = {
+        name: {"auc": auc(score_C, label_C), "gauc": gauc(score_C, label_C, user_C)}
+        for name, score_C in scores.items()
+        if name != "longer"
+    }
+    result["auc_by_length"] = _by_length(settings, scores, label_C, history_end_C)
+    return result
+
+
+def _by_length(
+    settings: Settings, scores: dict[str, npt.NDArray], label_C: npt.NDArray, length_C: Int64
+) -> list[dict[str, Any]]:
+    """AUC of each score in bins of history length, in events; the last bin is open. Empty bins are left out."""
+    edges = settings.evaluate.length_edges
+    bin_C = np.searchsorted(edges, length_C, side="right") - 1
+    return [
+        {
+            "from": edges[number],
+            "to": edges[number + 1] if number + 1 < len(edges) else None,
+            "rows": int((bin_C == number).sum()),
+            "auc": {
+                name: _or_none(auc(score_C[bin_C == number], label_C[bin_C == number]))
+                for name, score_C in scores.items()
+            },
+        }
+        for number in range(len(edges))
+        if (bin_C == number).any()
+    ]
+
+
+def _or_none(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value

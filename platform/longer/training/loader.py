@@ -1,0 +1,166 @@
+"""A split in memory, decoded once, and its batches assembled ahead of the consumer."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from longer.arrays import Candidates, Histories, Int64, RequestBatch
+from longer.data.batches import Packs, Requests, assemble, concat_histories, plan_packs, rows_of_requests
+from longer.data.tables import RequestTable, SequenceTable
+from longer.windows import WindowRule
+
+T = TypeVar("T")
+
+_COST_PER_BATCH = 1 << 15
+"""Events and candidates scored together: enough to fill the cores, little enough for their caches."""
+
+
+@dataclass(frozen=True)
+class SplitData:
+    """R requests of a split and the histories that they read; `row_R` is each request's row in the histories."""
+
+    histories: Histories
+    requests: Requests
+    row_R: Int64
+    windows: WindowRule
+
+    def take(self, requests_N: Int64) -> "SplitData":
+        """The same histories with requests `requests_N` only."""
+        return SplitData(self.histories, self.requests.take(requests_N), self.row_R[requests_N], self.windows)
+
+    def newest(self, max_requests: int | None) -> "SplitData":
+        """The newest `max_requests` requests, or all."""
+        if max_requests is None or max_requests >= len(self.requests):
+            return self
+        order = np.lexsort((self.requests.request_id_R, self.requests.request_ts_R))
+        return self.take(np.sort(order[-max_requests:]))
+
+    def spread(self, max_requests: int) -> "SplitData":
+        """At most `max_requests` requests, evenly over users and each user's time; the same ones every time."""
+        if max_requests >= len(self.requests):
+            return self
+        order = np.lexsort((self.requests.request_ts_R, self.row_R))
+        return self.take(order[np.arange(max_requests) * len(order) // max_requests])
+
+    @property
+    def row_C(self) -> Int64:
+        """The history row of each candidate."""
+        return np.repeat(self.row_R, np.diff(self.requests.candidates.offsets_R1))
+
+    def packs(self, max_pack_requests: int) -> Packs:
+        return plan_packs(self.row_R, self.requests.history_end_R, self.windows, max_pack_requests)
+
+    def num_candidates(self, packs: Packs) -> Int64:
+        """Candidates of each pack."""
+        ends_R1 = np.append(0, np.cumsum(np.diff(self.requests.candidates.offsets_R1)[packs.order_R]))
+        return np.diff(ends_R1[packs.offsets_P1])
+
+    def cost(self, packs: Packs) -> Int64:
+        """Events and candidates that each pack makes the model compute."""
+        newest_end_P = self.requests.history_end_R[packs.order_R[packs.offsets_P1[1:] - 1]]
+        start_P = self.windows.history_start(newest_end_P) * self.windows.merge_size
+        return newest_end_P - start_P + self.num_candidates(packs)
+
+    def batch(self, packs: Packs) -> RequestBatch:
+        return assemble(self.histories, self.row_R, self.requests, packs, self.windows)
+
+
+def score_packs(
+    data: SplitData, packs: Packs, score: Callable[[RequestBatch], npt.NDArray[np.float32]]
+) -> Iterator[tuple[Int64, npt.NDArray[np.float32]]]:
+    """Rows among all candidates of `data`, and their scores, batch by batch. Packs of similar cost go together: less padding."""
+    cost_P = data.cost(packs)
+    by_cost = np.argsort(cost_P, kind="stable")
+    batch_P = np.cumsum(cost_P[by_cost]) // _COST_PER_BATCH
+    offsets_R1 = data.requests.candidates.offsets_R1
+    for members in np.split(by_cost, np.flatnonzero(np.diff(batch_P)) + 1):
+        if len(members):
+            chosen = packs.take(members)
+            rows = [np.arange(offsets_R1[request], offsets_R1[request + 1]) for request in chosen.order_R]
+            yield np.concatenate(rows), score(data.batch(chosen))
+
+
+def read_split(
+    sequences: SequenceTable,
+    requests: RequestTable,
+    split: str,
+    windows: WindowRule,
+    buckets: Iterable[int] | None = None,
+) -> SplitData:
+    """A split, or some buckets of it, in memory."""
+    wanted = range(requests.num_buckets) if buckets is None else buckets
+    histories, asked = [], []
+    for bucket in wanted:
+        histories.append(sequences.read_bucket(bucket)[1])
+        asked.append(requests.read(split, bucket))
+    all_histories, all_requests = concat_histories(histories), concat_requests(asked)
+    return SplitData(all_histories, all_requests, rows_of_requests(all_histories, all_requests), windows)
+
+
+def concat_requests(parts: list[Requests]) -> Requests:
+    """The requests of all parts, in order; the parts share their features and tasks."""
+    sizes_R = np.concatenate([np.diff(part.candidates.offsets_R1) for part in parts])
+    first = parts[0]
+    return Requests(
+        request_id_R=np.concatenate([part.request_id_R for part in parts]),
+        user_id_R=pa.concat_arrays([part.user_id_R for part in parts]),
+        user_key_R=np.concatenate([part.user_key_R for part in parts]),
+        request_ts_R=np.concatenate([part.request_ts_R for part in parts]),
+        history_end_R=np.concatenate([part.history_end_R for part in parts]),
+        candidates=Candidates(
+            np.append(np.int64(0), np.cumsum(sizes_R)),
+            {
+                name: np.concatenate([part.candidates.features[name] for part in parts])
+                for name in first.candidates.features
+            },
+        ),
+        item_id_C=pa.concat_arrays([part.item_id_C for part in parts]),
+        labels={task: np.concatenate([part.labels[task] for part in parts]) for task in first.labels},
+    )
+
+
+def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:
+    """The items in order, up to `depth` made ahead by a thread; what the thread raises is raised here.
+
+    Closing the iterator ends the thread.
+    """
+    ahead: queue.Queue[tuple[str, object]] = queue.Queue(maxsize=depth)
+    closed = threading.Event()
+
+    def put(kind: str, value: object) -> bool:
+        while not closed.is_set():
+            try:
+                ahead.put((kind, value), timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def produce() -> None:
+        try:
+            for item in items:
+                if not put("item", item):
+                    return
+            put("end", None)
+        except BaseException as error:
+            put("error", error)
+
+    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = ahead.get()
+            if kind == "error":
+                raise value  # type: ignore[misc]
+            if kind == "end":
+                return
+            yield value  # type: ignore[misc]
+    finally:
+        closed.set()
+        thread.join()
