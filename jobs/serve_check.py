@@ -1,0 +1,42 @@
+"""Serves the current checkpoint for a while and checks its answers: python -m jobs.serve_check --config configs/quickstart.yaml"""
+
+from typing import Any
+
+from ray import serve
+
+from jobs.serve import scoring_args
+from longer.config import Settings
+from longer.data.tables import RequestTable
+from longer.errors import UserError
+from longer.progress import say
+from longer.runner import run_job
+from longer.serving.batch import Inputs
+from longer.serving.check import choose_requests, find_check, free_port, offline_scores, publish_check, replay
+from serve_apps.scoring import build_app
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Latencies, cache counters and the largest difference from the offline scores, published as `serving_check`."""
+    inputs = Inputs.served(settings)
+    offline = offline_scores(settings, inputs)
+    if published := find_check(settings, inputs, offline):
+        return published
+    requests = RequestTable(settings.path("tables", "requests"), settings.event_schema, inputs.requests.id)
+    users = choose_requests(requests, "test", settings.serve.check_requests)
+    args = scoring_args(settings, inputs).model_copy(update={"sequences_version": inputs.sequences.id})
+    if serve.status().applications:
+        raise UserError("ray.address: this cluster serves applications already: check on a Ray of its own")
+    host = settings.serve.host
+    port = free_port(host, settings.serve.port)
+    try:
+        serve.start(http_options={"host": host, "port": port})
+        serve.run(build_app(args), name="scoring", route_prefix="/")
+        say("serve_check", f"{sum(map(len, users))} requests of {len(users)} users to http://{host}:{port}/v1/score")
+        answers = replay(f"http://{host}:{port}", users)
+    finally:
+        serve.shutdown()
+    return publish_check(settings, inputs, offline, users, answers)
+
+
+if __name__ == "__main__":
+    run_job(__doc__, run)

@@ -1,0 +1,216 @@
+"""Asks a running service what the test split asks, over real HTTP, and compares its scores with the offline ones.
+
+Whole users in time order, each by one client with the affinity header, several clients at once; every few requests one is sent
+again at once. So states are loaded, appended to and hit, as in service.
+"""
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import numpy as np
+import pyarrow.parquet as pq
+
+from longer.config import Settings
+from longer.data.batches import Requests
+from longer.data.tables import RequestTable
+from longer.errors import UserError
+from longer.hashing import hash_int64
+from longer.progress import say
+from longer.serving.batch import Inputs
+from longer.serving.scores import max_abs_diff, read_scores, score_rows
+from longer.storage import TABLE_FORMAT, Table, Version, checked_output, fingerprint
+from longer.training.loader import concat_requests
+
+NUM_CLIENTS = 4
+REPEAT_EVERY = 4
+_TIMEOUT_S = 60.0
+
+
+def free_port(host: str, preferred: int) -> int:
+    """The preferred port if nobody listens there, else any free one."""
+    for port in (preferred, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError:
+                continue
+            return probe.getsockname()[1]
+    raise UserError(f"serve.host={host}: cannot listen there: use an address of this machine")
+
+
+def choose_requests(table: RequestTable, split: str, num_requests: int) -> list[Requests]:
+    """Requests of whole users, each user's in time order, users in a fixed random order; the last user may be cut short."""
+    users = []
+    for bucket in range(table.num_buckets):
+        requests = table.read(split, bucket)
+        for user_key in np.unique(requests.user_key_R):
+            mine = np.flatnonzero(requests.user_key_R == user_key)
+            users.append(requests.take(mine[np.argsort(requests.request_ts_R[mine], kind="stable")]))
+    if not users:
+        raise UserError(f"{table.version.path}: no requests in the {split} split: build requests with a longer log")
+    key_U = np.array([user.user_key_R[0] for user in users])
+    chosen, missing = [], num_requests
+    for u in np.argsort(hash_int64(key_U), kind="stable"):
+        take = min(missing, len(users[u]))
+        if not take:
+            break
+        chosen.append(users[u].take(np.arange(take)))
+        missing -= take
+    return chosen
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One response; `scores` by task, in the order of the request's candidates."""
+
+    request_id: int
+    latency_ms: float
+    source: str
+    scores: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """All answers, repeated requests included, and the replicas' cache counters at the end, added up."""
+
+    answers: list[Answer]
+    cache: dict[str, int]
+
+    def scores(self, requests: Requests, task: str, first: bool = True) -> np.ndarray:
+        """[C] of `requests`, from each one's first answer or from its last."""
+        answers = reversed(self.answers) if first else iter(self.answers)
+        by_request = {answer.request_id: answer.scores[task] for answer in answers}
+        return np.concatenate([np.array(by_request[r], np.float32) for r in requests.request_id_R.tolist()])
+
+
+def replay(url: str, users: list[Requests]) -> Replay:
+    """Sends every user's requests to the service at `url`; raises on the first that is not answered with scores."""
+    return asyncio.run(_replay(url, users))
+
+
+async def _replay(url: str, users: list[Requests]) -> Replay:
+    queue, answers = iter(users), list[Answer]()
+    limits = httpx.Limits(max_connections=NUM_CLIENTS)
+    async with httpx.AsyncClient(base_url=url, timeout=_TIMEOUT_S, limits=limits) as http:
+        await asyncio.gather(*(_client(http, queue, answers) for _ in range(NUM_CLIENTS)))
+        replicas = {}
+        for user in users:
+            stats = (await http.get("/v1/stats", headers=_session(user))).json()
+            replicas[stats["replica"]] = stats["cache"]
+    return Replay(
+        answers, {name: sum(cache[name] for cache in replicas.values()) for name in next(iter(replicas.values()))}
+    )
+
+
+async def _client(http: httpx.AsyncClient, users: Iterator[Requests], answers: list[Answer]) -> None:
+    """Takes users off the common queue until it is empty; a user's requests go one after the other."""
+    for user in users:
+        headers = _session(user)
+        for number, (request_id, body) in enumerate(_bodies(user)):
+            for _ in range(2 if number % REPEAT_EVERY == 1 else 1):
+                started = time.perf_counter()
+                response = await http.post("/v1/score", content=body, headers=headers)
+                latency_ms = (time.perf_counter() - started) * 1000
+                if response.status_code != 200:
+                    raise RuntimeError(f"POST /v1/score: {response.status_code} {response.text}")
+                answer = response.json()
+                answers.append(Answer(request_id, latency_ms, answer["user_state"]["source"], answer["scores"]))
+
+
+def _session(user: Requests) -> dict[str, str]:
+    return {"x-session-id": str(user.user_id_R[0].as_py())}
+
+
+def _bodies(user: Requests) -> Iterator[tuple[int, bytes]]:
+    """Each request's id and JSON body: candidates by id, so that their features come from the catalogue."""
+    offsets = user.candidates.offsets_R1.tolist()
+    ids = user.item_id_C.to_pylist()
+    for r, request_id in enumerate(user.request_id_R.tolist()):
+        body: dict[str, Any] = {
+            "user_id": user.user_id_R[r].as_py(),
+            "candidates": ids[offsets[r] : offsets[r + 1]],
+            "request_ts": int(user.request_ts_R[r]),
+        }
+        yield request_id, json.dumps(body).encode()
+
+
+def summary(answers: list[Answer]) -> dict[str, Any]:
+    """Requests, and percentiles of the milliseconds that clients waited."""
+    latencies_ms = [answer.latency_ms for answer in answers]
+    p50, p99 = np.percentile(latencies_ms, [50, 99]).tolist()
+    by_source = {
+        source: float(np.median([a.latency_ms for a in answers if a.source == source]))
+        for source in sorted({answer.source for answer in answers})
+    }
+    return {
+        "requests": len(answers),
+        "p50_ms": p50,
+        "p99_ms": p99,
+        "p50_ms_by_source": by_source,
+        "latencies_ms": [round(ms, 3) for ms in latencies_ms],
+    }
+
+
+def offline_scores(settings: Settings, inputs: Inputs) -> Version:
+    """The evaluation's scores of the test split by the same checkpoint on the same tables."""
+    evaluation = Table(settings.path("evaluation")).require("jobs.evaluate")
+    if evaluation.manifest["inputs"] != inputs.ids:
+        raise UserError(
+            f"{evaluation.path}: scores of another checkpoint or other tables than those served: run `python -m jobs.evaluate`"
+        )
+    return evaluation
+
+
+def find_check(settings: Settings, inputs: Inputs, offline: Version) -> dict[str, Any] | None:
+    """The record of a finished check of the same model, tables and serve settings, if there is one."""
+    published = Table(settings.path("serving_check")).reuse(_check_id(settings, inputs, offline))
+    if published:
+        say("serve_check", f"version {published.id} is already checked, nothing changed")
+    return published.manifest if published else None
+
+
+def publish_check(
+    settings: Settings, inputs: Inputs, offline: Version, users: list[Requests], replayed: Replay
+) -> dict[str, Any]:
+    """Compares every answer with the offline scores; publishes the record, and the online scores as a score table."""
+    tasks, schema, asked = settings.train.tasks, settings.event_schema, concat_requests(users)
+    expected = read_scores(offline, asked.request_id_R)
+    worst, compared = 0.0, 0
+    for first in (True, False):
+        online = score_rows(asked, {task.name: replayed.scores(asked, task.name, first) for task in tasks}, schema)
+        diff, compared = max_abs_diff(online, expected, tasks)
+        worst = max(worst, diff)
+    if compared != len(asked):
+        raise ValueError(f"{offline.path} has scores of {compared} of the {len(asked)} requests asked")
+    record = {**summary(replayed.answers), "max_abs_diff_vs_offline": worst, "cache": replayed.cache}
+    table = Table(settings.path("serving_check"))
+    version_id = _check_id(settings, inputs, offline)
+    with checked_output(table.begin(version_id), "scores/part-0.parquet") as sink:
+        pq.write_table(online, sink, compression="zstd")
+    about = {
+        "schema_hash": schema.hash(),
+        "inputs": inputs.ids,
+        "offline": offline.id,
+        "model_version": inputs.checkpoint.manifest["model_version"],
+        "settings": settings.serve.model_dump(mode="json"),
+        "num_rows": len(asked),
+    }
+    table.publish(version_id, {**about, **record}, [sink.data_file])
+    counters = ", ".join(f"{count} {name}" for name, count in replayed.cache.items())
+    say(
+        "serve_check",
+        f"{record['requests']} requests: p50 {record['p50_ms']:.1f} ms, p99 {record['p99_ms']:.1f} ms; {counters}; "
+        f"largest difference from offline scores {worst:.1e}",
+    )
+    return record
+
+
+def _check_id(settings: Settings, inputs: Inputs, offline: Version) -> str:
+    return fingerprint("serving_check", TABLE_FORMAT, inputs.ids, offline.id, settings.serve.model_dump(mode="json"))

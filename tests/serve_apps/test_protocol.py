@@ -1,0 +1,65 @@
+"""Bodies become requests or one line that repeats nothing of them."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from longer.serving.scorer import ScoreRequest, ScoreResult
+from serve_apps.protocol import BodyError, parse_score_body, score_response
+
+
+def parse(body: Any, max_candidates: int = 3) -> tuple[ScoreRequest, int | None]:
+    return parse_score_body(json.dumps(body).encode(), max_candidates)
+
+
+def test_ids_and_objects_mix() -> None:
+    request, top_k = parse({"user_id": 7, "candidates": [1, {"id": 2, "features": {"price": 3, "brand": "b"}}]})
+    assert request == ScoreRequest(7, [1, 2], {"price": [None, 3], "brand": [None, "b"]})
+    assert top_k is None
+
+
+@pytest.mark.parametrize("when", ["2024-01-01T00:00:00Z", "2024-01-01T02:00:00+02:00", 1_704_067_200_000])
+def test_times_are_iso_or_milliseconds(when: Any) -> None:
+    assert parse({"user_id": "u", "candidates": ["a"], "request_ts": when})[0].request_ts == 1_704_067_200_000
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "reason"),
+    [
+        (b'{"user_id": 7, "candid', 400, "body: not valid JSON"),
+        (b"\xff\xfe", 400, "body: not valid JSON"),
+        (b"[1]", 422, "body: expected an object with no other fields than"),
+        ({"user_id": 7, "candidates": [1], "secret": 1}, 422, "body: expected an object with no other fields than"),
+        ({"candidates": [1]}, 422, "user_id: missing"),
+        ({"user_id": ["secret"], "candidates": [1]}, 422, "user_id: expected an integer or a string"),
+        ({"user_id": True, "candidates": [1]}, 422, "user_id: expected an integer or a string"),
+        ({"user_id": 7, "candidates": []}, 422, "candidates: expected a list of item ids"),
+        ({"user_id": 7, "candidates": [{"secret": 1}]}, 422, "candidates: expected a list of item ids"),
+        ({"user_id": 7, "candidates": [1.5]}, 422, "candidates: expected a list of item ids"),
+        ({"user_id": 7, "candidates": [1] * 4}, 413, "candidates: at most 3 in a request"),
+        ({"user_id": 7, "candidates": [1], "request_ts": "secret"}, 422, "request_ts: expected ISO 8601"),
+        ({"user_id": 7, "candidates": [1], "request_ts": "2024-01-01T00:00:00"}, 422, "request_ts: expected ISO 8601"),
+        ({"user_id": 7, "candidates": [1], "request_ts": 10**30}, 422, "request_ts: expected ISO 8601"),
+        ({"user_id": 7, "candidates": [1], "top_k": 0}, 422, "top_k: expected a positive integer"),
+    ],
+)
+def test_a_bad_body_has_one_line_without_its_values(body: Any, status: int, reason: str) -> None:
+    sent = body if isinstance(body, bytes) else json.dumps(body).encode()
+    with pytest.raises(BodyError) as caught:
+        parse_score_body(sent, 3)
+    assert caught.value.status == status
+    assert str(caught.value).startswith(reason)
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_top_k_are_the_best_by_the_first_task_and_tasks_stay_aligned() -> None:
+    scores = {"click": np.array([0.1, 0.9, 0.5], np.float32), "buy": np.array([1, 2, 3], np.float32)}
+    result = ScoreResult(scores, 5, "hit", 12, 4)
+    response = json.loads(score_response(ScoreRequest(7, [10, 20, 30]), result, 2, "m1"))
+    assert response["candidates"] == [20, 30]
+    assert response["scores"]["buy"] == [2, 3]
+    assert np.float32(response["scores"]["click"][0]) == np.float32(0.9)
+    assert response["user_state"] == {"source": "hit", "num_events": 12, "last_event_ts": 4}

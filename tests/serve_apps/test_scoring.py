@@ -1,0 +1,134 @@
+"""The Serve application over real HTTP."""
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+import pytest
+import yaml
+from ray import serve
+from ray.serve.schema import ServeDeploySchema
+
+from longer.serving.check import free_port
+from longer.serving.scorer import Scorer, ScoreRequest, ScoreResult
+from serve_apps.scoring import ScoringArgs, build_app
+from tests.serving.tables import DAY_MS, START_MS, build_world
+
+CONFIG = Path(__file__).parents[2] / "serve_apps" / "scoring.yaml"
+ITEMS = ["item1", "item5", "never seen"]
+END_MS = START_MS + 31 * DAY_MS
+
+
+def test_the_config_file_is_one_that_serve_and_the_builder_accept() -> None:
+    config = ServeDeploySchema.model_validate(yaml.safe_load(CONFIG.read_text()))
+    [application] = config.applications
+    assert application.import_path == "serve_apps.scoring:build_app"
+    assert config.http_options.host == "127.0.0.1"
+    ScoringArgs.model_validate(application.args)
+
+
+@pytest.fixture(scope="module")
+def service(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Scorer]]:
+    """The URL of a running app with two replicas, and a scorer without a cache to compare with."""
+    world = build_world(tmp_path_factory.mktemp("service"))
+    tables = {"sequences": world.path("tables", "sequences"), "items": world.path("tables", "items")}
+    args = ScoringArgs(
+        checkpoint=world.path("checkpoint"),
+        **tables,
+        num_replicas=2,
+        max_replicas=2,
+        num_cpus=0.5,
+        max_candidates=10,
+        max_body_bytes=2000,
+    )
+    port = free_port("127.0.0.1", 8399)
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(build_app(args), name="scoring", route_prefix="/")
+        yield f"http://127.0.0.1:{port}", Scorer(args.checkpoint, args.sequences, 0, args.items)
+    finally:
+        serve.shutdown()
+
+
+def post(url: str, user: int, body: dict, session: str | None = None) -> httpx.Response:
+    headers = {"x-session-id": session or str(user)}
+    return httpx.post(f"{url}/v1/score", json={"user_id": user, **body}, headers=headers, timeout=30)
+
+
+@pytest.mark.ray
+def test_scores_over_http_equal_the_scorers_and_a_session_keeps_its_replica(service: tuple[str, Scorer]) -> None:
+    url, scorer = service
+    replicas: dict[int, set[str]] = {}
+    for source, request_ts in (("load", END_MS), ("hit", END_MS + 1)):
+        for user in range(1, 10):
+            response = post(url, user, {"candidates": ITEMS, "request_ts": request_ts})
+            assert response.status_code == 200, response.text
+            answer = response.json()
+            expected = scorer.score([ScoreRequest(user, ITEMS, request_ts=request_ts)])[0]
+            assert isinstance(expected, ScoreResult)
+            np.testing.assert_allclose(answer["scores"]["label"], expected.scores["label"], rtol=0, atol=1e-5)
+            assert answer["user_state"]["source"] == source
+            assert answer["user_state"]["num_events"] == user * user
+            assert answer["model_version"] == scorer.info.model_version
+            replicas.setdefault(user, set()).add(response.headers["x-replica"])
+    assert all(len(seen) == 1 for seen in replicas.values())
+    sessions = [httpx.get(f"{url}/healthz", headers={"x-session-id": str(s)}) for s in range(40)]
+    assert len({response.headers["x-replica"] for response in sessions}) == 2
+
+
+@pytest.mark.ray
+def test_a_cold_user_and_an_unknown_item_get_scores_and_top_k_cuts(service: tuple[str, Scorer]) -> None:
+    url, _ = service
+    answer = post(url, 10**9, {"candidates": [*ITEMS, {"id": "new", "features": {"price": 2}}], "top_k": 2}).json()
+    assert answer["user_state"] == {"source": "cold", "num_events": 0, "last_event_ts": None}
+    scores = answer["scores"]["label"]
+    assert len(answer["candidates"]) == 2
+    assert scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("body", "status", "reason"),
+    [
+        ({"candidates": ["a"] * 11}, 413, "candidates: at most 10"),
+        ({"candidates": ["a" * 3000]}, 413, "body: at most 2000 bytes"),
+        ({"candidates": [1]}, 422, "candidates: expected string values"),
+        ({"candidates": ["a"], "request_ts": "yesterday"}, 422, "request_ts: expected ISO 8601"),
+    ],
+)
+def test_mistakes_are_answered_with_their_reason(
+    service: tuple[str, Scorer], body: dict, status: int, reason: str
+) -> None:
+    response = post(service[0], 5, body)
+    assert response.status_code == status
+    assert response.json()["error"].startswith(reason)
+
+
+@pytest.mark.ray
+def test_half_a_body_and_a_lost_client_leave_the_service_well(service: tuple[str, Scorer]) -> None:
+    url, _ = service
+    whole = json.dumps({"user_id": 5, "candidates": ITEMS}).encode()
+    cut = httpx.post(f"{url}/v1/score", content=whole[:20], timeout=30)
+    assert (cut.status_code, cut.json()) == (400, {"error": "body: not valid JSON"})
+    address = urlsplit(url)
+    with socket.create_connection((address.hostname, address.port)) as connection:
+        head = f"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: {len(whole)}\r\n\r\n"
+        connection.sendall(head.encode() + whole[:20])
+    assert post(url, 5, {"candidates": ITEMS}).status_code == 200
+
+
+@pytest.mark.ray
+def test_what_is_served_and_how_it_does_can_be_asked(service: tuple[str, Scorer]) -> None:
+    url, scorer = service
+    assert httpx.get(f"{url}/healthz").json() == {"status": "ok"}
+    assert httpx.get(f"{url}/readyz").json() == {"status": "ready"}
+    model = httpx.get(f"{url}/v1/model").json()
+    assert model["model_version"] == scorer.info.model_version
+    assert model["sequences_version"] == scorer.history.version_id
+    cache = httpx.get(f"{url}/v1/stats").json()["cache"]
+    assert cache["hit"] >= 0
+    assert 0 < cache["bytes"] <= cache["budget_bytes"]
