@@ -14,7 +14,10 @@ from longer.storage import TABLE_FORMAT, Table, Version, fingerprint
 
 
 def run(settings: Settings) -> Version:
-    """The request table of the served sequences."""
+    """The request table of the served sequences.
+
+    Events that the sequence table no longer keeps make no request; the manifest counts them beside the cut windows.
+    """
     schema, windows = settings.event_schema, settings.model.windows
     if len(schema.tasks) > 1:
         raise UserError(
@@ -48,6 +51,7 @@ def run(settings: Settings) -> Version:
         "num_buckets": sequences.manifest["settings"]["num_buckets"],
         "num_rows": num_kept,
         **stats,
+        "num_events_not_kept": sequences.manifest["num_events"] - sequences.manifest["num_events_kept"],
         "num_items": len(catalogue.items),
         "valid_from": iso_time(splits.valid_from_ms),
         "test_from": iso_time(splits.test_from_ms),

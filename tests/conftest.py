@@ -8,6 +8,27 @@ from longer.config import RaySettings
 from longer.runner import start_ray
 
 
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket of an S3 server on a free loopback port, reached over HTTP through the usual environment variables."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+    from s3fs import S3FileSystem
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    boto3.client("s3").create_bucket(Bucket="tables")
+    S3FileSystem.clear_instance_cache()
+    yield "s3://tables"
+    S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     import ray

@@ -2,7 +2,7 @@
 
 import logging
 import os
-import secrets
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +14,7 @@ from longer.errors import UserError
 
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`, whose runtime environment then holds
 _MAX_IDLE_WORKERS = 32
+_USER_ERROR_LINE = re.compile(r"^longer\.errors\.UserError: (.+)$", re.MULTILINE)
 
 
 def run_job(
@@ -39,17 +40,14 @@ def run_job(
 def start_ray(settings: RaySettings) -> None:
     """Connects to the cluster of the settings, or starts a local Ray, unless this process has one already.
 
-    A local Ray is authenticated by a token of its own, whether or not this machine has run Ray before: Ray would otherwise
-    switch authentication on by a file that an earlier run may have left.
+    A local Ray is authenticated by a token: the environment's (RAY_AUTH_MODE, RAY_AUTH_TOKEN) or the one that Ray keeps in
+    ~/.ray. Setting the environment here would be too late: Ray reads it when first imported.
     """
-    if settings.address is None and "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray Data's shuffle has worker pools of its own; with the default, num_cpus, idle workers of one are ended to start those
     # of another, which takes a second each and at times prints an abort from the dying worker.
     os.environ.setdefault("RAY_num_workers_soft_limit", str(_MAX_IDLE_WORKERS))
-    import ray  # reads the environment when imported
+    import ray
 
     if ray.is_initialized():
         return
@@ -68,12 +66,17 @@ def start_ray(settings: RaySettings) -> None:
 
 
 def user_error_in(error: BaseException | None) -> UserError | None:
-    """The UserError that `error` is or was caused by, through Ray's wrapping of what a task raised."""
+    """The UserError that `error` is or was caused by, through Ray's wrapping of what a task raised.
+
+    Ray Data loses the cause itself when the error crosses processes; its one line is still in the text.
+    """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         if type(error) is UserError:
             return error
+        if said := _USER_ERROR_LINE.search(str(error)):
+            return UserError(said[1])
         error = getattr(error, "cause", None) or error.__cause__ or error.__context__
     return None
 
@@ -89,4 +92,4 @@ def _quiet_ray_data() -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what goes wrong is raised, and printed once

@@ -66,7 +66,7 @@ def naive_sequences(
     names = [field.name for field in schema.event_fields()]
 
     def order(event: dict[str, Any]) -> list[tuple[bool, Any]]:
-        return [(event[name] is None, event[name] or 0 if event[name] is None else event[name]) for name in names]
+        return [(event[name] is None, 0 if event[name] is None else event[name]) for name in names]  # nulls last
 
     by_user: dict[Any, list[dict[str, Any]]] = {}
     for event in events.to_pylist():

@@ -1,0 +1,78 @@
+"""Rows that cannot be used are told apart, with the reason, and never reach the events table."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from longer.data.events import check_rows, write_events
+from longer.errors import UserError
+from tests.data.logs import BASKETS, log
+
+NOW = datetime(2020, 1, 1, tzinfo=UTC)
+
+
+def raw(times: list, **columns: list) -> pa.Table:
+    """A log as an importer gives it, of len(times) good rows but for what is given."""
+    rows = len(times)
+    good = {
+        "user_id": [1] * rows,
+        "item_id": [2] * rows,
+        "basket_id": [3] * rows,
+        "action": ["purchase"] * rows,
+        "category": ["c"] * rows,
+        "quantity": [1] * rows,
+    }
+    return pa.table({**good, "event_ts": times, **columns})
+
+
+def test_each_unfit_row_is_quarantined_with_its_first_reason() -> None:
+    day = "2019-05-01T10:00:00"
+    times = [
+        day,
+        None,
+        "yesterday",
+        "1969-12-31T23:59:59",
+        "2020-01-01T00:00:01",
+        day,
+        day,
+        day,
+        "2019-05-01T10:00:00+02:00",
+    ]
+    users = [1, 1, 1, 1, 1, None, 1, 1, 1]
+    items = [2, 2, 2, 2, 2, None, None, 2, 2]
+    baskets = [3, 3, 3, 3, 3, 3, 3, None, 3]
+    events, quarantined = check_rows(raw(times, user_id=users, item_id=items, basket_id=baskets), BASKETS, NOW)
+    assert quarantined["reason"].to_pylist() == [
+        "missing or unparsable event_ts",
+        "missing or unparsable event_ts",
+        "event_ts before 1970",
+        "event_ts in the future",
+        "null user_id",
+        "null item_id",
+        "null basket_id",
+    ]
+    assert quarantined["event_ts"].to_pylist() == [*times[1:8]]
+    assert [time.hour for time in events["event_ts"].to_pylist()] == [10, 8]
+    assert events.schema.equals(BASKETS.events_arrow())
+
+
+def test_a_missing_column_and_one_of_another_type_name_the_column() -> None:
+    good = raw(["2019-05-01"])
+    with pytest.raises(UserError, match="no column 'quantity'"):
+        check_rows(good.drop_columns(["quantity"]), BASKETS, NOW)
+    with pytest.raises(UserError, match="column 'item_id' of the log is string, the schema says int64"):
+        check_rows(raw(["2019-05-01"], item_id=["x"]), BASKETS, NOW)
+    with pytest.raises(UserError, match="column 'event_ts' of the log is double"):
+        check_rows(raw([1.5]), BASKETS, NOW)
+
+
+def test_each_utc_day_is_one_file_and_no_row_is_lost(tmp_path: Path) -> None:
+    events = log([(1, day % 3, item, 1) for day, item in enumerate(range(1, 20))])
+    files = write_events(events, str(tmp_path))
+    assert [file.path for file in files] == [f"dt=2016-07-{18 + day}/part-0.parquet" for day in range(3)]
+    written = pa.concat_tables([pq.read_table(tmp_path / f.path, partitioning=None) for f in files])
+    assert written.schema.equals(BASKETS.events_arrow())
+    assert written.sort_by("item_id").equals(events.sort_by("item_id"))

@@ -1,0 +1,96 @@
+"""A job ends in one line for a user's mistake, and Ray comes up on any machine."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from longer.errors import UserError
+from longer.runner import user_error_in
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_python(*args: str, **env: str) -> subprocess.CompletedProcess:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    clean.pop("PYTHONPATH", None)
+    return subprocess.run(
+        [sys.executable, *args],
+        cwd=ROOT,
+        env={**clean, "PYTHONPATH": "platform", **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["--nonsense", "1"], "unrecognized arguments: --nonsense 1: see --help for every setting"),
+        (["--config", "no.yaml"], "no.yaml: no such settings file; configs/ holds ready ones"),
+        (["--import_events.source", "nowhere"], "import_events.source: nowhere/transactions.parquet: no such file"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(args: list[str], line: str) -> None:
+    done = run_python("-m", "jobs.import_events", *args)
+    assert done.returncode == 2
+    assert done.stderr.startswith(line)
+    assert done.stderr.count("\n") == 1
+
+
+def test_help_names_every_setting_of_the_job() -> None:
+    done = run_python("-m", "jobs.build_sequences", "--help")
+    assert done.returncode == 0
+    assert "--sequences.keep_events" in done.stdout
+
+
+def test_a_mistake_is_found_under_what_wrapped_it_and_a_bug_is_not_one() -> None:
+    mistake = UserError("file x: repair it")
+    wrapped = RuntimeError("task failed")
+    wrapped.__cause__ = mistake
+    assert user_error_in(wrapped) is mistake
+    assert user_error_in(ValueError("a bug")) is None
+
+
+_SCRIPT = """
+import platform
+import ray.data  # as jobs do, before the settings are known
+from longer.config import RaySettings
+from longer.runner import start_ray
+start_ray(RaySettings(num_cpus=1, object_store_bytes=80 << 20))
+
+@ray.remote
+def seen():
+    import platform, longer
+    return platform.system(), platform.__file__
+
+print([platform.system(), platform.__file__], list(ray.get(seen.remote())))
+ray.shutdown()
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("ran_before", [False, True], ids=["first Ray here", "Ray has run here"])
+def test_ray_starts_and_workers_import_the_package_and_the_standard_platform(tmp_path: Path, ran_before: bool) -> None:
+    if ran_before:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray/auth_token").write_text("0123456789abcdef0123456789abcdef")
+    done = run_python("-c", _SCRIPT, HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    import platform
+
+    here = [platform.system(), platform.__file__]
+    assert done.stdout.strip().splitlines()[-1] == f"{here} {here}"
+
+
+def test_the_standard_librarys_platform_wins_at_the_repository_root() -> None:
+    import platform
+
+    assert not (ROOT / "platform/__init__.py").exists()
+    assert callable(platform.system)  # in pytest
+    done = run_python("-c", "import platform; print(platform.system())")
+    assert done.stdout.strip() == platform.system()
