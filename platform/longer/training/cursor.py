@@ -32,7 +32,8 @@ class DataCursor:
     def __init__(self, key: str, num_requests_P: Int64, cost_P: Int64, requests_per_step: int) -> None:
         self._key, self._num_requests_P, self._cost_P = key, num_requests_P, cost_P
         self._num_requests = int(num_requests_P.sum())
-        self.steps_per_epoch = max(1, round(self._num_requests / requests_per_step))
+        # Rounded down, and with no pack larger than a step, every step holds at least one pack.
+        self.steps_per_epoch = max(1, self._num_requests // max(requests_per_step, int(num_requests_P.max())))
         self._epoch: tuple[int, Int64, Int64] | None = None
 
     def global_step(self, position: Position) -> int:
@@ -44,7 +45,7 @@ class DataCursor:
         return Position(position.epoch + 1, 0) if last else Position(position.epoch, position.step + 1)
 
     def packs_of_step(self, position: Position) -> Int64:
-        """Packs of a whole step, over all workers; a step is empty only if packs are larger than a step."""
+        """Packs of a whole step, over all workers; at least one."""
         order_P, step_bounds = self._shuffled(position.epoch)
         return order_P[step_bounds[position.step] : step_bounds[position.step + 1]]
 
@@ -57,7 +58,7 @@ class DataCursor:
         if self._epoch is None or self._epoch[0] != epoch:
             order_P = _permutation(f"{self._key}/{epoch}", len(self._num_requests_P))
             requests = self._num_requests_P[order_P]
-            step_P = (np.cumsum(requests) - requests) * self.steps_per_epoch // max(1, self._num_requests)
+            step_P = (np.cumsum(requests) - requests) * self.steps_per_epoch // self._num_requests
             self._epoch = (epoch, order_P, np.searchsorted(step_P, np.arange(self.steps_per_epoch + 1)))
         return self._epoch[1], self._epoch[2]
 

@@ -63,7 +63,7 @@ class Run:
         requests = RequestTable(settings.path("tables", "requests"), schema, versions["requests"])
         self.data = read_split(sequences, requests, "train", windows).newest(asked.max_requests)
         self.valid = read_split(sequences, requests, "valid", windows).spread(asked.max_validation_requests)
-        self.packs = self.data.packs(min(MAX_PACK_REQUESTS, asked.requests_per_step))
+        self.packs = self.data.packs(MAX_PACK_REQUESTS)
         self.candidates_P = self.data.num_candidates(self.packs)
         self.requests_P = np.diff(self.packs.offsets_P1)
         order = f"{versions['requests']}/{settings.seed}"

@@ -1,0 +1,135 @@
+"""Checkpoints: what is saved comes back; what does not fit is refused in one line; nothing that is loaded can run code."""
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from longer.errors import UserError
+from longer.model.longer import Longer
+from longer.schema import EventSchema
+from longer.storage import read_bytes, write_bytes
+from longer.training.checkpoints import TrainerState, load_model, load_trainer, save_model, save_trainer
+from longer.training.cursor import Position
+from tests.model.generate import SCHEMA, TASKS, small_model
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[str, Longer]:
+    model = small_model(dtype=torch.float32)
+    directory = str(tmp_path / "checkpoint")
+    save_model(directory, model, model.settings, SCHEMA, TASKS)
+    return directory, model
+
+
+def test_a_model_comes_back_with_its_weights_settings_and_version(saved: tuple[str, Longer]) -> None:
+    directory, model = saved
+    loaded, info = load_model(directory, expected_schema=SCHEMA)
+    assert info.model == model.settings
+    assert info.schema == SCHEMA
+    assert info.tasks == TASKS
+    assert not loaded.training
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=0)
+    assert save_model(directory, loaded, info.model, info.schema, info.tasks) == info.model_version
+
+
+def test_loading_leaves_the_random_stream_as_it_was(saved: tuple[str, Longer]) -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    load_model(saved[0])
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_version_changes_with_any_weight(saved: tuple[str, Longer], tmp_path: Path) -> None:
+    directory, model = saved
+    before = load_model(directory)[1].model_version
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1e-3
+    assert save_model(str(tmp_path / "other"), model, model.settings, SCHEMA, TASKS) != before
+
+
+def test_a_model_on_s3_loads_like_a_local_one(saved: tuple[str, Longer], s3: str) -> None:
+    directory, _ = saved
+    for file in ("model.json", "model.safetensors"):
+        write_bytes(f"{s3}/checkpoint/{file}", read_bytes(f"{directory}/{file}"))
+    assert load_model(f"{s3}/checkpoint")[1].model_version == load_model(directory)[1].model_version
+
+
+def edit_json(change: Callable[[dict], None]) -> Callable[[Path], None]:
+    def edit(directory: Path) -> None:
+        about = json.loads((directory / "model.json").read_text())
+        change(about)
+        (directory / "model.json").write_text(json.dumps(about))
+
+    return edit
+
+
+def edit_tensors(change: Callable[[dict], None]) -> Callable[[Path], None]:
+    def edit(directory: Path) -> None:
+        tensors = safetensors.torch.load((directory / "model.safetensors").read_bytes())
+        change(tensors)
+        (directory / "model.safetensors").write_bytes(safetensors.torch.save(tensors))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda d: (d / "model.json").unlink(), "model.json: no such file"),
+        (lambda d: (d / "model.safetensors").unlink(), "model.safetensors: no such file"),
+        (lambda d: (d / "model.json").write_text("{"), "model.json: not valid JSON"),
+        (lambda d: (d / "model.safetensors").write_bytes(b"\x00" * 64), "model.safetensors: not a safetensors file"),
+        (lambda d: (d / "model.safetensors").write_bytes(pickle.dumps({"w": 1})), "not a safetensors file"),
+        (edit_json(lambda about: about.update(format_version=99)), "format version 99"),
+        (edit_json(lambda about: about.pop("tasks")), "no field 'tasks'"),
+        (edit_json(lambda about: about["model"].update(depth=3)), "not a model's description"),
+        (edit_json(lambda about: about["model"].update(item_rows=77)), "tensor embedding.item"),
+        (edit_json(lambda about: about["model"].update(count_events=[3, 5])), "content is not that of"),
+        (edit_tensors(lambda tensors: tensors.pop(sorted(tensors)[0])), "is absent"),
+        (edit_tensors(lambda tensors: tensors.update(extra=torch.zeros(2))), "tensor extra"),
+        (edit_tensors(lambda tensors: tensors[sorted(tensors)[0]].add_(1)), "content is not that of"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_in_one_line(
+    saved: tuple[str, Longer], damage: Callable[[Path], None], says: str
+) -> None:
+    damage(Path(saved[0]))
+    with pytest.raises(UserError, match=says) as refused:
+        load_model(saved[0])
+    assert saved[0] in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_checkpoint_of_another_schema_is_refused(saved: tuple[str, Longer]) -> None:
+    with pytest.raises(UserError, match="is not the settings' event_schema"):
+        load_model(saved[0], expected_schema=EventSchema())
+
+
+def test_training_goes_on_from_saved_state_as_if_never_interrupted(saved: tuple[str, Longer]) -> None:
+    directory, model = saved
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    def step(of_model: Longer, of_optimizer: torch.optim.Optimizer) -> None:
+        of_optimizer.zero_grad()
+        sum((p**2).sum() for p in of_model.parameters()).backward()  # type: ignore[union-attr]
+        of_optimizer.step()
+
+    step(model, optimizer)
+    state = TrainerState(Position(1, 7), [{"step": 3, "loss": 0.5}])
+    save_model(directory, model, model.settings, SCHEMA, TASKS)
+    save_trainer(directory, model, optimizer, state)
+    step(model, optimizer)
+
+    resumed, _ = load_model(directory)
+    fresh = torch.optim.AdamW(resumed.parameters(), lr=0.1)
+    assert load_trainer(directory, resumed, fresh) == state
+    step(resumed, fresh)
+    for one, other in zip(model.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)

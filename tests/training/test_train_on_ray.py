@@ -1,0 +1,170 @@
+"""Training and evaluation on a real local Ray: a killed worker, another number of workers, reruns and bad inputs."""
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray.train
+import safetensors.torch
+import torch
+
+from jobs import evaluate, train
+from longer.config import Settings
+from longer.data.tables import RequestTable
+from longer.errors import UserError
+from longer.serving.scores import read_scores
+from longer.storage import Version
+from longer.training.checkpoints import load_model
+from longer.training.loop import train_worker
+from longer.training.metrics import auc
+from longer.training.steps import Stepper
+from tests.data.test_build_on_ray import run_all, settings_of
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+
+TRAIN = {"requests_per_step": 16, "epochs": 2, "validate_every_steps": 8, "learning_rate": 0.01}
+DIES_AFTER_STEP = 13
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    settings = settings_of(tmp_path_factory.mktemp("tables"), requests={"validation_days_share": 0.1})
+    run_all(settings)
+    return settings
+
+
+def settings_for(tables: Settings, root: Path, **train_settings: Any) -> Settings:
+    """Settings of a run in a folder of its own, on the tables that all tests share."""
+    shutil.copytree(tables.path("tables"), root / "tables", dirs_exist_ok=True)
+    model = {**tables.model.model_dump(), "item_rows": 211, "user_rows": 31, "event_width": 8, "num_heads": 2}
+    changed = {"root": str(root), "model": model, "train": {**TRAIN, **train_settings}}
+    return Settings(**{**tables.model_dump(), **changed})
+
+
+def worker_that_dies_once(config: dict[str, Any]) -> None:
+    """The worker function, but rank 1 is killed after a step, once; every start leaves a line in the file `starts`."""
+    root, rank = Path(config["settings"].root), ray.train.get_context().get_world_rank()
+    if rank == 0:
+        with (root / "starts").open("a") as starts:
+            starts.write("resumed\n" if ray.train.get_checkpoint() else "fresh\n")
+    original, steps_here = Stepper.step, 0
+
+    def step(*args: Any) -> Any:
+        nonlocal steps_here
+        steps_here += 1
+        if rank == 1 and steps_here == DIES_AFTER_STEP and not (root / "killed").exists():
+            (root / "killed").touch()
+            time.sleep(3)  # longer than Ray's controller takes to take note of the last checkpoint
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args)
+
+    Stepper.step = step  # type: ignore[method-assign]
+    train_worker(config)
+
+
+@pytest.fixture(scope="module")
+def trained(tables: Settings, tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, Version]:
+    """A finished run of two workers, one of which was killed on the way."""
+    settings = settings_for(tables, tmp_path_factory.mktemp("trained"), num_workers=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("longer.training.run.train_worker", worker_that_dies_once)
+        return settings, train.run(settings)
+
+
+def test_a_killed_worker_costs_no_step_and_repeats_none(trained: tuple[Settings, Version]) -> None:
+    settings, version = trained
+    assert (Path(settings.root) / "starts").read_text().split() == ["fresh", "resumed"]
+    losses = [record["step"] for record in version.manifest["history"] if "loss" in record]
+    validations = [record["step"] for record in version.manifest["history"] if "validation" in record]
+    num_requests = RequestTable(settings.path("tables", "requests"), settings.event_schema).version.manifest[
+        "num_requests"
+    ]
+    assert losses == list(range(1, 2 * (num_requests["train"] // 16) + 1))
+    assert validations == sorted({*range(8, len(losses), 8), len(losses)})
+
+
+def test_the_published_checkpoint_is_the_best_by_validation(trained: tuple[Settings, Version]) -> None:
+    settings, version = trained
+    scores = {r["step"]: r["validation"]["label"]["auc"] for r in version.manifest["history"] if "validation" in r}
+    assert version.manifest["step"] == max(scores, key=lambda step: scores[step])
+    assert (
+        load_model(version.path, expected_schema=settings.event_schema)[1].model_version
+        == version.manifest["model_version"]
+    )
+
+
+def test_training_learns(trained: tuple[Settings, Version]) -> None:
+    losses = [record["loss"] for record in trained[1].manifest["history"] if "loss" in record]
+    assert np.mean(losses[-5:]) < 0.95 * np.mean(losses[:3])
+
+
+def test_a_finished_run_says_so_and_changes_nothing(
+    trained: tuple[Settings, Version], capsys: pytest.CaptureFixture
+) -> None:
+    settings, version = trained
+    before = {path: path.stat().st_mtime_ns for path in Path(settings.root).rglob("*.safetensors")}
+    assert train.run(settings).manifest == version.manifest
+    assert "already finished, nothing changed" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in Path(settings.root).rglob("*.safetensors")} == before
+
+
+def test_a_run_that_finished_but_was_not_published_is_published_without_training_again(
+    trained: tuple[Settings, Version], tmp_path: Path
+) -> None:
+    settings, version = trained
+    shutil.copytree(settings.path("training"), tmp_path / "training")
+    again = train.run(settings_for(settings, tmp_path, num_workers=1))
+    assert again.id == version.id
+    for key in ("model_version", "step", "history"):
+        assert again.manifest[key] == version.manifest[key]
+
+
+def test_one_and_two_workers_have_the_same_gradient(tables: Settings, tmp_path: Path) -> None:
+    moments = []
+    for num_workers in (1, 2):
+        one_step = {"num_workers": num_workers, "epochs": 1, "max_requests": 31, "requests_per_step": 31}
+        settings = settings_for(tables, tmp_path / str(num_workers), **one_step)
+        run = train.run(settings)
+        state = Path(settings.path("training", run.id, "step_0000001", "trainer.safetensors"))
+        moments.append(safetensors.torch.load(state.read_bytes()))
+    for name, moment in moments[0].items():  # after one step the first moment is a tenth of the gradient
+        torch.testing.assert_close(moments[1][name], moment, rtol=1e-4, atol=1e-7)
+
+
+def test_evaluation_publishes_scores_that_have_its_metrics(
+    trained: tuple[Settings, Version], capsys: pytest.CaptureFixture
+) -> None:
+    settings, checkpoint = trained
+    version = evaluate.run(settings)
+    assert version.manifest["model_version"] == checkpoint.manifest["model_version"]
+    assert set(version.manifest["baselines"]) == {
+        *("popularity", "count_last_20", "count_last_100", "count_last_1000", "count_all")
+    }
+    assert version.manifest["auc_by_length"]
+
+    table = RequestTable(settings.path("tables", "requests"), settings.event_schema)
+    asked = [table.read("test", bucket) for bucket in range(table.num_buckets)]
+    labels = {int(i): label for part in asked for i, label in zip(part.request_id_R, _label_lists(part), strict=True)}
+    rows = read_scores(version)
+    assert sorted(rows["request_id"].to_pylist()) == sorted(labels)
+    scores = np.concatenate(rows["score_label"].to_numpy())
+    assert auc(scores, np.concatenate([labels[i] for i in rows["request_id"].to_pylist()])) == pytest.approx(
+        version.manifest["test"]["auc"], abs=1e-6
+    )
+
+    assert evaluate.run(settings).manifest == version.manifest
+    assert "nothing changed" in capsys.readouterr().err
+
+
+def _label_lists(requests: Any) -> list[np.ndarray]:
+    return np.split(requests.labels["label"], requests.candidates.offsets_R1[1:-1])
+
+
+def test_more_workers_than_a_local_ray_holds_are_refused(tables: Settings, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="num_workers=99: this Ray has"):
+        train.run(settings_for(tables, tmp_path, num_workers=99))
