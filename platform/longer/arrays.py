@@ -41,7 +41,7 @@ class Histories:
         return self.first_index_B + np.diff(self.offsets_B1)
 
     def slice_events(self, rows_N: Int64, starts_N: Int64, ends_N: Int64) -> "Histories":
-        """N histories: of row `rows_N[i]`, the events with absolute index in [starts_N[i], ends_N[i]). Indices must lie in the rows."""
+        """N histories: of row `rows_N[i]`, the events with absolute index in [starts_N[i], ends_N[i]), which the row must hold."""
         base_N = self.offsets_B1[rows_N] - self.first_index_B[rows_N]
         lengths_N = ends_N - starts_N
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths_N)])
@@ -49,7 +49,9 @@ class Histories:
         before_N = base_N + starts_N - 1
         at_row_start = starts_N == self.first_index_B[rows_N]
         prev = np.where(
-            at_row_start, self.prev_event_ts_B[rows_N], self.event_ts_E[np.maximum(before_N, 0)] if len(self.event_ts_E) else NO_EVENT_TS
+            at_row_start,
+            self.prev_event_ts_B[rows_N],
+            self.event_ts_E[np.maximum(before_N, 0)] if len(self.event_ts_E) else NO_EVENT_TS,
         )
         return Histories(
             user_key_B=self.user_key_B[rows_N],

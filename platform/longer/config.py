@@ -40,7 +40,9 @@ class SequenceSettings(Section):
     num_buckets: int = Field(16, ge=1, description="Hash buckets of users; fixed for the life of a table.")
     keep_events: int = Field(10_000, ge=1, description="Events kept per user, the newest.")
     row_group_users: int = Field(64, ge=1, description="Users per Parquet row group: what a point read fetches.")
-    skip_unreadable_files: bool = Field(False, description="Go on without event files that cannot be read (they are named).")
+    skip_unreadable_files: bool = Field(
+        False, description="Go on without event files that cannot be read (they are named)."
+    )
 
 
 class RequestSettings(Section):
@@ -50,7 +52,10 @@ class RequestSettings(Section):
     test_days_share: float = Field(0.10, gt=0, lt=1, description="Newest share of days that is the test split.")
     validation_days_share: float = Field(0.03, ge=0, lt=1, description="Share of days before the test that validates.")
     max_cut_share: float = Field(
-        0.0, ge=0, le=1, description="Fail when more than this share of requests has a history window that the table cut."
+        0.0,
+        ge=0,
+        le=1,
+        description="Fail when more than this share of requests has a history window that the table cut.",
     )
 
 
@@ -65,14 +70,18 @@ class ModelSettings(Section):
     stride_groups: int = Field(32, ge=1, description="s: groups between moves of the windows; divides k and L/K.")
     num_heads: int = Field(4, ge=1, description="H: attention heads; K*d/H must be even (rotation turns pairs).")
     num_self_layers: int = Field(2, ge=0, description="N: self-causal layers after the cross-causal one.")
-    inner_transformer: bool = Field(True, description="InnerTrans: a transformer block inside each group before merging.")
+    inner_transformer: bool = Field(
+        True, description="InnerTrans: a transformer block inside each group before merging."
+    )
     num_cls_tokens: int = Field(2, ge=0, description="Learned global tokens, besides the user's own.")
     feed_forward_ratio: int = Field(4, ge=1, description="Width of the feed-forward layer over the token's.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability on attention and feed-forward outputs.")
     item_rows: int = Field(131_072, ge=2, description="Rows of the hashed item embedding table.")
     user_rows: int = Field(16_384, ge=2, description="Rows of the hashed user embedding table.")
     categorical_rows: int = Field(4_096, ge=2, description="Rows of each hashed side-feature table.")
-    interactions: bool = Field(True, description="Candidate x history features: counts and recency of item and category.")
+    interactions: bool = Field(
+        True, description="Candidate x history features: counts and recency of item and category."
+    )
     count_events: tuple[int, ...] = Field(
         (20, 100), description="Besides the whole window, count the candidate in the last n events for each n."
     )
@@ -138,7 +147,9 @@ class TrainSettings(Section):
     clip_norm: float = Field(1.0, gt=0, description="Gradient norm above which gradients are scaled down.")
     precision: Literal["float32", "bf16"] = Field("float32", description="bf16: autocast, float32 master weights.")
     validate_every_steps: int = Field(100, ge=1, description="Steps between validations, each with a checkpoint.")
-    max_validation_requests: int = Field(1_000, ge=1, description="Validation requests scored each time, spread evenly.")
+    max_validation_requests: int = Field(
+        1_000, ge=1, description="Validation requests scored each time, spread evenly."
+    )
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept: the best by validation AUC.")
     max_failures: int = Field(2, ge=0, description="Worker failures survived by restarting from the last checkpoint.")
 
@@ -146,7 +157,9 @@ class TrainSettings(Section):
 class EvaluateSettings(Section):
     """Metrics of the test split, and the baselines on the same rows."""
 
-    count_baseline_events: tuple[int, ...] = Field((20, 100, 1000), description="Baselines: the user's own count in the last n.")
+    count_baseline_events: tuple[int, ...] = Field(
+        (20, 100, 1000), description="Baselines: the user's own count in the last n."
+    )
     length_edges: tuple[int, ...] = Field(
         (0, 20, 50, 100, 200, 500, 1000, 2000), description="History-length bins of the AUC curve, in events."
     )
@@ -178,8 +191,12 @@ class BatchSettings(Section):
 class RaySettings(Section):
     """Which Ray the jobs run on."""
 
-    address: str | None = Field(None, description="A running cluster's address ('auto' under `ray job submit`); null starts a local one.")
-    num_cpus: int = Field(4, ge=1, description="Logical CPUs of a local Ray; more than cores lets light actors share them.")
+    address: str | None = Field(
+        None, description="A running cluster's address ('auto' under `ray job submit`); null starts a local one."
+    )
+    num_cpus: int = Field(
+        4, ge=1, description="Logical CPUs of a local Ray; more than cores lets light actors share them."
+    )
     object_store_bytes: int = Field(1 << 30, ge=80 << 20, description="Shared memory of a local Ray, in bytes.")
 
 
@@ -187,10 +204,17 @@ class Settings(BaseSettings):
     """The whole platform's settings; each job reads its own section and those before it."""
 
     model_config = SettingsConfigDict(
-        frozen=True, extra="forbid", cli_kebab_case=False, cli_implicit_flags=True, cli_hide_none_type=True, cli_avoid_json=False
+        frozen=True,
+        extra="forbid",
+        cli_kebab_case=False,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=False,
     )
 
-    root: str = Field("runs/default", description="Folder or s3:// prefix that holds the tables, checkpoints and reports.")
+    root: str = Field(
+        "runs/default", description="Folder or s3:// prefix that holds the tables, checkpoints and reports."
+    )
     seed: int = Field(0, ge=0, description="Seed of negatives, initial weights and the order of training.")
     event_schema: EventSchema = Field(EventSchema(), description="Columns of the event log and which are features.")
     import_events: ImportSettings = Field(ImportSettings(), description="jobs.import_events")
@@ -207,7 +231,9 @@ class Settings(BaseSettings):
     def _sections_agree(self) -> Self:
         unknown = {task.name for task in self.train.tasks} - set(self.event_schema.tasks)
         if unknown:
-            raise ValueError(f"train.tasks names {sorted(unknown)}, which event_schema.tasks lacks: add the label column or drop the task")
+            raise ValueError(
+                f"train.tasks names {sorted(unknown)}, which event_schema.tasks lacks: add the label column or drop the task"
+            )
         needed = self.model.windows.max_history_events
         if self.sequences.keep_events < needed:
             raise ValueError(
@@ -240,7 +266,9 @@ def load_settings(config: str | None = None, overrides: dict[str, Any] | None = 
         raise UserError(_explain(error, config)) from None
 
 
-def parse_settings(description: str, argv: Sequence[str] | None = None, flags: Sequence[tuple[str, str]] = ()) -> tuple[Settings, set[str]]:
+def parse_settings(
+    description: str, argv: Sequence[str] | None = None, flags: Sequence[tuple[str, str]] = ()
+) -> tuple[Settings, set[str]]:
     """Settings from the command line of a job, and which of its own boolean `flags` (name, help) were given.
 
     Exits with code 0 after `--help`; raises UserError for every mistake.
@@ -251,7 +279,9 @@ def parse_settings(description: str, argv: Sequence[str] | None = None, flags: S
         def error(self, message: str) -> Any:
             raise UserError(f"{message}: see --help for every setting")
 
-    parser = Parser(prog=Path(sys.argv[0]).stem, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog=Path(sys.argv[0]).stem, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; the flags below override it")
     for name, text in flags:
         parser.add_argument(f"--{name}", action="store_true", help=text)

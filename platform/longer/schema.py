@@ -25,7 +25,9 @@ class Feature(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="Column name, after mapping.")
-    kind: Literal["categorical", "numeric"] = Field(description="Categorical values are hashed; numeric ones are floats.")
+    kind: Literal["categorical", "numeric"] = Field(
+        description="Categorical values are hashed; numeric ones are floats."
+    )
     of: Literal["item", "event"] = Field(
         description="'item' features belong to the item and are known for candidates too; 'event' features only happen."
     )
@@ -56,7 +58,9 @@ class EventSchema(BaseModel):
         names = [*(f.name for f in self.features), *self.tasks, *([self.group_id] if self.group_id else [])]
         for name in names:
             if names.count(name) > 1 or name in _RESERVED:
-                raise ValueError(f"column name '{name}' is used twice or reserved: rename the feature, task or group_id")
+                raise ValueError(
+                    f"column name '{name}' is used twice or reserved: rename the feature, task or group_id"
+                )
         return self
 
     def features_of(self, of: str, kind: str | None = None) -> tuple[str, ...]:
