@@ -90,24 +90,32 @@ def attend_shared(
     `num_visible_P[p]` groups of its row and those private keys (its request's newest group and globals, itself) that
     `private_visible_PS` allows, at least one. No key is copied per query and no query is padded.
     """
-    scale = 1.0 / math.sqrt(query_PHZ.shape[-1])
-    query_PHZ = query_PHZ * scale
-    hidden = -torch.inf
-    private_PHS = torch.einsum("phz,pshz->phs", query_PHZ, private_key_PSHZ)
-    private_PHS = private_PHS.masked_fill(~private_visible_PS[:, None], hidden)
-    column_G = torch.arange(key_BGHZ.shape[1], device=query_PHZ.device)
-    from_shared, private_weights = [query_PHZ[:0]], [private_PHS[:0]]
-    per_row = (tensor.split(num_queries_B) for tensor in (query_PHZ, num_visible_P, private_PHS))
-    for row, (query_QHZ, num_visible_Q, private_QHS) in enumerate(zip(*per_row, strict=True)):
-        if not len(query_QHZ):
+    query_PHZ = query_PHZ / math.sqrt(query_PHZ.shape[-1])
+    private_PHS = (
+        (query_PHZ[:, None] * private_key_PSHZ).sum(-1).transpose(1, 2)
+    )  # so few keys that matrix products are slower
+    private_PHS = private_PHS.masked_fill(~private_visible_PS[:, None], -torch.inf)
+    query_HPZ, key_BHZG, value_BHGZ = (
+        query_PHZ.transpose(0, 1),
+        key_BGHZ.permute(0, 2, 3, 1),
+        value_BGHZ.transpose(1, 2),
+    )
+    num_groups = key_BGHZ.shape[1]
+    hidden_PG = torch.arange(num_groups, device=query_PHZ.device) >= num_visible_P[:, None]
+    bias_PG = torch.zeros_like(hidden_PG, dtype=query_PHZ.dtype).masked_fill_(hidden_PG, -torch.inf)
+    from_shared, private_weights = [query_HPZ[:, :0]], [private_PHS[:0]]
+    per_row = zip(
+        query_HPZ.split(num_queries_B, dim=1),
+        bias_PG.split(num_queries_B),
+        private_PHS.split(num_queries_B),
+        strict=True,
+    )
+    for row, (query_HQZ, bias_QG, private_QHS) in enumerate(per_row):
+        if not len(bias_QG):
             continue
-        shared_HQG = torch.einsum("qhz,ghz->hqg", query_QHZ, key_BGHZ[row])
-        shared_HQG = shared_HQG.masked_fill(column_G >= num_visible_Q[:, None], hidden)
-        weights_HQA = torch.cat([shared_HQG, private_QHS.transpose(0, 1)], dim=-1).softmax(dim=-1)
-        weights_HQG, weights_HQS = weights_HQA.to(value_BGHZ.dtype).split(
-            [len(column_G), private_QHS.shape[-1]], dim=-1
-        )
-        from_shared.append(torch.einsum("hqg,ghz->qhz", weights_HQG, value_BGHZ[row]))
-        private_weights.append(weights_HQS.transpose(0, 1))
-    from_private_PHZ = torch.einsum("phs,pshz->phz", torch.cat(private_weights), private_value_PSHZ)
-    return (torch.cat(from_shared) + from_private_PHZ).flatten(-2)
+        shared_HQG = torch.baddbmm(bias_QG, query_HQZ, key_BHZG[row])
+        weights_HQA = torch.cat([shared_HQG, private_QHS.transpose(0, 1)], dim=-1).softmax(dim=-1).to(value_BHGZ.dtype)
+        from_shared.append(weights_HQA[..., :num_groups] @ value_BHGZ[row])
+        private_weights.append(weights_HQA[..., num_groups:].transpose(0, 1))
+    from_private_PHZ = (torch.cat(private_weights).transpose(1, 2)[..., None] * private_value_PSHZ).sum(1)
+    return (torch.cat(from_shared, dim=1).transpose(0, 1) + from_private_PHZ).flatten(-2)

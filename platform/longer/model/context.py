@@ -7,6 +7,7 @@ T tail tokens, D width, H heads, Z head width.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -36,6 +37,13 @@ class Tail:
     keys: list[Tensor]
     values: list[Tensor]
     exists_RT: Tensor
+
+
+def take_rows(table_R: Tensor, rows: Tensor) -> Tensor:
+    """`table_R[rows]` through an embedding look-up, whose gradient is summed several times faster than an index's on a CPU."""
+    if not len(table_R):
+        return table_R[rows]
+    return F.embedding(rows, table_R.flatten(1)).unflatten(-1, table_R.shape[1:])
 
 
 def ranges(begin_B: Tensor, end_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from longer.config import ModelSettings, TaskSettings
 from longer.model.attention import Block, attend_groups, attend_shared
-from longer.model.context import Context, Tail, ranges, splice
+from longer.model.context import Context, Tail, ranges, splice, take_rows
 from longer.model.embedding import Embedding, HashedTable
 from longer.model.inputs import BatchTensors, EventTensors, RequestTensors
 from longer.model.interactions import InteractionIndex, num_features
@@ -211,7 +211,7 @@ class Longer(nn.Module):
         request_C = batch.request_of_candidate_C
         row_C = batch.row_R[request_C]
         x_CD = self.embedding.candidates(batch.candidates)
-        x_CD = x_CD + self.embedding.requests(batch.request_ts_R, last_event_ts_R)[request_C]
+        x_CD = x_CD + take_rows(self.embedding.requests(batch.request_ts_R, last_event_ts_R), request_C)
         head_input = []
         if index is not None:
             features_CF = self._interactions(index, batch, row_C, request_C, x_CD.dtype)
@@ -233,8 +233,8 @@ class Longer(nn.Module):
                 context.values[layer],
                 num_queries_B,
                 full_C - context.first_of_layer_B(layer)[row_C],
-                torch.cat([tail.keys[layer][request_C], key_CHZ[:, None]], dim=1),
-                torch.cat([tail.values[layer][request_C], value_CHZ[:, None]], dim=1),
+                torch.cat([take_rows(tail.keys[layer], request_C), key_CHZ[:, None]], dim=1),
+                torch.cat([take_rows(tail.values[layer], request_C), value_CHZ[:, None]], dim=1),
                 sees_CS,
             )
             x_CD = block.finish(x_CD, attended_CD)
@@ -264,7 +264,8 @@ class Longer(nn.Module):
         row_N, group_N = ranges(torch.zeros_like(first_B), events.num_events_B // self.windows.merge_size)
         start_N = first_B[row_N] + group_N * self.windows.merge_size
         slots_K = torch.arange(self.windows.merge_size, device=start_N.device)
-        return self.embedding.groups(x_Ed[start_N[:, None] + slots_K])
+        events_NK = start_N[:, None] + slots_K
+        return self.embedding.groups(take_rows(x_Ed, events_NK))
 
     def partial_groups(
         self, events: EventTensors, x_Ed: Tensor, row_R: Tensor, history_end_R: Tensor
