@@ -1,8 +1,7 @@
 """Serves the current checkpoint for a while and checks its answers: python -m jobs.serve_check --config configs/quickstart.yaml"""
 
-from typing import Any
-
 from ray import serve
+from ray.serve.schema import LoggingConfig
 
 from jobs.serve import scoring_args
 from longer.config import Settings
@@ -12,10 +11,11 @@ from longer.progress import say
 from longer.runner import run_job
 from longer.serving.batch import Inputs
 from longer.serving.check import choose_requests, find_check, free_port, offline_scores, publish_check, replay
+from longer.storage import Version
 from serve_apps.scoring import build_app
 
 
-def run(settings: Settings) -> dict[str, Any]:
+def run(settings: Settings) -> Version:
     """Latencies, cache counters and the largest difference from the offline scores, published as `serving_check`."""
     inputs = Inputs.served(settings)
     offline = offline_scores(settings, inputs)
@@ -29,13 +29,21 @@ def run(settings: Settings) -> dict[str, Any]:
     host = settings.serve.host
     port = free_port(host, settings.serve.port)
     try:
-        serve.start(http_options={"host": host, "port": port})
+        serve.start(http_options={"host": host, "port": port}, logging_config=LoggingConfig(log_level="WARNING"))
         serve.run(build_app(args), name="scoring", route_prefix="/")
         say("serve_check", f"{sum(map(len, users))} requests of {len(users)} users to http://{host}:{port}/v1/score")
         answers = replay(f"http://{host}:{port}", users)
     finally:
-        serve.shutdown()
+        _stop(settings)
     return publish_check(settings, inputs, offline, users, answers)
+
+
+def _stop(settings: Settings) -> None:
+    """A local Ray takes the rest of Serve with it when it ends; on a cluster nothing is left behind."""
+    if settings.ray.address is None:
+        serve.delete("scoring")
+    else:
+        serve.shutdown()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.metrics import Counter, Gauge, Histogram
+from ray.serve.schema import LoggingConfig
 from starlette.requests import ClientDisconnect
 
 from longer.errors import UserError
@@ -227,4 +228,5 @@ def build_app(args: ScoringArgs) -> serve.Application:
             request_router_class="ray.serve.experimental.consistent_hash_router.ConsistentHashRouter",
             request_router_kwargs={"num_virtual_nodes": 100, "num_fallback_replicas": 2},
         ),
+        logging_config=LoggingConfig(enable_access_log=False),
     ).bind(args)

@@ -16,7 +16,7 @@ from ray.serve.schema import ServeDeploySchema
 from longer.serving.check import free_port
 from longer.serving.scorer import Scorer, ScoreRequest, ScoreResult
 from serve_apps.scoring import ScoringArgs, build_app
-from tests.serving.tables import DAY_MS, START_MS, build_world
+from tests.serving.tables import DAY_MS, START_MS, build_world, checkpoint_path
 
 CONFIG = Path(__file__).parents[2] / "serve_apps" / "scoring.yaml"
 ITEMS = ["item1", "item5", "never seen"]
@@ -37,7 +37,7 @@ def service(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     world = build_world(tmp_path_factory.mktemp("service"))
     tables = {"sequences": world.path("tables", "sequences"), "items": world.path("tables", "items")}
     args = ScoringArgs(
-        checkpoint=world.path("checkpoint"),
+        checkpoint=checkpoint_path(world),
         **tables,
         num_replicas=2,
         max_replicas=2,

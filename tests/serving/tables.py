@@ -9,6 +9,8 @@ import torch
 
 from longer.config import ModelSettings, Settings, load_settings
 from longer.data.items import publish_items
+from longer.data.ray_requests import RequestBuilder
+from longer.data.requests import SPLITS, SplitTimes, merge_catalogues, partial_catalogue
 from longer.data.sequences import KeepRule, build_sequences, trim_events
 from longer.model.longer import Longer
 from longer.schema import EventSchema
@@ -88,14 +90,39 @@ def publish_sequences(settings: Settings, events: pa.Table) -> Version:
     return table.publish(version_id, manifest, files)
 
 
-def save_random_model(directory: str, settings: Settings, seed: int = 0) -> str:
-    """Weights large enough that scores differ between candidates and histories; returns the model version."""
+def publish_requests(settings: Settings, sequences: Version) -> Version:
+    """One request a user and event time, the newest days as test, with two negatives for each positive."""
+    schema, windows = settings.event_schema, settings.model.windows
+    splits = SplitTimes(START_MS + 15 * DAY_MS, START_MS + 20 * DAY_MS)
+    parts = [partial_catalogue(pq.read_table(file, partitioning=None), schema, splits) for file in sequences.files()]
+    catalogue = merge_catalogues(parts, schema)
+    table = Table(settings.path("tables", "requests"))
+    builder = RequestBuilder(schema, splits, windows, 2, 0, table.begin(sequences.id))
+    stats = [builder(file, catalogue) for file in sequences.files()]
+    manifest = {
+        "schema_hash": schema.hash(),
+        "inputs": {"sequences": sequences.id},
+        "num_buckets": NUM_BUCKETS,
+        "num_requests": {split: sum(s["num_requests"][split] for s in stats) for split in SPLITS},
+    }
+    return table.publish(sequences.id, manifest, [file for s in stats for file in s["files"]])
+
+
+def publish_random_model(settings: Settings, seed: int = 0) -> Version:
+    """A checkpoint of weights so large that scores differ between candidates and histories."""
     torch.manual_seed(seed)
     model = Longer(ModelSettings(**MODEL), settings.event_schema, settings.train.tasks)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    return save_model(directory, model, settings.model, settings.event_schema, settings.train.tasks)
+    table, version_id = Table(settings.path("checkpoints")), fingerprint("random", seed)
+    path = table.begin(version_id)
+    model_version = save_model(path, model, settings.model, settings.event_schema, settings.train.tasks)
+    return table.publish(version_id, {"schema_hash": settings.event_schema.hash(), "model_version": model_version})
+
+
+def checkpoint_path(settings: Settings) -> str:
+    return Table(settings.path("checkpoints")).require("jobs.train").path
 
 
 def build_world(root: Path | str, seed: int = 0) -> Settings:
@@ -103,5 +130,5 @@ def build_world(root: Path | str, seed: int = 0) -> Settings:
     settings = tiny_settings(root)
     sequences = publish_sequences(settings, random_events(settings.event_schema, seed))
     publish_items(settings.path("tables", "items"), sequences, settings.event_schema)
-    save_random_model(settings.path("checkpoint"), settings)
+    publish_random_model(settings)
     return settings

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from longer.config import Settings
 from longer.errors import UserError
 from longer.serving.scorer import Scorer, ScoreRequest, ScoreResult
-from tests.serving.tables import DAY_MS, NUM_USERS, START_MS, build_world, publish_sequences, random_events
+from tests.serving.tables import (
+    DAY_MS,
+    NUM_USERS,
+    START_MS,
+    build_world,
+    checkpoint_path,
+    publish_sequences,
+    random_events,
+)
 
 CANDIDATES = ["item1", "item5", "never seen", "item7"]
 END_MS = START_MS + 30 * DAY_MS
@@ -25,7 +33,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 def scorer_of(world: Settings, cache_bytes: int = BIG, items: bool = True) -> Scorer:
     return Scorer(
-        world.path("checkpoint"),
+        checkpoint_path(world),
         world.path("tables", "sequences"),
         cache_bytes,
         world.path("tables", "items") if items else None,
@@ -201,3 +209,8 @@ def test_a_new_table_version_appends_its_events_and_drops_states_whose_past_has_
     assert scorer.cache.counters.stale == 1
     for result, one in zip(results, asked, strict=True):
         assert_same(result, ask(scorer_of(world), one)[0])
+
+
+def test_tables_and_checkpoint_may_lie_on_s3(s3: str) -> None:
+    local = ask(scorer_of(build_world(f"{s3}/run")), (5, END_MS))[0]
+    assert local.num_events == 25

@@ -57,13 +57,13 @@ class Inputs:
 class BucketScorer:
     """Writes the scores of the buckets it is given; one instance an actor, which loads the model once."""
 
-    def __init__(self, settings: Settings, inputs: Inputs, version_path: str) -> None:
+    def __init__(self, settings: Settings, checkpoint_path: str, ids: dict[str, str], version_path: str) -> None:
         schema = self._schema = settings.event_schema
         self._split, self._version_path = settings.batch_score.split, version_path
         self._device = "cuda" if settings.batch_score.num_gpus_per_scorer else "cpu"
-        self._model, _ = load_model(inputs.checkpoint.path, self._device, schema)
-        self._sequences = SequenceTable(settings.path("tables", "sequences"), schema, inputs.sequences.id)
-        self._requests = RequestTable(settings.path("tables", "requests"), schema, inputs.requests.id)
+        self._model, _ = load_model(checkpoint_path, self._device, schema)
+        self._sequences = SequenceTable(settings.path("tables", "sequences"), schema, ids["sequences"])
+        self._requests = RequestTable(settings.path("tables", "requests"), schema, ids["requests"])
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([self.write_bucket(bucket) for bucket in rows["bucket"].to_pylist()])
@@ -141,7 +141,7 @@ def _score_buckets(settings: Settings, inputs: Inputs, version_path: str) -> lis
     buckets = ray.data.from_items([{"bucket": b} for b in range(num_buckets)], override_num_blocks=num_buckets)
     written = buckets.map_batches(
         BucketScorer,
-        fn_constructor_args=(settings, inputs, version_path),
+        fn_constructor_args=(settings, inputs.checkpoint.path, inputs.ids, version_path),
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=min(asked.num_scorers, num_buckets)),
@@ -151,18 +151,18 @@ def _score_buckets(settings: Settings, inputs: Inputs, version_path: str) -> lis
     return list(track(written.iter_rows(), num_buckets, "batch score", "buckets"))
 
 
-def check_against_online(settings: Settings, scored: Version) -> dict[str, Any]:
-    """How far the batch scores are from those that the serving check got over HTTP: the record published as `batch_check`.
+def check_against_online(settings: Settings, scored: Version) -> Version:
+    """How far the batch scores are from those that the serving check got over HTTP: a record in the manifest, next to them.
 
     `max_abs_diff_vs_online` is null if no serving check of this model and these tables has been run.
     """
     online = Table(settings.path("serving_check")).current()
     if online and online.manifest["inputs"] != scored.manifest["inputs"]:
         online = None
-    table = Table(settings.path("batch_check"))
+    table = Table(settings.path("batch_scores", "check"))
     version_id = fingerprint("batch_check", TABLE_FORMAT, scored.id, online and online.id)
     if published := table.reuse(version_id):
-        return published.manifest
+        return published
     record: dict[str, Any] = {
         "rows": scored.manifest["num_rows"],
         "rows_per_s": scored.manifest["rows_per_s"],
@@ -178,4 +178,4 @@ def check_against_online(settings: Settings, scored: Version) -> dict[str, Any]:
         "schema_hash": settings.event_schema.hash(),
         "inputs": {"batch_scores": scored.id, "serving_check": online and online.id},
     }
-    return table.publish(version_id, {**about, **record}, []).manifest
+    return table.publish(version_id, {**about, **record}, [])

@@ -27,7 +27,7 @@ from longer.serving.scores import max_abs_diff, read_scores, score_rows
 from longer.storage import TABLE_FORMAT, Table, Version, checked_output, fingerprint
 from longer.training.loader import concat_requests
 
-NUM_CLIENTS = 4
+NUM_CLIENTS = 2
 REPEAT_EVERY = 4
 _TIMEOUT_S = 60.0
 
@@ -168,17 +168,17 @@ def offline_scores(settings: Settings, inputs: Inputs) -> Version:
     return evaluation
 
 
-def find_check(settings: Settings, inputs: Inputs, offline: Version) -> dict[str, Any] | None:
-    """The record of a finished check of the same model, tables and serve settings, if there is one."""
+def find_check(settings: Settings, inputs: Inputs, offline: Version) -> Version | None:
+    """A finished check of the same model, tables and serve settings, if there is one."""
     published = Table(settings.path("serving_check")).reuse(_check_id(settings, inputs, offline))
     if published:
         say("serve_check", f"version {published.id} is already checked, nothing changed")
-    return published.manifest if published else None
+    return published
 
 
 def publish_check(
     settings: Settings, inputs: Inputs, offline: Version, users: list[Requests], replayed: Replay
-) -> dict[str, Any]:
+) -> Version:
     """Compares every answer with the offline scores; publishes the record, and the online scores as a score table."""
     tasks, schema, asked = settings.train.tasks, settings.event_schema, concat_requests(users)
     expected = read_scores(offline, asked.request_id_R)
@@ -202,14 +202,14 @@ def publish_check(
         "settings": settings.serve.model_dump(mode="json"),
         "num_rows": len(asked),
     }
-    table.publish(version_id, {**about, **record}, [sink.data_file])
-    counters = ", ".join(f"{count} {name}" for name, count in replayed.cache.items())
+    version = table.publish(version_id, {**about, **record}, [sink.data_file])
+    counters = ", ".join(f"{replayed.cache[name]} {name}" for name in ("hit", "append", "load", "cold", "evict"))
     say(
         "serve_check",
         f"{record['requests']} requests: p50 {record['p50_ms']:.1f} ms, p99 {record['p99_ms']:.1f} ms; {counters}; "
         f"largest difference from offline scores {worst:.1e}",
     )
-    return record
+    return version
 
 
 def _check_id(settings: Settings, inputs: Inputs, offline: Version) -> str:

@@ -1,0 +1,103 @@
+"""Batch scores are the scorer's; an interrupted run goes on, a finished one is found."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from jobs import batch_score
+from longer.config import Settings
+from longer.data.tables import RequestTable
+from longer.errors import UserError
+from longer.serving.batch import BucketScorer, Inputs
+from longer.serving.batch import batch_score as score_split
+from longer.serving.check import choose_requests
+from longer.serving.scorer import Scorer, ScoreRequest, ScoreResult
+from longer.serving.scores import max_abs_diff, score_rows
+from longer.storage import Table, checked_output
+from longer.training.loader import concat_requests
+from tests.serving.tables import build_world, checkpoint_path, publish_requests
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    settings = build_world(tmp_path_factory.mktemp("batch"))
+    publish_requests(settings, Table(settings.path("tables", "sequences")).require("jobs.build_sequences"))
+    return settings
+
+
+def online_scores(world: Settings) -> pa.Table:
+    """Every test request through one cached scorer, candidates by id, as a score table."""
+    requests = RequestTable(world.path("tables", "requests"), world.event_schema)
+    asked = concat_requests(choose_requests(requests, "test", 10**6))
+    sequences, items = world.path("tables", "sequences"), world.path("tables", "items")
+    scorer = Scorer(checkpoint_path(world), sequences, 1 << 30, items)
+    offsets, ids = asked.candidates.offsets_R1, asked.item_id_C.to_pylist()
+    scores = []
+    for r in range(len(asked)):
+        candidates, ts = ids[offsets[r] : offsets[r + 1]], int(asked.request_ts_R[r])
+        [result] = scorer.score([ScoreRequest(asked.user_id_R[r].as_py(), candidates, request_ts=ts)])
+        assert isinstance(result, ScoreResult)
+        assert result.num_events == asked.history_end_R[r]
+        scores.append(result.scores["label"])
+    assert scorer.cache.counters.append > 0
+    return score_rows(asked, {"label": np.concatenate(scores)}, world.event_schema)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_batch_scores_equal_online_ones_and_a_rerun_finds_them(
+    world: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    online = online_scores(world)
+    table = Table(world.path("serving_check"))
+    with checked_output(table.begin("online"), "scores/part-0.parquet") as sink:
+        pa.parquet.write_table(online, sink)
+    inputs = Inputs.served(world)
+    table.publish("online", {"inputs": inputs.ids}, [sink.data_file])
+
+    record = batch_score.run(world).manifest
+    assert record["compared_requests"] == len(online) == inputs.requests.manifest["num_requests"]["test"]
+    assert record["max_abs_diff_vs_online"] <= 1e-5
+    assert record["rows"] == len(online["item_id"].combine_chunks().flatten())
+    assert record["rows_per_s"] > 0
+    scored = Table(world.path("batch_scores")).require("jobs.batch_score")
+    assert scored.manifest["inputs"] == inputs.ids
+    assert scored.manifest["model_version"] == inputs.checkpoint.manifest["model_version"]
+
+    capsys.readouterr()
+    assert score_split(world) == scored
+    assert "already scored, nothing changed" in capsys.readouterr().err
+
+
+def test_a_bucket_of_an_interrupted_run_is_kept_and_is_what_would_be_written(world: Settings, tmp_path: Path) -> None:
+    inputs = Inputs.served(world)
+    scorer = BucketScorer(world, inputs.checkpoint.path, inputs.ids, str(tmp_path))
+    written = scorer.write_bucket(0)
+    assert written["num_rows"] > 0
+    assert not written["kept"]
+    before = (tmp_path / written["path"]).stat()
+    assert scorer.write_bucket(0) == {**written, "kept": True}
+    assert (tmp_path / written["path"]).stat() == before
+
+
+def test_a_split_without_requests_is_named(world: Settings) -> None:
+    other = world.model_copy(update={"batch_score": world.batch_score.model_copy(update={"split": "tset"})})
+    with pytest.raises(UserError, match=r"batch_score\.split=tset: .* choose one of train, valid, test"):
+        score_split(other)
+
+
+def test_a_difference_in_one_score_is_seen_and_other_candidates_are_refused(world: Settings) -> None:
+    asked = concat_requests(
+        choose_requests(RequestTable(world.path("tables", "requests"), world.event_schema), "test", 5)
+    )
+    scores = np.zeros(len(asked.item_id_C), np.float32)
+    zeros = score_rows(asked, {"label": scores.copy()}, world.event_schema)
+    scores[-1] = 0.25
+    changed = score_rows(asked, {"label": scores}, world.event_schema)
+    assert max_abs_diff(zeros, changed.take(pa.array(range(len(asked))[::-1])), world.train.tasks) == (0.25, 5)
+    assert max_abs_diff(zeros, changed.slice(0, 2), world.train.tasks)[1] == 2
+    items = pa.array([["x"]] * len(asked), pa.list_(pa.string()))
+    with pytest.raises(ValueError, match="other candidates"):
+        max_abs_diff(zeros, changed.set_column(3, "item_id", items), world.train.tasks)
