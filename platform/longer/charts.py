@@ -16,7 +16,9 @@ def training_curve(history: Sequence[Mapping[str, Any]]) -> str:
     """Training loss by step, and the first task's validation AUC on a second axis."""
     losses = [(record["step"], record["loss"]) for record in history if "loss" in record]
     aucs = [
-        (record["step"], next(iter(record["validation"].values()))["auc"]) for record in history if "validation" in record
+        (record["step"], next(iter(record["validation"].values()))["auc"])
+        for record in history
+        if "validation" in record
     ]
     with _chart() as (axes, svg):
         axes.plot(*zip(*losses, strict=True), color=_QUIET, label="training loss")
@@ -31,7 +33,7 @@ def training_curve(history: Sequence[Mapping[str, Any]]) -> str:
 
 def auc_by_length(bins: Sequence[Mapping[str, Any]]) -> str:
     """One line a method over bins of history length, each {"from", "to", "auc": {method: AUC or null}}."""
-    labels = [f"{b['from']}–{b['to'] - 1}" if b["to"] else f"{b['from']}+" for b in bins]
+    labels = [f"{b['from']} to {b['to'] - 1}" if b["to"] else f"{b['from']}+" for b in bins]
     with _chart() as (axes, svg):
         for method in bins[0]["auc"]:
             ours = method == "longer"

@@ -44,7 +44,9 @@ def summarize(versions: Mapping[str, Version], seconds: Mapping[str, float]) -> 
     return {
         "test": evaluation["test"],
         "baselines": evaluation["baselines"],
-        "serving": {name: serving[name] for name in ("requests", "p50_ms", "p99_ms", "max_abs_diff_vs_offline", "cache")},
+        "serving": {
+            name: serving[name] for name in ("requests", "p50_ms", "p99_ms", "max_abs_diff_vs_offline", "cache")
+        },
         "batch": {name: batch[name] for name in ("rows", "rows_per_s", "max_abs_diff_vs_online")},
         "stages": dict(seconds),
         "model": {name: train[name] for name in ("model_version", "num_parameters", "step", "validation")},
@@ -59,7 +61,9 @@ def summarize(versions: Mapping[str, Version], seconds: Mapping[str, float]) -> 
 def render(report: Mapping[str, Any], versions: Mapping[str, Version]) -> str:
     """The page: figures as tables, curves as inline SVG, nothing loaded from anywhere."""
     evaluation = versions["evaluate"].manifest
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     return environment.from_string(_TEMPLATE.read_text()).render(
         report=report,
         sizes={name: versions[name].manifest for name in ("import_events", "build_sequences", "build_requests")},

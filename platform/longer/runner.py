@@ -58,10 +58,11 @@ def start_ray(settings: RaySettings) -> None:
             object_store_memory=settings.object_store_bytes,
             include_dashboard=False,
             logging_level=logging.WARNING,
+            log_to_driver=False,  # workers' own lines come by `progress.relayed_lines`; the rest is in Ray's log folder
         )
     else:
         environment = {} if _SUBMITTED in os.environ else {"py_modules": [str(Path(longer.__file__).parent)]}
-        ray.init(address=settings.address, logging_level=logging.WARNING, runtime_env=environment)
+        ray.init(address=settings.address, logging_level=logging.WARNING, log_to_driver=False, runtime_env=environment)
     _quiet_ray_data()
 
 

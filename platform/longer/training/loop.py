@@ -19,7 +19,6 @@ from longer.arrays import RequestBatch
 from longer.config import Settings
 from longer.data.tables import RequestTable, SequenceTable
 from longer.model.longer import Longer
-from longer.progress import say
 from longer.training.checkpoints import TrainerState, load_model, load_trainer, save_model, save_trainer
 from longer.training.cursor import DataCursor, Position, divide
 from longer.training.loader import prefetch, read_split, score_packs
@@ -34,12 +33,12 @@ _RECORDS_PER_VALIDATION = 10
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """Ray Train's `train_loop_per_worker`; `config` holds the settings and the pinned table versions."""
+    """Ray Train's `train_loop_per_worker`; `config` holds the settings, the pinned table versions and where to tell."""
     context = ray.train.get_context()
     workers_here = context.get_local_world_size()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers_here))
     settings: Settings = config["settings"]
-    Run(settings, config["versions"], context.get_world_rank(), context.get_world_size()).train()
+    Run(settings, config["versions"], config["lines"], context.get_world_rank(), context.get_world_size()).train()
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,8 @@ class Work:
 class Run:
     """A worker's model, data and place in the run."""
 
-    def __init__(self, settings: Settings, versions: dict[str, str], rank: int, num_workers: int) -> None:
-        self.settings, self.rank, self.num_workers = settings, rank, num_workers
+    def __init__(self, settings: Settings, versions: dict[str, str], lines: Any, rank: int, num_workers: int) -> None:
+        self.settings, self.lines, self.rank, self.num_workers = settings, lines, rank, num_workers
         windows, schema, asked = settings.model.windows, settings.event_schema, settings.train
         sequences = SequenceTable(settings.path("tables", "sequences"), schema, versions["sequences"])
         requests = RequestTable(settings.path("tables", "requests"), schema, versions["requests"])
@@ -76,9 +75,8 @@ class Run:
         """From the state's position to the end of the last epoch."""
         first_step = self.cursor.global_step(self.state.position)
         if self.rank == 0:
-            say(
-                "train",
-                f"{len(self.data.requests)} requests an epoch, {self.num_steps} steps, starting at step {first_step}",
+            self._say(
+                f"{len(self.data.requests)} requests an epoch, {self.num_steps} steps, starting at step {first_step}"
             )
         every = self.settings.train.validate_every_steps
         record_every = max(1, every // _RECORDS_PER_VALIDATION)
@@ -95,8 +93,8 @@ class Run:
                 meter.loss = float(self._sum_over_workers(loss_sum)) / num_candidates
                 self._record(done, loss=meter.loss, gradient_norm=float(gradient_norm), **meter.rates())
                 loss_sum, num_candidates = torch.zeros_like(loss_sum), 0
-            if self.rank == 0:
-                meter.tell(done)
+            if self.rank == 0 and meter.is_due(done):
+                self._say(meter.line(done))
             if done % every == 0 or done == self.num_steps:
                 with meter.paused():
                     self._validate_and_report(done)
@@ -148,7 +146,10 @@ class Run:
             ray.train.report(reported, checkpoint, checkpoint_dir_name=f"step_{done:07d}")
         if self.rank == 0:
             shown = ", ".join(f"{name} {value:.4f}" for task in metrics.values() for name, value in task.items())
-            say("train", f"step {done}: validation {shown}; {time.perf_counter() - started:.1f} s with checkpoint")
+            self._say(f"step {done}: validation {shown}; {time.perf_counter() - started:.1f} s with checkpoint")
+
+    def _say(self, message: str) -> None:
+        self.lines.add.remote("train", message)
 
     def _validate(self) -> dict[str, dict[str, float]]:
         """Metrics of the validation requests, which the workers share; the same on every worker."""
@@ -173,7 +174,7 @@ class Run:
 
 
 class Meter:
-    """Speed since the last line, without the time of validations; `tell` prints at most every few seconds."""
+    """Speed since the last line, without the time of validations; a line is due every few seconds."""
 
     def __init__(self, num_steps: int, first_step: int) -> None:
         self.num_steps, self.loss = num_steps, math.nan
@@ -190,17 +191,19 @@ class Meter:
         elapsed_s = time.perf_counter() - self._started
         return {"requests_per_s": self._num_requests / elapsed_s, "impressions_per_s": self._num_candidates / elapsed_s}
 
-    def tell(self, done: int) -> None:
+    def is_due(self, done: int) -> bool:
+        """True every few seconds, and at the end."""
         now = time.perf_counter()
-        if now - self._told < _SECONDS_BETWEEN_LINES and done != self.num_steps:
-            return
-        self._told = now
+        due = now - self._told >= _SECONDS_BETWEEN_LINES or done == self.num_steps
+        self._told = now if due else self._told
+        return due
+
+    def line(self, done: int) -> str:
         rates = self.rates()
-        left_s = (self.num_steps - done) * (now - self._started) / self._num_steps_here
-        say(
-            "train",
+        left_s = (self.num_steps - done) * (time.perf_counter() - self._started) / self._num_steps_here
+        return (
             f"step {done}/{self.num_steps}, {rates['requests_per_s']:.0f} requests/s, "
-            f"{rates['impressions_per_s']:.0f} impressions/s, loss {self.loss:.4f}, about {left_s:.0f} s left",
+            f"{rates['impressions_per_s']:.0f} impressions/s, loss {self.loss:.4f}, about {left_s:.0f} s left"
         )
 
     @contextmanager

@@ -12,7 +12,7 @@ from ray.train.torch import TorchTrainer
 from longer.config import Settings
 from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import UserError
-from longer.progress import say
+from longer.progress import relayed_lines, say
 from longer.storage import Table, Version, arrow_filesystem, fingerprint, read_bytes, write_bytes
 from longer.training.checkpoints import FORMAT_VERSION, load_model, read_trainer_state
 from longer.training.loop import train_worker
@@ -57,20 +57,23 @@ def _fit(settings: Settings, versions: dict[str, str], run_id: str) -> Result:
     on_s3 = storage.startswith("s3://")
     # Workers print their own progress; Ray's copy of each line, its state machine and reports stay in the session's log files.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"settings": settings, "versions": versions},
-        scaling_config=ScalingConfig(num_workers=asked.num_workers, use_gpu=asked.use_gpu),
-        run_config=RunConfig(
-            name=run_id,
-            storage_path=bare if on_s3 else os.path.abspath(storage),
-            storage_filesystem=filesystem if on_s3 else None,
-            failure_config=FailureConfig(max_failures=asked.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=asked.keep_checkpoints, checkpoint_score_attribute="score"),
-            logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
-        ),
-    )
-    return trainer.fit()
+    with relayed_lines() as lines:
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={"settings": settings, "versions": versions, "lines": lines},
+            scaling_config=ScalingConfig(num_workers=asked.num_workers, use_gpu=asked.use_gpu),
+            run_config=RunConfig(
+                name=run_id,
+                storage_path=bare if on_s3 else os.path.abspath(storage),
+                storage_filesystem=filesystem if on_s3 else None,
+                failure_config=FailureConfig(max_failures=asked.max_failures),
+                checkpoint_config=CheckpointConfig(
+                    num_to_keep=asked.keep_checkpoints, checkpoint_score_attribute="score"
+                ),
+                logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
+            ),
+        )
+        return trainer.fit()
 
 
 def _publish(table: Table, run_id: str, result: Result, manifest: dict[str, Any]) -> Version:
