@@ -280,7 +280,10 @@ def parse_settings(
             raise UserError(f"{message}: see --help for every setting")
 
     parser = Parser(
-        prog=Path(sys.argv[0]).stem, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=Path(sys.argv[0]).stem,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; the flags below override it")
     for name, text in flags:

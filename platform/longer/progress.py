@@ -1,18 +1,14 @@
 """Progress of a stage: a bar on a terminal, plain lines now and then elsewhere."""
 
 import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import ray
 from tqdm import tqdm
 
 T = TypeVar("T")
 _SECONDS_BETWEEN_LINES = 5.0
-_SECONDS_BETWEEN_RELAYS = 0.5
 
 
 def track(items: Iterable[T], total: int, stage: str, unit: str) -> Iterator[T]:
@@ -32,40 +28,3 @@ def track(items: Iterable[T], total: int, stage: str, unit: str) -> Iterator[T]:
 def say(stage: str, message: str) -> None:
     """One line on how a stage went."""
     print(f"{stage}: {message}", file=sys.stderr, flush=True)
-
-
-@ray.remote(num_cpus=0)
-class Lines:
-    """Lines on their way from workers to the driver. Ray's own forwarding would bring every worker's chatter along."""
-
-    def __init__(self) -> None:
-        self._lines: list[tuple[str, str]] = []
-
-    def add(self, stage: str, message: str) -> None:
-        self._lines.append((stage, message))
-
-    def take(self) -> list[tuple[str, str]]:
-        taken, self._lines = self._lines, []
-        return taken
-
-
-@contextmanager
-def relayed_lines() -> Iterator[Any]:
-    """A handle of `Lines` for workers to `add.remote(stage, message)` to; what they add is said here, until the block ends."""
-    lines, ended = Lines.remote(), threading.Event()  # type: ignore[attr-defined]
-
-    def relay() -> None:
-        while True:
-            last = ended.wait(_SECONDS_BETWEEN_RELAYS)
-            for stage, message in ray.get(lines.take.remote()):
-                say(stage, message)
-            if last:
-                return
-
-    thread = threading.Thread(target=relay, name="relay", daemon=True)
-    thread.start()
-    try:
-        yield lines
-    finally:
-        ended.set()
-        thread.join()

@@ -58,7 +58,7 @@ def start_ray(settings: RaySettings) -> None:
             object_store_memory=settings.object_store_bytes,
             include_dashboard=False,
             logging_level=logging.WARNING,
-            log_to_driver=False,  # workers' own lines come by `progress.relayed_lines`; the rest is in Ray's log folder
+            log_to_driver=False,  # workers' own lines come by `training.relay`; the rest is in Ray's log folder
         )
     else:
         environment = {} if _SUBMITTED in os.environ else {"py_modules": [str(Path(longer.__file__).parent)]}

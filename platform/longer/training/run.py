@@ -12,10 +12,11 @@ from ray.train.torch import TorchTrainer
 from longer.config import Settings
 from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import UserError
-from longer.progress import relayed_lines, say
+from longer.progress import say
 from longer.storage import Table, Version, arrow_filesystem, fingerprint, read_bytes, write_bytes
 from longer.training.checkpoints import FORMAT_VERSION, load_model, read_trainer_state
 from longer.training.loop import train_worker
+from longer.training.relay import relayed_lines
 
 _HOW_NOT_WHAT = {"num_workers", "use_gpu", "max_failures", "keep_checkpoints"}
 """Settings that do not change what is learned: an interrupted run may go on with other values."""

@@ -1,0 +1,74 @@
+"""Settings: every mistake is one line that names the field and the remedy."""
+
+from pathlib import Path
+
+import pytest
+
+from longer.config import Settings, load_settings, parse_settings
+from longer.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+MISTAKES = {
+    "--train.learning_rat 1": ("--train.learning_rat", "--help"),
+    "--train.learning_rate fast": ("train.learning_rate", "number", "'fast'"),
+    "--train.learning_rate -1": ("train.learning_rate", "greater than 0"),
+    "--model.history_events 1000": ("history_events=1000", "multiple of the stride", "use 896"),
+    "--model.query_groups 48": ("query_groups=48", "multiple of stride_groups=32"),
+    "--model.history_events 128": ("query_groups=64", "exceeds the window's 32 groups"),
+    "--model.num_heads 3": ("merge_size*event_width=64", "num_heads=3"),
+    "--sequences.keep_events 100": ("sequences.keep_events=100", "1152", "raise keep_events"),
+    '--train.tasks [{"name":"click"}]': ("train.tasks", "click", "add the label column"),
+    "--config nowhere.yaml": ("nowhere.yaml", "no such settings file"),
+}
+
+
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_a_mistake_is_one_line_that_says_what_to_do(arguments: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_settings("a job", arguments.split(" ", 1))
+    assert "\n" not in str(caught.value)
+    for part in MISTAKES[arguments]:
+        assert part in str(caught.value)
+
+
+def test_an_unknown_setting_in_a_file_names_file_and_field(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("train: {learning_rat: 0.1}\nmodel: [1]\n")
+    with pytest.raises(UserError) as caught:
+        load_settings(str(file))
+    lines = str(caught.value).splitlines()
+    assert f"{file}: train.learning_rat: unknown setting: see --help for every setting" in lines
+    assert any(line.startswith(f"{file}: model:") for line in lines)
+    file.write_text("train: {oops\n")
+    with pytest.raises(UserError, match=r"mine.yaml: not valid YAML at line 2"):
+        load_settings(str(file))
+
+
+def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("seed: 7\ntrain: {epochs: 3, learning_rate: 0.5}\n")
+    settings, flags = parse_settings(
+        "a job", ["--config", str(file), "--train.epochs", "4", "--fresh"], [("fresh", "x")]
+    )
+    assert (settings.seed, settings.train.epochs, settings.train.learning_rate) == (7, 4, 0.5)
+    assert settings.train.clip_norm == Settings().train.clip_norm
+    assert flags == {"fresh"}
+
+
+def test_help_documents_every_setting_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_settings("a job", ["--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, section in Settings.model_fields.items():
+        fields = getattr(section.annotation, "model_fields", {})
+        for field, info in fields.items():
+            assert info.description, f"{name}.{field} has no description"
+            assert f"--{name}.{field} " in text
+    assert "(default: 0.002)" in text
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)
+def test_every_settings_file_here_is_valid(file: Path) -> None:
+    load_settings(str(file))
