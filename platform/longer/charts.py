@@ -45,6 +45,7 @@ def auc_by_length(bins: Sequence[Mapping[str, Any]]) -> str:
                 linewidth=2.5 if ours else 1,
                 label="LONGER" if ours else method,
             )
+        axes.tick_params(axis="x", labelrotation=20)
         axes.set_xlabel("events in the user's history")
         axes.set_ylabel("AUC")
         axes.legend(frameon=False, fontsize=8)
@@ -52,13 +53,13 @@ def auc_by_length(bins: Sequence[Mapping[str, Any]]) -> str:
 
 
 def histogram(values: Sequence[float], unit: str) -> str:
-    """How often each value occurs; the slowest hundredth is left of nothing but counted in the last bar."""
+    """How often each value occurs; the last bar also holds the slowest hundredth."""
     ordered = sorted(values)
     top = ordered[int(0.99 * (len(ordered) - 1))]
     with _chart() as (axes, svg):
         axes.hist([min(value, top) for value in values], bins=40, color=_ACCENT)
         axes.axvline(ordered[len(ordered) // 2], color=_SECOND, linestyle="--", label="median")
-        axes.set_xlabel(f"{unit} (the last bar holds the slowest 1%)")
+        axes.set_xlabel(f"{unit} (the last bar also holds the slowest 1%)")
         axes.set_ylabel("requests")
         axes.legend(frameon=False, fontsize=8)
     return svg.getvalue()
