@@ -59,7 +59,7 @@ def test_every_candidate_is_scored_once_and_lands_in_its_row() -> None:
 
 def test_cost_counts_the_events_of_the_window_once_a_pack_and_all_candidates() -> None:
     data = split_of([[3, 5], [20]])
-    assert data.cost(data.packs(8)).tolist() == [5 + 6, 20 - 8 + 3]
+    assert data.cost(data.packs(8)).tolist() == [5 + 6, 20 - 12 + 3]
 
 
 def test_the_loaders_error_reaches_the_consumer_after_what_came_before() -> None:
