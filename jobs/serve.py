@@ -1,5 +1,7 @@
 """Serves the current checkpoint over HTTP until interrupted: python -m jobs.serve --config configs/quickstart.yaml"""
 
+from contextlib import suppress
+
 from ray import serve
 
 from longer.config import Settings
@@ -38,7 +40,8 @@ def run(settings: Settings) -> None:
     args = scoring_args(settings, Inputs.served(settings))
     serve.start(http_options={"host": host, "port": port})
     say("serve", f"POST http://{host}:{port}/v1/score; interrupt to stop")
-    serve.run(build_app(args), name="scoring", route_prefix="/", blocking=True)
+    with suppress(KeyboardInterrupt):
+        serve.run(build_app(args), name="scoring", route_prefix="/", blocking=True)
 
 
 if __name__ == "__main__":

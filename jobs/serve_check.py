@@ -1,5 +1,7 @@
 """Serves the current checkpoint for a while and checks its answers: python -m jobs.serve_check --config configs/quickstart.yaml"""
 
+import logging
+
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
@@ -28,6 +30,7 @@ def run(settings: Settings) -> Version:
         raise UserError("ray.address: this cluster serves applications already: check on a Ray of its own")
     host = settings.serve.host
     port = free_port(host, settings.serve.port)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(http_options={"host": host, "port": port}, logging_config=LoggingConfig(log_level="WARNING"))
         serve.run(build_app(args), name="scoring", route_prefix="/")

@@ -1,6 +1,7 @@
 """Scores candidates over HTTP with Ray Serve:
 
-    serve run serve_apps.scoring:build_app checkpoint=CHECKPOINT sequences=runs/quickstart/tables/sequences
+    serve run serve_apps.scoring:build_app checkpoint=runs/quickstart/checkpoints \\
+        sequences=runs/quickstart/tables/sequences items=runs/quickstart/tables/items
 
 POST /v1/score    {"user_id", "candidates": ids or {"id", "features"}, "request_ts"?, "top_k"?} -> scores by task
 GET  /v1/model    what is served          GET /v1/stats    this replica's cache
@@ -29,6 +30,7 @@ from starlette.requests import ClientDisconnect
 
 from longer.errors import UserError
 from longer.serving.scorer import Scorer, ScoreRequest, ScoreResult
+from longer.storage import Table
 from serve_apps.protocol import BodyError, ScoreBody, parse_score_body, score_response
 
 _LATENCY_EDGES_MS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
@@ -43,7 +45,7 @@ class ScoringArgs(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    checkpoint: str = Field(description="Folder or s3:// prefix of a checkpoint.")
+    checkpoint: str = Field(description="A checkpoint, or the checkpoints table: then its served version.")
     sequences: str = Field(description="Path of the sequence table.")
     sequences_version: str | None = Field(None, description="Version to stay at; null follows the one served.")
     items: str | None = Field(None, description="Path of the item catalogue; null: features come with the requests.")
@@ -213,7 +215,13 @@ class ScoringReplica:
 
 
 def build_app(args: ScoringArgs) -> serve.Application:
-    """The Serve application; replicas come and go slowly, since each change remaps users away from their states."""
+    """The Serve application; replicas come and go slowly, since each change remaps users away from their states.
+
+    The checkpoint is chosen here, once, so that all replicas serve the same one.
+    """
+    served = Table(args.checkpoint).current()
+    if served:
+        args = args.model_copy(update={"checkpoint": served.path})
     return ScoringReplica.options(
         name="scoring",
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},

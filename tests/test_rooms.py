@@ -10,7 +10,7 @@ PACKAGE = ROOT / "platform" / "longer"
 FORBIDDEN = {
     "model": ("ray", "longer.data", "longer.training", "longer.serving", "longer.storage", "jobs", "serve_apps"),
     "data": ("torch", "longer.model", "longer.training", "longer.serving", "jobs", "serve_apps"),
-    "training": ("jobs", "serve_apps", "fastapi"),
+    "training": ("longer.serving", "jobs", "serve_apps", "fastapi"),
     "serving": ("jobs", "serve_apps", "fastapi", "ray.serve"),
 }
 RAY_STANDS_AT_THE_EDGE = {"ray_sequences.py", "ray_requests.py"}

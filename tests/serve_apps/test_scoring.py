@@ -37,7 +37,7 @@ def service(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     world = build_world(tmp_path_factory.mktemp("service"))
     tables = {"sequences": world.path("tables", "sequences"), "items": world.path("tables", "items")}
     args = ScoringArgs(
-        checkpoint=checkpoint_path(world),
+        checkpoint=world.path("checkpoints"),
         **tables,
         num_replicas=2,
         max_replicas=2,
@@ -49,7 +49,7 @@ def service(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(build_app(args), name="scoring", route_prefix="/")
-        yield f"http://127.0.0.1:{port}", Scorer(args.checkpoint, args.sequences, 0, args.items)
+        yield f"http://127.0.0.1:{port}", Scorer(checkpoint_path(world), args.sequences, 0, args.items)
     finally:
         serve.shutdown()
 

@@ -8,13 +8,13 @@ import pytest
 
 from jobs import batch_score
 from longer.config import Settings
+from longer.data.scores import max_abs_diff, score_rows
 from longer.data.tables import RequestTable
 from longer.errors import UserError
 from longer.serving.batch import BucketScorer, Inputs
 from longer.serving.batch import batch_score as score_split
 from longer.serving.check import choose_requests
 from longer.serving.scorer import Scorer, ScoreRequest, ScoreResult
-from longer.serving.scores import max_abs_diff, score_rows
 from longer.storage import Table, checked_output
 from longer.training.loader import concat_requests
 from tests.serving.tables import build_world, checkpoint_path, publish_requests

@@ -15,9 +15,9 @@ import torch
 
 from jobs import evaluate, train
 from longer.config import Settings
+from longer.data.scores import read_scores
 from longer.data.tables import RequestTable
 from longer.errors import UserError
-from longer.serving.scores import read_scores
 from longer.storage import Version
 from longer.training.checkpoints import load_model
 from longer.training.loop import train_worker

@@ -18,12 +18,12 @@ import torch
 
 from longer.arrays import RequestBatch
 from longer.config import Settings
+from longer.data.scores import max_abs_diff, read_scores, score_rows
 from longer.data.tables import RequestTable, SequenceTable, open_version
 from longer.errors import UserError
 from longer.model.inputs import to_tensors
 from longer.progress import say, track
 from longer.serving.scorer import to_scores
-from longer.serving.scores import max_abs_diff, read_scores, score_rows
 from longer.storage import TABLE_FORMAT, DataFile, Table, Version, exists, fingerprint, read_bytes, write_bytes
 from longer.training.checkpoints import load_model
 from longer.training.loader import read_split, score_packs

@@ -18,12 +18,12 @@ import pyarrow.parquet as pq
 
 from longer.config import Settings
 from longer.data.batches import Requests
+from longer.data.scores import max_abs_diff, read_scores, score_rows
 from longer.data.tables import RequestTable
 from longer.errors import UserError
 from longer.hashing import hash_int64
 from longer.progress import say
 from longer.serving.batch import Inputs
-from longer.serving.scores import max_abs_diff, read_scores, score_rows
 from longer.storage import TABLE_FORMAT, Table, Version, checked_output, fingerprint
 from longer.training.loader import concat_requests
 

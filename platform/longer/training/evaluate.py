@@ -21,13 +21,13 @@ import torch
 from longer.arrays import Int64, RequestBatch
 from longer.config import Settings, TaskSettings
 from longer.data.batches import Requests
+from longer.data.scores import score_rows
 from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import UserError
 from longer.model.inputs import to_tensors
 from longer.model.longer import Longer
 from longer.progress import say, track
 from longer.schema import EventSchema
-from longer.serving.scores import score_rows
 from longer.storage import TABLE_FORMAT, DataFile, Table, Version, checked_output, fingerprint, write_bytes
 from longer.training.baselines import count_in_history, item_counts, popularity
 from longer.training.checkpoints import CheckpointInfo, load_model
