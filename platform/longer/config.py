@@ -3,13 +3,14 @@
 Precedence: command line, then the YAML file, then the defaults here. `parse_settings` turns each mistake into one line.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from longer.errors import UserError
@@ -226,6 +227,12 @@ class Settings(BaseSettings):
     serve: ServeSettings = Field(ServeSettings(), description="jobs.serve and serve_apps.scoring")
     batch_score: BatchSettings = Field(BatchSettings(), description="jobs.batch_score")
     ray: RaySettings = Field(RaySettings(), description="Where the jobs run.")
+
+    @field_validator("root")
+    @classmethod
+    def _same_for_workers(cls, root: str) -> str:
+        """Ray's workers run in folders of their own, where a relative path would lead elsewhere."""
+        return root if "://" in root else os.path.abspath(root)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
