@@ -1,9 +1,13 @@
-"""Builds the sequence table, one row a user: python -m jobs.build_sequences --config configs/quickstart.yaml"""
+"""Builds the sequence table, one row a user, and the item catalogue:
+
+python -m jobs.build_sequences --config configs/quickstart.yaml
+"""
 
 import pyarrow.compute as pc
 
 from longer.config import Settings
 from longer.data.events import iso_time
+from longer.data.items import publish_items
 from longer.data.ray_sequences import BucketWriter, EventReader, data_files, readable_files, write_sequences
 from longer.data.sequences import KeepRule
 from longer.data.tables import open_version
@@ -13,7 +17,14 @@ from longer.storage import TABLE_FORMAT, Table, Version, fingerprint
 
 
 def run(settings: Settings) -> Version:
-    """The sequence table of the served events."""
+    """The sequence table of the served events; beside it, the catalogue of its items if items have features."""
+    version = _sequences(settings)
+    if settings.event_schema.features_of("item"):
+        publish_items(settings.path("tables", "items"), version, settings.event_schema)
+    return version
+
+
+def _sequences(settings: Settings) -> Version:
     schema = settings.event_schema
     events = open_version(settings.path("tables", "events"), schema, None, "jobs.import_events")
     rule = KeepRule(settings.sequences.keep_events, settings.model.windows.stride_events)

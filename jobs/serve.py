@@ -1,33 +1,42 @@
 """Serves the current checkpoint over HTTP until interrupted: python -m jobs.serve --config configs/quickstart.yaml"""
 
+import socket
 from contextlib import suppress
 
 from ray import serve
 
 from longer.config import Settings
-from longer.data.items import publish_items
 from longer.errors import UserError
 from longer.progress import say
 from longer.runner import run_job
 from longer.serving.batch import Inputs
-from longer.serving.check import free_port
 from serve_apps.scoring import ScoringArgs, build_app
 
 
+def free_port(host: str, preferred: int) -> int:
+    """The preferred port if nobody listens there, else any free one."""
+    for port in (preferred, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError:
+                continue
+            return probe.getsockname()[1]
+    raise UserError(f"serve.host={host}: cannot listen there: use an address of this machine")
+
+
 def scoring_args(settings: Settings, inputs: Inputs) -> ScoringArgs:
-    """The application's arguments for these tables; builds the item catalogue if items have features and it is not there."""
+    """The application's arguments for these tables."""
     asked, schema = settings.serve, settings.event_schema
     if asked.num_replicas > asked.max_replicas:
         raise UserError(
             f"serve.num_replicas={asked.num_replicas} exceeds serve.max_replicas={asked.max_replicas}: raise the latter"
         )
-    items = settings.path("tables", "items")
-    if schema.features_of("item"):
-        publish_items(items, inputs.sequences, schema)
     return ScoringArgs(
         checkpoint=inputs.checkpoint.path,
         sequences=settings.path("tables", "sequences"),
-        items=items if schema.features_of("item") else None,
+        items=settings.path("tables", "items") if schema.features_of("item") else None,
         **asked.model_dump(exclude={"host", "port", "check_requests"}),
     )
 

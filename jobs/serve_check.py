@@ -5,14 +5,14 @@ import logging
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
-from jobs.serve import scoring_args
+from jobs.serve import free_port, scoring_args
 from longer.config import Settings
 from longer.data.tables import RequestTable
 from longer.errors import UserError
 from longer.progress import say
 from longer.runner import run_job
 from longer.serving.batch import Inputs
-from longer.serving.check import choose_requests, find_check, free_port, offline_scores, publish_check, replay
+from longer.serving.check import choose_requests, find_check, offline_scores, publish_check, replay
 from longer.storage import Version
 from serve_apps.scoring import build_app
 

@@ -28,9 +28,11 @@ from ray.serve.metrics import Counter, Gauge, Histogram
 from ray.serve.schema import LoggingConfig
 from starlette.requests import ClientDisconnect
 
+from longer.data.tables import open_version
 from longer.errors import UserError
 from longer.serving.scorer import Scorer, ScoreRequest, ScoreResult
 from longer.storage import Table
+from longer.training.checkpoints import read_info
 from serve_apps.protocol import BodyError, ScoreBody, parse_score_body, score_response
 
 _LATENCY_EDGES_MS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
@@ -222,6 +224,8 @@ def build_app(args: ScoringArgs) -> serve.Application:
     served = Table(args.checkpoint).current()
     if served:
         args = args.model_copy(update={"checkpoint": served.path})
+    schema = read_info(args.checkpoint).schema  # here, so that a mistake is told at once and no replica starts
+    open_version(args.sequences, schema, args.sequences_version, "jobs.build_sequences")
     return ScoringReplica.options(
         name="scoring",
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},

@@ -186,7 +186,6 @@ class BatchSettings(Section):
     split: str = Field("test", description="Split of the requests table to score.")
     num_scorers: int = Field(2, ge=1, description="Actors that score buckets, each with its own copy of the model.")
     num_gpus_per_scorer: float = Field(0.0, ge=0, description="GPUs of each actor; 0 scores on the CPU.")
-    requests_per_batch: int = Field(256, ge=1, description="Requests in one forward pass.")
 
 
 class RaySettings(Section):

@@ -13,7 +13,8 @@ import yaml
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
-from longer.serving.check import free_port
+from jobs.serve import free_port
+from longer.errors import UserError
 from longer.serving.scorer import Scorer, ScoreRequest, ScoreResult
 from serve_apps.scoring import ScoringArgs, build_app
 from tests.serving.tables import DAY_MS, START_MS, build_world, checkpoint_path
@@ -29,6 +30,14 @@ def test_the_config_file_is_one_that_serve_and_the_builder_accept() -> None:
     assert application.import_path == "serve_apps.scoring:build_app"
     assert config.http_options.host == "127.0.0.1"
     ScoringArgs.model_validate(application.args)
+
+
+def test_a_wrong_path_is_told_before_any_replica_starts(tmp_path: Path) -> None:
+    world = build_world(tmp_path)
+    with pytest.raises(UserError, match=r"nowhere/model.json"):
+        build_app(ScoringArgs(checkpoint="nowhere", sequences=world.path("tables", "sequences")))
+    with pytest.raises(UserError, match=r"nowhere: no published version .* jobs.build_sequences"):
+        build_app(ScoringArgs(checkpoint=checkpoint_path(world), sequences="nowhere"))
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ class ItemTable:
     """Features of items by key, all in memory: about 8 bytes an item and feature."""
 
     def __init__(self, path: str, schema: EventSchema, version_id: str | None = None) -> None:
-        self.version = open_version(path, schema, version_id, "jobs.build_items")
+        self.version = open_version(path, schema, version_id, "jobs.build_sequences")
         filesystem, bare = arrow_filesystem(self.version.files()[0])
         rows = pq.read_table(bare, filesystem=filesystem)
         item_key_I = stable_keys(rows["item_id"])

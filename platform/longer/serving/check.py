@@ -6,7 +6,6 @@ again at once. So states are loaded, appended to and hit, as in service.
 
 import asyncio
 import json
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,19 +29,6 @@ from longer.training.loader import concat_requests
 NUM_CLIENTS = 2
 REPEAT_EVERY = 4
 _TIMEOUT_S = 60.0
-
-
-def free_port(host: str, preferred: int) -> int:
-    """The preferred port if nobody listens there, else any free one."""
-    for port in (preferred, 0):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError:
-                continue
-            return probe.getsockname()[1]
-    raise UserError(f"serve.host={host}: cannot listen there: use an address of this machine")
 
 
 def choose_requests(table: RequestTable, split: str, num_requests: int) -> list[Requests]:
