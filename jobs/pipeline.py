@@ -30,15 +30,12 @@ def run(settings: Settings, fresh: bool = False) -> None:
     if fresh:
         for folder in ("tables", "checkpoints", "training", "evaluation", "serving_check", "batch_scores"):
             remove_tree(settings.path(folder))
-    seconds: dict[str, float] = {}
     versions: dict[str, Version] = {}
     for number, (name, stage) in enumerate(STAGES.items(), 1):
         say("pipeline", f"[{number}/{len(STAGES) + 1}] {name}")
-        stage_started = time.perf_counter()
         versions[name] = stage(settings)
-        seconds[name] = round(time.perf_counter() - stage_started, 2)
     say("pipeline", f"[{len(STAGES) + 1}/{len(STAGES) + 1}] report")
-    write_report(settings, versions, seconds)
+    write_report(settings, versions)
     say("pipeline", f"done in {time.perf_counter() - started:.0f} s")
 
 

@@ -13,15 +13,16 @@ from longer.progress import say
 from longer.runner import run_job
 from longer.serving.batch import Inputs
 from longer.serving.check import choose_requests, find_check, offline_scores, publish_check, replay
-from longer.storage import Version
+from longer.storage import Table, Version
 from serve_apps.scoring import build_app
 
 
 def run(settings: Settings) -> Version:
     """Latencies, cache counters and the largest difference from the offline scores, published as `serving_check`."""
+    table = Table(settings.path("serving_check"))
     inputs = Inputs.served(settings)
     offline = offline_scores(settings, inputs)
-    if published := find_check(settings, inputs, offline):
+    if published := find_check(settings, table, inputs, offline):
         return published
     requests = RequestTable(settings.path("tables", "requests"), settings.event_schema, inputs.requests.id)
     users = choose_requests(requests, "test", settings.serve.check_requests)
@@ -38,7 +39,7 @@ def run(settings: Settings) -> Version:
         answers = replay(f"http://{host}:{port}", users)
     finally:
         _stop(settings)
-    return publish_check(settings, inputs, offline, users, answers)
+    return publish_check(settings, table, inputs, offline, users, answers)
 
 
 def _stop(settings: Settings) -> None:

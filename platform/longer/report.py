@@ -17,26 +17,21 @@ from longer.storage import Version, exists, read_bytes, write_bytes
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
-def write_report(settings: Settings, versions: Mapping[str, Version], seconds: Mapping[str, float]) -> dict[str, Any]:
-    """The report of these stage results, written under `root` unless it is there already.
-
-    `seconds` of a stage that found its result published are taken from the earlier report, which saw the work.
-    """
+def write_report(settings: Settings, versions: Mapping[str, Version]) -> dict[str, Any]:
+    """The report of these stage results, written under `root` unless it is there already."""
     path = settings.path("report.json")
-    earlier = json.loads(read_bytes(path)) if exists(path) else {"versions": {}, "stages": {}}
     ids = {name: version.id for name, version in versions.items()}
-    if earlier["versions"] == ids and exists(settings.path("report.html")):
+    if exists(path) and (earlier := json.loads(read_bytes(path)))["versions"] == ids:
         say("report", f"{path} is already written, nothing changed")
         return earlier
-    kept = {name: earlier["stages"][name] for name, id in ids.items() if earlier["versions"].get(name) == id}
-    report = summarize(versions, {**seconds, **kept})
+    report = summarize(versions)
     write_bytes(settings.path("report.html"), render(report, versions).encode())
     write_bytes(path, json.dumps(report, indent=1).encode())
     say("report", f"{settings.path('report.html')} and report.json")
     return report
 
 
-def summarize(versions: Mapping[str, Version], seconds: Mapping[str, float]) -> dict[str, Any]:
+def summarize(versions: Mapping[str, Version]) -> dict[str, Any]:
     """The figures of report.json."""
     train, evaluation, serving, batch = (
         versions[name].manifest for name in ("train", "evaluate", "serve", "batch_score")
@@ -48,7 +43,7 @@ def summarize(versions: Mapping[str, Version], seconds: Mapping[str, float]) -> 
             name: serving[name] for name in ("requests", "p50_ms", "p99_ms", "max_abs_diff_vs_offline", "cache")
         },
         "batch": {name: batch[name] for name in ("rows", "rows_per_s", "max_abs_diff_vs_online")},
-        "stages": dict(seconds),
+        "stages": {name: version.manifest["seconds"] for name, version in versions.items()},
         "model": {name: train[name] for name in ("model_version", "num_parameters", "step", "validation")},
         "versions": {name: version.id for name, version in versions.items()},
         "made_with": {

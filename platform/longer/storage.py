@@ -11,6 +11,7 @@ S3 credentials, region and endpoint (AWS_ENDPOINT_URL) come from the usual envir
 import hashlib
 import json
 import os
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -115,6 +116,7 @@ class Table:
 
     def __init__(self, path: str) -> None:
         self.path = path.rstrip("/")
+        self._opened = time.perf_counter()
 
     def current(self) -> Version | None:
         """The version that is served, if any."""
@@ -172,6 +174,7 @@ class Table:
             "version": version_id,
             "table_format": TABLE_FORMAT,
             "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.perf_counter() - self._opened, 2),  # of the job, which opens the table as it starts
             **manifest,
             "num_bytes": sum(file.num_bytes for file in listed),
             "files": [asdict(file) for file in listed],

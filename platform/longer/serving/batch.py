@@ -166,6 +166,7 @@ def check_against_online(settings: Settings, scored: Version) -> Version:
     record: dict[str, Any] = {
         "rows": scored.manifest["num_rows"],
         "rows_per_s": scored.manifest["rows_per_s"],
+        "seconds": scored.manifest["seconds"],
         "max_abs_diff_vs_online": None,
         "compared_requests": 0,
     }

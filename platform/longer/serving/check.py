@@ -154,16 +154,16 @@ def offline_scores(settings: Settings, inputs: Inputs) -> Version:
     return evaluation
 
 
-def find_check(settings: Settings, inputs: Inputs, offline: Version) -> Version | None:
+def find_check(settings: Settings, table: Table, inputs: Inputs, offline: Version) -> Version | None:
     """A finished check of the same model, tables and serve settings, if there is one."""
-    published = Table(settings.path("serving_check")).reuse(_check_id(settings, inputs, offline))
+    published = table.reuse(_check_id(settings, inputs, offline))
     if published:
         say("serve_check", f"version {published.id} is already checked, nothing changed")
     return published
 
 
 def publish_check(
-    settings: Settings, inputs: Inputs, offline: Version, users: list[Requests], replayed: Replay
+    settings: Settings, table: Table, inputs: Inputs, offline: Version, users: list[Requests], replayed: Replay
 ) -> Version:
     """Compares every answer with the offline scores; publishes the record, and the online scores as a score table."""
     tasks, schema, asked = settings.train.tasks, settings.event_schema, concat_requests(users)
@@ -176,7 +176,6 @@ def publish_check(
     if compared != len(asked):
         raise ValueError(f"{offline.path} has scores of {compared} of the {len(asked)} requests asked")
     record = {**summary(replayed.answers), "max_abs_diff_vs_offline": worst, "cache": replayed.cache}
-    table = Table(settings.path("serving_check"))
     version_id = _check_id(settings, inputs, offline)
     with checked_output(table.begin(version_id), "scores/part-0.parquet") as sink:
         pq.write_table(online, sink, compression="zstd")
