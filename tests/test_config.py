@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from longer.config import Settings, load_settings, parse_settings
+from longer.cli import parse_settings
+from longer.config import Settings, load_settings
 from longer.errors import UserError
 
 ROOT = Path(__file__).parents[1]

@@ -1,17 +1,15 @@
 """Every job's settings: one frozen tree, read from YAML, any field overridable on the command line.
 
-Precedence: command line, then the YAML file, then the defaults here. `parse_settings` turns each mistake into one line.
+Precedence: command line, then the YAML file, then the defaults here. Each mistake becomes one line (`load_settings`).
 """
 
 import os
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from longer.errors import UserError
 from longer.schema import EventSchema
@@ -270,35 +268,6 @@ def load_settings(config: str | None = None, overrides: dict[str, Any] | None = 
         return Settings(**_merged(_read_yaml(config) if config else {}, overrides or {}))
     except ValidationError as error:
         raise UserError(_explain(error, config)) from None
-
-
-def parse_settings(
-    description: str, argv: Sequence[str] | None = None, flags: Sequence[tuple[str, str]] = ()
-) -> tuple[Settings, set[str]]:
-    """Settings from the command line of a job, and which of its own boolean `flags` (name, help) were given.
-
-    Exits with code 0 after `--help`; raises UserError for every mistake.
-    """
-    import argparse
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:
-            raise UserError(f"{message}: see --help for every setting")
-
-    parser = Parser(
-        prog=Path(sys.argv[0]).stem,
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; the flags below override it")
-    for name, text in flags:
-        parser.add_argument(f"--{name}", action="store_true", help=text)
-    source: CliSettingsSource = CliSettingsSource(Settings, root_parser=parser)
-    args = parser.parse_args(list(argv) if argv is not None else None)
-    given = {name for name, _ in flags if getattr(args, name.replace("-", "_"))}
-    overrides = source(parsed_args=args)()
-    return load_settings(args.config, {k: v for k, v in overrides.items() if k in Settings.model_fields}), given
 
 
 def _read_yaml(config: str) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import longer
-from longer.config import RaySettings, parse_settings
+from longer.cli import parse_settings
+from longer.config import RaySettings
 from longer.errors import UserError
 
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`, whose runtime environment then holds
