@@ -36,7 +36,7 @@ serve: $(INSTALLED)
 	$(BIN)/python -m jobs.serve --config $(CONFIG)
 
 bench: $(INSTALLED)
-	for script in benchmarks/[a-z]*.py; do $(BIN)/python -m benchmarks.$$(basename $$script .py) || exit 1; done
+	@for script in benchmarks/[a-z]*.py; do $(BIN)/python -m benchmarks.$$(basename $$script .py) || exit 1; done
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
