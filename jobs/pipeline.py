@@ -28,8 +28,17 @@ def run(settings: Settings, fresh: bool = False) -> None:
     """Writes the report of all stages; with `fresh`, after removing everything under `root` that a pipeline wrote."""
     started = time.perf_counter()
     if fresh:
-        for folder in ("tables", "checkpoints", "training", "evaluation", "serving_check", "batch_scores"):
-            remove_tree(settings.path(folder))
+        for name in (
+            "tables",
+            "checkpoints",
+            "training",
+            "evaluation",
+            "serving_check",
+            "batch_scores",
+            "report.json",
+            "report.html",
+        ):
+            remove_tree(settings.path(name))
     versions: dict[str, Version] = {}
     for number, (name, stage) in enumerate(STAGES.items(), 1):
         say("pipeline", f"[{number}/{len(STAGES) + 1}] {name}")
