@@ -30,12 +30,18 @@ def _sequences(settings: Settings) -> Version:
     rule = KeepRule(settings.sequences.keep_events, settings.model.windows.stride_events)
     chosen = {**settings.sequences.model_dump(mode="json"), "stride_events": rule.stride_events}
     inputs = {"events": events.id}
+    files = readable_files(events, schema, True) if settings.sequences.skip_unreadable_files else events.files()
+    skipped = sorted(
+        set(events.files()) - set(files)
+    )  # part of the id: once they are restored, the table is built anew
+    inputs |= {"skipped": [file.removeprefix(events.path) for file in skipped]} if skipped else {}
     version_id = fingerprint("sequences", TABLE_FORMAT, chosen, inputs, schema.hash())
     table = Table(settings.path("tables", "sequences"))
     if published := table.reuse(version_id):
         say("build_sequences", f"version {version_id} is already built, nothing changed")
         return published
-    files = readable_files(events, schema, settings.sequences.skip_unreadable_files)
+    if not settings.sequences.skip_unreadable_files:
+        readable_files(events, schema, False)
     reader = EventReader(schema, rule, settings.sequences.num_buckets)
     writer = BucketWriter(schema, rule, table.begin(version_id), settings.sequences.row_group_users)
     try:

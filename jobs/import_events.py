@@ -29,10 +29,12 @@ def run(settings: Settings) -> Version:
     if published := table.reuse(version_id):
         say("import_events", f"version {version_id} is already built, nothing changed")
         return published
-    say("import_events", importer.PROVENANCE)
     events, quarantined = check_rows(importer.read(paths), schema, datetime.now(UTC))
     manifest = {"schema_hash": schema.hash(), "settings": chosen, "inputs": inputs, "provenance": importer.PROVENANCE}
     num_rows = len(events) + len(quarantined)
+    if not num_rows:
+        raise UserError(f"{next(iter(paths.values()))}: the log has no events: import a log with at least one")
+    say("import_events", importer.PROVENANCE)
     reasons = Counter(quarantined["reason"].to_pylist())
     _quarantine(settings, version_id, quarantined, {**manifest, "num_rows": len(quarantined), "reasons": dict(reasons)})
     if len(quarantined) > settings.import_events.max_quarantined_share * num_rows:
@@ -43,8 +45,14 @@ def run(settings: Settings) -> Version:
             "then repair the log or raise the share"
         )
     if not len(events):
-        raise UserError(f"{next(iter(paths.values()))}: the log has no events: import a log with at least one")
-    files = write_events(events, table.begin(version_id))
+        raise UserError(
+            f"{next(iter(paths.values()))}: no row of the log is fit: see {settings.path('tables', 'quarantine')}"
+        )
+    try:
+        files = write_events(events, table.begin(version_id))
+    except OSError:
+        table.discard(version_id)
+        raise
     first, last = pc.min_max(events["event_ts"].cast(pa.int64())).as_py().values()
     counts = {"num_rows": len(events), "num_quarantined": len(quarantined)}
     times = {"first_event_ts": iso_time(first), "watermark": iso_time(last)}

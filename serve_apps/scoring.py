@@ -1,14 +1,14 @@
 """Scores candidates over HTTP with Ray Serve:
 
-    serve run serve_apps.scoring:build_app checkpoint=runs/quickstart/checkpoints \\
-        sequences=runs/quickstart/tables/sequences items=runs/quickstart/tables/items
+    serve run serve_apps.scoring:build_app checkpoint=runs/quickstart/checkpoints
 
 POST /v1/score    {"user_id", "candidates": ids or {"id", "features"}, "request_ts"?, "top_k"?} -> scores by task
 GET  /v1/model    what is served          GET /v1/stats    this replica's cache
 GET  /healthz     the process answers     GET /readyz      the scorer answers
 
-Send the header `x-session-id: USER` with every request: it is hashed to a replica, so that a user's state is found where it was
-left. The scorer is the ingress (a second hop would double the latency), and torch runs in one thread beside the event loop.
+Send `x-session-id: USER` (percent-encoded if not ASCII) with every request: it is hashed to a replica, so that a user's state is
+found where it was left. The scorer is the ingress (a second hop would double the latency), and torch runs in one thread beside
+the event loop.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ from longer.data.tables import open_version
 from longer.errors import UserError
 from longer.serving.scorer import Scorer, ScoreRequest, ScoreResult
 from longer.storage import Table
-from longer.training.checkpoints import read_info
+from longer.training.checkpoints import load_model
 from serve_apps.protocol import BodyError, ScoreBody, parse_score_body, score_response
 
 _LATENCY_EDGES_MS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
@@ -48,9 +48,11 @@ class ScoringArgs(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     checkpoint: str = Field(description="A checkpoint, or the checkpoints table: then its served version.")
-    sequences: str = Field(description="Path of the sequence table.")
+    sequences: str | None = Field(
+        None, description="Path of the sequence table; null: tables/sequences beside checkpoints."
+    )
     sequences_version: str | None = Field(None, description="Version to stay at; null follows the one served.")
-    items: str | None = Field(None, description="Path of the item catalogue; null: features come with the requests.")
+    items: str | None = Field(None, description="Path of the item catalogue; null: tables/items beside checkpoints.")
     num_replicas: int = Field(1, ge=1, description="Fewest replicas.")
     max_replicas: int = Field(1, ge=1, description="Most replicas that autoscaling may reach.")
     downscale_delay_s: float = Field(
@@ -123,6 +125,7 @@ class ScoringReplica:
     def _load(self) -> Scorer:
         args = self._args
         device = "cuda" if args.num_gpus else "cpu"
+        assert args.sequences  # build_app found it
         return Scorer(args.checkpoint, args.sequences, args.cache_bytes, args.items, args.sequences_version, device)
 
     @serve.batch
@@ -216,16 +219,29 @@ class ScoringReplica:
         return Response(content, status, {"x-replica": self._replica}, "application/json")
 
 
+def _resolved(args: ScoringArgs) -> ScoringArgs:
+    """The arguments with every path found and checked: a mistake is told at once, before any replica starts.
+
+    Without the catalogue, candidates given by id would silently lose their features and get other scores.
+    """
+    served = Table(args.checkpoint).current()
+    checkpoint = served.path if served else args.checkpoint
+    schema = load_model(checkpoint)[1].schema
+    root = args.checkpoint.rstrip("/").rpartition("checkpoints")[0] or "./"
+    sequences = args.sequences or f"{root}tables/sequences"
+    items = (args.items or f"{root}tables/items") if schema.features_of("item") else None
+    open_version(sequences, schema, args.sequences_version, "jobs.build_sequences")
+    if items:
+        open_version(items, schema, None, "jobs.build_sequences")
+    return args.model_copy(update={"checkpoint": checkpoint, "sequences": sequences, "items": items})
+
+
 def build_app(args: ScoringArgs) -> serve.Application:
     """The Serve application; replicas come and go slowly, since each change remaps users away from their states.
 
     The checkpoint is chosen here, once, so that all replicas serve the same one.
     """
-    served = Table(args.checkpoint).current()
-    if served:
-        args = args.model_copy(update={"checkpoint": served.path})
-    schema = read_info(args.checkpoint).schema  # here, so that a mistake is told at once and no replica starts
-    open_version(args.sequences, schema, args.sequences_version, "jobs.build_sequences")
+    args = _resolved(args)
     return ScoringReplica.options(
         name="scoring",
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},

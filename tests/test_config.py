@@ -21,6 +21,12 @@ MISTAKES = {
     "--sequences.keep_events 100": ("sequences.keep_events=100", "1152", "raise keep_events"),
     '--train.tasks [{"name":"click"}]': ("train.tasks", "click", "add the label column"),
     "--config nowhere.yaml": ("nowhere.yaml", "no such settings file"),
+    "--config configs": ("configs", "not a readable text file"),
+    "--model.count_events [-50]": ("model.count_events.0", "greater than 0"),
+    "--evaluate.length_edges [100,10]": ("length_edges=(100, 10)", "do not ascend"),
+    "--train.learning_rate inf": ("train.learning_rate", "finite"),
+    '--train.tasks [{"name":"label"},{"name":"label"}]': ("names a task twice",),
+    "--root ": ("root", "at least 1 character"),
 }
 
 

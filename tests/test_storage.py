@@ -1,12 +1,16 @@
 """A table never shows half a version, on disk and on S3."""
 
 import hashlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import longer
 from longer.errors import UserError
-from longer.storage import Table, checked_output, filesystem, fingerprint, write_bytes
+from longer.storage import Table, checked_output, filesystem, fingerprint, read_bytes, write_bytes
 
 
 def publish(table: Table, version_id: str, content: bytes) -> None:
@@ -78,3 +82,36 @@ def test_fingerprints_do_not_depend_on_dictionary_order_and_stay_the_same_for_ev
 def test_an_unknown_scheme_is_one_line() -> None:
     with pytest.raises(UserError, match="local or start with s3://"):
         filesystem("gs://bucket/table")
+
+
+def test_a_second_writer_is_refused_and_harms_nothing(tmp_path: Path) -> None:
+    """Two runs of one job: the later one must not clear what the earlier one is writing."""
+    table = Table(str(tmp_path / "table"))
+    write_bytes(f"{table.begin('v1')}/part-0.bin", b"data")
+    second = "from longer.storage import Table; import sys; Table(sys.argv[1]).begin('v1')"
+    environment = {**os.environ, "PYTHONPATH": str(Path(longer.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", second, table.path], env=environment, capture_output=True, text=True, check=False
+    )
+    assert "another run is writing this table" in done.stderr
+    version = table.publish("v1", {})
+    assert read_bytes(version.files()[0]) == b"data"
+    with pytest.raises(UserError, match="another run has just published version v1"):
+        Table(table.path).begin("v1")
+
+
+def test_a_version_that_lost_a_file_is_built_again_not_served(tmp_path: Path) -> None:
+    table = Table(str(tmp_path / "table"))
+    write_bytes(f"{table.begin('v1')}/part-0.bin", b"data")
+    version = table.publish("v1", {})
+    os.remove(version.files()[0])
+    assert table.reuse("v1") is None
+    write_bytes(f"{table.begin('v1')}/part-0.bin", b"data")
+    table.publish("v1", {})
+    assert table.reuse("v1") is not None
+
+
+def test_a_damaged_pointer_is_named(tmp_path: Path) -> None:
+    write_bytes(str(tmp_path / "table" / "_CURRENT.json"), b"{")
+    with pytest.raises(UserError, match=r"_CURRENT.json: damaged"):
+        Table(str(tmp_path / "table")).current()

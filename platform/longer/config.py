@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from longer.errors import UserError
@@ -17,7 +26,7 @@ from longer.windows import WindowRule
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ImportSettings(Section):
@@ -81,7 +90,7 @@ class ModelSettings(Section):
     interactions: bool = Field(
         True, description="Candidate x history features: counts and recency of item and category."
     )
-    count_events: tuple[int, ...] = Field(
+    count_events: tuple[PositiveInt, ...] = Field(
         (20, 100), description="Besides the whole window, count the candidate in the last n events for each n."
     )
 
@@ -156,12 +165,20 @@ class TrainSettings(Section):
 class EvaluateSettings(Section):
     """Metrics of the test split, and the baselines on the same rows."""
 
-    count_baseline_events: tuple[int, ...] = Field(
+    count_baseline_events: tuple[PositiveInt, ...] = Field(
         (20, 100, 1000), description="Baselines: the user's own count in the last n."
     )
-    length_edges: tuple[int, ...] = Field(
-        (0, 20, 50, 100, 200, 500, 1000, 2000), description="History-length bins of the AUC curve, in events."
+    length_edges: tuple[NonNegativeInt, ...] = Field(
+        (0, 20, 50, 100, 200, 500, 1000, 2000),
+        min_length=1,
+        description="History-length bins of the AUC curve, in events.",
     )
+
+    @model_validator(mode="after")
+    def _edges_ascend(self) -> Self:
+        if list(self.length_edges) != sorted(set(self.length_edges)):
+            raise ValueError(f"length_edges={self.length_edges} do not ascend: sort them and name each once")
+        return self
 
 
 class ServeSettings(Section):
@@ -211,9 +228,11 @@ class Settings(BaseSettings):
     )
 
     root: str = Field(
-        "runs/default", description="Folder or s3:// prefix that holds the tables, checkpoints and reports."
+        "runs/default",
+        min_length=1,
+        description="Folder or s3:// prefix that holds the tables, checkpoints and reports.",
     )
-    seed: int = Field(0, ge=0, description="Seed of negatives, initial weights and the order of training.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of negatives, initial weights and the order of training.")
     event_schema: EventSchema = Field(EventSchema(), description="Columns of the event log and which are features.")
     import_events: ImportSettings = Field(ImportSettings(), description="jobs.import_events")
     sequences: SequenceSettings = Field(SequenceSettings(), description="jobs.build_sequences")
@@ -233,6 +252,9 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
+        names = [task.name for task in self.train.tasks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"train.tasks={names} names a task twice: name each once")
         unknown = {task.name for task in self.train.tasks} - set(self.event_schema.tasks)
         if unknown:
             raise ValueError(
@@ -275,11 +297,13 @@ def _read_yaml(config: str) -> dict[str, Any]:
         loaded = yaml.safe_load(Path(config).read_text()) or {}
     except FileNotFoundError:
         raise UserError(f"{config}: no such settings file; configs/ holds ready ones") from None
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"{config}: not a readable text file: name a YAML file in UTF-8") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise UserError(f"{config}: not valid YAML{f' at line {mark.line + 1}' if mark else ''}") from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"{config}: expected a mapping of settings at the top level")
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+        raise UserError(f"{config}: expected a mapping of settings by name at the top level")
     return loaded
 
 

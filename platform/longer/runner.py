@@ -52,7 +52,8 @@ def start_ray(settings: RaySettings) -> None:
 
     if ray.is_initialized():
         return
-    if settings.address is None:
+    address = settings.address or os.environ.get("RAY_ADDRESS")  # which `ray job submit` sets
+    if address is None:
         os.environ["PYTHONPATH"] = _worker_path()  # inherited; a runtime_env would waste the workers that Ray prestarts
         ray.init(
             num_cpus=settings.num_cpus,
@@ -63,7 +64,7 @@ def start_ray(settings: RaySettings) -> None:
         )
     else:
         environment = {} if _SUBMITTED in os.environ else {"py_modules": [str(Path(longer.__file__).parent)]}
-        ray.init(address=settings.address, logging_level=logging.WARNING, log_to_driver=False, runtime_env=environment)
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, runtime_env=environment)
     _quiet_ray_data()
 
 

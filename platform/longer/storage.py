@@ -8,6 +8,7 @@ A version id is the fingerprint of everything that decides its content, so a fin
 S3 credentials, region and endpoint (AWS_ENDPOINT_URL) come from the usual environment variables.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 import pyarrow as pa
@@ -31,6 +32,7 @@ TABLE_FORMAT = 1
 
 _MANIFEST = "_MANIFEST.json"
 _CURRENT = "_CURRENT.json"
+_LOCK = "_LOCK"
 
 
 def fingerprint(*parts: Any) -> str:
@@ -117,11 +119,12 @@ class Table:
     def __init__(self, path: str) -> None:
         self.path = path.rstrip("/")
         self._opened = time.perf_counter()
+        self._lock: IO[str] | None = None
 
     def current(self) -> Version | None:
         """The version that is served, if any."""
         try:
-            pointer = json.loads(read_bytes(f"{self.path}/{_CURRENT}"))
+            pointer = _read_json(f"{self.path}/{_CURRENT}")
         except FileNotFoundError:
             return None
         return self.find(pointer["version"])
@@ -139,29 +142,61 @@ class Table:
         """A published version by id, served or not."""
         path = f"{self.path}/{version_id}"
         try:
-            return Version(version_id, path, json.loads(read_bytes(f"{path}/{_MANIFEST}")))
+            return Version(version_id, path, _read_json(f"{path}/{_MANIFEST}"))
         except FileNotFoundError:
             return None
 
     def reuse(self, version_id: str) -> Version | None:
-        """A published version by id, now the one that is served."""
+        """A published version by id, now the one that is served; None too if some of its files are gone, so that it is rebuilt."""
         version = self.find(version_id)
-        if version:
-            self._serve(version_id)
+        if version is None or not _is_whole(version):
+            return None
+        self._serve(version_id)
         return version
 
+    def claim(self) -> None:
+        """Makes this process the table's only writer until it ends. On a local disk only: S3 has no such locks.
+
+        Raises UserError if another process is writing, or if the folder cannot be written.
+        """
+        if self.path.startswith("s3://") or self._lock:
+            return
+        _, bare = filesystem(self.path)
+        try:
+            os.makedirs(bare, exist_ok=True)
+            self._lock = open(f"{bare}/{_LOCK}", "a")  # noqa: SIM115  (held until the process ends)
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.path}: another run is writing this table: wait for it, then run again") from None
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}): choose another --root") from None
+
     def begin(self, version_id: str) -> str:
-        """The folder to write a version's data into, empty: what an unfinished attempt left there is removed."""
+        """The folder to write a version's data into, empty: what an unfinished attempt left there is removed.
+
+        Raises UserError as `claim` does, or if another run has published the version since this one looked.
+        """
+        self.claim()
+        published = self.find(version_id)
+        if published and _is_whole(published):
+            raise UserError(f"{self.path}: another run has just published version {version_id}: run again to use it")
+        return self._clear(version_id)
+
+    def discard(self, version_id: str) -> None:
+        """Removes what a failed attempt has written, and gives up the table."""
+        self._clear(version_id)
+        if self._lock:
+            os.unlink(self._lock.name)
+            self._lock.close()
+            self._lock = None
+
+    def _clear(self, version_id: str) -> str:
         path = f"{self.path}/{version_id}"
         fs, bare = filesystem(path)
         if fs.exists(f"{bare}/{_MANIFEST}"):
             fs.rm_file(f"{bare}/{_MANIFEST}")  # first, so that the version is never there with half its files
         remove_tree(path)
         return path
-
-    def discard(self, version_id: str) -> None:
-        """Removes what a failed attempt has written."""
-        self.begin(version_id)
 
     def publish(self, version_id: str, manifest: dict[str, Any], files: Sequence[DataFile] | None = None) -> Version:
         """Makes the data under `begin(version_id)` a version and serves it: manifest first, then the pointer.
@@ -227,6 +262,20 @@ def checksum(path: str) -> str:
     fs, bare = filesystem(path)
     with fs.open(bare, "rb", block_size=8 << 20) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        return json.loads(read_bytes(path))
+    except ValueError:
+        raise UserError(f"{path}: damaged: remove this file, then run the table's job again") from None
+
+
+def _is_whole(version: Version) -> bool:
+    """Whether every file that the manifest lists is there, at its size."""
+    fs, bare = filesystem(version.path)
+    sizes = {name: info["size"] for name, info in fs.find(bare, detail=True).items()}
+    return all(sizes.get(f"{bare}/{file['path']}") == file["num_bytes"] for file in version.manifest["files"])
 
 
 def _read_back(path: str) -> list[DataFile]:

@@ -112,6 +112,7 @@ def test_s3_over_http_publishes_and_serves_point_reads(s3: str) -> None:
     assert (reopened.manifest, reopened.files()) == (version.manifest, version.files())
     read_back = Table(f"{s3}/run/sequences").publish("v1", {}).manifest["files"]
     assert read_back == version.manifest["files"]
+    Table(f"{s3}/run/sequences").discard("v1")
     publish(f"{s3}/run/sequences", events, BASKETS)
     expected = naive_sequences(events, BASKETS, RULE.keep_events, RULE.stride_events)
     histories = SequenceTable(f"{s3}/run/sequences", BASKETS).get([expected[4]["user_id"], 10**9])

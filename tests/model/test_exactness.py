@@ -119,6 +119,19 @@ def test_float32_states_are_within_1e5_of_forward() -> None:
     np.testing.assert_allclose(score(model, states, request_ts, candidates), forward, rtol=1e-5, atol=1e-5)
 
 
+def test_bf16_scores_stay_within_their_stated_tolerance() -> None:
+    """Autocast to bfloat16 keeps 8 bits: probabilities of these deliberately large weights move by at most 0.05."""
+    rng = np.random.default_rng(8)
+    model = small_model(dtype=torch.float32)
+    histories = random_histories(rng, [0, 5, 24, 55])
+    request_ts, _ = ask(rng, histories)
+    batch = to_tensors(one_request_a_row(model, histories, request_ts, random_candidates(rng, [8] * 4)))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(batch)[:, 0].float().sigmoid()
+    full = model(batch)[:, 0].sigmoid()
+    assert 0 < (low - full).abs().max() <= 0.05
+
+
 def test_a_billion_events_lose_no_precision_in_position() -> None:
     """Rotation by absolute index must give the same scores however old the user is: only differences count."""
     rng = np.random.default_rng(6)

@@ -16,7 +16,7 @@ from ray.serve.schema import ServeDeploySchema
 from jobs.serve import free_port
 from longer.errors import UserError
 from longer.serving.scorer import Scorer, ScoreRequest, ScoreResult
-from serve_apps.scoring import ScoringArgs, build_app
+from serve_apps.scoring import ScoringArgs, _resolved, build_app
 from tests.serving.tables import DAY_MS, START_MS, build_world, checkpoint_path
 
 CONFIG = Path(__file__).parents[2] / "serve_apps" / "scoring.yaml"
@@ -38,6 +38,17 @@ def test_a_wrong_path_is_told_before_any_replica_starts(tmp_path: Path) -> None:
         build_app(ScoringArgs(checkpoint="nowhere", sequences=world.path("tables", "sequences")))
     with pytest.raises(UserError, match=r"nowhere: no published version .* jobs.build_sequences"):
         build_app(ScoringArgs(checkpoint=checkpoint_path(world), sequences="nowhere"))
+    with pytest.raises(UserError, match=r"nowhere: no published version"):
+        build_app(ScoringArgs(checkpoint=world.path("checkpoints"), items="nowhere"))
+
+
+def test_tables_beside_the_checkpoints_are_found_so_that_no_candidate_loses_its_features(tmp_path: Path) -> None:
+    world = build_world(tmp_path)
+    for checkpoint in (world.path("checkpoints"), checkpoint_path(world)):
+        found = _resolved(ScoringArgs(checkpoint=checkpoint))
+        assert found.checkpoint == checkpoint_path(world)
+        assert found.sequences == world.path("tables", "sequences")
+        assert found.items == world.path("tables", "items")
 
 
 @pytest.fixture(scope="module")

@@ -77,8 +77,10 @@ def test_no_order_of_requests_and_no_eviction_changes_a_score(
             assert cached.cache.num_bytes <= cache_bytes
         for outcome, one in zip(got, asked, strict=True):
             wanted = from_scratch.score([ScoreRequest(one[0], CANDIDATES, request_ts=one[1])])[0]
-            if isinstance(wanted, UserError):
-                assert isinstance(outcome, UserError | ScoreResult)  # a state may remember what the table has dropped
+            if isinstance(
+                wanted, UserError
+            ):  # the table dropped that past; a state kept since may still answer, from a hit
+                assert isinstance(outcome, UserError) or outcome.source in ("hit", "append")
             else:
                 assert isinstance(outcome, ScoreResult)
                 assert_same(outcome, wanted)

@@ -9,6 +9,7 @@ from pyarrow.fs import FileSystem
 
 from longer.arrays import NO_EVENT_TS, Candidates, Float32, Histories, Int64
 from longer.data.batches import Requests
+from longer.errors import UserError, one_line
 from longer.hashing import stable_keys
 from longer.schema import EventSchema
 
@@ -78,4 +79,7 @@ def list_columns(offsets: Int64, values: pa.Table) -> dict[str, pa.Array]:
 
 def open_parquet(filesystem: FileSystem, path: str, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
     """A file of a sequence or request table; pre-buffering makes neighbouring ranges one read, which S3 needs."""
-    return pq.ParquetFile(filesystem.open_input_file(path), metadata=metadata, pre_buffer=True)
+    try:
+        return pq.ParquetFile(filesystem.open_input_file(path), metadata=metadata, pre_buffer=True)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not readable ({one_line(error)}): remove its version and build it again") from None

@@ -154,7 +154,7 @@ def _score_buckets(settings: Settings, inputs: Inputs, version_path: str) -> lis
 def check_against_online(settings: Settings, scored: Version) -> Version:
     """How far the batch scores are from those that the serving check got over HTTP: a record in the manifest, next to them.
 
-    `max_abs_diff_vs_online` is null if no serving check of this model and these tables has been run.
+    `max_abs_diff_vs_online` is null if no request was scored by both.
     """
     online = Table(settings.path("serving_check")).current()
     if online and online.manifest["inputs"] != scored.manifest["inputs"]:
@@ -174,7 +174,7 @@ def check_against_online(settings: Settings, scored: Version) -> Version:
         asked = read_scores(online)
         ours = read_scores(scored, asked["request_id"].to_numpy())
         diff, compared = max_abs_diff(asked, ours, settings.train.tasks)
-        record |= {"max_abs_diff_vs_online": diff, "compared_requests": compared}
+        record |= {"max_abs_diff_vs_online": diff if compared else None, "compared_requests": compared}
     about = {
         "schema_hash": settings.event_schema.hash(),
         "inputs": {"batch_scores": scored.id, "serving_check": online and online.id},

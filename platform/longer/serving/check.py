@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import numpy as np
@@ -111,7 +112,7 @@ async def _client(http: httpx.AsyncClient, users: Iterator[Requests], answers: l
 
 
 def _session(user: Requests) -> dict[str, str]:
-    return {"x-session-id": str(user.user_id_R[0].as_py())}
+    return {"x-session-id": quote(str(user.user_id_R[0].as_py()), safe="")}  # headers are ASCII, ids need not be
 
 
 def _bodies(user: Requests) -> Iterator[tuple[int, bytes]]:

@@ -89,11 +89,6 @@ def load_model(
     return model.to(device).eval(), info
 
 
-def read_info(path: str) -> CheckpointInfo:
-    """What the model under `path` is, without its weights; a UserError as `load_model` raises."""
-    return _info(path, _read_json(path, "model.json"))
-
-
 def save_trainer(directory: str, model: Longer, optimizer: torch.optim.Optimizer, state: TrainerState) -> None:
     """Writes the optimizer's moments under their parameters' names, and the state."""
     tensors = {

@@ -74,6 +74,7 @@ def evaluate(settings: Settings, checkpoint: Version) -> Version:
         raise UserError(
             f"{requests.path}: no requests in the test split: raise requests.test_days_share, build them again"
         )
+    load_model(checkpoint.path, expected_schema=settings.event_schema)  # a mistake is told here once, not by every task
     train_end_ms = round(datetime.fromisoformat(requests.manifest["valid_from"]).timestamp() * 1000)
     scorer = BucketScorer(settings, inputs, checkpoint.path, table.begin(version_id), train_end_ms)
     try:

@@ -43,6 +43,7 @@ def train(settings: Settings) -> Version:
     if published := table.reuse(run_id):
         say("train", f"run {run_id} is already finished, nothing changed")
         return published
+    table.claim()
     result = _fit(settings, versions, run_id)
     manifest = {"schema_hash": schema.hash(), "settings": chosen, "inputs": versions}
     version = _publish(table, run_id, result, manifest)
