@@ -14,11 +14,13 @@ the event loop.
 import asyncio
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
+import ray
 import torch
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -241,7 +243,13 @@ def build_app(args: ScoringArgs) -> serve.Application:
 
     The checkpoint is chosen here, once, so that all replicas serve the same one.
     """
-    args = _resolved(args)
+    try:
+        args = _resolved(args)
+    except UserError as error:
+        if ray.get_runtime_context().worker.mode == ray.WORKER_MODE:
+            raise  # `serve deploy` builds in a task, whose error is reported with the application's status
+        print(error, file=sys.stderr)
+        sys.exit(2)  # `serve run` would show a traceback
     return ScoringReplica.options(
         name="scoring",
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},

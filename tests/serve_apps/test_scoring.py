@@ -32,14 +32,19 @@ def test_the_config_file_is_one_that_serve_and_the_builder_accept() -> None:
     ScoringArgs.model_validate(application.args)
 
 
-def test_a_wrong_path_is_told_before_any_replica_starts(tmp_path: Path) -> None:
+def test_a_wrong_path_is_one_line_and_exit_code_2_before_any_replica_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     world = build_world(tmp_path)
-    with pytest.raises(UserError, match=r"nowhere/model.json"):
+    with pytest.raises(SystemExit) as ended:
         build_app(ScoringArgs(checkpoint="nowhere", sequences=world.path("tables", "sequences")))
+    assert ended.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "nowhere/model.json" in line
     with pytest.raises(UserError, match=r"nowhere: no published version .* jobs.build_sequences"):
-        build_app(ScoringArgs(checkpoint=checkpoint_path(world), sequences="nowhere"))
+        _resolved(ScoringArgs(checkpoint=checkpoint_path(world), sequences="nowhere"))
     with pytest.raises(UserError, match=r"nowhere: no published version"):
-        build_app(ScoringArgs(checkpoint=world.path("checkpoints"), items="nowhere"))
+        _resolved(ScoringArgs(checkpoint=world.path("checkpoints"), items="nowhere"))
 
 
 def test_tables_beside_the_checkpoints_are_found_so_that_no_candidate_loses_its_features(tmp_path: Path) -> None:
