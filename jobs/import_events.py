@@ -29,6 +29,7 @@ def run(settings: Settings) -> Version:
     if published := table.reuse(version_id):
         say("import_events", f"version {version_id} is already built, nothing changed")
         return published
+    table.claim()
     events, quarantined = check_rows(importer.read(paths), schema, datetime.now(UTC))
     manifest = {"schema_hash": schema.hash(), "settings": chosen, "inputs": inputs, "provenance": importer.PROVENANCE}
     num_rows = len(events) + len(quarantined)
@@ -63,6 +64,8 @@ def run(settings: Settings) -> Version:
 
 def _quarantine(settings: Settings, version_id: str, rows: pa.Table, manifest: dict) -> None:
     table = Table(settings.path("tables", "quarantine"))
+    if table.reuse(version_id):
+        return  # an earlier attempt got this far
     with checked_output(table.begin(version_id), "part-0.parquet") as sink:
         pq.write_table(rows, sink, compression="zstd")
     table.publish(version_id, manifest, [sink.data_file])

@@ -11,7 +11,7 @@ from longer.config import Settings
 from longer.progress import say
 from longer.report import write_report
 from longer.runner import run_job
-from longer.storage import Version, remove_tree
+from longer.storage import Table, Version, remove_tree
 
 STAGES: dict[str, Callable[[Settings], Version]] = {
     "import_events": import_events.run,
@@ -28,17 +28,7 @@ def run(settings: Settings, fresh: bool = False) -> None:
     """Writes the report of all stages; with `fresh`, after removing everything under `root` that a pipeline wrote."""
     started = time.perf_counter()
     if fresh:
-        for name in (
-            "tables",
-            "checkpoints",
-            "training",
-            "evaluation",
-            "serving_check",
-            "batch_scores",
-            "report.json",
-            "report.html",
-        ):
-            remove_tree(settings.path(name))
+        _remove_results(settings)
     versions: dict[str, Version] = {}
     for number, (name, stage) in enumerate(STAGES.items(), 1):
         say("pipeline", f"[{number}/{len(STAGES) + 1}] {name}")
@@ -46,6 +36,19 @@ def run(settings: Settings, fresh: bool = False) -> None:
     say("pipeline", f"[{len(STAGES) + 1}/{len(STAGES) + 1}] report")
     write_report(settings, versions)
     say("pipeline", f"done in {time.perf_counter() - started:.0f} s")
+
+
+def _remove_results(settings: Settings) -> None:
+    """Every table first becomes this process's own, so that nothing is removed under a run that writes it."""
+    names = ("events", "quarantine", "sequences", "items", "requests")
+    paths = [*(f"tables/{name}" for name in names), "checkpoints", "evaluation", "serving_check", "batch_scores"]
+    tables = [Table(settings.path(path)) for path in paths]
+    for table in tables:
+        table.claim()
+    for table in tables:
+        table.clear()
+    for name in ("training", "report.json", "report.html"):
+        remove_tree(settings.path(name))
 
 
 if __name__ == "__main__":

@@ -30,8 +30,9 @@ from ray.serve.metrics import Counter, Gauge, Histogram
 from ray.serve.schema import LoggingConfig
 from starlette.requests import ClientDisconnect
 
+from longer.data.items import items_version
 from longer.data.tables import open_version
-from longer.errors import UserError
+from longer.errors import StorageError, UserError
 from longer.serving.scorer import Scorer, ScoreRequest, ScoreResult
 from longer.storage import Table
 from longer.training.checkpoints import load_model
@@ -39,6 +40,7 @@ from serve_apps.protocol import BodyError, ScoreBody, parse_score_body, score_re
 
 _LATENCY_EDGES_MS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
 _READY_WITHIN_S = 2.0
+_HEALTH_CHECK_S = 10.0
 _logger = logging.getLogger("ray.serve")
 
 api = FastAPI(title="longer scoring", version="1")
@@ -146,7 +148,7 @@ class ScoringReplica:
             return
         self._refreshed_s = time.monotonic()
         try:
-            if self._scorer.history.refresh():
+            if self._scorer.refresh():
                 _logger.info("sequences: now at version %s", self._scorer.history.version_id)
         except Exception:
             _logger.exception(
@@ -165,6 +167,9 @@ class ScoringReplica:
             if isinstance(outcome, UserError):
                 raise outcome
             content, status = score_response(asked, outcome, top_k, self._scorer.info.model_version), 200
+        except StorageError as error:
+            _logger.error("%s", error)
+            content, status = _json({"error": "the sequence table cannot be read at the moment: try again later"}), 503
         except UserError as error:
             content, status = _json({"error": str(error)}), error.status if isinstance(error, BodyError) else 422
         self._metrics.record((time.perf_counter() - started) * 1000, status)
@@ -228,13 +233,19 @@ def _resolved(args: ScoringArgs) -> ScoringArgs:
     """
     served = Table(args.checkpoint).current()
     checkpoint = served.path if served else args.checkpoint
-    schema = load_model(checkpoint)[1].schema
+    info = load_model(checkpoint)[1]
     root = args.checkpoint.rstrip("/").rpartition("checkpoints")[0] or "./"
     sequences = args.sequences or f"{root}tables/sequences"
-    items = (args.items or f"{root}tables/items") if schema.features_of("item") else None
-    open_version(sequences, schema, args.sequences_version, "jobs.build_sequences")
+    items = (args.items or f"{root}tables/items") if info.schema.features_of("item") else None
+    version = open_version(sequences, info.schema, args.sequences_version, "jobs.build_sequences")
     if items:
-        open_version(items, schema, None, "jobs.build_sequences")
+        open_version(items, info.schema, items_version(version.id, info.schema), "jobs.build_sequences")
+    kept, needed = version.manifest["settings"]["keep_events"], info.model.windows.max_history_events
+    if kept < needed:
+        raise UserError(
+            f"{version.path}: keeps {kept} events a user, but the model's history window needs {needed}: "
+            "raise sequences.keep_events and build it again"
+        )
     return args.model_copy(update={"checkpoint": checkpoint, "sequences": sequences, "items": items})
 
 
@@ -264,5 +275,6 @@ def build_app(args: ScoringArgs) -> serve.Application:
             request_router_class="ray.serve.experimental.consistent_hash_router.ConsistentHashRouter",
             request_router_kwargs={"num_virtual_nodes": 100, "num_fallback_replicas": 2},
         ),
+        health_check_period_s=min(_HEALTH_CHECK_S, args.refresh_s),  # which is when a replica looks for newer sequences
         logging_config=LoggingConfig(enable_access_log=False),
     ).bind(args)

@@ -88,12 +88,13 @@ def test_a_second_writer_is_refused_and_harms_nothing(tmp_path: Path) -> None:
     """Two runs of one job: the later one must not clear what the earlier one is writing."""
     table = Table(str(tmp_path / "table"))
     write_bytes(f"{table.begin('v1')}/part-0.bin", b"data")
-    second = "from longer.storage import Table; import sys; Table(sys.argv[1]).begin('v1')"
     environment = {**os.environ, "PYTHONPATH": str(Path(longer.__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, "-c", second, table.path], env=environment, capture_output=True, text=True, check=False
-    )
-    assert "another run is writing this table" in done.stderr
+    for attempt in ("begin('v1')", "resume('v1')", "clear()"):
+        second = f"from longer.storage import Table; import sys; Table(sys.argv[1]).{attempt}"
+        done = subprocess.run(
+            [sys.executable, "-c", second, table.path], env=environment, capture_output=True, text=True, check=False
+        )
+        assert "another run is writing this table" in done.stderr
     version = table.publish("v1", {})
     assert read_bytes(version.files()[0]) == b"data"
     with pytest.raises(UserError, match="another run has just published version v1"):

@@ -11,3 +11,7 @@ class UserError(Exception):
 def one_line(error: BaseException) -> str:
     """The first line of another library's message, to quote in a UserError."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class StorageError(UserError):
+    """A table or file that cannot be read: one line that names it. Nobody's request is at fault, so the service answers 503."""

@@ -15,7 +15,7 @@ from longer.errors import UserError
 
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`, whose runtime environment then holds
 _MAX_IDLE_WORKERS = 32
-_USER_ERROR_LINE = re.compile(r"^longer\.errors\.UserError: (.+)$", re.MULTILINE)
+_USER_ERROR_LINE = re.compile(r"^longer\.errors\.(?:User|Storage)Error: (.+)$", re.MULTILINE)
 
 
 def run_job(
@@ -76,7 +76,7 @@ def user_error_in(error: BaseException | None) -> UserError | None:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        if type(error) is UserError:
+        if isinstance(error, UserError) and type(error).__module__ == UserError.__module__:  # not Ray's wrapper of one
             return error
         if said := _USER_ERROR_LINE.search(str(error)):
             return UserError(said[1])

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,8 @@ TABLE_FORMAT = 1
 
 _MANIFEST = "_MANIFEST.json"
 _CURRENT = "_CURRENT.json"
-_LOCK = "_LOCK"
+_held_locks: dict[str, IO[str]] = {}
+"""By table, to the end of the process: closing any handle of the file would give up the lock."""
 
 
 def fingerprint(*parts: Any) -> str:
@@ -119,7 +121,6 @@ class Table:
     def __init__(self, path: str) -> None:
         self.path = path.rstrip("/")
         self._opened = time.perf_counter()
-        self._lock: IO[str] | None = None
 
     def current(self) -> Version | None:
         """The version that is served, if any."""
@@ -155,21 +156,25 @@ class Table:
         return version
 
     def claim(self) -> None:
-        """Makes this process the table's only writer until it ends. On a local disk only: S3 has no such locks.
+        """Makes this process the table's only writer until it ends; UserError if another process is. S3 has no such locks.
 
-        Raises UserError if another process is writing, or if the folder cannot be written.
+        The lock lies apart from the table, on this machine, and is never removed: it outlives whatever is removed there.
         """
-        if self.path.startswith("s3://") or self._lock:
+        if self.path.startswith("s3://") or self.path in _held_locks:
             return
-        _, bare = filesystem(self.path)
+        name = hashlib.sha256(os.path.abspath(self.path).encode()).hexdigest()[:32]
+        lock = open(f"{tempfile.gettempdir()}/longer-{os.getuid()}-{name}.lock", "a")  # noqa: SIM115  (held to the end)
         try:
-            os.makedirs(bare, exist_ok=True)
-            self._lock = open(f"{bare}/{_LOCK}", "a")  # noqa: SIM115  (held until the process ends)
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            lock.close()
             raise UserError(f"{self.path}: another run is writing this table: wait for it, then run again") from None
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}): choose another --root") from None
+        _held_locks[self.path] = lock
+
+    def clear(self) -> None:
+        """Removes all versions, as the table's only writer."""
+        self.claim()
+        remove_tree(self.path)
 
     def begin(self, version_id: str) -> str:
         """The folder to write a version's data into, empty: what an unfinished attempt left there is removed.
@@ -177,18 +182,24 @@ class Table:
         Raises UserError as `claim` does, or if another run has published the version since this one looked.
         """
         self.claim()
+        if not self.path.startswith("s3://"):
+            _make_folder(self.path)
         published = self.find(version_id)
         if published and _is_whole(published):
             raise UserError(f"{self.path}: another run has just published version {version_id}: run again to use it")
         return self._clear(version_id)
 
+    def resume(self, version_id: str) -> str:
+        """The folder of an unfinished or damaged version, with the files that are there; it is no version until published."""
+        self.claim()
+        fs, bare = filesystem(f"{self.path}/{version_id}/{_MANIFEST}")
+        if fs.exists(bare):
+            fs.rm_file(bare)
+        return f"{self.path}/{version_id}"
+
     def discard(self, version_id: str) -> None:
-        """Removes what a failed attempt has written, and gives up the table."""
+        """Removes what a failed attempt has written."""
         self._clear(version_id)
-        if self._lock:
-            os.unlink(self._lock.name)
-            self._lock.close()
-            self._lock = None
 
     def _clear(self, version_id: str) -> str:
         path = f"{self.path}/{version_id}"
@@ -269,6 +280,13 @@ def _read_json(path: str) -> dict[str, Any]:
         return json.loads(read_bytes(path))
     except ValueError:
         raise UserError(f"{path}: damaged: remove this file, then run the table's job again") from None
+
+
+def _make_folder(path: str) -> None:
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}): choose another --root") from None
 
 
 def _is_whole(version: Version) -> bool:

@@ -121,6 +121,9 @@ def test_a_file_damaged_inside_is_named_from_the_task_that_read_it(tmp_path: Pat
     assert str(mistake).startswith(str(damaged))
     assert "\n" not in str(mistake)
     assert not list((tmp_path / "run/tables/sequences").glob("*")), "something half-written was left"
+    skipping = settings.sequences.model_copy(update={"skip_unreadable_files": True})
+    partial = build_sequences.run(settings.model_copy(update={"sequences": skipping}))
+    assert partial.manifest["num_skipped_files"] == 1
 
 
 def test_unfit_rows_past_the_share_and_an_empty_log_are_one_line_each(tmp_path: Path) -> None:
@@ -138,3 +141,28 @@ def test_unfit_rows_past_the_share_and_an_empty_log_are_one_line_each(tmp_path: 
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="the log has no events"):
         import_events.run(settings_of(tmp_path / "empty", EVENTS.slice(0, 0)))
+
+
+def test_an_import_killed_between_its_two_tables_goes_on_when_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_of(tmp_path)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(import_events, "write_events", killed)
+        with pytest.raises(KeyboardInterrupt):
+            import_events.run(settings)
+    assert import_events.run(settings).manifest["num_rows"] == len(EVENTS)
+
+
+def test_a_refused_import_gives_its_reason_every_time(tmp_path: Path) -> None:
+    holes = pa.array([None] * 50 + EVENTS["user_id"].to_pylist()[50:], pa.int64())
+    settings = settings_of(
+        tmp_path, EVENTS.set_column(0, "user_id", holes), import_events={"max_quarantined_share": 0.001}
+    )
+    for _ in range(3):
+        with pytest.raises(UserError, match=r"50 of \d+ rows are unfit"):
+            import_events.run(settings)

@@ -43,7 +43,7 @@ def test_a_wrong_path_is_one_line_and_exit_code_2_before_any_replica_starts(
     assert "nowhere/model.json" in line
     with pytest.raises(UserError, match=r"nowhere: no published version .* jobs.build_sequences"):
         _resolved(ScoringArgs(checkpoint=checkpoint_path(world), sequences="nowhere"))
-    with pytest.raises(UserError, match=r"nowhere: no published version"):
+    with pytest.raises(UserError, match=r"nowhere: version \w+ is not in this table"):
         _resolved(ScoringArgs(checkpoint=world.path("checkpoints"), items="nowhere"))
 
 

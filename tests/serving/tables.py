@@ -86,7 +86,7 @@ def publish_sequences(settings: Settings, events: pa.Table) -> Version:
             with checked_output(path, f"bucket={bucket:04d}/part-0.parquet") as sink:
                 pq.write_table(build_sequences(mine, schema, rule), sink, row_group_size=2)
             files.append(sink.data_file)
-    manifest = {"schema_hash": schema.hash(), "settings": {"num_buckets": NUM_BUCKETS}}
+    manifest = {"schema_hash": schema.hash(), "settings": {"num_buckets": NUM_BUCKETS, "keep_events": rule.keep_events}}
     return table.publish(version_id, manifest, files)
 
 

@@ -1,5 +1,6 @@
 """Batch scores are the scorer's; an interrupted run goes on, a finished one is found."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +9,15 @@ import pytest
 
 from jobs import batch_score
 from longer.config import Settings
-from longer.data.scores import max_abs_diff, score_rows
-from longer.data.tables import RequestTable
+from longer.data.scores import check_difference, max_abs_diff, score_rows
+from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import UserError
 from longer.serving.batch import BucketScorer, Inputs
 from longer.serving.batch import batch_score as score_split
 from longer.serving.check import choose_requests
 from longer.serving.scorer import Scorer, ScoreRequest, ScoreResult
 from longer.storage import Table, checked_output
-from longer.training.loader import concat_requests
+from longer.training.loader import concat_requests, read_split
 from tests.serving.tables import build_world, checkpoint_path, publish_requests
 
 
@@ -70,6 +71,13 @@ def test_batch_scores_equal_online_ones_and_a_rerun_finds_them(
     assert score_split(world) == scored
     assert "already scored, nothing changed" in capsys.readouterr().err
 
+    damaged = Path(scored.files()[0])
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[: len(whole) // 2])
+    again = score_split(world)
+    assert damaged.read_bytes() == whole
+    assert again.files() == scored.files()
+
 
 def test_a_bucket_of_an_interrupted_run_is_kept_and_is_what_would_be_written(world: Settings, tmp_path: Path) -> None:
     inputs = Inputs.served(world)
@@ -80,6 +88,24 @@ def test_a_bucket_of_an_interrupted_run_is_kept_and_is_what_would_be_written(wor
     before = (tmp_path / written["path"]).stat()
     assert scorer.write_bucket(0) == {**written, "kept": True}
     assert (tmp_path / written["path"]).stat() == before
+
+
+def test_windows_that_reach_before_the_table_are_refused_not_filled_with_another_users_events(world: Settings) -> None:
+    sequences = SequenceTable(world.path("tables", "sequences"), world.event_schema)
+    requests = RequestTable(world.path("tables", "requests"), world.event_schema)
+    buckets = range(requests.num_buckets)
+    longer_windows = replace(world.model.windows, history_groups=4 * world.model.windows.history_groups)
+    with pytest.raises(
+        UserError, match=r"model.history_events=\d+: the history windows of \d+ test requests start before"
+    ):
+        read_split(sequences, requests, "test", longer_windows, buckets)
+    _, histories = sequences.read_bucket(0)
+    for start, end in (
+        (histories.first_index_B - 1, histories.end_index_B),
+        (histories.first_index_B, histories.end_index_B + 1),
+    ):
+        with pytest.raises(IndexError, match="another user's would be read"):
+            histories.slice_events(np.arange(len(histories)), start, end)
 
 
 def test_a_split_without_requests_is_named(world: Settings) -> None:
@@ -98,6 +124,12 @@ def test_a_difference_in_one_score_is_seen_and_other_candidates_are_refused(worl
     changed = score_rows(asked, {"label": scores}, world.event_schema)
     assert max_abs_diff(zeros, changed.take(pa.array(range(len(asked))[::-1])), world.train.tasks) == (0.25, 5)
     assert max_abs_diff(zeros, changed.slice(0, 2), world.train.tasks)[1] == 2
+    scores[-1] = np.nan
+    broken = score_rows(asked, {"label": scores}, world.event_schema)
+    assert max_abs_diff(zeros, broken, world.train.tasks)[0] == np.inf
+    for other in (changed, broken):
+        with pytest.raises(ArithmeticError, match="scores of one request differ"):
+            check_difference(zeros, other, world.train.tasks)
     items = pa.array([["x"]] * len(asked), pa.list_(pa.string()))
     with pytest.raises(ValueError, match="other candidates"):
         max_abs_diff(zeros, changed.set_column(3, "item_id", items), world.train.tasks)

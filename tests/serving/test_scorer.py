@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longer.config import Settings
-from longer.errors import UserError
+from longer.data.items import publish_items
+from longer.errors import StorageError, UserError
 from longer.serving.scorer import Scorer, ScoreRequest, ScoreResult
+from longer.storage import Table
 from tests.serving.tables import (
     DAY_MS,
     NUM_USERS,
@@ -80,7 +82,7 @@ def test_no_order_of_requests_and_no_eviction_changes_a_score(
             if isinstance(
                 wanted, UserError
             ):  # the table dropped that past; a state kept since may still answer, from a hit
-                assert isinstance(outcome, UserError) or outcome.source in ("hit", "append")
+                assert isinstance(outcome, UserError)
             else:
                 assert isinstance(outcome, ScoreResult)
                 assert_same(outcome, wanted)
@@ -127,7 +129,16 @@ def test_unknown_users_items_and_empty_histories_get_scores(world: Settings) -> 
         assert (result.source, result.num_events, result.last_event_ts) == ("cold", 0, None)
         assert np.isfinite(result.scores["label"]).all()
         assert ((result.scores["label"] > 0) & (result.scores["label"] < 1)).all()
-    assert ask(scorer, (10**12, END_MS + 1))[0].source == "hit"
+    assert ask(scorer, (6, START_MS - DAY_MS))[0].source == "hit"
+
+
+def test_users_whom_the_table_does_not_know_push_nobody_out_of_the_cache(world: Settings) -> None:
+    scorer = scorer_of(world)
+    ask(scorer, (6, END_MS))
+    before = scorer.cache.num_bytes
+    ask(scorer, *((10**12 + stranger, END_MS) for stranger in range(20)))
+    assert (len(scorer.cache), scorer.cache.num_bytes) == (1, before)
+    assert ask(scorer, (6, END_MS))[0].source == "hit"
 
 
 def test_two_requests_of_one_user_in_one_batch_are_answered_in_order(world: Settings) -> None:
@@ -195,16 +206,23 @@ def test_a_new_table_version_appends_its_events_and_drops_states_whose_past_has_
     scorer = scorer_of(world)
     ask(scorer, (6, END_MS + DAY_MS), (7, END_MS + DAY_MS), (8, END_MS + DAY_MS))
 
-    def more(user: int, ts: int) -> pa.Table:
-        row = {name: events[name][0].as_py() for name in events.column_names} | {"user_id": user}
+    def more(user: int, ts: int, **other: str) -> pa.Table:
+        row = {name: events[name][0].as_py() for name in events.column_names} | {"user_id": user, **other}
         del row["event_ts"]
         return pa.Table.from_pylist([row | {"event_ts": pa.scalar(ts, pa.timestamp("ms", "UTC"))}], events.schema)
 
     late = times_of(world, 7)[-2] + 1
-    publish_sequences(world, pa.concat_tables([events, more(6, END_MS), more(7, late)]))
+    new_item = more(9, END_MS, item_id="brand new", category="category1")
+    sequences = publish_sequences(world, pa.concat_tables([events, more(6, END_MS), more(7, late), new_item]))
     assert ask(scorer, (6, END_MS + DAY_MS))[0].source == "hit"
-    assert scorer.history.refresh()
-    assert not scorer.history.refresh()
+    with pytest.raises(UserError, match="items"):  # sequences are published before their catalogue: wait for both
+        scorer.refresh()
+    assert ask(scorer, (6, END_MS + DAY_MS))[0].source == "hit"
+    publish_items(world.path("tables", "items"), sequences, world.event_schema)
+    assert scorer.refresh()
+    assert not scorer.refresh()
+    unheard = ScoreRequest(5, ["brand new"], request_ts=END_MS + DAY_MS)
+    assert_same(scorer.score([unheard])[0], scorer_of(world).score([unheard])[0])
     asked = [(user, END_MS + DAY_MS) for user in (6, 7, 8)]
     results = ask(scorer, *asked)
     assert [r.source for r in results] == ["append", "load", "append"]
@@ -216,3 +234,20 @@ def test_a_new_table_version_appends_its_events_and_drops_states_whose_past_has_
 def test_tables_and_checkpoint_may_lie_on_s3(s3: str) -> None:
     local = ask(scorer_of(build_world(f"{s3}/run")), (5, END_MS))[0]
     assert local.num_events == 25
+
+
+def test_a_bucket_that_cannot_be_read_fails_its_own_users_only(tmp_path: Path) -> None:
+    world = build_world(tmp_path)
+    healthy = ask(scorer_of(world), *((user, END_MS) for user in range(1, NUM_USERS + 1)))
+    damaged = Path(Table(world.path("tables", "sequences")).require("jobs.build_sequences").files()[0])
+    content = bytearray(damaged.read_bytes())
+    content[4 : len(content) // 2] = bytes(len(content) // 2 - 4)  # the footer stays whole
+    damaged.write_bytes(content)
+    asked = [ScoreRequest(user, CANDIDATES, request_ts=END_MS) for user in range(1, NUM_USERS + 1)]
+    outcomes = scorer_of(world).score(asked)
+    failed = [outcome for outcome in outcomes if isinstance(outcome, UserError)]
+    assert 0 < len(failed) < len(outcomes)
+    assert all(isinstance(error, StorageError) and str(damaged) in str(error) for error in failed)
+    for outcome, wanted in zip(outcomes, healthy, strict=True):
+        if isinstance(outcome, ScoreResult):
+            assert_same(outcome, wanted)

@@ -1,5 +1,8 @@
 """Arrow list columns to flat NumPy arrays and back: the one place that knows how stored values become keys and floats."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -9,9 +12,10 @@ from pyarrow.fs import FileSystem
 
 from longer.arrays import NO_EVENT_TS, Candidates, Float32, Histories, Int64
 from longer.data.batches import Requests
-from longer.errors import UserError, one_line
+from longer.errors import StorageError, one_line
 from longer.hashing import stable_keys
 from longer.schema import EventSchema
+from longer.storage import arrow_filesystem
 
 
 def single_array(column: pa.ChunkedArray) -> pa.Array:
@@ -79,7 +83,21 @@ def list_columns(offsets: Int64, values: pa.Table) -> dict[str, pa.Array]:
 
 def open_parquet(filesystem: FileSystem, path: str, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
     """A file of a sequence or request table; pre-buffering makes neighbouring ranges one read, which S3 needs."""
-    try:
+    with naming(path):
         return pq.ParquetFile(filesystem.open_input_file(path), metadata=metadata, pre_buffer=True)
+
+
+def read_columns(path: str, columns: list[str] | None = None) -> pa.Table:
+    """A whole Parquet file of a table, local or S3, some columns or all; a StorageError names one that is damaged."""
+    filesystem, bare = arrow_filesystem(path)
+    with naming(path):
+        return pq.read_table(bare, filesystem=filesystem, columns=columns, partitioning=None)
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Errors of reading `path`, in its footer or its pages, become one that names it."""
+    try:
+        yield
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not readable ({one_line(error)}): remove its version and build it again") from None
+        raise StorageError(f"{path}: not readable ({one_line(error)}): remove its version and build it again") from None

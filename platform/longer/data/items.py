@@ -10,27 +10,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from longer.arrays import Int64
-from longer.data.columns import numbers, single_array
+from longer.data.columns import numbers, read_columns, single_array
 from longer.data.requests import SplitTimes, merge_catalogues, partial_catalogue
 from longer.data.tables import open_version
 from longer.hashing import stable_keys
 from longer.schema import EventSchema
-from longer.storage import TABLE_FORMAT, Table, Version, arrow_filesystem, checked_output, fingerprint
+from longer.storage import TABLE_FORMAT, Table, Version, checked_output, fingerprint
 
 
 def publish_items(path: str, sequences: Version, schema: EventSchema) -> Version:
     """The catalogue of all items in a version of the sequence table; built only if it is not there yet."""
     table = Table(path)
-    version_id = fingerprint("items", TABLE_FORMAT, sequences.id, schema.hash())
+    version_id = items_version(sequences.id, schema)
     if published := table.reuse(version_id):
         return published
     names = ["event_ts", "item_id", *schema.features_of("item")]
     any_split = SplitTimes(0, 0)
     parts = []
     for file in sequences.files():
-        filesystem, bare = arrow_filesystem(file)
-        rows = pq.read_table(bare, filesystem=filesystem, columns=names, partitioning=None)
-        parts.append(partial_catalogue(rows, schema, any_split))
+        parts.append(partial_catalogue(read_columns(file, names), schema, any_split))
     items = merge_catalogues(parts, schema).items
     with checked_output(table.begin(version_id), "part-0.parquet") as sink:
         pq.write_table(items, sink, compression="zstd")
@@ -38,13 +36,17 @@ def publish_items(path: str, sequences: Version, schema: EventSchema) -> Version
     return table.publish(version_id, manifest, [sink.data_file])
 
 
+def items_version(sequences_id: str, schema: EventSchema) -> str:
+    """The version of the catalogue that belongs to a version of the sequence table."""
+    return fingerprint("items", TABLE_FORMAT, sequences_id, schema.hash())
+
+
 class ItemTable:
     """Features of items by key, all in memory: about 8 bytes an item and feature."""
 
     def __init__(self, path: str, schema: EventSchema, version_id: str | None = None) -> None:
         self.version = open_version(path, schema, version_id, "jobs.build_sequences")
-        filesystem, bare = arrow_filesystem(self.version.files()[0])
-        rows = pq.read_table(bare, filesystem=filesystem)
+        rows = read_columns(self.version.files()[0])
         item_key_I = stable_keys(rows["item_id"])
         order_I = np.argsort(item_key_I)
         self._item_key_I = item_key_I[order_I]

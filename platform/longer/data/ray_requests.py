@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from longer.data.columns import histories_of, open_parquet
+from longer.data.columns import histories_of, read_columns
 from longer.data.requests import (
     SPLITS,
     Catalogue,
@@ -22,7 +22,7 @@ from longer.data.requests import (
 )
 from longer.progress import track
 from longer.schema import EventSchema
-from longer.storage import DataFile, Version, arrow_filesystem, checked_output
+from longer.storage import DataFile, Version, checked_output
 from longer.windows import WindowRule
 
 _ROW_GROUP_REQUESTS = 4096
@@ -40,7 +40,7 @@ class RequestBuilder:
     version_path: str
 
     def __call__(self, file: str, catalogue: Catalogue) -> dict[str, Any]:
-        sequences = _read(file)
+        sequences = read_columns(file)
         histories = histories_of(sequences, self.schema)
         groups = find_groups(sequences, histories, self.schema, catalogue)
         split_R = self.splits.split_of(groups.request_ts_R)
@@ -64,11 +64,8 @@ def build_catalogue(sequences: Version, schema: EventSchema, splits: SplitTimes)
     """The catalogue of all items in the sequence table."""
 
     def partial(file: str) -> pa.Table:
-        filesystem, path = arrow_filesystem(file)
         names = ["event_ts", "item_id", *schema.features_of("item")]
-        return partial_catalogue(
-            pq.read_table(path, filesystem=filesystem, columns=names, partitioning=None), schema, splits
-        )
+        return partial_catalogue(read_columns(file, names), schema, splits)
 
     return merge_catalogues(_each_bucket(partial, sequences.files(), "build catalogue"), schema)
 
@@ -100,8 +97,3 @@ def _each_bucket(function: Callable[[str], Any], files: list[str], stage: str) -
     for _ in track(completed(), len(files), stage, "buckets"):
         pass
     return results
-
-
-def _read(file: str) -> pa.Table:
-    filesystem, path = arrow_filesystem(file)
-    return open_parquet(filesystem, path).read()

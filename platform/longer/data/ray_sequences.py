@@ -87,7 +87,7 @@ def readable_files(events: Version, schema: EventSchema, skip_unreadable: bool) 
     """The event files to read. One that cannot be opened, or lacks a column, raises UserError or is skipped and named."""
     files = events.files()
     with ThreadPoolExecutor(_NUM_FOOTER_THREADS) as pool:
-        problems = pool.map(lambda file: _problem(file, schema), files)
+        problems = pool.map(lambda file: _problem(file, schema, inside=skip_unreadable), files)
         readable = []
         for file, problem in zip(files, track(problems, len(files), "check event files", "files"), strict=True):
             if problem is None:
@@ -125,11 +125,14 @@ def data_files(stats: pa.Table) -> list[DataFile]:
     return [DataFile(**row) for row in stats.select(["path", "num_bytes", "sha256"]).to_pylist()]
 
 
-def _problem(path: str, schema: EventSchema) -> str | None:
+def _problem(path: str, schema: EventSchema, inside: bool) -> str | None:
+    """Why a file cannot be used, if so. Damage inside is looked for too where it must be known which files are skipped."""
     filesystem, bare = arrow_filesystem(path)
     try:
         with filesystem.open_input_file(bare) as file:
             names = pq.read_schema(file).names
+            if inside:
+                pq.ParquetFile(file).read()
     except (pa.ArrowException, OSError) as error:
         return f"not a readable Parquet file ({one_line(error)})"
     missing = [name for name in schema.events_arrow().names if name not in names]

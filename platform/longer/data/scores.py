@@ -9,13 +9,25 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from longer.config import TaskSettings
 from longer.data.batches import Requests
-from longer.data.columns import flat_list
+from longer.data.columns import flat_list, read_columns
 from longer.schema import TIMESTAMP, EventSchema
-from longer.storage import Version, arrow_filesystem
+from longer.storage import Version
+
+MAX_DIFFERENCE = 1e-5
+"""The most by which one request's scores may differ between evaluation, batch scoring and serving, in float32."""
+
+
+def check_difference(left: pa.Table, right: pa.Table, tasks: Sequence[TaskSettings]) -> tuple[float, int]:
+    """As `max_abs_diff`; raises ArithmeticError above MAX_DIFFERENCE, since then one of the two paths is wrong."""
+    worst, compared = max_abs_diff(left, right, tasks)
+    if worst > MAX_DIFFERENCE:
+        raise ArithmeticError(
+            f"scores of one request differ by {worst:.1e} between two paths, more than {MAX_DIFFERENCE}"
+        )
+    return worst, compared
 
 
 def score_column(task: str) -> str:
@@ -42,8 +54,7 @@ def read_scores(version: Version, request_ids: npt.NDArray[np.int64] | None = No
     for file in version.files():
         if not file.endswith(".parquet"):
             continue
-        filesystem, path = arrow_filesystem(file)
-        rows = pq.read_table(path, filesystem=filesystem, partitioning=None)
+        rows = read_columns(file)
         parts.append(rows if request_ids is None else rows.filter(_among(rows, request_ids)))
     return pa.concat_tables(parts)
 
@@ -59,7 +70,8 @@ def max_abs_diff(left: pa.Table, right: pa.Table, tasks: Sequence[TaskSettings])
     for task in tasks:
         values = [flat_list(rows[score_column(task.name)])[1].to_numpy() for rows in (left, right)]
         if len(values[0]):
-            worst = max(worst, float(np.abs(values[0].astype(np.float64) - values[1]).max()))
+            gaps = np.abs(values[0].astype(np.float64) - values[1])
+            worst = max(worst, float(np.nan_to_num(gaps, nan=np.inf).max()))  # max(0.0, nan) would be 0.0
     return worst, len(both)
 
 

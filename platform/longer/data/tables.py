@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from longer.arrays import NO_EVENT_TS, Histories
 from longer.data.batches import Requests
-from longer.data.columns import histories_of, open_parquet, requests_of, single_array
+from longer.data.columns import histories_of, naming, open_parquet, requests_of, single_array
 from longer.errors import UserError
 from longer.hashing import bucket_of, stable_keys
 from longer.schema import EventSchema
@@ -68,7 +68,10 @@ class SequenceTable:
     def read_bucket(self, bucket: int) -> tuple[pa.Array, Histories]:
         """All users of a bucket, raw ids ascending, and their histories."""
         footer = self._footer(bucket)
-        return self._rows(self._open(footer).read(columns=self._arrow_schema.names) if footer else self._empty())
+        if footer is None:
+            return self._rows(self._empty())
+        with naming(footer.path):
+            return self._rows(self._open(footer).read(columns=self._arrow_schema.names))
 
     def _read_users(self, bucket: int, users: pa.Array) -> tuple[pa.Array, Histories]:
         footer = self._footer(bucket)
@@ -79,7 +82,8 @@ class SequenceTable:
             for group, (first, last) in enumerate(zip(footer.first_user, footer.last_user, strict=True))
             if pc.any(pc.and_(pc.greater_equal(users, first), pc.less_equal(users, last))).as_py()
         ]
-        table = self._open(footer).read_row_groups(can_hold, columns=self._arrow_schema.names)
+        with naming(footer.path):
+            table = self._open(footer).read_row_groups(can_hold, columns=self._arrow_schema.names)
         return self._rows(table.filter(pc.is_in(table["user_id"], users)))
 
     def _rows(self, table: pa.Table) -> tuple[pa.Array, Histories]:
@@ -123,7 +127,8 @@ class RequestTable:
         if not files:
             return requests_of(self._arrow_schema.empty_table(), self.schema)
         _, path = arrow_filesystem(files[0])
-        return requests_of(open_parquet(self._filesystem, path).read(), self.schema)
+        with naming(path):
+            return requests_of(open_parquet(self._filesystem, path).read(), self.schema)
 
 
 def _rows_or_empty(histories: Histories, row: pa.Array, user_key_N: np.ndarray) -> Histories:

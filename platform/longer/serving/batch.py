@@ -18,7 +18,7 @@ import torch
 
 from longer.arrays import RequestBatch
 from longer.config import Settings
-from longer.data.scores import max_abs_diff, read_scores, score_rows
+from longer.data.scores import check_difference, read_scores, score_rows
 from longer.data.tables import RequestTable, SequenceTable, open_version
 from longer.errors import UserError
 from longer.model.inputs import to_tensors
@@ -72,8 +72,9 @@ class BucketScorer:
         """Writes one bucket's file unless an earlier attempt has; its record, of 0 rows and no file if it has no requests."""
         file = f"bucket={bucket:04d}/part-0.parquet"
         path = f"{self._version_path}/{file}"
-        kept = exists(path)
-        content = read_bytes(path) if kept else self._score_bucket(bucket)
+        content = read_bytes(path) if exists(path) else b""
+        kept = _is_readable(content)
+        content = content if kept else self._score_bucket(bucket)
         items = pq.read_table(io.BytesIO(content), columns=["item_id"])["item_id"].combine_chunks()
         if len(items) and not kept:
             write_bytes(path, content)
@@ -101,6 +102,15 @@ class BucketScorer:
         return self._model(to_tensors(batch, self._device)).float().cpu().numpy()
 
 
+def _is_readable(content: bytes) -> bool:
+    """Whether these bytes are a whole file of scores: a damaged one is scored again."""
+    try:
+        pq.read_table(io.BytesIO(content))
+    except (pa.ArrowException, OSError):
+        return False
+    return True
+
+
 def batch_score(settings: Settings) -> Version:
     """The published scores of the settings' split by the served checkpoint; a finished run is found and nothing changes."""
     inputs, asked = Inputs.served(settings), settings.batch_score
@@ -112,7 +122,7 @@ def batch_score(settings: Settings) -> Version:
     if published := table.reuse(version_id):
         say("batch_score", f"version {version_id} is already scored, nothing changed")
         return published
-    version_path = f"{table.path}/{version_id}"
+    version_path = table.resume(version_id)
     started = time.perf_counter()
     records = _score_buckets(settings, inputs, version_path)
     seconds = time.perf_counter() - started
@@ -173,7 +183,7 @@ def check_against_online(settings: Settings, scored: Version) -> Version:
     if online:
         asked = read_scores(online)
         ours = read_scores(scored, asked["request_id"].to_numpy())
-        diff, compared = max_abs_diff(asked, ours, settings.train.tasks)
+        diff, compared = check_difference(asked, ours, settings.train.tasks)
         record |= {"max_abs_diff_vs_online": diff if compared else None, "compared_requests": compared}
     about = {
         "schema_hash": settings.event_schema.hash(),

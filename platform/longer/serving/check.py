@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from longer.config import Settings
 from longer.data.batches import Requests
-from longer.data.scores import max_abs_diff, read_scores, score_rows
+from longer.data.scores import check_difference, read_scores, score_rows
 from longer.data.tables import RequestTable
 from longer.errors import UserError
 from longer.hashing import hash_int64
@@ -172,7 +172,7 @@ def publish_check(
     worst, compared = 0.0, 0
     for first in (True, False):
         online = score_rows(asked, {task.name: replayed.scores(asked, task.name, first) for task in tasks}, schema)
-        diff, compared = max_abs_diff(online, expected, tasks)
+        diff, compared = check_difference(online, expected, tasks)
         worst = max(worst, diff)
     if compared != len(asked):
         raise ValueError(f"{offline.path} has scores of {compared} of the {len(asked)} requests asked")

@@ -16,7 +16,7 @@ from longer.windows import WindowRule
 
 
 class HistorySource:
-    """Histories of users from the sequence table: the pinned version, or the one served when last asked to `refresh`."""
+    """Histories of users from the sequence table: the pinned version, or the one last moved to."""
 
     def __init__(self, path: str, schema: EventSchema, version_id: str | None = None) -> None:
         self._path, self._pinned = path, version_id is not None
@@ -26,15 +26,15 @@ class HistorySource:
     def version_id(self) -> str:
         return self._table.version.id
 
-    def refresh(self) -> bool:
-        """Goes over to the table's served version; whether that is another one. A pinned source never moves."""
+    def newer_version(self) -> str | None:
+        """The table's served version if it is another than this source's; a pinned source never moves."""
         if self._pinned:
-            return False
+            return None
         served = Table(self._path).require("jobs.build_sequences").id
-        if served == self.version_id:
-            return False
-        self._table = SequenceTable(self._path, self._table.schema, served)
-        return True
+        return served if served != self.version_id else None
+
+    def move_to(self, version_id: str) -> None:
+        self._table = SequenceTable(self._path, self._table.schema, version_id)
 
     def read(self, user_ids: pa.Array) -> list["UserHistory"]:
         """One history a user, in order; empty for users who are not in the table."""
@@ -53,6 +53,11 @@ class UserHistory:
     def first_index(self) -> int:
         """Absolute index of the first event that the table keeps."""
         return int(self.histories.first_index_B[self.row])
+
+    @property
+    def num_events(self) -> int:
+        """Events that the table keeps of the user; none of one it does not know, whose state is not worth keeping."""
+        return len(self._event_ts)
 
     @property
     def _event_ts(self) -> Int64:

@@ -5,7 +5,7 @@ A request about time t must see exactly the user's events strictly before t. Per
     hit      the state ends there: nothing is read
     append   the state ends earlier: the user is read, and the events since are appended
     load     no state, or t lies before the state's last event: the user is read and encoded; a newer state is kept
-    cold     the user has no events before t: the state of an empty history
+    cold     the user has no events before t: the state of an empty history, not kept for users whom the table does not know
 
 All four give the scores of encoding from scratch. The sequence table may move to a newer version: a state then stays only if
 its own events are the same there, byte for byte.
@@ -24,8 +24,8 @@ import pyarrow as pa
 import torch
 
 from longer.arrays import NO_EVENT_TS, Candidates, Histories, Int64
-from longer.data.items import ItemTable, item_features
-from longer.errors import UserError
+from longer.data.items import ItemTable, item_features, items_version
+from longer.errors import StorageError, UserError
 from longer.hashing import stable_keys
 from longer.model.states import UserState, append, encode, score
 from longer.serving.cache import Entry, StateCache, StateVersion
@@ -97,9 +97,25 @@ class Scorer:
     ) -> None:
         self.model, self.info = load_model(checkpoint, device)
         self.history = HistorySource(sequences, self.info.schema, sequences_version)
-        self.items = ItemTable(items, self.info.schema) if items else None
+        self._items_path = items
+        self.items = self._items_of(self.history.version_id)
         self.cache: StateCache[UserState] = StateCache(cache_bytes)
         self.version = StateVersion(self.info.model_version, self.info.schema.hash(), self.info.model.encoding)
+
+    def refresh(self) -> bool:
+        """Goes over to newer served sequences with their catalogue; UserError, and no change, until both are there."""
+        newer = self.history.newer_version()
+        if newer is None:
+            return False
+        self.items = self._items_of(newer)
+        self.history.move_to(newer)
+        return True
+
+    def _items_of(self, sequences_version: str) -> ItemTable | None:
+        schema = self.info.schema
+        return (
+            ItemTable(self._items_path, schema, items_version(sequences_version, schema)) if self._items_path else None
+        )
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult | UserError]:
         """One outcome a request, in order; a request that cannot be answered has its error and does not disturb the others.
@@ -169,8 +185,11 @@ class Scorer:
                 to_read.append((request, entry))
         if not to_read:
             return
-        histories = self.history.read(pa.concat_arrays([request.user_id for request, _ in to_read]))
-        updates = [u for (r, e), h in zip(to_read, histories, strict=True) if (u := self._plan(r, e, h)) is not None]
+        updates = [
+            update
+            for (request, entry), history in zip(to_read, self._read([request for request, _ in to_read]), strict=True)
+            if history is not None and (update := self._plan(request, entry, history)) is not None
+        ]
         whole = [update for update in updates if update.base is None]
         grown = [(update, update.base.state) for update in updates if update.base is not None]
         if whole:
@@ -180,6 +199,16 @@ class Scorer:
             bases = [base for _, base in grown]
             for (update, _), state in zip(grown, append(self.model, bases, _events(u for u, _ in grown)), strict=True):
                 self._finish(update, "append", state)
+
+    def _read(self, requests: Sequence[_Pending]) -> list[UserHistory | None]:
+        """Each request's user; None, and the request's error, where the table cannot be read: others are not disturbed."""
+        try:
+            return list(self.history.read(pa.concat_arrays([request.user_id for request in requests])))
+        except StorageError as error:
+            if len(requests) == 1:
+                requests[0].error = error
+                return [None]
+        return [self._read([request])[0] for request in requests]
 
     def _plan(self, request: _Pending, entry: UserEntry | None, history: UserHistory) -> _Update | None:
         """How to bring the user's state to the request's time; None, and the request's error, if the table cannot tell."""
@@ -193,7 +222,14 @@ class Scorer:
             events = history.events(entry.state.num_events, end)
             return _Update(request, entry, events, end, history, keep=True)
         try:
-            return _Update(request, None, history.window(end, windows), end, history, keep=not in_the_past)
+            return _Update(
+                request,
+                None,
+                history.window(end, windows),
+                end,
+                history,
+                keep=not in_the_past and history.num_events > 0,
+            )
         except UserError as error:
             request.error = error
             return None

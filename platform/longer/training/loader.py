@@ -13,6 +13,7 @@ import pyarrow as pa
 from longer.arrays import Candidates, Histories, Int64, RequestBatch
 from longer.data.batches import Packs, Requests, assemble, concat_histories, plan_packs, rows_of_requests
 from longer.data.tables import RequestTable, SequenceTable
+from longer.errors import UserError
 from longer.windows import WindowRule
 
 T = TypeVar("T")
@@ -100,7 +101,15 @@ def read_split(
         histories.append(sequences.read_bucket(bucket)[1])
         asked.append(requests.read(split, bucket))
     all_histories, all_requests = concat_histories(histories), concat_requests(asked)
-    return SplitData(all_histories, all_requests, rows_of_requests(all_histories, all_requests), windows)
+    row_R = rows_of_requests(all_histories, all_requests)
+    start_R = windows.history_start(all_requests.history_end_R) * windows.merge_size
+    if num_cut := int((start_R < all_histories.first_index_B[row_R]).sum()):
+        raise UserError(
+            f"model.history_events={windows.history_groups * windows.merge_size}: the history windows of {num_cut} {split} "
+            f"requests start before the events that {sequences.version.path} keeps: build sequences and requests again with "
+            "these settings, or lower history_events"
+        )
+    return SplitData(all_histories, all_requests, row_R, windows)
 
 
 def concat_requests(parts: list[Requests]) -> Requests:
