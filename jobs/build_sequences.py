@@ -3,6 +3,8 @@
 python -m jobs.build_sequences --config configs/quickstart.yaml
 """
 
+from typing import Any
+
 import pyarrow.compute as pc
 
 from longer.config import Settings
@@ -29,12 +31,12 @@ def _sequences(settings: Settings) -> Version:
     events = open_version(settings.path("tables", "events"), schema, None, "jobs.import_events")
     rule = KeepRule(settings.sequences.keep_events, settings.model.windows.stride_events)
     chosen = {**settings.sequences.model_dump(mode="json"), "stride_events": rule.stride_events}
-    inputs = {"events": events.id}
+    inputs: dict[str, Any] = {"events": events.id}
     files = readable_files(events, schema, True) if settings.sequences.skip_unreadable_files else events.files()
-    skipped = sorted(
+    if skipped := sorted(
         set(events.files()) - set(files)
-    )  # part of the id: once they are restored, the table is built anew
-    inputs |= {"skipped": [file.removeprefix(events.path) for file in skipped]} if skipped else {}
+    ):  # in the id: once they are restored, the table is built anew
+        inputs["skipped"] = [file.removeprefix(events.path) for file in skipped]
     version_id = fingerprint("sequences", TABLE_FORMAT, chosen, inputs, schema.hash())
     table = Table(settings.path("tables", "sequences"))
     if published := table.reuse(version_id):
@@ -56,7 +58,7 @@ def _sequences(settings: Settings) -> Version:
         "inputs": inputs,
         "num_rows": counts["num_users"],
         **counts,
-        "num_skipped_files": len(events.files()) - len(files),
+        "num_skipped_files": len(skipped),
         "first_event_ts": iso_time(pc.min(stats["first_ts"]).as_py()),
         "watermark": iso_time(pc.max(stats["last_ts"]).as_py()),
     }

@@ -2,13 +2,13 @@
 
 from longer.config import Settings
 from longer.runner import run_job
-from longer.storage import Table, Version
+from longer.storage import Version
 from longer.training.evaluate import evaluate
 
 
 def run(settings: Settings) -> Version:
     """Metrics and scores of the served checkpoint."""
-    return evaluate(settings, Table(settings.path("checkpoints")).require("jobs.train"))
+    return evaluate(settings)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from longer.config import Settings
 from longer.errors import UserError
 from longer.progress import say
 from longer.runner import run_job
-from longer.serving.batch import Inputs
+from longer.training.inputs import Inputs
 from serve_apps.scoring import ScoringArgs, build_app
 
 

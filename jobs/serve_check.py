@@ -11,9 +11,9 @@ from longer.data.tables import RequestTable
 from longer.errors import UserError
 from longer.progress import say
 from longer.runner import run_job
-from longer.serving.batch import Inputs
 from longer.serving.check import choose_requests, find_check, offline_scores, publish_check, replay
 from longer.storage import Table, Version
+from longer.training.inputs import Inputs
 from serve_apps.scoring import build_app
 
 

@@ -87,7 +87,7 @@ def write_bytes(path: str, data: bytes) -> None:
 
 
 def remove_tree(path: str) -> None:
-    """Removes a folder and all under it, if it is there."""
+    """Removes a file, or a folder and all under it, if it is there."""
     fs, bare = filesystem(path)
     if fs.exists(bare):
         fs.rm(bare, recursive=True)
@@ -187,27 +187,22 @@ class Table:
         published = self.find(version_id)
         if published and _is_whole(published):
             raise UserError(f"{self.path}: another run has just published version {version_id}: run again to use it")
-        return self._clear(version_id)
+        self.discard(version_id)
+        return f"{self.path}/{version_id}"
 
     def resume(self, version_id: str) -> str:
         """The folder of an unfinished or damaged version, with the files that are there; it is no version until published."""
         self.claim()
-        fs, bare = filesystem(f"{self.path}/{version_id}/{_MANIFEST}")
-        if fs.exists(bare):
-            fs.rm_file(bare)
+        self._unpublish(version_id)
         return f"{self.path}/{version_id}"
 
     def discard(self, version_id: str) -> None:
         """Removes what a failed attempt has written."""
-        self._clear(version_id)
+        self._unpublish(version_id)  # first, so that the version is never there with half its files
+        remove_tree(f"{self.path}/{version_id}")
 
-    def _clear(self, version_id: str) -> str:
-        path = f"{self.path}/{version_id}"
-        fs, bare = filesystem(path)
-        if fs.exists(f"{bare}/{_MANIFEST}"):
-            fs.rm_file(f"{bare}/{_MANIFEST}")  # first, so that the version is never there with half its files
-        remove_tree(path)
-        return path
+    def _unpublish(self, version_id: str) -> None:
+        remove_tree(f"{self.path}/{version_id}/{_MANIFEST}")
 
     def publish(self, version_id: str, manifest: dict[str, Any], files: Sequence[DataFile] | None = None) -> Version:
         """Makes the data under `begin(version_id)` a version and serves it: manifest first, then the pointer.

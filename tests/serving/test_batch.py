@@ -12,11 +12,12 @@ from longer.config import Settings
 from longer.data.scores import check_difference, max_abs_diff, score_rows
 from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import UserError
-from longer.serving.batch import BucketScorer, Inputs
+from longer.serving.batch import BucketScorer
 from longer.serving.batch import batch_score as score_split
 from longer.serving.check import choose_requests
 from longer.serving.scorer import Scorer, ScoreRequest, ScoreResult
 from longer.storage import Table, checked_output
+from longer.training.inputs import Inputs
 from longer.training.loader import concat_requests, read_split
 from tests.serving.tables import build_world, checkpoint_path, publish_requests
 

@@ -26,9 +26,7 @@ def publish_items(path: str, sequences: Version, schema: EventSchema) -> Version
         return published
     names = ["event_ts", "item_id", *schema.features_of("item")]
     any_split = SplitTimes(0, 0)
-    parts = []
-    for file in sequences.files():
-        parts.append(partial_catalogue(read_columns(file, names), schema, any_split))
+    parts = [partial_catalogue(read_columns(file, names), schema, any_split) for file in sequences.files()]
     items = merge_catalogues(parts, schema).items
     with checked_output(table.begin(version_id), "part-0.parquet") as sink:
         pq.write_table(items, sink, compression="zstd")

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from longer.arrays import NO_EVENT_TS, Histories
 from longer.data.batches import Requests
-from longer.data.columns import histories_of, naming, open_parquet, requests_of, single_array
+from longer.data.columns import histories_of, naming, open_parquet, read_columns, requests_of, single_array
 from longer.errors import UserError
 from longer.hashing import bucket_of, stable_keys
 from longer.schema import EventSchema
@@ -67,11 +67,8 @@ class SequenceTable:
 
     def read_bucket(self, bucket: int) -> tuple[pa.Array, Histories]:
         """All users of a bucket, raw ids ascending, and their histories."""
-        footer = self._footer(bucket)
-        if footer is None:
-            return self._rows(self._empty())
-        with naming(footer.path):
-            return self._rows(self._open(footer).read(columns=self._arrow_schema.names))
+        files = self.version.files(f"bucket={bucket:04d}/")
+        return self._rows(read_columns(files[0], self._arrow_schema.names) if files else self._empty())
 
     def _read_users(self, bucket: int, users: pa.Array) -> tuple[pa.Array, Histories]:
         footer = self._footer(bucket)
@@ -119,16 +116,11 @@ class RequestTable:
         self.num_buckets: int = self.version.manifest["num_buckets"]
         self.schema = schema
         self._arrow_schema = schema.requests_arrow()
-        self._filesystem, _ = arrow_filesystem(self.version.path)
 
     def read(self, split: str, bucket: int) -> Requests:
         """All requests of a split ('train', 'valid' or 'test') in a bucket, by user and time."""
         files = self.version.files(f"split={split}/bucket={bucket:04d}/")
-        if not files:
-            return requests_of(self._arrow_schema.empty_table(), self.schema)
-        _, path = arrow_filesystem(files[0])
-        with naming(path):
-            return requests_of(open_parquet(self._filesystem, path).read(), self.schema)
+        return requests_of(read_columns(files[0]) if files else self._arrow_schema.empty_table(), self.schema)
 
 
 def _rows_or_empty(histories: Histories, row: pa.Array, user_key_N: np.ndarray) -> Histories:

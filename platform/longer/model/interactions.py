@@ -27,7 +27,6 @@ class InteractionIndex:
 
     pairs_BFL: Tensor
     event_ts_BL: Tensor
-    num_events_B: Tensor
     first_index_B: Tensor
 
     @staticmethod
@@ -42,9 +41,7 @@ class InteractionIndex:
         pairs_BLF[row_E, slot_E] = _pair(keys_EF, slot_E[:, None])
         event_ts_BL = keys_EF.new_zeros(len(num_events_B), longest)
         event_ts_BL[row_E, slot_E] = histories.event_ts_E
-        return InteractionIndex(
-            pairs_BLF.transpose(1, 2).sort(dim=-1).values, event_ts_BL, num_events_B, histories.first_index_B
-        )
+        return InteractionIndex(pairs_BLF.transpose(1, 2).sort(dim=-1).values, event_ts_BL, histories.first_index_B)
 
     def features(
         self,

@@ -170,10 +170,9 @@ class Longer(nn.Module):
         globals_RMD = self.embedding.user_globals(user_key_R)
         partial_R1D = self.embedding.groups(partial_RKd, partial_exists_RK)[:, None]
         x_RTD = torch.cat([partial_R1D, globals_RMD.to(partial_R1D.dtype)], dim=1)
-        num_globals = globals_RMD.shape[1]
         full_R = history_end_R // self.windows.merge_size
-        exists_RT = torch.cat([partial_exists_RK[:, :1], partial_exists_RK.new_ones(len(row_R), num_globals)], dim=1)
-        kind_T = torch.tensor([GROUP] + [GLOBAL] * num_globals, device=row_R.device)
+        exists_RT = torch.cat([partial_exists_RK[:, :1], partial_exists_RK.new_ones(globals_RMD.shape[:2])], dim=1)
+        kind_T = self._tail_kinds(row_R.device)
         position_RT = torch.where(kind_T == GROUP, full_R[:, None], self.windows.num_groups(history_end_R)[:, None])
         seen_TT = visible(kind_T[:, None], kind_T.new_zeros(1), kind_T, kind_T.new_zeros(1))
         seen_RTT = seen_TT & exists_RT[:, None] | torch.eye(len(kind_T), dtype=torch.bool, device=row_R.device)
@@ -221,7 +220,7 @@ class Longer(nn.Module):
         position_C = self.windows.num_groups(batch.history_end_R)[request_C]
         num_queries_B = torch.bincount(row_C, minlength=len(context.first_B)).tolist()
         number_C = torch.arange(len(row_C), device=row_C.device)
-        kind_T = torch.tensor([GROUP] + [GLOBAL] * (tail.exists_RT.shape[1] - 1), device=row_C.device)
+        kind_T = self._tail_kinds(row_C.device)
         sees_tail_CT = visible(CANDIDATE, number_C[:, None], kind_T, number_C.new_zeros(1)) & tail.exists_RT[request_C]
         sees_itself_C1 = visible(CANDIDATE, number_C, CANDIDATE, number_C)[:, None]
         sees_CS = torch.cat([sees_tail_CT, sees_itself_C1], dim=1)
@@ -240,6 +239,10 @@ class Longer(nn.Module):
             x_CD = block.finish(x_CD, attended_CD)
         head_CD = torch.cat([self.norm_head(x_CD), *(f.to(x_CD.dtype) for f in head_input)], dim=-1)
         return self.head(head_CD) + self.item_bias(batch.candidates["item_id"])
+
+    def _tail_kinds(self, device: torch.device) -> Tensor:
+        """[T]: a tail is the partial newest group, then the user globals."""
+        return torch.tensor([GROUP] + [GLOBAL] * self.embedding.num_globals, device=device)
 
     def _interactions(
         self, index: InteractionIndex, batch: RequestTensors, row_C: Tensor, request_C: Tensor, dtype: torch.dtype

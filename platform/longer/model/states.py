@@ -113,12 +113,11 @@ def score(model: Longer, states: Sequence[UserState], request_ts_R: Int64, candi
     index = InteractionIndex(
         pairs_BFL=pad_sequence([s.pairs_FL.T for s in states], batch_first=True, padding_value=PAD).transpose(1, 2),
         event_ts_BL=_pad(s.event_ts_L for s in states),
-        num_events_B=torch.tensor([s.num_events for s in states], device=device),
         first_index_B=torch.tensor([s.first_index for s in states], device=device),
     )
     requests = RequestTensors(
         row_R=torch.arange(len(states), device=device),
-        history_end_R=index.num_events_B,
+        history_end_R=torch.tensor([s.num_events for s in states], device=device),
         request_ts_R=torch.from_numpy(request_ts_R).to(device),
         candidate_offsets_R1=torch.from_numpy(candidates.offsets_R1).to(device),
         candidates=feature_tensors(candidates, device),

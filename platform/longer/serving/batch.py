@@ -7,7 +7,6 @@ it. So an interrupted run keeps its finished buckets, and a finished run is foun
 import hashlib
 import io
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,39 +18,15 @@ import torch
 from longer.arrays import RequestBatch
 from longer.config import Settings
 from longer.data.scores import check_difference, read_scores, score_rows
-from longer.data.tables import RequestTable, SequenceTable, open_version
+from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import UserError
 from longer.model.inputs import to_tensors
+from longer.model.outputs import to_scores
 from longer.progress import say, track
-from longer.serving.scorer import to_scores
 from longer.storage import TABLE_FORMAT, DataFile, Table, Version, exists, fingerprint, read_bytes, write_bytes
 from longer.training.checkpoints import load_model
-from longer.training.loader import read_split, score_packs
-
-_MAX_PACK_REQUESTS = 64
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The versions that decide every score."""
-
-    checkpoint: Version
-    sequences: Version
-    requests: Version
-
-    @staticmethod
-    def served(settings: Settings) -> "Inputs":
-        """The checkpoint and requests that are served now, and the sequences that the requests were built from."""
-        schema = settings.event_schema
-        checkpoint = open_version(settings.path("checkpoints"), schema, None, "jobs.train")
-        requests = open_version(settings.path("tables", "requests"), schema, None, "jobs.build_requests")
-        built_from = requests.manifest["inputs"]["sequences"]
-        sequences = open_version(settings.path("tables", "sequences"), schema, built_from, "jobs.build_sequences")
-        return Inputs(checkpoint, sequences, requests)
-
-    @property
-    def ids(self) -> dict[str, str]:
-        return {"checkpoint": self.checkpoint.id, "sequences": self.sequences.id, "requests": self.requests.id}
+from longer.training.inputs import Inputs
+from longer.training.loader import read_split, score_split
 
 
 class BucketScorer:
@@ -89,9 +64,7 @@ class BucketScorer:
 
     def _score_bucket(self, bucket: int) -> bytes:
         data = read_split(self._sequences, self._requests, self._split, self._model.windows, [bucket])
-        output_CT = np.empty((len(data.requests.item_id_C), len(self._model.tasks)), np.float32)
-        for rows_N, values_NT in score_packs(data, data.packs(_MAX_PACK_REQUESTS), self._forward):
-            output_CT[rows_N] = values_NT
+        output_CT = score_split(data, self._forward, len(self._model.tasks))
         rows = score_rows(data.requests, to_scores(output_CT, self._model.tasks), self._schema)
         sink = io.BytesIO()
         pq.write_table(rows, sink, compression="zstd")

@@ -23,8 +23,8 @@ from longer.data.tables import RequestTable
 from longer.errors import UserError
 from longer.hashing import hash_int64
 from longer.progress import say
-from longer.serving.batch import Inputs
 from longer.storage import TABLE_FORMAT, Table, Version, checked_output, fingerprint
+from longer.training.inputs import Inputs
 from longer.training.loader import concat_requests
 
 NUM_CLIENTS = 2

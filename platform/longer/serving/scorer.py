@@ -21,12 +21,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
 
 from longer.arrays import NO_EVENT_TS, Candidates, Histories, Int64
 from longer.data.items import ItemTable, item_features, items_version
 from longer.errors import StorageError, UserError
 from longer.hashing import stable_keys
+from longer.model.outputs import to_scores
 from longer.model.states import UserState, append, encode, score
 from longer.serving.cache import Entry, StateCache, StateVersion
 from longer.serving.history import HistorySource, UserHistory
@@ -272,15 +272,6 @@ class Scorer:
             scores = to_scores(outputs_CT[start:end], self.model.tasks)
             last = None if state.last_event_ts == NO_EVENT_TS else state.last_event_ts
             yield ScoreResult(scores, request.request_ts, request.source, state.num_events, last)
-
-
-def to_scores(outputs_CT: npt.NDArray, tasks: Sequence[Any]) -> dict[str, npt.NDArray[np.float32]]:
-    """The model's outputs as users read them: probabilities of binary tasks, values of regression tasks."""
-    outputs = torch.from_numpy(np.asarray(outputs_CT, np.float32))
-    return {
-        task.name: (outputs[:, t].sigmoid() if task.kind == "binary" else outputs[:, t]).numpy()
-        for t, task in enumerate(tasks)
-    }
 
 
 def _waves(requests: Sequence[_Pending]) -> list[list[_Pending]]:

@@ -26,16 +26,16 @@ from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import UserError
 from longer.model.inputs import to_tensors
 from longer.model.longer import Longer
+from longer.model.outputs import to_scores
 from longer.progress import say, track
 from longer.schema import EventSchema
-from longer.storage import TABLE_FORMAT, DataFile, Table, Version, checked_output, fingerprint, write_bytes
+from longer.storage import TABLE_FORMAT, Table, Version, checked_output, fingerprint, write_bytes
 from longer.training.baselines import count_in_history, item_counts, popularity
 from longer.training.checkpoints import CheckpointInfo, load_model
-from longer.training.loader import read_split, score_packs
+from longer.training.inputs import Inputs
+from longer.training.loader import read_split, score_split
 from longer.training.metrics import auc, gauc
 from longer.training.steps import task_metrics
-
-_PACK_REQUESTS = 64
 
 
 @dataclass(frozen=True)
@@ -50,22 +50,17 @@ class BucketScores:
     counts: list[Int64]
     trained_items: tuple[Int64, Int64]
     num_requests: int
-    file: DataFile | None
 
 
-def evaluate(settings: Settings, checkpoint: Version) -> Version:
-    """Every score of the test split, published; the manifest holds the metrics, and those of the baselines on the same rows.
+def evaluate(settings: Settings) -> Version:
+    """Every score of the test split by the served checkpoint, published; the manifest holds the metrics and the baselines'.
 
     A finished evaluation is found and nothing changes.
     """
-    requests = RequestTable(settings.path("tables", "requests"), settings.event_schema).version
+    inputs = Inputs.served(settings)
+    checkpoint, requests = inputs.checkpoint, inputs.requests
     chosen = settings.evaluate.model_dump(mode="json")
-    inputs = {
-        "checkpoint": checkpoint.id,
-        "requests": requests.id,
-        "sequences": requests.manifest["inputs"]["sequences"],
-    }
-    version_id = fingerprint("evaluation", TABLE_FORMAT, chosen, inputs)
+    version_id = fingerprint("evaluation", TABLE_FORMAT, chosen, inputs.ids)
     table = Table(settings.path("evaluation"))
     if published := table.reuse(version_id):
         say("evaluate", f"version {version_id} is already there, nothing changed")
@@ -76,7 +71,7 @@ def evaluate(settings: Settings, checkpoint: Version) -> Version:
         )
     load_model(checkpoint.path, expected_schema=settings.event_schema)  # a mistake is told here once, not by every task
     train_end_ms = round(datetime.fromisoformat(requests.manifest["valid_from"]).timestamp() * 1000)
-    scorer = BucketScorer(settings, inputs, checkpoint.path, table.begin(version_id), train_end_ms)
+    scorer = BucketScorer(settings, inputs.ids, checkpoint.path, table.begin(version_id), train_end_ms)
     try:
         parts = list(_score_buckets(settings, scorer, requests.manifest["num_buckets"]))
         metrics = _metrics(settings, parts)
@@ -87,7 +82,7 @@ def evaluate(settings: Settings, checkpoint: Version) -> Version:
     about = {
         "schema_hash": settings.event_schema.hash(),
         "settings": chosen,
-        "inputs": inputs,
+        "inputs": inputs.ids,
         "model_version": checkpoint.manifest["model_version"],
         "num_requests": sum(part.num_requests for part in parts),
         "num_rows": sum(len(part.item_C) for part in parts),
@@ -118,9 +113,9 @@ class BucketScorer:
         requests = RequestTable(settings.path("tables", "requests"), schema, self.inputs["requests"])
         data = read_split(sequences, requests, "test", info.model.windows, [bucket])
         asked, item_C = data.requests, data.requests.candidates.features["item_id"]
-        output_CT = np.zeros((len(item_C), len(info.tasks)), np.float32)
-        for rows_C, outputs in score_packs(data, data.packs(_PACK_REQUESTS), functools.partial(_outputs, model)):
-            output_CT[rows_C] = outputs
+        output_CT = score_split(data, functools.partial(_outputs, model), len(info.tasks))
+        if len(asked):
+            self._write(bucket, asked, output_CT, info.tasks)
         history_end_C = np.repeat(asked.history_end_R, np.diff(asked.candidates.offsets_R1))
         last_events = [*settings.evaluate.count_baseline_events, None]
         return BucketScores(
@@ -132,19 +127,14 @@ class BucketScorer:
             counts=count_in_history(data.histories, data.row_C, history_end_C, item_C, last_events),
             trained_items=item_counts(data.histories, self.train_end_ms),
             num_requests=len(asked),
-            file=self._write(bucket, asked, output_CT, info.tasks) if len(asked) else None,
         )
 
     def _write(
         self, bucket: int, requests: Requests, output_CT: npt.NDArray[np.float32], tasks: tuple[TaskSettings, ...]
-    ) -> DataFile:
-        scores = {}
-        for index, task in enumerate(tasks):
-            output_C = torch.from_numpy(np.ascontiguousarray(output_CT[:, index]))
-            scores[task.name] = (output_C.sigmoid() if task.kind == "binary" else output_C).numpy()
+    ) -> None:
+        rows = score_rows(requests, to_scores(output_CT, tasks), self.settings.event_schema)
         with checked_output(self.version_path, f"bucket={bucket:04d}/part-0.parquet") as sink:
-            pq.write_table(score_rows(requests, scores, self.settings.event_schema), sink, compression="zstd")
-        return sink.data_file
+            pq.write_table(rows, sink, compression="zstd")
 
 
 @functools.lru_cache(maxsize=1)

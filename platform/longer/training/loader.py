@@ -18,6 +18,9 @@ from longer.windows import WindowRule
 
 T = TypeVar("T")
 
+_SCORED_PACK_REQUESTS = 64
+"""Requests of one user that share an encode where nothing is learned, so that alike requests do no harm."""
+
 _COST_PER_BATCH = 1 << 15
 """Events and candidates scored together: enough to fill the cores, little enough for their caches."""
 
@@ -85,6 +88,16 @@ def score_packs(
             chosen = packs.take(members)
             rows = [np.arange(offsets_R1[request], offsets_R1[request + 1]) for request in chosen.order_R]
             yield np.concatenate(rows), score(data.batch(chosen))
+
+
+def score_split(
+    data: SplitData, score: Callable[[RequestBatch], npt.NDArray[np.float32]], num_tasks: int
+) -> npt.NDArray[np.float32]:
+    """[C, T] outputs of all candidates of `data`, in their order."""
+    output_CT = np.empty((len(data.requests.item_id_C), num_tasks), np.float32)
+    for rows_N, outputs_NT in score_packs(data, data.packs(_SCORED_PACK_REQUESTS), score):
+        output_CT[rows_N] = outputs_NT
+    return output_CT
 
 
 def read_split(
