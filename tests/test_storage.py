@@ -46,13 +46,32 @@ def test_what_an_unfinished_attempt_left_is_not_published(tmp_path: Path) -> Non
     assert table.publish("v", {}).files() == [f"{tmp_path}/events/v/fresh.parquet"]
 
 
+def test_a_file_shared_with_an_earlier_version_is_found_there_and_missed_when_gone(tmp_path: Path) -> None:
+    table = Table(f"{tmp_path}/sequences")
+    with checked_output(table.begin("v1"), "bucket=0/part-0.parquet") as sink:
+        sink.write(b"old")
+    first = table.publish("v1", {}, [sink.data_file])
+    with checked_output(table.begin("v2"), "bucket=1/part-0.parquet") as sink:
+        sink.write(b"new")
+    second = table.publish("v2", {}, [*first.data_files(), sink.data_file])
+    assert second.files() == [
+        f"{tmp_path}/sequences/v1/bucket=0/part-0.parquet",
+        f"{tmp_path}/sequences/v2/bucket=1/part-0.parquet",
+    ]
+    assert second.files("bucket=1/") == [f"{tmp_path}/sequences/v2/bucket=1/part-0.parquet"]
+    assert table.reuse("v2") is not None
+    os.remove(first.files()[0])
+    assert table.reuse("v2") is None
+
+
 def test_checksums_are_the_same_written_or_read_back(tmp_path: Path) -> None:
     table = Table(f"{tmp_path}/events")
     with checked_output(table.begin("v"), "a/b.parquet") as sink:
         sink.write(b"some bytes")
     written = table.publish("v", {}, [sink.data_file]).manifest["files"]
     assert written == table.publish("v", {}).manifest["files"]
-    assert written == [{"path": "a/b.parquet", "num_bytes": 10, "sha256": hashlib.sha256(b"some bytes").hexdigest()}]
+    digest = hashlib.sha256(b"some bytes").hexdigest()
+    assert written == [{"path": "a/b.parquet", "num_bytes": 10, "sha256": digest, "version": "v"}]
 
 
 def test_a_table_that_was_never_built_names_itself_and_the_job(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import IO, Any
 
@@ -28,7 +28,7 @@ from pyarrow.fs import FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem
 
 from longer.errors import UserError
 
-TABLE_FORMAT = 1
+TABLE_FORMAT = 2
 """Part of every version id. Raise it when a job writes other bytes for the same input and settings."""
 
 _MANIFEST = "_MANIFEST.json"
@@ -95,11 +95,15 @@ def remove_tree(path: str) -> None:
 
 @dataclass(frozen=True)
 class DataFile:
-    """One data file of a version; `path` is relative to the version's folder."""
+    """One data file of a version; `path` is relative to the folder of the version that wrote it.
+
+    `version` names that one where it is an earlier version: what did not change is shared, never copied.
+    """
 
     path: str
     num_bytes: int
     sha256: str
+    version: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,12 @@ class Version:
 
     def files(self, prefix: str = "") -> list[str]:
         """Full paths of the data files whose path in the version starts with `prefix`, sorted."""
-        return [f"{self.path}/{file['path']}" for file in self.manifest["files"] if file["path"].startswith(prefix)]
+        table = self.path.rpartition("/")[0]
+        return [f"{table}/{f.version}/{f.path}" for f in self.data_files() if f.path.startswith(prefix)]
+
+    def data_files(self) -> list[DataFile]:
+        """The same files with their sizes and checksums, as another version shares them."""
+        return [DataFile(**file) for file in self.manifest["files"]]
 
 
 class Table:
@@ -207,10 +216,12 @@ class Table:
     def publish(self, version_id: str, manifest: dict[str, Any], files: Sequence[DataFile] | None = None) -> Version:
         """Makes the data under `begin(version_id)` a version and serves it: manifest first, then the pointer.
 
-        `files` come from `checked_output` where the data was written with it; otherwise the data is read back for its checksums.
+        `files` come from `checked_output`, or from an earlier version that shares them; without, the data is read back.
         """
         path = f"{self.path}/{version_id}"
-        listed = sorted(_read_back(path) if files is None else files, key=lambda file: file.path)
+        found = _read_back(path) if files is None else files
+        own = (replace(file, version=file.version or version_id) for file in found)
+        listed = sorted(own, key=lambda file: (file.path, file.version))
         full = {
             "version": version_id,
             "table_format": TABLE_FORMAT,
@@ -287,8 +298,11 @@ def _make_folder(path: str) -> None:
 def _is_whole(version: Version) -> bool:
     """Whether every file that the manifest lists is there, at its size."""
     fs, bare = filesystem(version.path)
-    sizes = {name: info["size"] for name, info in fs.find(bare, detail=True).items()}
-    return all(sizes.get(f"{bare}/{file['path']}") == file["num_bytes"] for file in version.manifest["files"])
+    table = bare.rpartition("/")[0]
+    listed = {f"{table}/{file.version}/{file.path}": file.num_bytes for file in version.data_files()}
+    folders = {file.version for file in version.data_files()}
+    sizes = {name: info["size"] for v in folders for name, info in fs.find(f"{table}/{v}", detail=True).items()}
+    return all(sizes.get(name) == num_bytes for name, num_bytes in listed.items())
 
 
 def _read_back(path: str) -> list[DataFile]:
