@@ -45,9 +45,19 @@ class ImportSettings(Section):
 class SequenceSettings(Section):
     """From events to one row a user."""
 
-    num_buckets: int = Field(16, ge=1, description="Hash buckets of users; fixed for the life of a table.")
+    num_buckets: int | None = Field(
+        None,
+        ge=1,
+        le=4096,
+        description="Hash buckets of users, fixed for the life of a table; null chooses about a million events a bucket.",
+    )
     keep_events: int = Field(10_000, ge=1, description="Events kept per user, the newest.")
-    row_group_users: int = Field(64, ge=1, description="Users per Parquet row group: what a point read fetches.")
+    row_group_events: int = Field(65_536, ge=1, description="Events per Parquet row group: what a point read fetches.")
+    late_allowance_hours: float = Field(
+        24.0,
+        ge=0,
+        description="With --since-last: how far before the last version's newest event one may still arrive and be placed.",
+    )
     skip_unreadable_files: bool = Field(
         False, description="Go on without event files that cannot be read (they are named)."
     )

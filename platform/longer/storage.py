@@ -116,12 +116,15 @@ class Version:
 
     def files(self, prefix: str = "") -> list[str]:
         """Full paths of the data files whose path in the version starts with `prefix`, sorted."""
-        table = self.path.rpartition("/")[0]
-        return [f"{table}/{f.version}/{f.path}" for f in self.data_files() if f.path.startswith(prefix)]
+        return [self.path_of(file) for file in self.data_files() if file.path.startswith(prefix)]
 
     def data_files(self) -> list[DataFile]:
         """The same files with their sizes and checksums, as another version shares them."""
         return [DataFile(**file) for file in self.manifest["files"]]
+
+    def path_of(self, file: DataFile) -> str:
+        """Full path of one of the data files, whichever version wrote it."""
+        return f"{self.path.rpartition('/')[0]}/{file.version}/{file.path}"
 
 
 class Table:
@@ -190,20 +193,23 @@ class Table:
 
         Raises UserError as `claim` does, or if another run has published the version since this one looked.
         """
+        self._claim_unpublished(version_id)
+        self.discard(version_id)
+        return f"{self.path}/{version_id}"
+
+    def resume(self, version_id: str) -> str:
+        """As `begin`, but with the files that an unfinished or damaged version left; it is no version until published."""
+        self._claim_unpublished(version_id)
+        self._unpublish(version_id)
+        return f"{self.path}/{version_id}"
+
+    def _claim_unpublished(self, version_id: str) -> None:
         self.claim()
         if not self.path.startswith("s3://"):
             _make_folder(self.path)
         published = self.find(version_id)
         if published and _is_whole(published):
             raise UserError(f"{self.path}: another run has just published version {version_id}: run again to use it")
-        self.discard(version_id)
-        return f"{self.path}/{version_id}"
-
-    def resume(self, version_id: str) -> str:
-        """The folder of an unfinished or damaged version, with the files that are there; it is no version until published."""
-        self.claim()
-        self._unpublish(version_id)
-        return f"{self.path}/{version_id}"
 
     def discard(self, version_id: str) -> None:
         """Removes what a failed attempt has written."""
@@ -264,12 +270,17 @@ class CheckedOutput:
         return DataFile(self._path, self._num_bytes, self._hash.hexdigest())
 
 
+def make_parents(path: str) -> None:
+    """Makes the folders above a local file; object stores have none."""
+    if not path.startswith("s3://"):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+
+
 @contextmanager
 def checked_output(version_path: str, file: str) -> Iterator[CheckedOutput]:
     """A sink for the data file `file` of the version at `version_path`; gives its size and checksum without reading it back."""
+    make_parents(f"{version_path}/{file}")
     fs, bare = arrow_filesystem(f"{version_path}/{file}")
-    if isinstance(fs, LocalFileSystem):
-        os.makedirs(os.path.dirname(bare), exist_ok=True)
     with fs.open_output_stream(bare, buffer_size=1 << 20) as sink:
         yield CheckedOutput(sink, file)
 

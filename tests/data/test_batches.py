@@ -13,7 +13,8 @@ from longer.data.columns import histories_of, requests_of
 from longer.data.requests import draw_negatives, find_groups, merge_catalogues, partial_catalogue, request_rows
 from longer.windows import WindowRule
 from tests.data.logs import BASKETS, logs
-from tests.data.test_requests import SPLIT, sequences_of
+from tests.data.tables import sequences_of
+from tests.data.test_requests import SPLIT
 
 WINDOWS = WindowRule(merge_size=2, history_groups=2, query_groups=1, stride_groups=1)
 

@@ -47,7 +47,12 @@ def settings_of(root: Path, events: pa.Table = EVENTS, **sections: dict) -> Sett
             },
             "import_events": {"source": str(source), **sections.get("import_events", {})},
             "model": {"history_events": 16, "merge_size": 2, "query_groups": 4, "stride_groups": 2},
-            "sequences": {"num_buckets": 4, "keep_events": 200, "row_group_users": 2, **sections.get("sequences", {})},
+            "sequences": {
+                "num_buckets": 4,
+                "keep_events": 200,
+                "row_group_events": 50,
+                **sections.get("sequences", {}),
+            },
             "requests": {"negatives_per_positive": 2, **sections.get("requests", {})},
         }
     )

@@ -19,17 +19,13 @@ from longer.data.requests import (
     request_rows,
     split_times,
 )
-from longer.data.sequences import KeepRule, build_sequences, trim_events
+from longer.data.sequences import KeepRule
 from longer.schema import EventSchema
 from longer.windows import WindowRule
 from tests.data.logs import BASKETS, DAY_MS, STRINGS, log, logs
+from tests.data.tables import sequences_of
 
 SPLIT = SplitTimes(17_006 * DAY_MS, 17_009 * DAY_MS)
-KEEP_ALL = KeepRule(1000, 4)
-
-
-def sequences_of(events: pa.Table, schema: EventSchema = BASKETS, rule: KeepRule = KEEP_ALL) -> pa.Table:
-    return build_sequences(trim_events(events, schema, rule, 1), schema, rule)
 
 
 def requests(events: pa.Table, schema: EventSchema = BASKETS, seed: int = 0, per_positive: int = 2) -> list[dict]:

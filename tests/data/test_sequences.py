@@ -5,18 +5,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longer.data.sequences import KeepRule, build_sequences, trim_events
+from longer.data.sequences import KeepRule, Older, build_sequences, trim_events
+from longer.hashing import stable_keys
 from longer.schema import EventSchema
 from tests.data.logs import BASKETS, STRINGS, log, logs, naive_sequences
 
 
+def trimmed(events: pa.Table, schema: EventSchema, rule: KeepRule) -> tuple[pa.Table, Older]:
+    rows, older = trim_events(events, stable_keys(events["user_id"]), schema, rule)
+    return events.take(pa.array(rows)), older
+
+
 def built(events: pa.Table, schema: EventSchema, rule: KeepRule, num_files: int) -> pa.Table:
     """All users' sequences from a log cut into files, each trimmed on its own."""
-    cuts = [
-        events.slice(start, -(-len(events) // num_files))
-        for start in range(0, len(events), -(-len(events) // num_files))
-    ]
-    return build_sequences(pa.concat_tables([trim_events(cut, schema, rule, 4) for cut in cuts]), schema, rule)
+    rows = -(-len(events) // num_files)
+    kept, older = zip(*(trimmed(events.slice(i, rows), schema, rule) for i in range(0, len(events), rows)), strict=True)
+    return build_sequences(pa.concat_tables(kept), Older.concatenate(list(older), schema.id_types[0]), schema, rule)
 
 
 @pytest.mark.parametrize("schema", [BASKETS, STRINGS], ids=["int ids", "string ids"])
@@ -41,8 +45,8 @@ def test_the_order_of_ties_does_not_depend_on_the_order_of_the_log(events: pa.Ta
 
 def test_trimming_bounds_what_a_busy_user_sends_through_the_shuffle_and_counts_the_rest() -> None:
     events = log([(1, day, 1, 1) for day in range(100)] + [(2, 0, 1, 1)])
-    trimmed = trim_events(events, BASKETS, KeepRule(8, 4), 4)
-    assert len(trimmed) == 8 + 4 + 1
-    rows = build_sequences(trimmed, BASKETS, KeepRule(8, 4)).to_pylist()
+    kept, older = trimmed(events, BASKETS, KeepRule(8, 4))
+    assert len(kept) == 8 + 4 + 1
+    rows = build_sequences(kept, older, BASKETS, KeepRule(8, 4)).to_pylist()
     assert [row["num_events_total"] for row in rows] == [100, 1]
     assert [row["first_index"] for row in rows] == [92, 0]

@@ -9,24 +9,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from longer.arrays import NO_EVENT_TS, Histories
-from longer.data.ray_sequences import BucketWriter, data_files
-from longer.data.sequences import KeepRule, trim_events
+from longer.data.sequences import KeepRule
 from longer.data.tables import SequenceTable
 from longer.errors import UserError
 from longer.schema import EventSchema
 from longer.storage import Table, Version
 from tests.data.logs import BASKETS, STRINGS, generated_log, log, naive_sequences
+from tests.data.tables import publish_sequences
 from tests.data.test_requests import as_rows
 
 RULE, NUM_BUCKETS = KeepRule(20, 8), 4
 
 
-def publish(path: str, events: pa.Table, schema: EventSchema, row_group_users: int = 3) -> Version:
-    table = Table(path)
-    writer = BucketWriter(schema, RULE, table.begin("v1"), row_group_users)
-    stats = pa.concat_tables(writer(trim_events(events, schema, RULE, NUM_BUCKETS)))
-    manifest = {"schema_hash": schema.hash(), "settings": {"num_buckets": NUM_BUCKETS}}
-    return table.publish("v1", manifest, data_files(stats))
+def publish(path: str, events: pa.Table, schema: EventSchema, row_group_events: int = 20) -> Version:
+    return publish_sequences(path, events, schema, RULE, NUM_BUCKETS, row_group_events)
 
 
 def check_user(histories: Histories, place: int, expected: dict) -> None:
@@ -74,7 +70,7 @@ def test_an_unknown_user_has_an_empty_history_with_the_users_key(tmp_path: Path)
 def test_a_point_read_touches_only_the_row_groups_that_can_hold_the_user(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish(f"{tmp_path}/sequences", generated_log(num_users=60, num_days=5, seed=1), BASKETS, row_group_users=2)
+    publish(f"{tmp_path}/sequences", generated_log(num_users=60, num_days=5, seed=1), BASKETS, row_group_events=20)
     read: list[list[int]] = []
     real = pq.ParquetFile.read_row_groups
 

@@ -11,11 +11,12 @@ from longer.config import ModelSettings, Settings, load_settings
 from longer.data.items import publish_items
 from longer.data.ray_requests import RequestBuilder
 from longer.data.requests import SPLITS, SplitTimes, merge_catalogues, partial_catalogue
-from longer.data.sequences import KeepRule, build_sequences, trim_events
+from longer.data.sequences import KeepRule
 from longer.model.longer import Longer
 from longer.schema import EventSchema
-from longer.storage import Table, Version, checked_output, fingerprint
+from longer.storage import Table, Version, fingerprint
 from longer.training.checkpoints import save_model
+from tests.data import tables
 
 DAY_MS = 86_400_000
 START_MS = 1_700_000_000_000 // DAY_MS * DAY_MS
@@ -51,7 +52,7 @@ def tiny_settings(root: Path | str) -> Settings:
         "root": str(root),
         "event_schema": SCHEMA,
         "model": MODEL,
-        "sequences": {"num_buckets": NUM_BUCKETS, "keep_events": 40, "row_group_users": 2},
+        "sequences": {"num_buckets": NUM_BUCKETS, "keep_events": 40, "row_group_events": 20},
     }
     return load_settings(overrides=overrides)
 
@@ -74,20 +75,10 @@ def random_events(schema: EventSchema, seed: int, num_days: int = 30) -> pa.Tabl
 
 
 def publish_sequences(settings: Settings, events: pa.Table) -> Version:
-    schema, windows = settings.event_schema, settings.model.windows
-    rule = KeepRule(settings.sequences.keep_events, windows.stride_events)
-    table = Table(settings.path("tables", "sequences"))
     version_id = fingerprint(events.num_rows, int(events["event_ts"].cast(pa.int64()).to_numpy().sum()))
-    path, files = table.begin(version_id), []
-    trimmed = trim_events(events, schema, rule, NUM_BUCKETS)
-    for bucket in range(NUM_BUCKETS):
-        mine = trimmed.filter(pa.array(trimmed["bucket"].to_numpy() == bucket))
-        if len(mine):
-            with checked_output(path, f"bucket={bucket:04d}/part-0.parquet") as sink:
-                pq.write_table(build_sequences(mine, schema, rule), sink, row_group_size=2)
-            files.append(sink.data_file)
-    manifest = {"schema_hash": schema.hash(), "settings": {"num_buckets": NUM_BUCKETS, "keep_events": rule.keep_events}}
-    return table.publish(version_id, manifest, files)
+    path, schema, asked = settings.path("tables", "sequences"), settings.event_schema, settings.sequences
+    rule = KeepRule(asked.keep_events, settings.model.windows.stride_events)
+    return tables.publish_sequences(path, events, schema, rule, NUM_BUCKETS, asked.row_group_events, version_id)
 
 
 def publish_requests(settings: Settings, sequences: Version) -> Version:

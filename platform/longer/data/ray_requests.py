@@ -1,6 +1,5 @@
 """Sequences to requests with Ray: one task a bucket, first for the catalogue of items, then for the requests."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +8,7 @@ import pyarrow.parquet as pq
 import ray
 
 from longer.data.columns import histories_of, read_columns
+from longer.data.ray_tasks import each
 from longer.data.requests import (
     SPLITS,
     Catalogue,
@@ -20,7 +20,6 @@ from longer.data.requests import (
     partial_catalogue,
     request_rows,
 )
-from longer.progress import track
 from longer.schema import EventSchema
 from longer.storage import DataFile, Version, checked_output
 from longer.windows import WindowRule
@@ -67,33 +66,16 @@ def build_catalogue(sequences: Version, schema: EventSchema, splits: SplitTimes)
         names = ["event_ts", "item_id", *schema.features_of("item")]
         return partial_catalogue(read_columns(file, names), schema, splits)
 
-    return merge_catalogues(_each_bucket(partial, sequences.files(), "build catalogue"), schema)
+    return merge_catalogues(each(partial, sequences.files(), "build catalogue", "buckets"), schema)
 
 
 def write_requests(sequences: Version, builder: RequestBuilder, catalogue: Catalogue) -> dict[str, Any]:
     """Requests of all buckets, written under the builder's version path; sums of their statistics, and the files."""
     shared = ray.put(catalogue)
-    stats = _each_bucket(lambda file: builder(file, ray.get(shared)), sequences.files(), "build requests")
+    stats = each(lambda file: builder(file, ray.get(shared)), sequences.files(), "build requests", "buckets")
     total = {
         key: {split: sum(s[key][split] for s in stats) for split in SPLITS}
         for key in ("num_requests", "num_candidates")
     }
     files: list[DataFile] = [file for s in stats for file in s["files"]]
     return {**total, "num_cut": sum(s["num_cut"] for s in stats), "files": files}
-
-
-def _each_bucket(function: Callable[[str], Any], files: list[str], stage: str) -> list[Any]:
-    """Results of one Ray task a file, in the order of the files."""
-    task = ray.remote(function)
-    pending = {task.remote(file): place for place, file in enumerate(files)}
-    results: list[Any] = [None] * len(files)
-
-    def completed() -> Any:
-        while pending:
-            done, _ = ray.wait(list(pending), num_returns=1)
-            results[pending.pop(done[0])] = ray.get(done[0])
-            yield done
-
-    for _ in track(completed(), len(files), stage, "buckets"):
-        pass
-    return results

@@ -1,139 +1,188 @@
-"""Events to sequences with Ray Data: read and trim each block, shuffle by bucket, write each bucket's rows."""
+"""Events to sequences on Ray, in two passes: cut the log by bucket, block by block; then build each bucket on its own.
 
-from collections.abc import Iterator
+Each block and bucket leaves a record beside its data, so a job that was killed goes on where it was, and the most that any
+process holds is one block or one bucket. Measured against Ray Data's shuffles in `benchmarks.sequences`.
+"""
+
+import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import ray
-import ray.data
 
-from longer.data.sequences import KeepRule, build_sequences, trim_events
+from longer.data.build_plan import BuildPlan
+from longer.data.columns import flat_list, read_columns
+from longer.data.ray_tasks import each
+from longer.data.segments import Piece, plan_blocks, read_block, read_segments, write_segments
+from longer.data.sequences import build_sequences, merge_sequences
 from longer.errors import UserError, one_line
 from longer.progress import say, track
 from longer.schema import EventSchema
-from longer.storage import DataFile, Version, arrow_filesystem, checked_output
+from longer.storage import DataFile, arrow_filesystem, checked_output, filesystem, write_bytes
 
 POINT_READ_COLUMNS = ["user_id", "first_index", "num_events_total"]
 """Columns with row-group statistics; those of list values would only swell the footer that a point read fetches."""
 
 _NUM_FOOTER_THREADS = 32
-_BLOCK_BYTES_ON_DISK = 16 << 20  # about 128 MiB in memory
+
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class BucketWriter:
-    """Writes the sequences of the buckets that a block of trimmed events holds; returns one row of statistics a bucket."""
+class Build:
+    """The two passes of a plan, into the folder of its version."""
 
+    plan: BuildPlan
     schema: EventSchema
-    rule: KeepRule
     version_path: str
-    row_group_users: int
 
-    def __call__(self, events: pa.Table) -> Iterator[pa.Table]:
-        for bucket in np.unique(events["bucket"].to_numpy()):
-            rows = build_sequences(events.filter(pc.equal(events["bucket"], bucket)), self.schema, self.rule)
-            with checked_output(self.version_path, f"bucket={bucket:04d}/part-0.parquet") as sink:
-                pq.write_table(
-                    rows,
-                    sink,
-                    compression="zstd",
-                    row_group_size=self.row_group_users,
-                    write_statistics=POINT_READ_COLUMNS,
-                )
-            times = pc.min_max(rows["event_ts"].combine_chunks().flatten().cast(pa.int64()))
-            yield pa.Table.from_pylist(
-                [
-                    {
-                        **vars(sink.data_file),
-                        "num_users": len(rows),
-                        "num_events": pc.sum(rows["num_events_total"]).as_py(),
-                        "num_events_kept": pc.sum(pc.list_value_length(rows["event_ts"])).as_py(),
-                        "first_ts": times["min"].as_py(),
-                        "last_ts": times["max"].as_py(),
-                    }
-                ]
-            )
+    @property
+    def scratch(self) -> str:
+        return f"{self.version_path}/_scratch"
+
+    def cut_block(self, block: tuple[int, list[Piece]]) -> Record:
+        """Writes a block's segments; where they lie."""
+        number, pieces = block
+        path = f"{self.scratch}/block-{number:05d}.arrow"
+        log, not_before_ms = read_block(pieces, self.schema), self.plan.not_before_ms
+        events = log if not_before_ms is None else _not_before(log, not_before_ms)
+        # which events of an increment can be placed is known only beside the histories, so none is cut before
+        rule = self.plan.rule if not_before_ms is None else None
+        starts = write_segments(path, events, self.schema, self.plan.settings["num_buckets"], rule)
+        record = {"path": path, "starts": starts, "num_too_late": len(log) - len(events)}
+        return self._remember(f"block-{number:05d}", record)
+
+    def build_bucket(self, bucket: tuple[int, list[tuple[str, int, int]], str | None]) -> Record:
+        """Writes a bucket's rows, those of its file in the last version included; what it holds."""
+        number, segments, base = bucket
+        events, older = read_segments(segments, self.schema)
+        num_too_late = 0
+        if base is None:
+            rows = build_sequences(events, older, self.schema, self.plan.rule)
+        else:
+            rows, num_too_late = merge_sequences(read_columns(base), events, self.schema, self.plan.rule)
+        file = self._write(rows, f"bucket={number:04d}/part-0.parquet")
+        record = {"bucket": number, **_counts(rows), "num_too_late": num_too_late, "file": vars(file)}
+        return self._remember(f"bucket-{number:04d}", record)
+
+    def _write(self, rows: pa.Table, file: str) -> DataFile:
+        """Row groups of about as many events each, so that a point read costs the same whether histories are short or long."""
+        starts_U = flat_list(rows["event_ts"])[0][:-1]
+        bounds = np.flatnonzero(np.diff(starts_U // self.plan.settings["row_group_events"], prepend=-1, append=-2))
+        strings = [f.name for f in self.schema.event_fields() if pa.types.is_string(f.type)]
+        with (
+            checked_output(self.version_path, file) as sink,
+            pq.ParquetWriter(
+                sink,
+                rows.schema,
+                compression="zstd",
+                write_statistics=POINT_READ_COLUMNS,
+                use_dictionary=[f"{name}.list.element" for name in strings],
+                column_encoding={"event_ts.list.element": "DELTA_BINARY_PACKED"},
+                store_schema=False,  # coded strings are read as what they are
+            ) as writer,
+        ):
+            for begin, end in pairwise(bounds):
+                writer.write_table(rows.slice(begin, end - begin), row_group_size=len(rows))
+        return sink.data_file
+
+    def _remember(self, name: str, record: Record) -> Record:
+        write_bytes(f"{self.scratch}/{name}.json", json.dumps(record).encode())
+        return record
 
 
-@dataclass(frozen=True)
-class EventReader:
-    """Reads a row of event files and trims their events: each file is opened once, and an error names it."""
-
-    schema: EventSchema
-    rule: KeepRule
-    num_buckets: int
-
-    def __call__(self, blocks: pa.Table) -> pa.Table:
-        files = blocks["files"].combine_chunks().flatten().to_pylist()
-        events = pa.concat_tables([self._read(file) for file in files])
-        return trim_events(events, self.schema, self.rule, self.num_buckets)
-
-    def _read(self, path: str) -> pa.Table:
-        filesystem, bare = arrow_filesystem(path)
-        wanted = self.schema.events_arrow()
-        try:
-            return pq.read_table(bare, filesystem=filesystem, columns=wanted.names, partitioning=None).cast(wanted)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(
-                f"{path}: damaged inside ({one_line(error)}): restore the file or import the log again"
-            ) from None
+def _counts(rows: pa.Table) -> Record:
+    times = pc.min_max(rows["event_ts"].combine_chunks().flatten().cast(pa.int64()))
+    return {
+        "num_users": len(rows),
+        "num_events": pc.sum(rows["num_events_total"]).as_py() or 0,
+        "num_events_kept": pc.sum(pc.list_value_length(rows["event_ts"])).as_py() or 0,
+        "first_ts": times["min"].as_py(),
+        "last_ts": times["max"].as_py(),
+    }
 
 
-def readable_files(events: Version, schema: EventSchema, skip_unreadable: bool) -> list[str]:
-    """The event files to read. One that cannot be opened, or lacks a column, raises UserError or is skipped and named."""
-    files = events.files()
+def readable_files(files: list[str], schema: EventSchema, skip_unreadable: bool) -> dict[str, list[int]]:
+    """The event files to read and the rows of their row groups.
+
+    One that cannot be read, or lacks a column, raises UserError or is skipped and named.
+    """
     with ThreadPoolExecutor(_NUM_FOOTER_THREADS) as pool:
-        problems = pool.map(lambda file: _problem(file, schema, inside=skip_unreadable), files)
-        readable = []
-        for file, problem in zip(files, track(problems, len(files), "check event files", "files"), strict=True):
-            if problem is None:
-                readable.append(file)
+        looked = pool.map(lambda file: _look_at(file, schema, inside=skip_unreadable), files)
+        readable = {}
+        for file, rows in zip(files, track(looked, len(files), "check event files", "files"), strict=True):
+            if isinstance(rows, list):
+                readable[file] = rows
             elif skip_unreadable:
-                say("build_sequences", f"skipped {file}: {problem}")
+                say("build_sequences", f"skipped {file}: {rows}")
             else:
                 raise UserError(
-                    f"{file}: {problem}: restore the file, or leave it out with --sequences.skip_unreadable_files"
+                    f"{file}: {rows}: restore the file, or leave it out with --sequences.skip_unreadable_files"
                 )
-    if not readable:
-        raise UserError(f"{events.path}: the event log is empty: import a log with at least one event")
     return readable
 
 
-def write_sequences(events: Version, files: list[str], reader: EventReader, writer: BucketWriter) -> pa.Table:
-    """Statistics of the buckets written, one row each; the data is under the writer's version path when this returns."""
-    num_bytes = events.manifest["num_bytes"]
-    blocks = np.array_split(np.array(files, object), _num_blocks(num_bytes, len(files)))
-    read = ray.data.from_items(
-        [{"files": list(block)} for block in blocks], override_num_blocks=len(blocks)
-    ).map_batches(reader, batch_format="pyarrow", batch_size=None)
-    shuffled = read.repartition(_num_blocks(num_bytes, reader.num_buckets), keys=["bucket"])
-    written = shuffled.map_batches(writer, batch_format="pyarrow", batch_size=None)
-    return pa.Table.from_pylist(list(track(written.iter_rows(), reader.num_buckets, "build sequences", "buckets")))
+def write_sequences(build: Build, files: dict[str, list[int]]) -> tuple[list[Record], int]:
+    """Records of the buckets written, which are those that get events of the files; and how many events came too late.
+
+    `files` gives the rows of each file's row groups. What an interrupted run of the same build has finished is not done again.
+    """
+    base = build.plan.base_paths()
+    done = _records(build.scratch)
+    plan = [(f"block-{number:05d}", (number, pieces)) for number, pieces in enumerate(plan_blocks(files))]
+    blocks = _resume(build.cut_block, plan, done, "cut the log by bucket", "blocks")
+    starts = np.array([block["starts"] for block in blocks], np.int64)
+    of_buckets: list[tuple[str, Any]] = []
+    for bucket in np.flatnonzero((starts[:, 1:] > starts[:, :-1]).any(axis=0)).tolist():
+        segments = [(b["path"], b["starts"][bucket], b["starts"][bucket + 1]) for b in blocks]
+        of_buckets.append((f"bucket-{bucket:04d}", (bucket, segments, base.get(bucket))))
+    buckets = _resume(build.build_bucket, of_buckets, done, "build sequences", "buckets")
+    return buckets, sum(record["num_too_late"] for record in [*blocks, *buckets])
 
 
-def _num_blocks(num_bytes: int, most: int) -> int:
-    """Blocks large enough to be worth a task and a worker process, which takes a second to start; one a CPU at least."""
-    num_cpus = int(ray.cluster_resources()["CPU"])
-    return min(most, max(num_cpus, num_bytes // _BLOCK_BYTES_ON_DISK))
+def _resume(
+    function: Callable[[Any], Record], plan: list[tuple[str, Any]], done: dict[str, Record], stage: str, unit: str
+) -> list[Record]:
+    """Records of all that is planned: those that are done already, and those of tasks for the rest."""
+    missing = [(name, argument) for name, argument in plan if name not in done]
+    fresh = each(function, [argument for _, argument in missing], stage, unit)
+    both = done | {name: record for (name, _), record in zip(missing, fresh, strict=True)}
+    return [both[name] for name, _ in plan]
 
 
-def data_files(stats: pa.Table) -> list[DataFile]:
-    return [DataFile(**row) for row in stats.select(["path", "num_bytes", "sha256"]).to_pylist()]
+def _records(scratch: str) -> dict[str, Record]:
+    """What an interrupted run has finished, by name."""
+    fs, bare = filesystem(scratch)
+    paths = [path for path in fs.find(bare) if path.endswith(".json")]
+    with ThreadPoolExecutor(_NUM_FOOTER_THREADS) as pool:
+        contents = pool.map(fs.cat_file, paths)
+    return {
+        path.rpartition("/")[2].removesuffix(".json"): json.loads(c) for path, c in zip(paths, contents, strict=True)
+    }
 
 
-def _problem(path: str, schema: EventSchema, inside: bool) -> str | None:
-    """Why a file cannot be used, if so. Damage inside is looked for too where it must be known which files are skipped."""
+def _not_before(events: pa.Table, time_ms: int) -> pa.Table:
+    return events.filter(pc.greater_equal(events["event_ts"].cast(pa.int64()), time_ms)).combine_chunks()
+
+
+def _look_at(path: str, schema: EventSchema, inside: bool) -> list[int] | str:
+    """The rows of a file's row groups, or why it cannot be used: damage inside too where it must be known what is skipped."""
     filesystem, bare = arrow_filesystem(path)
     try:
-        with filesystem.open_input_file(bare) as file:
-            names = pq.read_schema(file).names
+        with filesystem.open_input_file(bare) as opened:
+            file = pq.ParquetFile(opened)
+            names = file.schema_arrow.names
             if inside:
-                pq.ParquetFile(file).read()
+                file.read()
     except (pa.ArrowException, OSError) as error:
         return f"not a readable Parquet file ({one_line(error)})"
     missing = [name for name in schema.events_arrow().names if name not in names]
-    return f"no column {missing[0]!r}" if missing else None
+    if missing:
+        return f"no column {missing[0]!r}"
+    return [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]

@@ -3,21 +3,23 @@
 Events of a user are ordered by `event_ts`, then by every other column in schema order, so that the order never depends on how
 the log was cut into files. Kept are the last `keep_events`, rounded up so that the first one kept has an absolute index that
 is a multiple of the stride; one event more is needed for `prev_event_ts`.
+
+E events, U users.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longer.arrays import Int64
-from longer.data.columns import list_columns, single_array
-from longer.hashing import bucket_of, stable_keys
+from longer.arrays import NO_EVENT_TS, Int64
+from longer.data.columns import flat_list, list_columns, milliseconds, single_array
 from longer.schema import EventSchema
 
-NUM_DROPPED = "num_dropped"
-"""Extra column of trimmed events: on a user's first row of a block, how many older ones the block had."""
+_NUM_BINS = 1 << 16
+_KEY_BITS = 63
 
 
 @dataclass(frozen=True)
@@ -37,65 +39,169 @@ class KeepRule:
         return np.maximum(num_events_total - self.keep_events, 0) // self.stride_events * self.stride_events
 
 
-def trim_events(events: pa.Table, schema: EventSchema, rule: KeepRule, num_buckets: int) -> pa.Table:
-    """A block of the log with `bucket` and `num_dropped`, cut to the events that can still matter.
+@dataclass(frozen=True)
+class Older:
+    """What is known of events that are not there: of some users, how many older ones there were and when the last of them was.
+
+    `last_ts` is `NO_EVENT_TS` where it is not needed: then enough younger events are there.
+    """
+
+    user_id: pa.Array
+    num_events: Int64
+    last_ts: Int64
+
+    @staticmethod
+    def concatenate(parts: list["Older"], user_type: pa.DataType) -> "Older":
+        """All of them; a user may come more than once."""
+        return Older(
+            pa.concat_arrays([pa.array([], user_type), *(part.user_id for part in parts)]),
+            np.concatenate([np.zeros(0, np.int64), *(part.num_events for part in parts)]),
+            np.concatenate([np.zeros(0, np.int64), *(part.last_ts for part in parts)]),
+        )
+
+
+def trim_events(events: pa.Table, user_key_E: Int64, schema: EventSchema, rule: KeepRule) -> tuple[Int64, Older]:
+    """Which rows of a block of the log can still matter, and how many older ones it had of whom.
 
     The last n events of a union are among the last n of its parts, so cutting each block first is exact, and it bounds what
-    the busiest user sends through the shuffle.
+    the busiest user sends to a bucket.
     """
-    counts = pc.value_counts(events["user_id"])
-    busy = counts.field("values").filter(pc.greater(counts.field("counts"), rule.most_needed))
-    num_dropped = np.zeros(len(events), np.int64)
-    if len(busy):
-        is_busy = single_array(pc.is_in(events["user_id"], busy))
-        cut = sort_events(events.filter(is_busy), schema)
-        start_U, end_U = _user_runs(cut)
-        keep_from_U = np.maximum(end_U - rule.most_needed, start_U)
-        place = np.arange(len(cut))
-        kept = place >= np.repeat(keep_from_U, end_U - start_U)
-        dropped = np.zeros(len(cut), np.int64)
-        dropped[keep_from_U] = keep_from_U - start_U
-        rest = events.filter(pc.invert(is_busy))
-        events = pa.concat_tables([rest, cut.filter(pa.array(kept))])
-        num_dropped = np.concatenate([np.zeros(len(rest), np.int64), dropped[kept]])
-    bucket = bucket_of(stable_keys(events["user_id"]), num_buckets)
-    return events.append_column("bucket", pa.array(bucket)).append_column(NUM_DROPPED, pa.array(num_dropped))
+    bin_E = user_key_E & np.int64(_NUM_BINS - 1)
+    in_full_bin_E = (np.bincount(bin_E, minlength=_NUM_BINS) > rule.most_needed)[bin_E]
+    if not in_full_bin_E.any():  # nobody has that many: cheaper to know than counting everybody
+        return np.arange(len(events)), Older.concatenate([], schema.id_types[0])
+    crowded_E = np.flatnonzero(in_full_bin_E)
+    crowded = events.take(pa.array(crowded_E))
+    order_E, start_U = order_events(crowded, schema)
+    end_U = np.append(start_U[1:], len(order_E))
+    keep_from_U = np.maximum(end_U - rule.most_needed, start_U)
+    kept_E = np.arange(len(order_E)) >= np.repeat(keep_from_U, end_U - start_U)
+    cut_U = keep_from_U > start_U
+    users = single_array(crowded["user_id"]).take(pa.array(order_E[start_U[cut_U]])).cast(schema.id_types[0])
+    num_older = (keep_from_U - start_U)[cut_U]
+    rows = np.concatenate([np.flatnonzero(~in_full_bin_E), crowded_E[order_E[kept_E]]])
+    return rows, Older(users, num_older, np.full(len(num_older), NO_EVENT_TS))
 
 
-def build_sequences(trimmed: pa.Table, schema: EventSchema, rule: KeepRule) -> pa.Table:
-    """Rows of the sequence table, sorted by user, from all trimmed events of their users."""
-    events = sort_events(trimmed, schema)
-    start_U, end_U = _user_runs(events)
-    total_U = end_U - start_U + np.add.reduceat(events[NUM_DROPPED].to_numpy(), start_U)
+def build_sequences(events: pa.Table, older: Older, schema: EventSchema, rule: KeepRule) -> pa.Table:
+    """Rows of the sequence table, sorted by user, of all users in `events`; dictionary columns stay what they are."""
+    order_E, start_U = order_events(events, schema)
+    end_U = np.append(start_U[1:], len(order_E))
+    users = single_array(events["user_id"]).take(pa.array(order_E[start_U])).cast(schema.id_types[0])
+    num_older_U, before_U = _of_users(older, users)
+    total_U = end_U - start_U + num_older_U
     first_index_U = rule.first_index(total_U)
-    keep_from_U = end_U - (total_U - first_index_U)
-    times = events["event_ts"].to_numpy(zero_copy_only=False)
-    has_before_U = first_index_U > 0
-    prev = pa.array(times[np.maximum(keep_from_U - 1, 0)], mask=~has_before_U)
-    kept = np.arange(len(events)) >= np.repeat(keep_from_U, end_U - start_U)
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(end_U - keep_from_U)])
-    fields = [field.name for field in schema.event_fields()]
-    lists = list_columns(offsets, events.select(fields).filter(pa.array(kept)))
+    keep_from_U = start_U + first_index_U - num_older_U
+    length_U = end_U - keep_from_U
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(length_U)])
+    kept_E = order_E[np.repeat(keep_from_U - offsets[:-1], length_U) + np.arange(offsets[-1])]
+    time_E = milliseconds(single_array(events["event_ts"]))
+    previous_U = np.where(keep_from_U > start_U, time_E[order_E[np.maximum(keep_from_U - 1, 0)]], before_U)
+    fields = events.select([field.name for field in schema.event_fields()])
     wanted = schema.sequences_arrow()
     columns = {
-        "user_id": single_array(events["user_id"].take(pa.array(start_U))),
+        "user_id": users,
         "first_index": pa.array(first_index_U),
-        "prev_event_ts": prev.cast(wanted.field("prev_event_ts").type),
+        "prev_event_ts": pa.array(previous_U, mask=first_index_U == 0),
         "num_events_total": pa.array(total_U),
-        **lists,
     }
-    return pa.table([columns[name].cast(wanted.field(name).type) for name in wanted.names], schema=wanted)
+    lists = list_columns(offsets, fields.take(pa.array(kept_E)))
+    return pa.table({f.name: lists[f.name] if f.name in lists else columns[f.name].cast(f.type) for f in wanted})
 
 
-def sort_events(events: pa.Table, schema: EventSchema) -> pa.Table:
-    """By user and then in the one order of a user's events; rows that compare equal are equal."""
-    names = ["user_id", *(field.name for field in schema.event_fields())]
-    return events.combine_chunks().sort_by([(name, "ascending") for name in names])
+def events_of(sequences: pa.Table, schema: EventSchema) -> tuple[pa.Table, Older]:
+    """The kept events of rows of the sequence table, flat, and what the rows say of older ones."""
+    offsets_U1, _ = flat_list(sequences["event_ts"])
+    row_E = pa.array(np.repeat(np.arange(len(sequences)), np.diff(offsets_U1)))
+    users = single_array(sequences["user_id"])
+    columns = {"user_id": users.take(row_E)} | {
+        field.name: flat_list(sequences[field.name])[1] for field in schema.event_fields()
+    }
+    return pa.table(columns), Older(
+        users,
+        sequences["first_index"].to_numpy(),
+        milliseconds(single_array(sequences["prev_event_ts"]), missing=int(NO_EVENT_TS)),
+    )
 
 
-def _user_runs(events: pa.Table) -> tuple[Int64, Int64]:
-    """Where each user's run of rows starts and ends, in a table sorted by user."""
-    users = single_array(events["user_id"])
-    changes = pc.not_equal(users[1:], users[:-1]).to_numpy(zero_copy_only=False)
-    bounds = np.concatenate([[0], np.flatnonzero(changes) + 1, [len(users)]]).astype(np.int64)
-    return bounds[:-1], bounds[1:]
+def merge_sequences(base: pa.Table, news: pa.Table, schema: EventSchema, rule: KeepRule) -> tuple[pa.Table, int]:
+    """Rows of a bucket with `news` added, as if all events had been built at once; and how many came too late to be placed.
+
+    Of a user whose oldest events the table has cut, an event no younger than the last one cut has no place that is still known.
+    """
+    users = single_array(base["user_id"])
+    is_cut_U = base["first_index"].to_numpy() > 0
+    cut_until_U = np.where(is_cut_U, milliseconds(single_array(base["prev_event_ts"])), NO_EVENT_TS)
+    cut_until_E = pa.array(cut_until_U).take(pc.index_in(single_array(news["user_id"]), users))
+    is_late_E = pc.fill_null(pc.less_equal(milliseconds(single_array(news["event_ts"])), cut_until_E), False)
+    news = _plain(news.filter(pc.invert(is_late_E)))
+    has_news_U = pc.is_in(users, single_array(news["user_id"]))
+    events, older = events_of(base.filter(has_news_U), schema)
+    merged = build_sequences(pa.concat_tables([events, news]).combine_chunks(), older, schema, rule)
+    rows = pa.concat_tables([base.filter(pc.invert(has_news_U)), merged])
+    return rows.take(pc.sort_indices(rows["user_id"])), pc.sum(is_late_E).as_py() or 0
+
+
+def order_events(events: pa.Table, schema: EventSchema) -> tuple[Int64, Int64]:
+    """The rows by user and then in the one order of a user's events, and where each user starts in that order.
+
+    Times decide nearly always, so one sort of (user, time) in one integer comes first, and only rows that agree in both are
+    ordered by the other columns. Rows that compare equal are equal.
+    """
+    rank_E, num_users = _user_ranks(single_array(events["user_id"]))
+    time_E = milliseconds(single_array(events["event_ts"]))
+    key_E = _packed(rank_E, num_users, time_E)
+    order_E = np.argsort(key_E) if key_E is not None else np.lexsort((time_E, rank_E))
+    rank_E, time_E = rank_E[order_E], time_E[order_E]
+    new_user_E = _changes(rank_E)
+    new_time_E = new_user_E | _changes(time_E)
+    tied_E = ~new_time_E | ~np.append(new_time_E[1:], True)
+    if tied_E.any():
+        tied = order_E[tied_E]
+        rest = [field.name for field in schema.event_fields() if field.name != "event_ts"]
+        rows = _plain(events.select(rest).take(pa.array(tied))).append_column(
+            "run", pa.array(np.cumsum(new_time_E)[tied_E])
+        )
+        by_rest = pc.sort_indices(rows, [("run", "ascending"), *((name, "ascending") for name in rest)])
+        order_E[tied_E] = tied[by_rest.to_numpy()]
+    return order_E, np.flatnonzero(new_user_E)
+
+
+def _user_ranks(users: pa.Array) -> tuple[Int64, int]:
+    """Each row's user as a number that ascends with the user id, and how many users there are."""
+    encoded = users if pa.types.is_dictionary(users.type) else users.dictionary_encode()
+    by_id = pc.sort_indices(encoded.dictionary).to_numpy()
+    rank = np.empty(len(by_id), np.int64)
+    rank[by_id] = np.arange(len(by_id))
+    return rank[encoded.indices.to_numpy()], len(by_id)
+
+
+def _packed(rank_E: Int64, num_users: int, time_E: Int64) -> Int64 | None:
+    """User and time in one integer that sorts as the pair does, if 63 bits hold them."""
+    if not len(time_E):
+        return time_E
+    since_first_E = time_E - time_E.min()
+    time_bits = int(since_first_E.max()).bit_length()
+    return rank_E << time_bits | since_first_E if num_users.bit_length() + time_bits <= _KEY_BITS else None
+
+
+def _of_users(older: Older, users: pa.Array) -> tuple[Int64, Int64]:
+    """How many older events each of these users had, and the time of the last of them where it is known."""
+    row = pc.index_in(older.user_id, users)
+    known = row.is_valid().to_numpy(zero_copy_only=False)
+    rows = row.drop_null().to_numpy()
+    num_events_U, last_U = np.zeros(len(users), np.int64), np.full(len(users), NO_EVENT_TS)
+    np.add.at(num_events_U, rows, older.num_events[known])
+    np.maximum.at(last_U, rows, older.last_ts[known])
+    return num_events_U, last_U
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """Dictionary columns as their values, which is what sorts."""
+    plain = [pa.field(f.name, f.type.value_type if pa.types.is_dictionary(f.type) else f.type) for f in table.schema]
+    return table.cast(pa.schema(plain))
+
+
+def _changes(values: npt.NDArray) -> npt.NDArray[np.bool_]:
+    """True where a value differs from the one before, and for the first."""
+    return np.append(np.ones(min(len(values), 1), bool), values[1:] != values[:-1])

@@ -1,0 +1,95 @@
+"""What a build of the sequence table reads and what decides its content: everything, or what has come since the last version."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from longer.config import Settings
+from longer.data.sequences import KeepRule
+from longer.errors import UserError
+from longer.storage import TABLE_FORMAT, DataFile, Table, Version, fingerprint
+
+_FEWEST_BUCKETS = 16
+_MOST_BUCKETS = 4096
+_EVENTS_PER_BUCKET = 1 << 20
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """Event files to read, on top of `base` if there is one, under settings that were completed and are part of the version."""
+
+    files: list[str]
+    base: Version | None
+    rule: KeepRule
+    settings: dict[str, Any]
+    inputs: dict[str, Any]
+    schema_hash: str
+
+    @property
+    def version_id(self) -> str:
+        return fingerprint("sequences", TABLE_FORMAT, self.settings, self.inputs, self.schema_hash)
+
+    @property
+    def not_before_ms(self) -> int | None:
+        """Of an increment: the oldest time that an event may still have."""
+        if self.base is None:
+            return None
+        watermark = datetime.fromisoformat(self.base.manifest["watermark"]).timestamp()
+        return round((watermark - self.inputs["late_allowance_hours"] * 3600) * 1000)
+
+    def base_paths(self) -> dict[int, str]:
+        """Full path of the base's file of each bucket."""
+        return {bucket: self.base.path_of(file) for bucket, file in self.base_files().items()} if self.base else {}
+
+    def base_files(self) -> dict[int, DataFile]:
+        """The base's file of each bucket."""
+        files = self.base.data_files() if self.base else []
+        return {int(file.path.partition("/")[0].removeprefix("bucket=")): file for file in files}
+
+
+def plan_build(settings: Settings, events: Version, unreadable: set[str], base: Version | None) -> BuildPlan:
+    """The plan for the served events without the `unreadable` files.
+
+    Raises UserError if `base` was built from other events, or with other settings.
+    """
+    asked, schema_hash = settings.sequences, settings.event_schema.hash()
+    names = {f"{file.version}/{file.path}": events.path_of(file) for file in events.data_files()}
+    skipped = sorted(name for name, path in names.items() if path in unreadable)
+    rule = KeepRule(asked.keep_events, settings.model.windows.stride_events)
+    num_buckets = asked.num_buckets or _num_buckets(events, base)
+    chosen = {**vars(rule), "num_buckets": num_buckets, "row_group_events": asked.row_group_events}
+    inputs: dict[str, Any] = {"events": events.id}
+    if skipped:  # in the id: once they are restored, the table is built anew
+        inputs["skipped"] = skipped
+    unread = set(names) - set(skipped)
+    if base:
+        _check_same("schema_hash", base.manifest["schema_hash"], schema_hash)
+        for name, value in chosen.items():
+            _check_same(f"sequences.{name}", base.manifest["settings"][name], value)
+        inputs |= {"base": base.id, "late_allowance_hours": asked.late_allowance_hours}
+        unread -= _read_by(base, events, set(names))
+    return BuildPlan(sorted(names[name] for name in unread), base, rule, chosen, inputs, schema_hash)
+
+
+def _read_by(base: Version, events: Version, names: set[str]) -> set[str]:
+    """The event files that the base holds, by name; all of them must be among the served ones."""
+    before = Table(events.path.rpartition("/")[0]).find(base.manifest["inputs"]["events"])
+    if before is None or not {f"{file.version}/{file.path}" for file in before.data_files()} <= names:
+        raise UserError(
+            f"{events.path}: does not continue the events that sequences {base.id} were built from: run without --since-last"
+        )
+    return {f"{file.version}/{file.path}" for file in before.data_files()} - set(
+        base.manifest["inputs"].get("skipped", [])
+    )
+
+
+def _check_same(name: str, last: Any, now: Any) -> None:
+    if last != now:
+        raise UserError(f"{name}: the last sequences were built with {last}, not {now}: run without --since-last")
+
+
+def _num_buckets(events: Version, base: Version | None) -> int:
+    if base:
+        return base.manifest["settings"]["num_buckets"]
+    wanted = -(-events.manifest["num_rows"] // _EVENTS_PER_BUCKET)
+    return min(max(_FEWEST_BUCKETS, 1 << (wanted - 1).bit_length()), _MOST_BUCKETS)

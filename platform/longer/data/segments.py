@@ -1,0 +1,154 @@
+"""The log cut by hash bucket: one file a block of the log, one self-contained segment a bucket in it. No Ray; local or S3.
+
+Reading a bucket takes one ranged read a block, so neither pass holds more than one block or one bucket, however long the log is.
+A segment is two Arrow IPC streams: the bucket's events, and what is known of older ones that were cut (`Older`).
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from longer.data.columns import single_array
+from longer.data.sequences import KeepRule, Older, trim_events
+from longer.errors import UserError, one_line
+from longer.hashing import bucket_of, stable_keys
+from longer.schema import EventSchema
+from longer.storage import arrow_filesystem, make_parents
+
+_BLOCK_ROWS = 2 << 20
+_MOST_BLOCKS = 2048  # beyond it blocks grow, so that segments do not become too small to be worth a read
+_LARGEST_DICTIONARY = 256  # of a column that a segment stores as codes: each segment repeats its dictionary
+_NUM_READ_THREADS = 16
+
+Piece = tuple[str, int, int]
+"""A file of the log, and which of its row groups: from, and up to but not including."""
+
+
+def plan_blocks(files: dict[str, list[int]]) -> list[list[Piece]]:
+    """Cuts the log into blocks of about as many rows each, given the row counts of each file's row groups.
+
+    A pure function of the log, so that a rerun finds the blocks that an interrupted run left.
+    """
+    rows = np.array([n for counts in files.values() for n in counts], np.int64)
+    block_rows = max(_BLOCK_ROWS, -(-int(rows.sum()) // _MOST_BLOCKS))
+    number = (np.cumsum(rows) - rows) // block_rows
+    owner = [(path, group) for path, counts in files.items() for group in range(len(counts))]
+    blocks = []
+    for block in np.unique(number):
+        pieces: dict[str, list[int]] = {}
+        for place in np.flatnonzero(number == block):
+            path, group = owner[place]
+            pieces.setdefault(path, []).append(group)
+        blocks.append([(path, groups[0], groups[-1] + 1) for path, groups in pieces.items()])
+    return blocks
+
+
+def read_block(pieces: list[Piece], schema: EventSchema) -> pa.Table:
+    """The events of a block in the schema's columns; strings of few distinct values stay coded. UserError names a bad file."""
+    events = pa.concat_tables([_read_piece(piece, schema) for piece in pieces]).combine_chunks()
+    for place, field in enumerate(schema.events_arrow()):
+        column = single_array(events[field.name])
+        if pa.types.is_dictionary(column.type) and len(column.dictionary) > _LARGEST_DICTIONARY:
+            events = events.set_column(place, field.name, column.cast(field.type))
+    return events
+
+
+def write_segments(
+    path: str, events: pa.Table, schema: EventSchema, num_buckets: int, rule: KeepRule | None
+) -> list[int]:
+    """Writes a block's segments, its users' histories trimmed by the rule if there is one.
+
+    Returns where each bucket's segment starts in the file, and where the last ends: [num_buckets + 1].
+    """
+    key_E = stable_keys(events["user_id"])
+    kept_E, older = np.arange(len(events)), Older.concatenate([], schema.id_types[0])
+    if rule:
+        kept_E, older = trim_events(events, key_E, schema, rule)
+    bucket_E = bucket_of(key_E[kept_E], num_buckets).astype(np.uint16)  # 16 bits sort by radix
+    by_bucket_E = np.argsort(bucket_E, kind="stable")
+    bounds = np.searchsorted(bucket_E[by_bucket_E], np.arange(num_buckets + 1))
+    events = events.take(pa.array(kept_E[by_bucket_E])).combine_chunks()
+    bucket_of_older = bucket_of(stable_keys(older.user_id), num_buckets)
+    filesystem, bare = arrow_filesystem(path)
+    make_parents(path)
+    starts = [0]
+    with filesystem.open_output_stream(bare, buffer_size=8 << 20) as sink:
+        for bucket, (begin, end) in enumerate(pairwise(bounds)):
+            if begin < end:
+                _write_stream(sink, events.slice(begin, end - begin))
+                _write_stream(sink, _older_table(older, bucket_of_older == bucket))
+            starts.append(sink.tell())
+    return starts
+
+
+def read_segments(segments: list[tuple[str, int, int]], schema: EventSchema) -> tuple[pa.Table, Older]:
+    """All events of one bucket, and what was cut, from (path, start, end) of its segment in each block."""
+    with ThreadPoolExecutor(_NUM_READ_THREADS) as pool:
+        parts = list(pool.map(_read_segment, [segment for segment in segments if segment[1] < segment[2]]))
+    user_type = schema.id_types[0]
+    older = [
+        Older(single_array(t["user_id"]).cast(user_type), t["num_events"].to_numpy(), t["last_ts"].to_numpy())
+        for _, t in parts
+    ]
+    events = _concatenate([events for events, _ in parts], schema.events_arrow())
+    return events, Older.concatenate(older, user_type)
+
+
+def _concatenate(parts: list[pa.Table], plain: pa.Schema) -> pa.Table:
+    """One table; a column that is plain in one part is plain in all."""
+    in_all = [
+        f for f in plain if parts and all(pa.types.is_dictionary(part.schema.field(f.name).type) for part in parts)
+    ]
+    coded = {f.name: pa.dictionary(pa.int32(), f.type) for f in in_all}
+    wanted = pa.schema([pa.field(f.name, coded.get(f.name, f.type)) for f in plain])
+    return pa.concat_tables([wanted.empty_table(), *(part.cast(wanted) for part in parts)]).combine_chunks()
+
+
+def _read_segment(segment: tuple[str, int, int]) -> tuple[pa.Table, pa.Table]:
+    path, start, end = segment
+    filesystem, bare = arrow_filesystem(path)
+    with filesystem.open_input_file(bare) as file:
+        stream = pa.BufferReader(file.read_at(end - start, start))
+    return pa.ipc.open_stream(stream).read_all(), pa.ipc.open_stream(stream).read_all()
+
+
+def _write_stream(sink: pa.NativeFile, table: pa.Table) -> None:
+    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as stream:
+        stream.write_table(table)
+
+
+def _older_table(older: Older, rows: np.ndarray) -> pa.Table:
+    return pa.table(
+        {
+            "user_id": older.user_id.filter(pa.array(rows)),
+            "num_events": older.num_events[rows],
+            "last_ts": older.last_ts[rows],
+        }
+    )
+
+
+def _read_piece(piece: Piece, schema: EventSchema) -> pa.Table:
+    path, first, end = piece
+    wanted = schema.events_arrow()
+    filesystem, bare = arrow_filesystem(path)
+    strings = [field.name for field in wanted if pa.types.is_string(field.type)]
+    coded = pa.schema(
+        [pa.field(f.name, pa.dictionary(pa.int32(), f.type) if f.name in strings else f.type) for f in wanted]
+    )
+    try:
+        file = pq.ParquetFile(filesystem.open_input_file(bare), read_dictionary=strings, pre_buffer=True)
+        events = file.read_row_groups(list(range(first, end)), columns=wanted.names, use_threads=False)
+        events = events.select(wanted.names).cast(coded)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{path}: damaged inside ({one_line(error)}): restore the file or import the log again"
+        ) from None
+    for name in ("user_id", "item_id", "event_ts"):
+        if events[name].null_count:
+            raise UserError(
+                f"{path}: {name} is null in {events[name].null_count} rows: import the log with jobs.import_events"
+            )
+    return events

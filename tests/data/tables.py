@@ -1,0 +1,45 @@
+"""Sequence tables for tests, built by the platform's own passes, in this process instead of in Ray's."""
+
+from itertools import pairwise
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from longer.data.build_plan import BuildPlan
+from longer.data.ray_sequences import Build
+from longer.data.sequences import KeepRule, Older, build_sequences
+from longer.schema import EventSchema
+from longer.storage import DataFile, Table, Version, checked_output, remove_tree
+from tests.data.logs import BASKETS
+
+KEEP_ALL = KeepRule(1000, 4)
+
+
+def sequences_of(events: pa.Table, schema: EventSchema = BASKETS, rule: KeepRule = KEEP_ALL) -> pa.Table:
+    """All users' rows in one piece."""
+    return build_sequences(events, Older.concatenate([], schema.id_types[0]), schema, rule)
+
+
+def publish_sequences(
+    path: str,
+    events: pa.Table,
+    schema: EventSchema,
+    rule: KeepRule,
+    num_buckets: int,
+    row_group_events: int,
+    version_id: str = "v1",
+) -> Version:
+    table = Table(path)
+    settings = {**vars(rule), "num_buckets": num_buckets, "row_group_events": row_group_events}
+    build = Build(BuildPlan([], None, rule, settings, {}, schema.hash()), schema, table.begin(version_id))
+    with checked_output(build.scratch, "log.parquet") as sink:
+        pq.write_table(events, sink, row_group_size=max(len(events), 1))
+    block = build.cut_block((0, [(f"{build.scratch}/log.parquet", 0, 1)]))
+    records = [
+        build.build_bucket((bucket, [(block["path"], start, end)], None))
+        for bucket, (start, end) in enumerate(pairwise(block["starts"]))
+        if start < end
+    ]
+    remove_tree(build.scratch)
+    manifest = {"schema_hash": schema.hash(), "settings": settings}
+    return table.publish(version_id, manifest, [DataFile(**record["file"]) for record in records])
