@@ -6,7 +6,7 @@ from longer.config import Settings
 from longer.data.events import iso_time
 from longer.data.ray_requests import RequestBuilder, build_catalogue, write_requests
 from longer.data.requests import SplitTimes, split_times
-from longer.data.tables import open_version
+from longer.data.tables import SequenceTable
 from longer.errors import UserError
 from longer.progress import say
 from longer.runner import run_job
@@ -23,7 +23,8 @@ def run(settings: Settings) -> Version:
         raise UserError(
             f"event_schema.tasks: {', '.join(schema.tasks)}: this job labels one task, whether the item was in the group: keep one"
         )
-    sequences = open_version(settings.path("tables", "sequences"), schema, None, "jobs.build_sequences")
+    histories = SequenceTable(settings.path("tables", "sequences"), schema)
+    sequences = histories.version
     chosen = {**settings.requests.model_dump(mode="json"), "windows": vars(windows), "seed": settings.seed}
     inputs = {"sequences": sequences.id}
     version_id = fingerprint("requests", TABLE_FORMAT, chosen, inputs, schema.hash())
@@ -32,12 +33,12 @@ def run(settings: Settings) -> Version:
         say("build_requests", f"version {version_id} is already built, nothing changed")
         return published
     splits = _split_times(settings, sequences)
-    catalogue = build_catalogue(sequences, schema, splits)
+    catalogue = build_catalogue(histories, splits)
     builder = RequestBuilder(
         schema, splits, windows, settings.requests.negatives_per_positive, settings.seed, table.begin(version_id)
     )
     try:
-        stats = write_requests(sequences, builder, catalogue)
+        stats = write_requests(histories, builder, catalogue)
         num_kept = sum(stats["num_requests"].values())
         _check_cut(settings, stats["num_cut"], num_kept + stats["num_cut"])
     except BaseException:

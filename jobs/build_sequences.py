@@ -9,8 +9,9 @@ from longer.config import Settings
 from longer.data.build_plan import BuildPlan, plan_build
 from longer.data.events import iso_time
 from longer.data.items import publish_items
+from longer.data.ray_requests import build_items
 from longer.data.ray_sequences import Build, Record, readable_files, write_sequences
-from longer.data.tables import open_version
+from longer.data.tables import SequenceTable, open_version
 from longer.errors import UserError
 from longer.progress import say
 from longer.runner import run_job, user_error_in
@@ -24,9 +25,10 @@ def run(settings: Settings, since_last: bool = False) -> Version:
 
     With `since_last`, the last version with the events merged in that have come since.
     """
-    version = _sequences(settings, since_last)
-    if settings.event_schema.features_of("item"):
-        publish_items(settings.path("tables", "items"), version, settings.event_schema)
+    version, schema = _sequences(settings, since_last), settings.event_schema
+    if schema.features_of("item"):
+        sequences = SequenceTable(settings.path("tables", "sequences"), schema, version.id)
+        publish_items(settings.path("tables", "items"), version.id, schema, lambda: build_items(sequences))
     return version
 
 
@@ -43,51 +45,55 @@ def _sequences(settings: Settings, since_last: bool) -> Version:
     if published := table.reuse(plan.version_id):
         say("build_sequences", f"version {published.id} is already built, nothing changed")
         return published
-    if not plan.files:
-        raise UserError(f"{events.path}: no readable event file: import a log with at least one event")
     rows_of = rows_of or readable_files(plan.files, schema, False)
+    if not base and not any(sum(rows_of[path]) for path in plan.files):
+        raise UserError(f"{events.path}: the event log is empty: import a log with at least one event")
     build = Build(plan, schema, table.resume(plan.version_id))
     try:
-        written, num_too_late = write_sequences(build, {path: rows_of[path] for path in plan.files})
+        blocks, buckets = write_sequences(build, {path: rows_of[path] for path in plan.files})
     except Exception as error:
         if user_error_in(error):  # otherwise a rerun goes on from what is there
             table.discard(plan.version_id)
         raise
-    version = table.publish(plan.version_id, *_content(plan, written, num_too_late))
+    version = table.publish(plan.version_id, *_content(plan, blocks, buckets))
     remove_tree(build.scratch)
-    counts, late = version.manifest, f", {num_too_late} events came too late" if num_too_late else ""
-    say(
-        "build_sequences",
-        f"version {version.id}: {counts['num_users']} users, {counts['num_events_kept']} events kept{late}",
-    )
+    _tell(version, base)
     return version
 
 
-def _content(plan: BuildPlan, written: list[Record], num_too_late: int) -> tuple[dict[str, Any], list[DataFile]]:
-    """The manifest and the files of the version: the buckets written, and those that the last version's news left alone."""
-    base = plan.base.manifest if plan.base else {"buckets": [], "num_too_late": 0}
-    counts = {record["bucket"]: record for record in base["buckets"]}
-    files = plan.base_files()
-    for record in written:
-        files[record["bucket"]] = DataFile(**record["file"])
-        counts[record["bucket"]] = {
-            name: value for name, value in record.items() if name not in ("file", "num_too_late")
-        }
-    buckets = [counts[bucket] for bucket in sorted(counts)]
-    totals = {name: sum(bucket[name] for bucket in buckets) for name in _COUNTS}
+def _content(plan: BuildPlan, blocks: list[Record], written: list[Record]) -> tuple[dict[str, Any], list[DataFile]]:
+    """The manifest and the files of the version: the buckets written, and those of the last version that got no news."""
+    last = plan.base.manifest if plan.base else {"buckets": [], "num_too_late": 0}
+    files = [file for record in written for file in record["files"]]
+    counts = {record["bucket"]: {name: record[name] for name in ("bucket", *_COUNTS)} for record in written}
+    for bucket in last["buckets"]:
+        if bucket["bucket"] not in counts:
+            counts[bucket["bucket"]] = bucket
+            kept = plan.base_files[bucket["bucket"]]
+            files += [vars(file) for file in (kept.rows, kept.news) if file]
+    totals = {name: sum(bucket[name] for bucket in counts.values()) for name in _COUNTS}
+    first = [iso_time(block["first_ts"]) for block in blocks if block["num_events"]]
+    newest = [iso_time(block["last_ts"]) for block in blocks if block["num_events"]]
     manifest = {
         "schema_hash": plan.schema_hash,
         "settings": plan.settings,
         "inputs": plan.inputs,
         "num_rows": totals["num_users"],
         **totals,
-        "num_too_late": base["num_too_late"] + num_too_late,
+        "num_too_late": last["num_too_late"] + sum(record["num_too_late"] for record in [*blocks, *written]),
         "num_skipped_files": len(plan.inputs.get("skipped", [])),
-        "first_event_ts": iso_time(min(bucket["first_ts"] for bucket in buckets)),
-        "watermark": iso_time(max(bucket["last_ts"] for bucket in buckets)),
-        "buckets": buckets,
+        "first_event_ts": min(time for time in [*first, last.get("first_event_ts")] if time),
+        "watermark": max(time for time in [*newest, last.get("watermark")] if time),
+        "buckets": [counts[bucket] for bucket in sorted(counts)],
     }
-    return manifest, list(files.values())
+    return manifest, [DataFile(**file) for file in files]
+
+
+def _tell(version: Version, base: Version | None) -> None:
+    counts = version.manifest
+    late = counts["num_too_late"] - (base.manifest["num_too_late"] if base else 0)
+    told = f"version {version.id}: {counts['num_users']} users, {counts['num_events_kept']} events kept"
+    say("build_sequences", told + (f"; {late} events came too late and are left out" if late else ""))
 
 
 if __name__ == "__main__":

@@ -53,6 +53,12 @@ class SequenceSettings(Section):
     )
     keep_events: int = Field(10_000, ge=1, description="Events kept per user, the newest.")
     row_group_events: int = Field(65_536, ge=1, description="Events per Parquet row group: what a point read fetches.")
+    merge_share: float = Field(
+        0.2,
+        ge=0,
+        description="With --since-last: news are kept beside a bucket's rows until they exceed this share of its events, "
+        "then the rows are written anew; 0 writes them every time.",
+    )
     late_allowance_hours: float = Field(
         24.0,
         ge=0,

@@ -17,7 +17,7 @@ KEEP_ALL = KeepRule(1000, 4)
 
 def sequences_of(events: pa.Table, schema: EventSchema = BASKETS, rule: KeepRule = KEEP_ALL) -> pa.Table:
     """All users' rows in one piece."""
-    return build_sequences(events, Older.concatenate([], schema.id_types[0]), schema, rule)
+    return build_sequences(events, Older.none(schema), schema, rule)
 
 
 def publish_sequences(
@@ -36,10 +36,10 @@ def publish_sequences(
         pq.write_table(events, sink, row_group_size=max(len(events), 1))
     block = build.cut_block((0, [(f"{build.scratch}/log.parquet", 0, 1)]))
     records = [
-        build.build_bucket((bucket, [(block["path"], start, end)], None))
+        build.build_bucket((bucket, [(block["path"], start, end)]))
         for bucket, (start, end) in enumerate(pairwise(block["starts"]))
         if start < end
     ]
     remove_tree(build.scratch)
     manifest = {"schema_hash": schema.hash(), "settings": settings}
-    return table.publish(version_id, manifest, [DataFile(**record["file"]) for record in records])
+    return table.publish(version_id, manifest, [DataFile(**file) for record in records for file in record["files"]])

@@ -20,7 +20,7 @@ def built(events: pa.Table, schema: EventSchema, rule: KeepRule, num_files: int)
     """All users' sequences from a log cut into files, each trimmed on its own."""
     rows = -(-len(events) // num_files)
     kept, older = zip(*(trimmed(events.slice(i, rows), schema, rule) for i in range(0, len(events), rows)), strict=True)
-    return build_sequences(pa.concat_tables(kept), Older.concatenate(list(older), schema.id_types[0]), schema, rule)
+    return build_sequences(pa.concat_tables(kept), Older.concatenate(list(older)), schema, rule)
 
 
 @pytest.mark.parametrize("schema", [BASKETS, STRINGS], ids=["int ids", "string ids"])

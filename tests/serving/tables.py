@@ -4,14 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from longer.config import ModelSettings, Settings, load_settings
 from longer.data.items import publish_items
 from longer.data.ray_requests import RequestBuilder
-from longer.data.requests import SPLITS, SplitTimes, merge_catalogues, partial_catalogue
+from longer.data.requests import SPLITS, Catalogue, SplitTimes, merge_catalogues, partial_catalogue
 from longer.data.sequences import KeepRule
+from longer.data.tables import SequenceTable
 from longer.model.longer import Longer
 from longer.schema import EventSchema
 from longer.storage import Table, Version, fingerprint
@@ -81,15 +81,26 @@ def publish_sequences(settings: Settings, events: pa.Table) -> Version:
     return tables.publish_sequences(path, events, schema, rule, NUM_BUCKETS, asked.row_group_events, version_id)
 
 
+def catalogue_of(histories: SequenceTable, splits: SplitTimes) -> Catalogue:
+    parts = [partial_catalogue(histories.rows(bucket), histories.schema, splits) for bucket in histories.buckets]
+    return merge_catalogues(parts, histories.schema)
+
+
+def publish_catalogue(settings: Settings, sequences: Version) -> Version:
+    histories = SequenceTable(settings.path("tables", "sequences"), settings.event_schema, sequences.id)
+    items = settings.path("tables", "items")
+    return publish_items(items, sequences.id, histories.schema, lambda: catalogue_of(histories, SplitTimes(0, 0)).items)
+
+
 def publish_requests(settings: Settings, sequences: Version) -> Version:
     """One request a user and event time, the newest days as test, with two negatives for each positive."""
     schema, windows = settings.event_schema, settings.model.windows
     splits = SplitTimes(START_MS + 15 * DAY_MS, START_MS + 20 * DAY_MS)
-    parts = [partial_catalogue(pq.read_table(file, partitioning=None), schema, splits) for file in sequences.files()]
-    catalogue = merge_catalogues(parts, schema)
+    histories = SequenceTable(settings.path("tables", "sequences"), schema, sequences.id)
+    catalogue = catalogue_of(histories, splits)
     table = Table(settings.path("tables", "requests"))
     builder = RequestBuilder(schema, splits, windows, 2, 0, table.begin(sequences.id))
-    stats = [builder(file, catalogue) for file in sequences.files()]
+    stats = [builder(histories, bucket, catalogue) for bucket in histories.buckets]
     manifest = {
         "schema_hash": schema.hash(),
         "inputs": {"sequences": sequences.id},
@@ -120,6 +131,6 @@ def build_world(root: Path | str, seed: int = 0) -> Settings:
     """Sequences, items and checkpoint under `root`, and the settings that find them."""
     settings = tiny_settings(root)
     sequences = publish_sequences(settings, random_events(settings.event_schema, seed))
-    publish_items(settings.path("tables", "items"), sequences, settings.event_schema)
+    publish_catalogue(settings, sequences)
     publish_random_model(settings)
     return settings

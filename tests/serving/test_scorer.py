@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longer.config import Settings
-from longer.data.items import publish_items
 from longer.errors import StorageError, UserError
 from longer.serving.scorer import Scorer, ScoreRequest, ScoreResult
 from longer.storage import Table
@@ -19,6 +18,7 @@ from tests.serving.tables import (
     START_MS,
     build_world,
     checkpoint_path,
+    publish_catalogue,
     publish_sequences,
     random_events,
 )
@@ -218,7 +218,7 @@ def test_a_new_table_version_appends_its_events_and_drops_states_whose_past_has_
     with pytest.raises(UserError, match="items"):  # sequences are published before their catalogue: wait for both
         scorer.refresh()
     assert ask(scorer, (6, END_MS + DAY_MS))[0].source == "hit"
-    publish_items(world.path("tables", "items"), sequences, world.event_schema)
+    publish_catalogue(world, sequences)
     assert scorer.refresh()
     assert not scorer.refresh()
     unheard = ScoreRequest(5, ["brand new"], request_ts=END_MS + DAY_MS)

@@ -5,9 +5,10 @@ from datetime import datetime
 from typing import Any
 
 from longer.config import Settings
+from longer.data.layout import BucketFiles, bucket_files
 from longer.data.sequences import KeepRule
 from longer.errors import UserError
-from longer.storage import TABLE_FORMAT, DataFile, Table, Version, fingerprint
+from longer.storage import TABLE_FORMAT, Table, Version, fingerprint
 
 _FEWEST_BUCKETS = 16
 _MOST_BUCKETS = 4096
@@ -37,14 +38,9 @@ class BuildPlan:
         watermark = datetime.fromisoformat(self.base.manifest["watermark"]).timestamp()
         return round((watermark - self.inputs["late_allowance_hours"] * 3600) * 1000)
 
-    def base_paths(self) -> dict[int, str]:
-        """Full path of the base's file of each bucket."""
-        return {bucket: self.base.path_of(file) for bucket, file in self.base_files().items()} if self.base else {}
-
-    def base_files(self) -> dict[int, DataFile]:
-        """The base's file of each bucket."""
-        files = self.base.data_files() if self.base else []
-        return {int(file.path.partition("/")[0].removeprefix("bucket=")): file for file in files}
+    @property
+    def base_files(self) -> dict[int, BucketFiles]:
+        return bucket_files(self.base) if self.base else {}
 
 
 def plan_build(settings: Settings, events: Version, unreadable: set[str], base: Version | None) -> BuildPlan:
@@ -66,7 +62,11 @@ def plan_build(settings: Settings, events: Version, unreadable: set[str], base: 
         _check_same("schema_hash", base.manifest["schema_hash"], schema_hash)
         for name, value in chosen.items():
             _check_same(f"sequences.{name}", base.manifest["settings"][name], value)
-        inputs |= {"base": base.id, "late_allowance_hours": asked.late_allowance_hours}
+        inputs |= {
+            "base": base.id,
+            "late_allowance_hours": asked.late_allowance_hours,
+            "merge_share": asked.merge_share,
+        }
         unread -= _read_by(base, events, set(names))
     return BuildPlan(sorted(names[name] for name in unread), base, rule, chosen, inputs, schema_hash)
 

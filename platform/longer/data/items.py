@@ -4,6 +4,8 @@ A version is one Parquet file, ascending by item: `item_id` and the item feature
 are also the ones that the request table gives its candidates.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -11,26 +13,22 @@ import pyarrow.parquet as pq
 
 from longer.arrays import Int64
 from longer.data.columns import numbers, read_columns, single_array
-from longer.data.requests import SplitTimes, merge_catalogues, partial_catalogue
 from longer.data.tables import open_version
 from longer.hashing import stable_keys
 from longer.schema import EventSchema
 from longer.storage import TABLE_FORMAT, Table, Version, checked_output, fingerprint
 
 
-def publish_items(path: str, sequences: Version, schema: EventSchema) -> Version:
-    """The catalogue of all items in a version of the sequence table; built only if it is not there yet."""
+def publish_items(path: str, sequences_id: str, schema: EventSchema, build: Callable[[], pa.Table]) -> Version:
+    """The catalogue of all items in a version of the sequence table, which `build` makes if it is not there yet."""
     table = Table(path)
-    version_id = items_version(sequences.id, schema)
+    version_id = items_version(sequences_id, schema)
     if published := table.reuse(version_id):
         return published
-    names = ["event_ts", "item_id", *schema.features_of("item")]
-    any_split = SplitTimes(0, 0)
-    parts = [partial_catalogue(read_columns(file, names), schema, any_split) for file in sequences.files()]
-    items = merge_catalogues(parts, schema).items
+    items = build()
     with checked_output(table.begin(version_id), "part-0.parquet") as sink:
         pq.write_table(items, sink, compression="zstd")
-    manifest = {"schema_hash": schema.hash(), "inputs": {"sequences": sequences.id}, "num_rows": len(items)}
+    manifest = {"schema_hash": schema.hash(), "inputs": {"sequences": sequences_id}, "num_rows": len(items)}
     return table.publish(version_id, manifest, [sink.data_file])
 
 

@@ -16,11 +16,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from longer.arrays import Int64
 from longer.data.build_plan import BuildPlan
 from longer.data.columns import flat_list, read_columns
+from longer.data.layout import BucketFiles, news_arrow, news_path, rows_path
 from longer.data.ray_tasks import each
-from longer.data.segments import Piece, plan_blocks, read_block, read_segments, write_segments
-from longer.data.sequences import build_sequences, merge_sequences
+from longer.data.segments import Piece, Segment, plan_blocks, read_block, read_segments, write_segments
+from longer.data.sequences import (
+    KeepRule,
+    Older,
+    build_sequences,
+    events_of,
+    merge_sequences,
+    placeable,
+    plain,
+    totals_with,
+)
 from longer.errors import UserError, one_line
 from longer.progress import say, track
 from longer.schema import EventSchema
@@ -55,23 +66,48 @@ class Build:
         # which events of an increment can be placed is known only beside the histories, so none is cut before
         rule = self.plan.rule if not_before_ms is None else None
         starts = write_segments(path, events, self.schema, self.plan.settings["num_buckets"], rule)
-        record = {"path": path, "starts": starts, "num_too_late": len(log) - len(events)}
+        times = pc.min_max(events["event_ts"].cast(pa.int64()))
+        record = {
+            "path": path,
+            "starts": starts,
+            "num_events": len(events),
+            "num_too_late": len(log) - len(events),
+            "first_ts": times["min"].as_py(),
+            "last_ts": times["max"].as_py(),
+        }
         return self._remember(f"block-{number:05d}", record)
 
-    def build_bucket(self, bucket: tuple[int, list[tuple[str, int, int]], str | None]) -> Record:
-        """Writes a bucket's rows, those of its file in the last version included; what it holds."""
-        number, segments, base = bucket
+    def build_bucket(self, bucket: tuple[int, list[Segment]]) -> Record:
+        """Writes a bucket's rows, or beside those of the last version its news; what it then holds."""
+        number, segments = bucket
         events, older = read_segments(segments, self.schema)
-        num_too_late = 0
-        if base is None:
-            rows = build_sequences(events, older, self.schema, self.plan.rule)
-        else:
-            rows, num_too_late = merge_sequences(read_columns(base), events, self.schema, self.plan.rule)
-        file = self._write(rows, f"bucket={number:04d}/part-0.parquet")
-        record = {"bucket": number, **_counts(rows), "num_too_late": num_too_late, "file": vars(file)}
-        return self._remember(f"bucket-{number:04d}", record)
+        if number in self.plan.base_files:
+            return self._add_news(number, self.plan.base_files[number], plain(events))
+        rows = build_sequences(events, older, self.schema, self.plan.rule)
+        files = [self._write_lists(rows, rows_path(number))]
+        return self._record(number, files, rows["num_events_total"].to_numpy(), num_too_late=0)
 
-    def _write(self, rows: pa.Table, file: str) -> DataFile:
+    def _add_news(self, number: int, base: BucketFiles, events: pa.Table) -> Record:
+        """Of an increment: all news since the bucket's rows were written, or rows written anew if those are many."""
+        assert self.plan.base
+        path, schema, rule = self.plan.base.path_of(base.rows), self.schema, self.plan.rule
+        counts = read_columns(path, ["user_id", "first_index", "prev_event_ts", "num_events_total"])
+        news = placeable(events, counts)
+        num_too_late = len(events) - len(news)
+        if base.news:
+            news = pa.concat_tables([events_of(read_columns(self.plan.base.path_of(base.news)), schema), news])
+        total_U = totals_with(counts, news)
+        num_kept = pc.sum(counts["num_events_total"]).as_py() - pc.sum(counts["first_index"]).as_py()
+        if len(news) > self.plan.inputs["merge_share"] * num_kept:
+            rows = merge_sequences(read_columns(path), news, schema, rule)
+            files = [self._write_lists(rows, rows_path(number))]
+        else:
+            everything = KeepRule(len(news), 1)
+            lists = build_sequences(news, Older.none(schema), schema, everything).select(news_arrow(schema).names)
+            files = [base.rows, self._write_lists(lists, news_path(number))]
+        return self._record(number, files, total_U, num_too_late)
+
+    def _write_lists(self, rows: pa.Table, file: str) -> DataFile:
         """Row groups of about as many events each, so that a point read costs the same whether histories are short or long."""
         starts_U = flat_list(rows["event_ts"])[0][:-1]
         bounds = np.flatnonzero(np.diff(starts_U // self.plan.settings["row_group_events"], prepend=-1, append=-2))
@@ -92,20 +128,16 @@ class Build:
                 writer.write_table(rows.slice(begin, end - begin), row_group_size=len(rows))
         return sink.data_file
 
+    def _record(self, number: int, files: list[DataFile], total_U: Int64, num_too_late: int) -> Record:
+        """What a bucket holds, with its files and the totals of its users."""
+        kept_U = total_U - self.plan.rule.first_index(total_U)
+        counts = {"num_users": len(total_U), "num_events": int(total_U.sum()), "num_events_kept": int(kept_U.sum())}
+        record = {"bucket": number, **counts, "num_too_late": num_too_late, "files": [vars(file) for file in files]}
+        return self._remember(f"bucket-{number:04d}", record)
+
     def _remember(self, name: str, record: Record) -> Record:
         write_bytes(f"{self.scratch}/{name}.json", json.dumps(record).encode())
         return record
-
-
-def _counts(rows: pa.Table) -> Record:
-    times = pc.min_max(rows["event_ts"].combine_chunks().flatten().cast(pa.int64()))
-    return {
-        "num_users": len(rows),
-        "num_events": pc.sum(rows["num_events_total"]).as_py() or 0,
-        "num_events_kept": pc.sum(pc.list_value_length(rows["event_ts"])).as_py() or 0,
-        "first_ts": times["min"].as_py(),
-        "last_ts": times["max"].as_py(),
-    }
 
 
 def readable_files(files: list[str], schema: EventSchema, skip_unreadable: bool) -> dict[str, list[int]]:
@@ -128,22 +160,20 @@ def readable_files(files: list[str], schema: EventSchema, skip_unreadable: bool)
     return readable
 
 
-def write_sequences(build: Build, files: dict[str, list[int]]) -> tuple[list[Record], int]:
-    """Records of the buckets written, which are those that get events of the files; and how many events came too late.
+def write_sequences(build: Build, files: dict[str, list[int]]) -> tuple[list[Record], list[Record]]:
+    """Records of the blocks read, and of the buckets written, which are those that get events of the files.
 
     `files` gives the rows of each file's row groups. What an interrupted run of the same build has finished is not done again.
     """
-    base = build.plan.base_paths()
     done = _records(build.scratch)
     plan = [(f"block-{number:05d}", (number, pieces)) for number, pieces in enumerate(plan_blocks(files))]
     blocks = _resume(build.cut_block, plan, done, "cut the log by bucket", "blocks")
-    starts = np.array([block["starts"] for block in blocks], np.int64)
+    starts = np.array([block["starts"] for block in blocks], np.int64).reshape(len(blocks), -1)
     of_buckets: list[tuple[str, Any]] = []
     for bucket in np.flatnonzero((starts[:, 1:] > starts[:, :-1]).any(axis=0)).tolist():
-        segments = [(b["path"], b["starts"][bucket], b["starts"][bucket + 1]) for b in blocks]
-        of_buckets.append((f"bucket-{bucket:04d}", (bucket, segments, base.get(bucket))))
-    buckets = _resume(build.build_bucket, of_buckets, done, "build sequences", "buckets")
-    return buckets, sum(record["num_too_late"] for record in [*blocks, *buckets])
+        segments = [(block["path"], block["starts"][bucket], block["starts"][bucket + 1]) for block in blocks]
+        of_buckets.append((f"bucket-{bucket:04d}", (bucket, segments)))
+    return blocks, _resume(build.build_bucket, of_buckets, done, "build sequences", "buckets")
 
 
 def _resume(

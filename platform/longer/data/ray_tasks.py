@@ -10,7 +10,9 @@ from longer.progress import track
 
 def each(function: Callable[[Any], Any], arguments: Sequence[Any], stage: str, unit: str) -> list[Any]:
     """The results in the order of the arguments. A task whose worker or node dies runs again, on another node if need be."""
-    task = ray.remote(lambda argument: function(argument)).options(scheduling_strategy="SPREAD")  # methods are refused
+    task: Any = ray.remote(lambda argument: function(argument)).options(
+        scheduling_strategy="SPREAD"
+    )  # methods are refused
     pending = {task.remote(argument): place for place, argument in enumerate(arguments)}
     results: list[Any] = [None] * len(arguments)
 

@@ -26,6 +26,9 @@ _NUM_READ_THREADS = 16
 Piece = tuple[str, int, int]
 """A file of the log, and which of its row groups: from, and up to but not including."""
 
+Segment = tuple[str, int, int]
+"""A block's file, and which of its bytes: from, and up to but not including."""
+
 
 def plan_blocks(files: dict[str, list[int]]) -> list[list[Piece]]:
     """Cuts the log into blocks of about as many rows each, given the row counts of each file's row groups.
@@ -64,7 +67,7 @@ def write_segments(
     Returns where each bucket's segment starts in the file, and where the last ends: [num_buckets + 1].
     """
     key_E = stable_keys(events["user_id"])
-    kept_E, older = np.arange(len(events)), Older.concatenate([], schema.id_types[0])
+    kept_E, older = np.arange(len(events)), Older.none(schema)
     if rule:
         kept_E, older = trim_events(events, key_E, schema, rule)
     bucket_E = bucket_of(key_E[kept_E], num_buckets).astype(np.uint16)  # 16 bits sort by radix
@@ -84,8 +87,8 @@ def write_segments(
     return starts
 
 
-def read_segments(segments: list[tuple[str, int, int]], schema: EventSchema) -> tuple[pa.Table, Older]:
-    """All events of one bucket, and what was cut, from (path, start, end) of its segment in each block."""
+def read_segments(segments: list[Segment], schema: EventSchema) -> tuple[pa.Table, Older]:
+    """All events of one bucket, and what was cut, from its segment in each block."""
     with ThreadPoolExecutor(_NUM_READ_THREADS) as pool:
         parts = list(pool.map(_read_segment, [segment for segment in segments if segment[1] < segment[2]]))
     user_type = schema.id_types[0]
@@ -94,7 +97,7 @@ def read_segments(segments: list[tuple[str, int, int]], schema: EventSchema) -> 
         for _, t in parts
     ]
     events = _concatenate([events for events, _ in parts], schema.events_arrow())
-    return events, Older.concatenate(older, user_type)
+    return events, Older.concatenate([Older.none(schema), *older])
 
 
 def _concatenate(parts: list[pa.Table], plain: pa.Schema) -> pa.Table:
@@ -107,7 +110,7 @@ def _concatenate(parts: list[pa.Table], plain: pa.Schema) -> pa.Table:
     return pa.concat_tables([wanted.empty_table(), *(part.cast(wanted) for part in parts)]).combine_chunks()
 
 
-def _read_segment(segment: tuple[str, int, int]) -> tuple[pa.Table, pa.Table]:
+def _read_segment(segment: Segment) -> tuple[pa.Table, pa.Table]:
     path, start, end = segment
     filesystem, bare = arrow_filesystem(path)
     with filesystem.open_input_file(bare) as file:

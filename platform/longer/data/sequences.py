@@ -51,12 +51,17 @@ class Older:
     last_ts: Int64
 
     @staticmethod
-    def concatenate(parts: list["Older"], user_type: pa.DataType) -> "Older":
+    def none(schema: EventSchema) -> "Older":
+        """Nothing is missing."""
+        return Older(pa.array([], schema.id_types[0]), np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+    @staticmethod
+    def concatenate(parts: list["Older"]) -> "Older":
         """All of them; a user may come more than once."""
         return Older(
-            pa.concat_arrays([pa.array([], user_type), *(part.user_id for part in parts)]),
-            np.concatenate([np.zeros(0, np.int64), *(part.num_events for part in parts)]),
-            np.concatenate([np.zeros(0, np.int64), *(part.last_ts for part in parts)]),
+            pa.concat_arrays([part.user_id for part in parts]),
+            np.concatenate([part.num_events for part in parts]),
+            np.concatenate([part.last_ts for part in parts]),
         )
 
 
@@ -69,7 +74,7 @@ def trim_events(events: pa.Table, user_key_E: Int64, schema: EventSchema, rule: 
     bin_E = user_key_E & np.int64(_NUM_BINS - 1)
     in_full_bin_E = (np.bincount(bin_E, minlength=_NUM_BINS) > rule.most_needed)[bin_E]
     if not in_full_bin_E.any():  # nobody has that many: cheaper to know than counting everybody
-        return np.arange(len(events)), Older.concatenate([], schema.id_types[0])
+        return np.arange(len(events)), Older.none(schema)
     crowded_E = np.flatnonzero(in_full_bin_E)
     crowded = events.take(pa.array(crowded_E))
     order_E, start_U = order_events(crowded, schema)
@@ -109,37 +114,46 @@ def build_sequences(events: pa.Table, older: Older, schema: EventSchema, rule: K
     return pa.table({f.name: lists[f.name] if f.name in lists else columns[f.name].cast(f.type) for f in wanted})
 
 
-def events_of(sequences: pa.Table, schema: EventSchema) -> tuple[pa.Table, Older]:
-    """The kept events of rows of the sequence table, flat, and what the rows say of older ones."""
-    offsets_U1, _ = flat_list(sequences["event_ts"])
-    row_E = pa.array(np.repeat(np.arange(len(sequences)), np.diff(offsets_U1)))
-    users = single_array(sequences["user_id"])
-    columns = {"user_id": users.take(row_E)} | {
-        field.name: flat_list(sequences[field.name])[1] for field in schema.event_fields()
-    }
-    return pa.table(columns), Older(
-        users,
-        sequences["first_index"].to_numpy(),
-        milliseconds(single_array(sequences["prev_event_ts"]), missing=int(NO_EVENT_TS)),
+def events_of(rows: pa.Table, schema: EventSchema) -> pa.Table:
+    """The events in the lists of `rows`, flat."""
+    offsets_U1, _ = flat_list(rows["event_ts"])
+    row_E = pa.array(np.repeat(np.arange(len(rows)), np.diff(offsets_U1)))
+    names = [field.name for field in schema.event_fields()]
+    return pa.table(
+        {"user_id": single_array(rows["user_id"]).take(row_E)} | {name: flat_list(rows[name])[1] for name in names}
     )
 
 
-def merge_sequences(base: pa.Table, news: pa.Table, schema: EventSchema, rule: KeepRule) -> tuple[pa.Table, int]:
-    """Rows of a bucket with `news` added, as if all events had been built at once; and how many came too late to be placed.
+def placeable(news: pa.Table, base: pa.Table) -> pa.Table:
+    """The events of `news` that still have a place in the histories of `base`, rows of the sequence table (lists not needed).
 
-    Of a user whose oldest events the table has cut, an event no younger than the last one cut has no place that is still known.
+    Of a user whose oldest events the table has cut, an event no younger than the last one cut has none that is still known.
     """
-    users = single_array(base["user_id"])
     is_cut_U = base["first_index"].to_numpy() > 0
     cut_until_U = np.where(is_cut_U, milliseconds(single_array(base["prev_event_ts"])), NO_EVENT_TS)
-    cut_until_E = pa.array(cut_until_U).take(pc.index_in(single_array(news["user_id"]), users))
-    is_late_E = pc.fill_null(pc.less_equal(milliseconds(single_array(news["event_ts"])), cut_until_E), False)
-    news = _plain(news.filter(pc.invert(is_late_E)))
+    row_E = pc.index_in(single_array(news["user_id"]), single_array(base["user_id"]))
+    too_late_E = pc.less_equal(milliseconds(single_array(news["event_ts"])), pa.array(cut_until_U).take(row_E))
+    return news.filter(pc.invert(pc.fill_null(too_late_E, False)))
+
+
+def totals_with(base: pa.Table, news: pa.Table) -> Int64:
+    """How many events each user of `base` or `news` has in all, in no stated order."""
+    row_E = pc.index_in(single_array(news["user_id"]), single_array(base["user_id"]))
+    added_B = np.bincount(row_E.drop_null().to_numpy(), minlength=len(base))
+    new_users = pc.value_counts(single_array(news["user_id"]).filter(row_E.is_null())).field("counts").to_numpy()
+    return np.concatenate([base["num_events_total"].to_numpy() + added_B, new_users])
+
+
+def merge_sequences(base: pa.Table, news: pa.Table, schema: EventSchema, rule: KeepRule) -> pa.Table:
+    """Rows of `base` with the events of `news`, all placeable, added: equal to a build of all events at once."""
+    users = single_array(base["user_id"])
     has_news_U = pc.is_in(users, single_array(news["user_id"]))
-    events, older = events_of(base.filter(has_news_U), schema)
-    merged = build_sequences(pa.concat_tables([events, news]).combine_chunks(), older, schema, rule)
-    rows = pa.concat_tables([base.filter(pc.invert(has_news_U)), merged])
-    return rows.take(pc.sort_indices(rows["user_id"])), pc.sum(is_late_E).as_py() or 0
+    changed = base.filter(has_news_U)
+    before = milliseconds(single_array(changed["prev_event_ts"]), missing=int(NO_EVENT_TS))
+    older = Older(single_array(changed["user_id"]), changed["first_index"].to_numpy(), before)
+    events = pa.concat_tables([events_of(changed, schema), news]).combine_chunks()
+    rows = pa.concat_tables([base.filter(pc.invert(has_news_U)), build_sequences(events, older, schema, rule)])
+    return rows.take(pc.sort_indices(rows["user_id"]))
 
 
 def order_events(events: pa.Table, schema: EventSchema) -> tuple[Int64, Int64]:
@@ -159,7 +173,7 @@ def order_events(events: pa.Table, schema: EventSchema) -> tuple[Int64, Int64]:
     if tied_E.any():
         tied = order_E[tied_E]
         rest = [field.name for field in schema.event_fields() if field.name != "event_ts"]
-        rows = _plain(events.select(rest).take(pa.array(tied))).append_column(
+        rows = plain(events.select(rest).take(pa.array(tied))).append_column(
             "run", pa.array(np.cumsum(new_time_E)[tied_E])
         )
         by_rest = pc.sort_indices(rows, [("run", "ascending"), *((name, "ascending") for name in rest)])
@@ -196,10 +210,10 @@ def _of_users(older: Older, users: pa.Array) -> tuple[Int64, Int64]:
     return num_events_U, last_U
 
 
-def _plain(table: pa.Table) -> pa.Table:
+def plain(table: pa.Table) -> pa.Table:
     """Dictionary columns as their values, which is what sorts."""
-    plain = [pa.field(f.name, f.type.value_type if pa.types.is_dictionary(f.type) else f.type) for f in table.schema]
-    return table.cast(pa.schema(plain))
+    values = [pa.field(f.name, f.type.value_type if pa.types.is_dictionary(f.type) else f.type) for f in table.schema]
+    return table.cast(pa.schema(values))
 
 
 def _changes(values: npt.NDArray) -> npt.NDArray[np.bool_]:

@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 from longer.arrays import NO_EVENT_TS, Histories
 from longer.data.batches import Requests
 from longer.data.columns import histories_of, naming, open_parquet, read_columns, requests_of, single_array
+from longer.data.layout import bucket_files, news_arrow, news_path, rows_path
+from longer.data.sequences import KeepRule, events_of, merge_sequences
 from longer.errors import UserError
 from longer.hashing import bucket_of, stable_keys
 from longer.schema import EventSchema
@@ -41,15 +43,21 @@ class _Footer:
 
 
 class SequenceTable:
-    """Histories by user or by bucket. Footers are read once and kept; each read opens its file, so threads may share this."""
+    """Histories by user or by bucket. Footers are read once and kept; each read opens its file, so threads may share this.
+
+    A bucket is a file of rows, and where an increment has left them beside it, one of news: younger events of some users, which
+    every read merges in (`merge_sequences`).
+    """
 
     def __init__(self, path: str, schema: EventSchema, version_id: str | None = None) -> None:
         self.version = open_version(path, schema, version_id, "jobs.build_sequences")
-        self.num_buckets: int = self.version.manifest["settings"]["num_buckets"]
+        built_with = self.version.manifest["settings"]
+        self.num_buckets: int = built_with["num_buckets"]
+        self.rule = KeepRule(built_with["keep_events"], built_with["stride_events"])
         self.schema = schema
-        self._arrow_schema = schema.sequences_arrow()
         self._filesystem, _ = arrow_filesystem(self.version.path)
-        self._footers: dict[int, _Footer | None] = {}
+        self._files = {file.path: self.version.path_of(file) for file in self.version.data_files()}
+        self._footers: dict[str, _Footer] = {}
 
     def get(self, user_ids: pa.Array | Iterable[int] | Iterable[str]) -> Histories:
         """Histories of these users, in this order; a user who is not there has an empty one.
@@ -58,54 +66,58 @@ class SequenceTable:
         """
         wanted = user_ids if isinstance(user_ids, pa.Array) else pa.array(user_ids, self.schema.id_types[0])
         buckets = bucket_of(stable_keys(wanted), self.num_buckets)
-        parts = [
-            self._read_users(int(bucket), wanted.filter(pa.array(buckets == bucket))) for bucket in np.unique(buckets)
-        ]
-        users, histories = zip(*(parts or [self._rows(self._empty())]), strict=True)
-        row = pc.index_in(wanted, pa.concat_arrays(users))
-        return _rows_or_empty(Histories.concatenate(histories), row, stable_keys(wanted))
+        parts = [self._merged(b, wanted.filter(pa.array(buckets == b))) for b in np.unique(buckets).tolist()]
+        rows = pa.concat_tables([self.schema.sequences_arrow().empty_table(), *parts]).combine_chunks()
+        row = pc.index_in(wanted, single_array(rows["user_id"]))
+        return _rows_or_empty(histories_of(rows, self.schema), row, stable_keys(wanted))
+
+    @property
+    def buckets(self) -> list[int]:
+        """The buckets that hold users, ascending."""
+        return sorted(bucket_files(self.version))
+
+    def rows(self, bucket: int) -> pa.Table:
+        """All rows of a bucket, sorted by user."""
+        return self._merged(bucket, None)
 
     def read_bucket(self, bucket: int) -> tuple[pa.Array, Histories]:
         """All users of a bucket, raw ids ascending, and their histories."""
-        files = self.version.files(f"bucket={bucket:04d}/")
-        return self._rows(read_columns(files[0], self._arrow_schema.names) if files else self._empty())
+        rows = self.rows(bucket)
+        return single_array(rows["user_id"]), histories_of(rows, self.schema)
 
-    def _read_users(self, bucket: int, users: pa.Array) -> tuple[pa.Array, Histories]:
-        footer = self._footer(bucket)
-        if footer is None:
-            return self._rows(self._empty())
+    def _merged(self, bucket: int, users: pa.Array | None) -> pa.Table:
+        rows = self._read(rows_path(bucket), self.schema.sequences_arrow(), users)
+        if news_path(bucket) not in self._files:
+            return rows
+        news = self._read(news_path(bucket), news_arrow(self.schema), users)
+        return merge_sequences(rows, events_of(news, self.schema), self.schema, self.rule)
+
+    def _read(self, file: str, wanted: pa.Schema, users: pa.Array | None) -> pa.Table:
+        """Rows of a file, of all users or of some; none if there is no such file."""
+        if file not in self._files:
+            return wanted.empty_table()
+        if users is None:
+            return read_columns(self._files[file], wanted.names)
+        footer = self._footer(file)
         can_hold = [
             group
             for group, (first, last) in enumerate(zip(footer.first_user, footer.last_user, strict=True))
             if pc.any(pc.and_(pc.greater_equal(users, first), pc.less_equal(users, last))).as_py()
         ]
         with naming(footer.path):
-            table = self._open(footer).read_row_groups(can_hold, columns=self._arrow_schema.names)
-        return self._rows(table.filter(pc.is_in(table["user_id"], users)))
+            table = open_parquet(self._filesystem, footer.path, footer.metadata).read_row_groups(can_hold, wanted.names)
+        return table.filter(pc.is_in(table["user_id"], users))
 
-    def _rows(self, table: pa.Table) -> tuple[pa.Array, Histories]:
-        return single_array(table["user_id"]), histories_of(table, self.schema)
-
-    def _footer(self, bucket: int) -> _Footer | None:
-        if bucket not in self._footers:
-            files = self.version.files(f"bucket={bucket:04d}/")
-            self._footers[bucket] = self._read_footer(files[0]) if files else None
-        return self._footers[bucket]
-
-    def _read_footer(self, file: str) -> _Footer:
-        _, path = arrow_filesystem(file)
-        metadata = open_parquet(self._filesystem, path).metadata
-        spans = [metadata.row_group(group).column(0).statistics for group in range(metadata.num_row_groups)]
-        id_type = self.schema.id_types[0]
-        return _Footer(
-            path, metadata, pa.array([s.min for s in spans], id_type), pa.array([s.max for s in spans], id_type)
-        )
-
-    def _open(self, footer: _Footer) -> pq.ParquetFile:
-        return open_parquet(self._filesystem, footer.path, footer.metadata)
-
-    def _empty(self) -> pa.Table:
-        return self._arrow_schema.empty_table()
+    def _footer(self, file: str) -> _Footer:
+        if file not in self._footers:
+            _, path = arrow_filesystem(self._files[file])
+            metadata = open_parquet(self._filesystem, path).metadata
+            spans = [metadata.row_group(group).column(0).statistics for group in range(metadata.num_row_groups)]
+            first, last = (
+                pa.array([getattr(s, end) for s in spans], self.schema.id_types[0]) for end in ("min", "max")
+            )
+            self._footers[file] = _Footer(path, metadata, first, last)
+        return self._footers[file]
 
 
 class RequestTable:
