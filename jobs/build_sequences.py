@@ -3,21 +3,16 @@
 python -m jobs.build_sequences --config configs/quickstart.yaml [--since-last]
 """
 
-from typing import Any
-
 from longer.config import Settings
-from longer.data.build_plan import BuildPlan, plan_build
-from longer.data.events import iso_time
+from longer.data.build_plan import plan_build
 from longer.data.items import publish_items
 from longer.data.ray_requests import build_items
-from longer.data.ray_sequences import Build, Record, readable_files, write_sequences
+from longer.data.ray_sequences import Build, readable_files, write_sequences
 from longer.data.tables import SequenceTable, open_version
 from longer.errors import UserError
 from longer.progress import say
 from longer.runner import run_job, user_error_in
-from longer.storage import DataFile, Table, Version, remove_tree
-
-_COUNTS = ("num_users", "num_events", "num_events_kept")
+from longer.storage import Table, Version, remove_tree
 
 
 def run(settings: Settings, since_last: bool = False) -> Version:
@@ -55,38 +50,10 @@ def _sequences(settings: Settings, since_last: bool) -> Version:
         if user_error_in(error):  # otherwise a rerun goes on from what is there
             table.discard(plan.version_id)
         raise
-    version = table.publish(plan.version_id, *_content(plan, blocks, buckets))
+    version = table.publish(plan.version_id, *plan.content(blocks, buckets))
     remove_tree(build.scratch)
     _tell(version, base)
     return version
-
-
-def _content(plan: BuildPlan, blocks: list[Record], written: list[Record]) -> tuple[dict[str, Any], list[DataFile]]:
-    """The manifest and the files of the version: the buckets written, and those of the last version that got no news."""
-    last = plan.base.manifest if plan.base else {"buckets": [], "num_too_late": 0}
-    files = [file for record in written for file in record["files"]]
-    counts = {record["bucket"]: {name: record[name] for name in ("bucket", *_COUNTS)} for record in written}
-    for bucket in last["buckets"]:
-        if bucket["bucket"] not in counts:
-            counts[bucket["bucket"]] = bucket
-            kept = plan.base_files[bucket["bucket"]]
-            files += [vars(file) for file in (kept.rows, kept.news) if file]
-    totals = {name: sum(bucket[name] for bucket in counts.values()) for name in _COUNTS}
-    first = [iso_time(block["first_ts"]) for block in blocks if block["num_events"]]
-    newest = [iso_time(block["last_ts"]) for block in blocks if block["num_events"]]
-    manifest = {
-        "schema_hash": plan.schema_hash,
-        "settings": plan.settings,
-        "inputs": plan.inputs,
-        "num_rows": totals["num_users"],
-        **totals,
-        "num_too_late": last["num_too_late"] + sum(record["num_too_late"] for record in [*blocks, *written]),
-        "num_skipped_files": len(plan.inputs.get("skipped", [])),
-        "first_event_ts": min(time for time in [*first, last.get("first_event_ts")] if time),
-        "watermark": max(time for time in [*newest, last.get("watermark")] if time),
-        "buckets": [counts[bucket] for bucket in sorted(counts)],
-    }
-    return manifest, [DataFile(**file) for file in files]
 
 
 def _tell(version: Version, base: Version | None) -> None:

@@ -2,14 +2,20 @@
 
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 from longer.config import Settings
+from longer.data.events import iso_time
 from longer.data.layout import BucketFiles, bucket_files
 from longer.data.sequences import KeepRule
 from longer.errors import UserError
-from longer.storage import TABLE_FORMAT, Table, Version, fingerprint
+from longer.storage import TABLE_FORMAT, DataFile, Table, Version, fingerprint
 
+Record = dict[str, Any]
+"""What is known of a block that was read, or of a bucket that was written: JSON, kept beside the data."""
+
+_COUNTS = ("num_users", "num_events", "num_events_kept")
 _FEWEST_BUCKETS = 16
 _MOST_BUCKETS = 4096
 _EVENTS_PER_BUCKET = 1 << 20
@@ -38,9 +44,36 @@ class BuildPlan:
         watermark = datetime.fromisoformat(self.base.manifest["watermark"]).timestamp()
         return round((watermark - self.inputs["late_allowance_hours"] * 3600) * 1000)
 
-    @property
+    @cached_property
     def base_files(self) -> dict[int, BucketFiles]:
         return bucket_files(self.base) if self.base else {}
+
+    def content(self, blocks: list[Record], written: list[Record]) -> tuple[dict[str, Any], list[DataFile]]:
+        """The manifest and the files of the version: the buckets written, and those of the base that got no news."""
+        last: dict[str, Any] = self.base.manifest if self.base else {"buckets": [], "num_too_late": 0}
+        files = [DataFile(**file) for record in written for file in record["files"]]
+        counts = {record["bucket"]: {name: record[name] for name in ("bucket", *_COUNTS)} for record in written}
+        for bucket in last["buckets"]:
+            if bucket["bucket"] not in counts:
+                counts[bucket["bucket"]] = bucket
+                kept = self.base_files[bucket["bucket"]]
+                files += [file for file in (kept.rows, kept.news) if file]
+        totals = {name: sum(bucket[name] for bucket in counts.values()) for name in _COUNTS}
+        spans = [(iso_time(b["first_ts"]), iso_time(b["last_ts"])) for b in blocks if b["num_events"]]
+        spans += [(last["first_event_ts"], last["watermark"])] if self.base else []
+        manifest = {
+            "schema_hash": self.schema_hash,
+            "settings": self.settings,
+            "inputs": self.inputs,
+            "num_rows": totals["num_users"],
+            **totals,
+            "num_too_late": last["num_too_late"] + sum(record["num_too_late"] for record in [*blocks, *written]),
+            "num_skipped_files": len(self.inputs.get("skipped", [])),
+            "first_event_ts": min(first for first, _ in spans),
+            "watermark": max(last for _, last in spans),
+            "buckets": [counts[bucket] for bucket in sorted(counts)],
+        }
+        return manifest, files
 
 
 def plan_build(settings: Settings, events: Version, unreadable: set[str], base: Version | None) -> BuildPlan:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from longer.arrays import Int64
-from longer.data.build_plan import BuildPlan
+from longer.data.build_plan import BuildPlan, Record
 from longer.data.columns import flat_list, read_columns
 from longer.data.layout import BucketFiles, news_arrow, news_path, rows_path
 from longer.data.ray_tasks import each
@@ -41,8 +41,6 @@ POINT_READ_COLUMNS = ["user_id", "first_index", "num_events_total"]
 """Columns with row-group statistics; those of list values would only swell the footer that a point read fetches."""
 
 _NUM_FOOTER_THREADS = 32
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
