@@ -6,6 +6,7 @@ All write zstd level 1, which is Arrow's default. Ties in time are left to each 
 import glob
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from benchmarks.regroup.job import COLUMNS, LISTS, Contender, Job
@@ -13,16 +14,24 @@ from benchmarks.regroup.job import COLUMNS, LISTS, Contender, Job
 _SHARE_OF_LIMIT = 0.75  # for what a library counts itself; the rest is for what it does not
 
 
-def copy_floor(job: Job) -> Callable[[], list[str]]:
-    """Reads the log with Arrow and writes it back, file by file: what no regrouping can beat."""
-    import pyarrow.parquet as pq
+def _copy_floor(num_threads: int) -> Contender:
+    """Reads the log with Arrow and writes it back, some files at a time: what no regrouping can beat."""
 
-    def work() -> list[str]:
-        for number, file in enumerate(sorted(glob.glob(job.log_files))):
+    def prepare(job: Job) -> Callable[[], list[str]]:
+        import pyarrow.parquet as pq
+
+        def copy(number: int, file: str) -> None:
             pq.write_table(pq.read_table(file, partitioning=None), f"{job.out}/{number}.parquet", compression="zstd")
-        return job.written()
 
-    return work
+        def work() -> list[str]:
+            with ThreadPoolExecutor(num_threads) as pool:
+                for _ in pool.map(copy, *zip(*enumerate(sorted(glob.glob(job.log_files))), strict=True)):
+                    pass  # raises what a copy has raised
+            return job.written()
+
+        return work
+
+    return prepare
 
 
 def _polars(write: Callable[[Any, Job], None]) -> Contender:
@@ -123,37 +132,45 @@ def _duckdb_list_order_by(connection: Any, job: Job) -> None:
 
 
 def _duckdb_sort_first(connection: Any, job: Job) -> None:
-    _copy(connection, _lists_of_sorted(job.log_files), f"{job.out}/all.parquet")
+    """Often written, and with more than one thread not in order: the groups of the threads are joined as they come."""
+    lists = ", ".join(f"list({name}) AS {name}" for name in LISTS)
+    by_time = f"(FROM {_events(job.log_files)} ORDER BY user_id, event_ts)"
+    _copy(connection, f"SELECT user_id, {lists} FROM {by_time} GROUP BY user_id", f"{job.out}/all.parquet")
 
 
 def _duckdb_struct_sort(connection: Any, job: Job) -> None:
-    """One list of structs a user, sorted, then taken apart; labels as an enum, made first, which is part of the time."""
-    connection.execute(f"CREATE TYPE label AS ENUM (SELECT DISTINCT action FROM {_events(job.log_files)})")
-    structs = "list_sort(list({'t': event_ts, 'i': item_id, 'a': action::label}))"
-    lists = ", ".join(
-        f"list_transform(events, lambda e: e.{key}){kind} AS {name}"
-        for key, name, kind in (("i", "item_id", ""), ("t", "event_ts", ""), ("a", "action", "::VARCHAR[]"))
-    )
-    grouped = f"(SELECT user_id, {structs} AS events FROM {_events(job.log_files)} GROUP BY user_id)"
-    _copy(connection, f"SELECT user_id, {lists} FROM {grouped}", f"{job.out}/all.parquet")
+    _create_label(connection, job)
+    _copy(connection, _sorted_structs(job.log_files), f"{job.out}/all.parquet")
 
 
 def _duckdb_partitioned(connection: Any, job: Job) -> None:
     """Two passes: events by hash of user to disk, then each part on its own."""
+    _create_label(connection, job)
     parts = f"{job.scratch}/parts"
     hashed = f"SELECT *, hash(user_id) % {job.num_partitions} AS part FROM {_events(job.log_files)}"
     connection.execute(f"COPY ({hashed}) TO '{parts}' (FORMAT parquet, PARTITION_BY (part), COMPRESSION lz4)")
     for number, part in enumerate(sorted(glob.glob(f"{parts}/part=*"))):
-        _copy(connection, _lists_of_sorted(f"{part}/*.parquet"), f"{job.out}/{number}.parquet")
+        _copy(connection, _sorted_structs(f"{part}/*.parquet"), f"{job.out}/{number}.parquet")
 
 
-def _lists_of_sorted(files: str) -> str:
-    lists = ", ".join(f"list({name}) AS {name}" for name in LISTS)
-    return f"SELECT user_id, {lists} FROM (FROM {_events(files)} ORDER BY user_id, event_ts) GROUP BY user_id"
+def _create_label(connection: Any, job: Job) -> None:
+    """Labels sort and move faster as an enum; finding its values is part of the time."""
+    connection.execute(f"CREATE TYPE label AS ENUM (SELECT DISTINCT action FROM {_events(job.log_files)})")
+
+
+def _sorted_structs(files: str) -> str:
+    """One list of structs a user, sorted, then taken apart."""
+    lists = ", ".join(
+        f"list_transform(events, lambda e: e.{key}){kind} AS {name}"
+        for key, name, kind in (("i", "item_id", ""), ("t", "event_ts", ""), ("a", "action", "::VARCHAR[]"))
+    )
+    structs = "list_sort(list({'t': event_ts, 'i': item_id, 'a': action::label}))"
+    return f"SELECT user_id, {lists} FROM (SELECT user_id, {structs} AS events FROM {_events(files)} GROUP BY user_id)"
 
 
 FORMS: dict[str, Contender] = {
-    "copy floor": copy_floor,
+    "copy floor: one file at a time": _copy_floor(1),
+    "copy floor: two files at a time": _copy_floor(2),
     "polars: group_by, sort_by": _polars(_polars_sort_by),
     "polars: group_by, arg_sort of lists": _polars(_polars_arg_sort),
     "polars: sort by time, group_by": _polars(_polars_sort_first),
