@@ -4,6 +4,7 @@ Precedence: command line, then the YAML file, then the defaults here. Each mista
 """
 
 import os
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -40,6 +41,46 @@ class ImportSettings(Section):
     max_quarantined_share: float = Field(
         0.01, ge=0, le=1, description="Fail when more than this share of rows is quarantined."
     )
+
+
+class GenerateSettings(Section):
+    """A synthetic log; `longer.datasets.generator` states its rule exactly."""
+
+    num_users: int = Field(10_000, ge=1, description="Users.")
+    num_events: int = Field(2_000_000, ge=1, description="Events, over all days.")
+    num_items: int = Field(100_000, ge=1, description="Items.")
+    num_clusters: int = Field(1_000, ge=1, description="Item clusters; each has an equal share of the items.")
+    num_days: int = Field(60, ge=1, description="Days of the log, each with as many events.")
+    first_day: date = Field(date(2025, 1, 1), description="First day of the log (UTC).")
+    user_zipf_exponent: float = Field(0.8, ge=0, description="Zipf exponent of users' activity; 0: all alike.")
+    item_zipf_exponent: float = Field(1.0, ge=0, description="Zipf exponent of items' popularity; 0: all alike.")
+    long_range_share: float = Field(
+        0.3, ge=0, le=1, description="Share of events that are in the user's cluster of one period before."
+    )
+    period_days: int = Field(28, ge=1, description="Days after which a user returns to a cluster.")
+    episode_days: int = Field(2, ge=1, description="Days that a user stays with a cluster; divides period_days.")
+    max_delay_s: int = Field(300, ge=0, description="Longest time between an event and its arrival in the log.")
+    events_per_file: int = Field(4_000_000, ge=1, description="Most events of one file; a day has one file or more.")
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.period_days % self.episode_days:
+            raise ValueError(
+                f"period_days={self.period_days} is not a multiple of episode_days={self.episode_days}: "
+                "change one of them"
+            )
+        if self.long_range_share and self.num_days <= self.period_days:
+            raise ValueError(
+                f"num_days={self.num_days} is no longer than period_days={self.period_days}, so that no interest returns: "
+                "raise num_days, or set long_range_share to 0"
+            )
+        if self.num_items < self.num_clusters:
+            raise ValueError(
+                f"num_items={self.num_items} is less than num_clusters={self.num_clusters}: lower num_clusters"
+            )
+        if self.num_events < self.num_days:
+            raise ValueError(f"num_events={self.num_events} leaves days of num_days={self.num_days} empty: raise it")
+        return self
 
 
 class SequenceSettings(Section):
@@ -248,9 +289,12 @@ class Settings(BaseSettings):
         min_length=1,
         description="Folder or s3:// prefix that holds the tables, checkpoints and reports.",
     )
-    seed: int = Field(0, ge=0, lt=2**31, description="Seed of negatives, initial weights and the order of training.")
+    seed: int = Field(
+        0, ge=0, lt=2**31, description="Seed of generated logs, negatives, initial weights and the order of training."
+    )
     event_schema: EventSchema = Field(EventSchema(), description="Columns of the event log and which are features.")
     import_events: ImportSettings = Field(ImportSettings(), description="jobs.import_events")
+    generate: GenerateSettings = Field(GenerateSettings(), description="jobs.generate_events")
     sequences: SequenceSettings = Field(SequenceSettings(), description="jobs.build_sequences")
     requests: RequestSettings = Field(RequestSettings(), description="jobs.build_requests")
     model: ModelSettings = Field(ModelSettings(), description="The model's sizes.")
