@@ -13,7 +13,7 @@ FORBIDDEN = {
     "training": ("longer.serving", "jobs", "serve_apps", "fastapi"),
     "serving": ("jobs", "serve_apps", "fastapi", "ray.serve"),
 }
-RAY_STANDS_AT_THE_EDGE = {"ray_sequences.py", "ray_requests.py"}
+RAY_STANDS_AT_THE_EDGE = {"ray_sequences.py", "ray_requests.py", "ray_verification.py"}
 
 
 def imports_of(file: Path) -> set[str]:
