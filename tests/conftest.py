@@ -1,6 +1,7 @@
 """What tests share: one local Ray for the whole session, authenticated as the jobs' is, on any machine."""
 
 from collections.abc import Iterator
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -13,19 +14,23 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A bucket of an S3 server on a free loopback port, reached over HTTP through the usual environment variables."""
     import boto3
     from moto.server import ThreadedMotoServer
-    from s3fs import S3FileSystem
+
+    from longer.s3 import S3
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    urlopen(
+        Request(f"http://{host}:{port}/moto-api/reset", method="POST")
+    ).close()  # servers of one process share objects
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     boto3.client("s3").create_bucket(Bucket="tables")
-    S3FileSystem.clear_instance_cache()
+    S3.clear_instance_cache()
     yield "s3://tables"
-    S3FileSystem.clear_instance_cache()
+    S3.clear_instance_cache()
     server.stop()
 
 

@@ -47,8 +47,11 @@ def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The fsspec filesystem of a local path or s3:// URL, and the path on it. Listings are never stale."""
     if "://" in path and not path.startswith("s3://"):
         raise UserError(f"{path}: paths are local or start with s3://")
-    options = {"use_listings_cache": False} if path.startswith("s3://") else {}
-    return fsspec.core.url_to_fs(path, **options)
+    if not path.startswith("s3://"):
+        return fsspec.core.url_to_fs(path)
+    from longer import s3
+
+    return (fs := s3.connect()), fs._strip_protocol(path)
 
 
 def arrow_filesystem(path: str) -> tuple[FileSystem, str]:
