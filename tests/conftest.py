@@ -1,5 +1,6 @@
 """What tests share: one local Ray for the whole session, authenticated as the jobs' is, on any machine."""
 
+import os
 from collections.abc import Iterator
 from urllib.request import Request, urlopen
 
@@ -7,6 +8,7 @@ import pytest
 
 from longer.config import RaySettings
 from longer.runner import start_ray
+from tests.s3.proxy import Proxy, proxy_before
 
 
 @pytest.fixture
@@ -21,9 +23,8 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.start()
     host, port = server.get_host_and_port()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    urlopen(
-        Request(f"http://{host}:{port}/moto-api/reset", method="POST")
-    ).close()  # servers of one process share objects
+    reset = Request(f"http://{host}:{port}/moto-api/reset", method="POST")  # servers of one process share their objects
+    urlopen(reset).close()
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
@@ -32,6 +33,17 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     yield "s3://tables"
     S3.clear_instance_cache()
     server.stop()
+
+
+@pytest.fixture
+def faulty_s3(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """The bucket s3://tables through a proxy, without faults until a plan is set."""
+    from longer.s3 import S3
+
+    with proxy_before(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        S3.clear_instance_cache()
+        yield proxy
 
 
 @pytest.fixture(scope="session")

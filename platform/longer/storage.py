@@ -60,6 +60,16 @@ def arrow_filesystem(path: str) -> tuple[FileSystem, str]:
     return (PyFileSystem(FSSpecHandler(fs)) if path.startswith("s3://") else LocalFileSystem()), bare
 
 
+def open_input(path: str, num_bytes: int) -> pa.NativeFile:
+    """A file of known size to read at random: on S3 each range is one request and nothing more, and opening is none."""
+    fs, bare = filesystem(path)
+    if not path.startswith("s3://"):
+        return LocalFileSystem().open_input_file(bare)
+    file = fs.open(bare, "rb", cache_type="none", size=num_bytes)
+    file.details = {"name": bare, "size": num_bytes}  # else the first read asks for them
+    return pa.PythonFile(file, mode="r")
+
+
 def exists(path: str) -> bool:
     fs, bare = filesystem(path)
     return fs.exists(bare)

@@ -64,8 +64,7 @@ def proxy_before(upstream_url: str) -> Iterator[Proxy]:
     """A proxy on a free loopback port in front of the server at `upstream_url`."""
     upstream = urlsplit(upstream_url).netloc
     proxy = Proxy("")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(upstream, proxy))
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), _handler(upstream, proxy))
     proxy.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -75,9 +74,17 @@ def proxy_before(upstream_url: str) -> Iterator[Proxy]:
     thread.join()
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        """Clients that are killed break their connections: no news here."""
+
+
 def _handler(upstream: str, proxy: Proxy) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # headers and body are two writes, which would wait 40 ms for each other
 
         def forward(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))

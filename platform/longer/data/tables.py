@@ -14,7 +14,7 @@ from longer.data.columns import histories_of, naming, open_parquet, read_columns
 from longer.errors import UserError
 from longer.hashing import bucket_of, stable_keys
 from longer.schema import EventSchema
-from longer.storage import Table, Version, arrow_filesystem
+from longer.storage import Table, Version
 
 
 def open_version(path: str, schema: EventSchema, version_id: str | None, job: str) -> Version:
@@ -35,9 +35,17 @@ class _Footer:
     """What a point read needs of a file: where it is, its metadata, and the first and last user of each row group."""
 
     path: str
+    num_bytes: int
     metadata: pq.FileMetaData
-    first_user: pa.Array
-    last_user: pa.Array
+    first_user_G: np.ndarray
+    last_user_G: np.ndarray
+
+    def row_groups_of(self, users: pa.Array) -> list[int]:
+        """The row groups that can hold these users, ascending; users ascend through the file, so each has one at most."""
+        users_N = users.to_numpy(zero_copy_only=False)
+        group_N = np.searchsorted(self.first_user_G, users_N, side="right") - 1
+        can_hold_N = (group_N >= 0) & (users_N <= self.last_user_G[group_N])
+        return np.unique(group_N[can_hold_N]).tolist()
 
 
 class SequenceTable:
@@ -48,7 +56,6 @@ class SequenceTable:
         self.num_buckets: int = self.version.manifest["settings"]["num_buckets"]
         self.schema = schema
         self._arrow_schema = schema.sequences_arrow()
-        self._filesystem, _ = arrow_filesystem(self.version.path)
         self._footers: dict[int, _Footer | None] = {}
 
     def get(self, user_ids: pa.Array | Iterable[int] | Iterable[str]) -> Histories:
@@ -72,15 +79,12 @@ class SequenceTable:
 
     def _read_users(self, bucket: int, users: pa.Array) -> tuple[pa.Array, Histories]:
         footer = self._footer(bucket)
-        if footer is None:
+        row_groups = footer.row_groups_of(users) if footer else []
+        if footer is None or not row_groups:
             return self._rows(self._empty())
-        can_hold = [
-            group
-            for group, (first, last) in enumerate(zip(footer.first_user, footer.last_user, strict=True))
-            if pc.any(pc.and_(pc.greater_equal(users, first), pc.less_equal(users, last))).as_py()
-        ]
         with naming(footer.path):
-            table = self._open(footer).read_row_groups(can_hold, columns=self._arrow_schema.names)
+            file = open_parquet(footer.path, footer.num_bytes, footer.metadata)
+            table = file.read_row_groups(row_groups, columns=self._arrow_schema.names)
         return self._rows(table.filter(pc.is_in(table["user_id"], users)))
 
     def _rows(self, table: pa.Table) -> tuple[pa.Array, Histories]:
@@ -88,21 +92,18 @@ class SequenceTable:
 
     def _footer(self, bucket: int) -> _Footer | None:
         if bucket not in self._footers:
-            files = self.version.files(f"bucket={bucket:04d}/")
-            self._footers[bucket] = self._read_footer(files[0]) if files else None
+            prefix = f"bucket={bucket:04d}/"
+            sizes = [file.num_bytes for file in self.version.data_files() if file.path.startswith(prefix)]
+            found = list(zip(self.version.files(prefix), sizes, strict=True))
+            self._footers[bucket] = self._read_footer(*found[0]) if found else None
         return self._footers[bucket]
 
-    def _read_footer(self, file: str) -> _Footer:
-        _, path = arrow_filesystem(file)
-        metadata = open_parquet(self._filesystem, path).metadata
+    def _read_footer(self, path: str, num_bytes: int) -> _Footer:
+        metadata = open_parquet(path, num_bytes).metadata
         spans = [metadata.row_group(group).column(0).statistics for group in range(metadata.num_row_groups)]
-        id_type = self.schema.id_types[0]
-        return _Footer(
-            path, metadata, pa.array([s.min for s in spans], id_type), pa.array([s.max for s in spans], id_type)
-        )
-
-    def _open(self, footer: _Footer) -> pq.ParquetFile:
-        return open_parquet(self._filesystem, footer.path, footer.metadata)
+        id_type = object if self.schema.user_id == "string" else np.int64
+        first, last = (np.array([getattr(span, end) for span in spans], id_type) for end in ("min", "max"))
+        return _Footer(path, num_bytes, metadata, first, last)
 
     def _empty(self) -> pa.Table:
         return self._arrow_schema.empty_table()
