@@ -260,6 +260,29 @@ class BatchSettings(Section):
     num_gpus_per_scorer: float = Field(0.0, ge=0, description="GPUs of each actor; 0 scores on the CPU.")
 
 
+class VerifySettings(Section):
+    """Which tables are verified: those under `root`, or one's own in the contract's layout."""
+
+    sequences: str | None = Field(
+        None,
+        description="Sequence table, or a plain folder of bucket=NNNN/*.parquet in sequences.num_buckets buckets; null: root's.",
+    )
+    requests: str | None = Field(
+        None,
+        description="Request table, or a plain folder of [split=NAME/]bucket=NNNN/*.parquet; null: root's, if there is one.",
+    )
+    sequences_version: str | None = Field(
+        None, description="Version of the sequence table; null: the one that the requests name, else the served one."
+    )
+    requests_version: str | None = Field(None, description="Version of the request table; null: the served one.")
+    max_shown: int = Field(10, ge=1, description="Violations of each kind that are printed; all are counted.")
+
+    @field_validator("sequences", "requests")
+    @classmethod
+    def _same_for_workers(cls, path: str | None) -> str | None:
+        return path if path is None or "://" in path else os.path.abspath(path)
+
+
 class RaySettings(Section):
     """Which Ray the jobs run on."""
 
@@ -302,6 +325,7 @@ class Settings(BaseSettings):
     evaluate: EvaluateSettings = Field(EvaluateSettings(), description="jobs.evaluate")
     serve: ServeSettings = Field(ServeSettings(), description="jobs.serve and serve_apps.scoring")
     batch_score: BatchSettings = Field(BatchSettings(), description="jobs.batch_score")
+    verify: VerifySettings = Field(VerifySettings(), description="jobs.verify")
     ray: RaySettings = Field(RaySettings(), description="Where the jobs run.")
 
     @field_validator("root")

@@ -20,8 +20,8 @@ _USER_ERROR_LINE = re.compile(r"^longer\.errors\.(?:User|Storage)Error: (.+)$", 
 
 def run_job(
     description: str, run: Callable[..., Any], flags: Sequence[tuple[str, str]] = (), needs_ray: bool = True
-) -> None:
-    """Runs a job and exits: 0 when done, 2 with one line on stderr for a UserError; bugs keep their traceback.
+) -> Any:
+    """Runs a job and gives what it returns; exits with 2 and one line on stderr for a UserError; bugs keep their traceback.
 
     `run` gets the settings, and each of its own boolean `flags` (name, help) as a keyword argument.
     """
@@ -29,7 +29,7 @@ def run_job(
         settings, given = parse_settings(description, flags=flags)
         if needs_ray:
             start_ray(settings.ray)
-        run(settings, **{name.replace("-", "_"): name in given for name, _ in flags})
+        return run(settings, **{name.replace("-", "_"): name in given for name, _ in flags})
     except Exception as error:
         mistake = user_error_in(error)
         if mistake is None:

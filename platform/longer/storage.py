@@ -47,14 +47,27 @@ def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The fsspec filesystem of a local path or s3:// URL, and the path on it. Listings are never stale."""
     if "://" in path and not path.startswith("s3://"):
         raise UserError(f"{path}: paths are local or start with s3://")
-    options = {"use_listings_cache": False} if path.startswith("s3://") else {}
-    return fsspec.core.url_to_fs(path, **options)
+    if not path.startswith("s3://"):
+        return fsspec.core.url_to_fs(path)
+    from longer import s3
+
+    return (fs := s3.connect()), fs._strip_protocol(path)
 
 
 def arrow_filesystem(path: str) -> tuple[FileSystem, str]:
     """The Arrow filesystem of a local path or s3:// URL, and the path on it without the scheme."""
     fs, bare = filesystem(path)
     return (PyFileSystem(FSSpecHandler(fs)) if path.startswith("s3://") else LocalFileSystem()), bare
+
+
+def open_input(path: str, num_bytes: int) -> pa.NativeFile:
+    """A file of known size to read at random: on S3 each range is one request and nothing more, and opening is none."""
+    fs, bare = filesystem(path)
+    if not path.startswith("s3://"):
+        return LocalFileSystem().open_input_file(bare)
+    file = fs.open(bare, "rb", cache_type="none", size=num_bytes)
+    file.details = {"name": bare, "size": num_bytes}  # else the first read asks for them
+    return pa.PythonFile(file, mode="r")
 
 
 def exists(path: str) -> bool:

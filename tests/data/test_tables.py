@@ -17,6 +17,7 @@ from longer.storage import Table, Version
 from tests.data.logs import BASKETS, STRINGS, generated_log, log, naive_sequences
 from tests.data.tables import publish_sequences
 from tests.data.test_requests import as_rows
+from tests.s3.proxy import Proxy
 
 RULE, NUM_BUCKETS = KeepRule(20, 8), 4
 
@@ -116,6 +117,26 @@ def test_s3_over_http_publishes_and_serves_point_reads(s3: str) -> None:
     assert np.diff(histories.offsets_B1)[1] == 0
     path = version.files()[0].removeprefix("s3://")
     assert pc.all(pc.is_valid(pq.read_table(path, filesystem=_arrow(s3))["user_id"])).as_py()
+
+
+def test_a_point_read_over_s3_is_one_ranged_read_of_its_row_group(faulty_s3: Proxy) -> None:
+    """Of a user whose bucket's footer has been read; nothing else is asked, and no bytes that lie around the row group."""
+    publish("s3://tables/sequences", generated_log(num_users=120, num_days=10, seed=2), BASKETS, row_group_events=100)
+    table = SequenceTable("s3://tables/sequences", BASKETS)
+    users = list(range(1, 121))
+    together = table.get(users)
+    for place, user in enumerate(users):
+        faulty_s3.requests.clear()
+        alone = table.get([user])
+        assert alone.event_ts_E.tolist() == together.slice_events(*one_row(together, place)).event_ts_E.tolist()
+        assert [request.method for request in faulty_s3.requests] == ["GET"]
+        first, last = (faulty_s3.requests[0].byte_range or "").removeprefix("bytes=").split("-")
+        assert int(last) - int(first) < 5000
+
+
+def one_row(histories: Histories, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rows = np.array([row])
+    return rows, histories.first_index_B[rows], histories.end_index_B[rows]
 
 
 def _arrow(path: str) -> pa.fs.FileSystem:

@@ -8,14 +8,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pyarrow.fs import FileSystem
 
 from longer.arrays import NO_EVENT_TS, Candidates, Float32, Histories, Int64
 from longer.data.batches import Requests
 from longer.errors import StorageError, one_line
 from longer.hashing import stable_keys
 from longer.schema import EventSchema
-from longer.storage import arrow_filesystem
+from longer.storage import arrow_filesystem, open_input
 
 
 def single_array(column: pa.ChunkedArray) -> pa.Array:
@@ -81,10 +80,10 @@ def list_columns(offsets: Int64, values: pa.Table) -> dict[str, pa.Array]:
     return {name: pa.ListArray.from_arrays(ends, single_array(values[name])) for name in values.column_names}
 
 
-def open_parquet(filesystem: FileSystem, path: str, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
+def open_parquet(path: str, num_bytes: int, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
     """A file of a sequence or request table; pre-buffering makes neighbouring ranges one read, which S3 needs."""
     with naming(path):
-        return pq.ParquetFile(filesystem.open_input_file(path), metadata=metadata, pre_buffer=True)
+        return pq.ParquetFile(open_input(path, num_bytes), metadata=metadata, pre_buffer=True)
 
 
 def read_columns(path: str, columns: list[str] | None = None) -> pa.Table:

@@ -16,7 +16,7 @@ from longer.data.sequences import KeepRule, events_of, merge_sequences
 from longer.errors import UserError
 from longer.hashing import bucket_of, stable_keys
 from longer.schema import EventSchema
-from longer.storage import Table, Version, arrow_filesystem
+from longer.storage import Table, Version
 
 
 def open_version(path: str, schema: EventSchema, version_id: str | None, job: str) -> Version:
@@ -37,9 +37,17 @@ class _Footer:
     """What a point read needs of a file: where it is, its metadata, and the first and last user of each row group."""
 
     path: str
+    num_bytes: int
     metadata: pq.FileMetaData
-    first_user: pa.Array
-    last_user: pa.Array
+    first_user_G: np.ndarray
+    last_user_G: np.ndarray
+
+    def row_groups_of(self, users: pa.Array) -> list[int]:
+        """The row groups that can hold these users, ascending; users ascend through the file, so each has one at most."""
+        users_N = users.to_numpy(zero_copy_only=False)
+        group_N = np.searchsorted(self.first_user_G, users_N, side="right") - 1
+        can_hold_N = (group_N >= 0) & (users_N <= self.last_user_G[group_N])
+        return np.unique(group_N[can_hold_N]).tolist()
 
 
 class SequenceTable:
@@ -55,8 +63,7 @@ class SequenceTable:
         self.num_buckets: int = built_with["num_buckets"]
         self.rule = KeepRule(built_with["keep_events"], built_with["stride_events"])
         self.schema = schema
-        self._filesystem, _ = arrow_filesystem(self.version.path)
-        self._files = {file.path: self.version.path_of(file) for file in self.version.data_files()}
+        self._files = {file.path: file for file in self.version.data_files()}
         self._footers: dict[str, _Footer] = {}
 
     def get(self, user_ids: pa.Array | Iterable[int] | Iterable[str]) -> Histories:
@@ -97,26 +104,24 @@ class SequenceTable:
         if file not in self._files:
             return wanted.empty_table()
         if users is None:
-            return read_columns(self._files[file], wanted.names)
+            return read_columns(self.version.path_of(self._files[file]), wanted.names)
         footer = self._footer(file)
-        can_hold = [
-            group
-            for group, (first, last) in enumerate(zip(footer.first_user, footer.last_user, strict=True))
-            if pc.any(pc.and_(pc.greater_equal(users, first), pc.less_equal(users, last))).as_py()
-        ]
+        row_groups = footer.row_groups_of(users)
+        if not row_groups:
+            return wanted.empty_table()
         with naming(footer.path):
-            table = open_parquet(self._filesystem, footer.path, footer.metadata).read_row_groups(can_hold, wanted.names)
+            opened = open_parquet(footer.path, footer.num_bytes, footer.metadata)
+            table = opened.read_row_groups(row_groups, columns=wanted.names)
         return table.filter(pc.is_in(table["user_id"], users))
 
     def _footer(self, file: str) -> _Footer:
         if file not in self._footers:
-            _, path = arrow_filesystem(self._files[file])
-            metadata = open_parquet(self._filesystem, path).metadata
+            path, num_bytes = self.version.path_of(self._files[file]), self._files[file].num_bytes
+            metadata = open_parquet(path, num_bytes).metadata
             spans = [metadata.row_group(group).column(0).statistics for group in range(metadata.num_row_groups)]
-            first, last = (
-                pa.array([getattr(s, end) for s in spans], self.schema.id_types[0]) for end in ("min", "max")
-            )
-            self._footers[file] = _Footer(path, metadata, first, last)
+            id_type = object if self.schema.user_id == "string" else np.int64
+            first, last = (np.array([getattr(span, end) for span in spans], id_type) for end in ("min", "max"))
+            self._footers[file] = _Footer(path, num_bytes, metadata, first, last)
         return self._footers[file]
 
 

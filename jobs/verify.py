@@ -1,0 +1,101 @@
+"""Proves that no request sees its future, and that the tables keep their promises; exit code 1 if they do not:
+
+python -m jobs.verify --config configs/quickstart.yaml
+python -m jobs.verify --verify.sequences mine/sequences --verify.requests mine/requests    (plain Parquet folders)
+"""
+
+import sys
+from datetime import datetime
+
+from longer.config import Settings
+from longer.data.findings import KINDS, Findings
+from longer.data.ray_verification import verify_tables
+from longer.data.requests import SplitTimes
+from longer.data.sequences import KeepRule
+from longer.data.verification import Promises
+from longer.data.verified_tables import BucketReport, BucketVerifier, Source, open_source
+from longer.errors import UserError
+from longer.progress import say
+from longer.runner import run_job
+from longer.storage import Table
+from longer.windows import WindowRule
+
+
+def run(settings: Settings) -> BucketReport:
+    """What was checked and what is wrong, printed too. Without a request table under root, the sequences alone."""
+    requests = _requests(settings)
+    named = requests.version.manifest["inputs"]["sequences"] if requests and requests.version else None
+    sequences = _sequences(settings, named)
+    verifier = BucketVerifier(_promises(settings, sequences, requests), settings.verify.max_shown)
+    report = verify_tables(sequences, requests, verifier)
+    if named and sequences.version and sequences.version.id != named:
+        report.found.add_one("sequence_version", f"{requests.title}: made from version {named}")
+    _print(report, sequences, requests)
+    return report
+
+
+def _requests(settings: Settings) -> Source | None:
+    chosen, path = settings.verify, settings.verify.requests or settings.path("tables", "requests")
+    if not (chosen.requests or chosen.requests_version or Table(path).current()):
+        return None
+    return open_source(path, settings.event_schema, chosen.requests_version, "jobs.build_requests")
+
+
+def _sequences(settings: Settings, named: str | None) -> Source:
+    """The pinned version, else the one that the requests name if this table has it, else the one served."""
+    path = settings.verify.sequences or settings.path("tables", "sequences")
+    version_id = settings.verify.sequences_version or (named if named and Table(path).find(named) else None)
+    return open_source(path, settings.event_schema, version_id, "jobs.build_sequences")
+
+
+def _promises(settings: Settings, sequences: Source, requests: Source | None) -> Promises:
+    """What the manifests say the tables were built with; of a plain folder, what the settings say."""
+    built = sequences.version.manifest["settings"] if sequences.version else {}
+    asked = requests.version.manifest if requests and requests.version else {}
+    windows = asked.get("settings", {}).get("windows")
+    stride_events = built.get("stride_events", settings.model.windows.stride_events)
+    return Promises(
+        schema=settings.event_schema,
+        num_buckets=built.get("num_buckets") or _num_buckets(settings),
+        stride_events=stride_events,
+        windows=WindowRule(**windows) if windows else settings.model.windows,
+        keep=KeepRule(built["keep_events"], stride_events) if "keep_events" in built else None,
+        splits=SplitTimes(_ms(asked["valid_from"]), _ms(asked["test_from"])) if "test_from" in asked else None,
+        ordered_ties=sequences.version is not None,
+        complete_histories="inputs" in asked,
+    )
+
+
+def _num_buckets(settings: Settings) -> int:
+    """Of tables without a manifest."""
+    if settings.sequences.num_buckets is None:
+        raise UserError(
+            "sequences.num_buckets: tables without a manifest do not say how many buckets they have: set it"
+        )
+    return settings.sequences.num_buckets
+
+
+def _ms(iso: str) -> int:
+    return round(datetime.fromisoformat(iso).timestamp() * 1000)
+
+
+def _print(report: BucketReport, sequences: Source, requests: Source | None) -> None:
+    say("verify", f"sequences: {sequences.title}")
+    say("verify", f"requests: {requests.title if requests else 'none yet under this root: sequences alone'}")
+    say("verify", "checked " + ", ".join(f"{number} {name}" for name, number in sorted(report.checked.items())))
+    _print_findings(report.found, "violations")
+    _print_findings(report.noted, "not promised, only counted")
+    say("verify", f"{report.found.num_violations} violations" if report.found.counts else "no violation")
+
+
+def _print_findings(findings: Findings, title: str) -> None:
+    for kind, count in sorted(findings.counts.items()):
+        say("verify", f"{title}: {kind}, {count}: {KINDS[kind]}")
+        for text in findings.shown[kind]:
+            say("verify", f"  {kind}: {text}")
+        if (rest := count - len(findings.shown[kind])) > 0:
+            say("verify", f"  {kind}: and {rest} more")
+
+
+if __name__ == "__main__":
+    sys.exit(1 if run_job(__doc__, run).found.counts else 0)

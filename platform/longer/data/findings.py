@@ -1,0 +1,71 @@
+"""What a verification found: violations by kind, all of them counted and the first few in words. No Ray, no torch."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+KINDS = {
+    "missing_file": "a file that the manifest lists is not there",
+    "file_size": "a file has another size than the manifest says",
+    "checksum": "a file has another checksum than the manifest says",
+    "unreadable": "a file is damaged inside",
+    "row_count": "the manifest counts other rows than the files hold",
+    "sequence_version": "the requests were made from another version of the sequences",
+    "null": "a value that must be there is null",
+    "list_length": "the list columns of a row differ in length",
+    "wrong_bucket": "a row lies in another bucket than its user's",
+    "user_order": "users do not ascend",
+    "duplicate_user": "a user has two rows",
+    "time_order": "event times of a sequence descend",
+    "tie_order": "events of one time are not in the order of the other columns",
+    "first_index": "first_index is negative or no multiple of the stride in events",
+    "length": "first_index + length is not num_events_total",
+    "keep_events": "the row does not hold the events that keep_events promises",
+    "prev_event_ts": "prev_event_ts is null past index 0, or given at index 0",
+    "prev_event_order": "prev_event_ts is after the first event kept",
+    "duplicate_request": "a request id occurs twice",
+    "unknown_user": "a request's user has no sequence",
+    "wrong_split": "a request lies in another split than its time's",
+    "history_range": "history_end is negative or more than the user's events",
+    "future_event": "a history holds an event at or after its request_ts",
+    "stale_history": "a history leaves out events strictly before its request_ts",
+    "cut_window": "a history window starts before the first event kept",
+}
+"""Every kind of violation, in the words of its summary."""
+
+
+@dataclass
+class Findings:
+    """Violations by kind: how many, and at most `max_shown` of each in words."""
+
+    max_shown: int
+    counts: Counter[str] = field(default_factory=Counter)
+    shown: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def num_violations(self) -> int:
+        return self.counts.total()
+
+    def add(self, kind: str, is_found_N: npt.NDArray[np.bool_], describe: Callable[[int], str]) -> None:
+        """A violation for each true row; `describe` is asked only for those that are shown."""
+        rows = np.flatnonzero(is_found_N)
+        if len(rows):
+            self._put(kind, len(rows), [describe(int(row)) for row in rows[: self.max_shown]])
+
+    def add_one(self, kind: str, text: str) -> None:
+        self._put(kind, 1, [text])
+
+    def merge(self, other: "Findings") -> None:
+        """Takes in what another part of the tables showed."""
+        for kind, count in other.counts.items():
+            self._put(kind, count, other.shown[kind])
+
+    def _put(self, kind: str, count: int, texts: list[str]) -> None:
+        if kind not in KINDS:
+            raise KeyError(kind)
+        self.counts[kind] += count
+        shown = self.shown.setdefault(kind, [])
+        shown += texts[: self.max_shown - len(shown)]
