@@ -6,7 +6,7 @@ is checked on its own, by times that never fall within a list. Together that is 
 U users, ids 1 to U
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 
 from benchmarks.regroup.job import COLUMNS, LISTS
 from longer.data.columns import flat_list
+from longer.data.tables import SequenceTable
 from longer.hashing import hash_int64, stable_keys
-from longer.schema import TIMESTAMP
+from longer.schema import TIMESTAMP, EventSchema
 
 _BATCH_EVENTS = 1 << 20
 _BATCH_USERS = 1_000
@@ -54,21 +55,34 @@ def digest_log(files: Iterable[str], num_users: int) -> Digest:
     return digest
 
 
-def problem_of(files: Iterable[str], log: Digest) -> str:
-    """What is wrong with a result, if anything."""
-    result = Digest.empty(len(log.hash_U) - 1)
+def rows_of_files(files: Iterable[str]) -> Iterator[pa.Table]:
+    """The rows of a result that lies in files."""
     for file in files:
         for batch in pq.ParquetFile(file).iter_batches(_BATCH_USERS, columns=list(COLUMNS)):
-            users = batch["user_id"].to_numpy()
-            lists = {name: flat_list(pa.chunked_array([batch[name]])) for name in LISTS}
-            offsets, times = lists["event_ts"]
-            if any(not np.array_equal(offsets, other) for other, _ in lists.values()):
-                return "wrong: lists of one user differ in length"
-            np.add.at(result.num_rows_U, users, 1)
-            result.add(np.repeat(users, np.diff(offsets)), {name: values for name, (_, values) in lists.items()})
-            falls = np.flatnonzero(np.diff(pc.cast(times, pa.int64()).to_numpy(zero_copy_only=False)) < 0) + 1
-            if not np.isin(falls, offsets).all():
-                return "wrong: events of one user are not in the order of time"
+            yield pa.Table.from_batches([batch])
+
+
+def rows_of_table(path: str) -> Iterator[pa.Table]:
+    """The rows of this platform's table as its readers see them, news of the last increment merged in."""
+    table = SequenceTable(path, EventSchema())
+    for bucket in table.buckets:
+        yield table.rows(bucket).select(list(COLUMNS)).combine_chunks()
+
+
+def problem_of(result_rows: Iterable[pa.Table], log: Digest) -> str:
+    """What is wrong with a result, if anything."""
+    result = Digest.empty(len(log.hash_U) - 1)
+    for rows in result_rows:
+        users = rows["user_id"].to_numpy()
+        lists = {name: flat_list(rows[name]) for name in LISTS}
+        offsets, times = lists["event_ts"]
+        if any(not np.array_equal(offsets, other) for other, _ in lists.values()):
+            return "wrong: lists of one user differ in length"
+        np.add.at(result.num_rows_U, users, 1)
+        result.add(np.repeat(users, np.diff(offsets)), {name: values for name, (_, values) in lists.items()})
+        falls = np.flatnonzero(np.diff(pc.cast(times, pa.int64()).to_numpy(zero_copy_only=False)) < 0) + 1
+        if not np.isin(falls, offsets).all():
+            return "wrong: events of one user are not in the order of time"
     if (result.num_rows_U > 1).any():
         return "wrong: a user has more than one row"
     if not np.array_equal(result.num_events_U, log.num_events_U) or not np.array_equal(result.hash_U, log.hash_U):

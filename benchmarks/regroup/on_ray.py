@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -139,10 +138,7 @@ def _own_run(job: Job) -> tuple[Settings, Version]:
     (events / shared.name).symlink_to(shared)
     log = Table(str(events)).reuse(shared.name)
     assert log is not None, f"{job.log} is not a whole version of an events table"
-    sequences: dict[str, Any] = {
-        "num_buckets": max(8, job.num_events // _BUCKET_EVENTS),
-        "keep_events": max(job.num_events, 10_000),
-    }
+    sequences = {"keep_events": max(job.num_events, 10_000)}
     ray = {"num_cpus": job.num_cores, "object_store_bytes": _OBJECT_STORE_BYTES}
     return load_settings(overrides={"root": job.out, "sequences": sequences, "ray": ray}), log
 
