@@ -125,4 +125,4 @@ def _num_buckets(events: Version, base: Version | None) -> int:
     if base:
         return base.manifest["settings"]["num_buckets"]
     wanted = -(-events.manifest["num_rows"] // _EVENTS_PER_BUCKET)
-    return min(max(_FEWEST_BUCKETS, 1 << (wanted - 1).bit_length()), _MOST_BUCKETS)
+    return min(max(_FEWEST_BUCKETS, wanted), _MOST_BUCKETS)

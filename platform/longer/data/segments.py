@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from longer.data.columns import single_array
@@ -22,6 +23,7 @@ _BLOCK_ROWS = 2 << 20
 _MOST_BLOCKS = 2048  # beyond it blocks grow, so that segments do not become too small to be worth a read
 _LARGEST_DICTIONARY = 256  # of a column that a segment stores as codes: each segment repeats its dictionary
 _NUM_READ_THREADS = 16
+_LEAST = b"least"
 
 Piece = tuple[str, int, int]
 """A file of the log, and which of its row groups: from, and up to but not including."""
@@ -73,7 +75,7 @@ def write_segments(
     bucket_E = bucket_of(key_E[kept_E], num_buckets).astype(np.uint16)  # 16 bits sort by radix
     by_bucket_E = np.argsort(bucket_E, kind="stable")
     bounds = np.searchsorted(bucket_E[by_bucket_E], np.arange(num_buckets + 1))
-    events = events.take(pa.array(kept_E[by_bucket_E])).combine_chunks()
+    events = _narrowed(events).take(pa.array(kept_E[by_bucket_E])).combine_chunks()
     bucket_of_older = bucket_of(stable_keys(older.user_id), num_buckets)
     filesystem, bare = arrow_filesystem(path)
     make_parents(path)
@@ -96,8 +98,42 @@ def read_segments(segments: list[Segment], schema: EventSchema) -> tuple[pa.Tabl
         Older(single_array(t["user_id"]).cast(user_type), t["num_events"].to_numpy(), t["last_ts"].to_numpy())
         for _, t in parts
     ]
-    events = _concatenate([events for events, _ in parts], schema.events_arrow())
+    events = _concatenate([_widened(events, schema.events_arrow()) for events, _ in parts], schema.events_arrow())
     return events, Older.concatenate([Older.none(schema), *older])
+
+
+def _narrowed(events: pa.Table) -> pa.Table:
+    """The same values in fewer bytes: 32 bits where integers and times span no more, as distances from the least of them.
+
+    Half the bytes, and unlike compression at no cost: a block is soon written and soon read.
+    """
+    columns, fields = [], []
+    for field in events.schema:
+        column = single_array(events[field.name])
+        if pa.types.is_dictionary(field.type):
+            column = pa.DictionaryArray.from_arrays(column.indices.cast(pa.int16()), column.dictionary)
+        elif pa.types.is_integer(field.type) or pa.types.is_timestamp(field.type):
+            least, most = pc.min_max(column.cast(pa.int64())).as_py().values()
+            if least is not None and most - least < 1 << 32:
+                distance = pc.subtract(column.cast(pa.int64()), least).cast(pa.uint32())
+                columns.append(distance)
+                fields.append(pa.field(field.name, pa.uint32(), metadata={_LEAST: str(least)}))
+                continue
+        columns.append(column)
+        fields.append(pa.field(field.name, column.type))
+    return pa.table(columns, pa.schema(fields))
+
+
+def _widened(events: pa.Table, plain: pa.Schema) -> pa.Table:
+    """The inverse of `_narrowed`; dictionaries stay."""
+    columns = {}
+    for field in events.schema:
+        column = single_array(events[field.name])
+        if field.metadata and _LEAST in field.metadata:
+            wide = pc.add(column.cast(pa.int64()), int(field.metadata[_LEAST]))
+            column = wide.cast(plain.field(field.name).type)
+        columns[field.name] = column
+    return pa.table(columns)
 
 
 def _concatenate(parts: list[pa.Table], plain: pa.Schema) -> pa.Table:
@@ -105,7 +141,7 @@ def _concatenate(parts: list[pa.Table], plain: pa.Schema) -> pa.Table:
     in_all = [
         f for f in plain if parts and all(pa.types.is_dictionary(part.schema.field(f.name).type) for part in parts)
     ]
-    coded = {f.name: pa.dictionary(pa.int32(), f.type) for f in in_all}
+    coded = {f.name: pa.dictionary(pa.int16(), f.type) for f in in_all}
     wanted = pa.schema([pa.field(f.name, coded.get(f.name, f.type)) for f in plain])
     return pa.concat_tables([wanted.empty_table(), *(part.cast(wanted) for part in parts)]).combine_chunks()
 
@@ -119,7 +155,7 @@ def _read_segment(segment: Segment) -> tuple[pa.Table, pa.Table]:
 
 
 def _write_stream(sink: pa.NativeFile, table: pa.Table) -> None:
-    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as stream:
+    with pa.ipc.new_stream(sink, table.schema) as stream:
         stream.write_table(table)
 
 
