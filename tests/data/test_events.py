@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from longer.data.events import check_rows, write_events
+from longer.data.events import check_rows, write_days
 from longer.errors import UserError
 from tests.data.logs import BASKETS, log
 
@@ -71,7 +71,7 @@ def test_a_missing_column_and_one_of_another_type_name_the_column() -> None:
 
 def test_each_utc_day_is_one_file_and_no_row_is_lost(tmp_path: Path) -> None:
     events = log([(1, day % 3, item, 1) for day, item in enumerate(range(1, 20))])
-    files = write_events(events, str(tmp_path))
+    files = write_days(events, str(tmp_path), "0")
     assert [file.path for file in files] == [f"dt=2016-07-{18 + day}/part-0.parquet" for day in range(3)]
     written = pa.concat_tables([pq.read_table(tmp_path / f.path, partitioning=None) for f in files])
     assert written.schema.equals(BASKETS.events_arrow())
