@@ -76,7 +76,6 @@ class PartImporter:
     now: datetime
     events_path: str
     quarantine_path: str
-    chunk_bytes: int = _CHUNK_BYTES
 
     def __call__(self, parts: pa.Table) -> pa.Table:
         reports = [self.import_part(_part(row)).to_row() for row in parts.to_pylist()]
@@ -85,8 +84,8 @@ class PartImporter:
     def import_part(self, part: Part) -> PartReport:
         """Reads one part. One that cannot be read leaves no files: it is reported if so told, or else raises UserError."""
         stem = f"{hashlib.sha256(part.content_id.encode()).hexdigest()[:16]}-{part.number}"
-        events = _Chunks(lambda rows, n: write_days(rows, self.events_path, f"{stem}-{n}"), self.chunk_bytes)
-        unfit = _Chunks(lambda rows, n: [self._write_unfit(rows, f"part-{stem}-{n}.parquet")], self.chunk_bytes)
+        events = _Chunks(lambda rows, n: write_days(rows, self.events_path, f"{stem}-{n}"))
+        unfit = _Chunks(lambda rows, n: [self._write_unfit(rows, f"part-{stem}-{n}.parquet")])
         report = PartReport(part.content_id, part.name, events=events.files, quarantine=unfit.files)
         try:
             for good, bad in self._checked(part):
@@ -153,10 +152,9 @@ def remove_files(report: PartReport, events_path: str, quarantine_path: str) -> 
 
 @dataclass
 class _Chunks:
-    """Gathers tables and writes them in chunks of bounded size."""
+    """Gathers tables and writes them in chunks of `_CHUNK_BYTES`, more by one batch at most."""
 
     write: Callable[[pa.Table, int], list[DataFile]]
-    most_bytes: int
     files: list[DataFile] = field(default_factory=list)
     gathered: list[pa.Table] = field(default_factory=list)
     num_bytes: int = 0
@@ -167,7 +165,7 @@ class _Chunks:
             return
         self.gathered.append(rows)
         self.num_bytes += rows.nbytes
-        if self.num_bytes >= self.most_bytes:
+        if self.num_bytes >= _CHUNK_BYTES:
             self.flush()
 
     def flush(self) -> None:

@@ -16,7 +16,6 @@ from longer.storage import arrow_filesystem
 LINE = "line"
 """Column of a batch with the text of a line that has another number of fields, null elsewhere."""
 
-_STRETCH_BYTES = 256 << 20
 _BATCH_ROWS = 1 << 17
 _READ_BYTES = 8 << 20
 _COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
@@ -35,7 +34,7 @@ def is_parquet(path: str) -> bool:
     return path.endswith(_PARQUET)
 
 
-def boundaries(path: str, num_bytes: int, stretch_bytes: int = _STRETCH_BYTES) -> list[int]:
+def boundaries(path: str, num_bytes: int, stretch_bytes: int) -> list[int]:
     """Where to cut a file into stretches of about `stretch_bytes`: row groups of Parquet, bytes of text; none where it cannot be.
 
     They depend on the file only. Text is cut at bytes and read from the next line on.
@@ -109,7 +108,7 @@ def text_batches(
     )
     parsing = pacsv.ParseOptions(delimiter=delimiter, invalid_row_handler=keep)
     with naming(path), _open_lines(filesystem, bare, start, stop) as lines:
-        for table in _parsed(lines, list(columns.values()), reading, parsing):
+        for table in _parsed(lines, list(dict.fromkeys(columns.values())), reading, parsing):
             batch = pa.table({name: table[column] for name, column in columns.items()})
             yield _with_unfit(batch, unfit, len(names))
             unfit.clear()
@@ -150,7 +149,7 @@ def _parsed(
     try:
         reader = pacsv.open_csv(lines, reading, parsing, as_strings)
     except pa.ArrowInvalid as error:
-        if "Empty CSV file" in str(error):
+        if str(error).startswith(("Empty CSV file", "Could not skip initial")):  # only a header, without a line end
             return
         raise
     for batch in reader:

@@ -14,6 +14,8 @@ from longer.errors import UserError
 from longer.storage import checksum, filesystem
 
 _NUM_THREADS = 16
+_STRETCH_BYTES = 256 << 20
+"""What one task reads at most, in bytes on disk. Part of what decides the names of the files written."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def require_parts(source: str, parts: list[Part], wanted: str) -> list[Part]:
 
 
 def _stretches(file: Part) -> list[Part]:
-    edges = boundaries(file.path, file.num_bytes)
+    edges = boundaries(file.path, file.num_bytes, _STRETCH_BYTES)
     spans = zip([0, *edges], [*edges, None], strict=True)
     share = file.num_bytes // (len(edges) + 1)
     return [replace(file, number=n, start=a, stop=b, num_bytes=share) for n, (a, b) in enumerate(spans)]
