@@ -126,7 +126,7 @@ def _counts(reports: list[PartReport], base: Version | None) -> dict[str, Any]:
         "num_rows": before["num_rows"] + num_new_rows,
         "num_new_rows": num_new_rows,
         "num_quarantined": reasons.total(),
-        "reasons": dict(reasons.most_common()),
+        "reasons": dict(sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0]))),
         "num_skipped_files": len({report.content_id for report in reports if report.problem}),
         "first_event_ts": min(times, default=None),
         "watermark": max(times, default=None),
