@@ -1,15 +1,13 @@
 """Rows that cannot be used are told apart, with the reason, and never reach the events table."""
 
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from longer.data.events import check_rows, write_days
+from longer.data.events import check_rows
 from longer.errors import UserError
-from tests.data.logs import BASKETS, log
+from tests.data.logs import BASKETS
 
 NOW = datetime(2020, 1, 1, tzinfo=UTC)
 
@@ -94,12 +92,3 @@ def test_what_the_reader_could_not_take_apart_keeps_its_own_reason() -> None:
     events, quarantined = check_rows(torn, BASKETS, NOW)
     assert len(events) == 1
     assert quarantined["reason"].to_pylist() == ["not 7 fields"]
-
-
-def test_each_utc_day_is_one_file_and_no_row_is_lost(tmp_path: Path) -> None:
-    events = log([(1, day % 3, item, 1) for day, item in enumerate(range(1, 20))])
-    files = write_days(events, str(tmp_path), "0")
-    assert [file.path for file in files] == [f"dt=2016-07-{18 + day}/part-0.parquet" for day in range(3)]
-    written = pa.concat_tables([pq.read_table(tmp_path / f.path, partitioning=None) for f in files])
-    assert written.schema.equals(BASKETS.events_arrow())
-    assert written.sort_by("item_id").equals(events.sort_by("item_id"))

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import import_events
-from longer.data import ray_events
+from longer.data import days
 from longer.errors import UserError
 from longer.storage import Table, Version
 from tests.data.import_logs import MAY_1_S, day, settings_of, write_day
@@ -158,10 +158,10 @@ def test_a_truncated_file_fails_whole_and_named_or_is_skipped_when_told(
     assert repaired.manifest["num_rows"] == 60
 
 
-def test_a_file_damaged_after_its_first_chunks_leaves_none_of_them(
+def test_a_file_damaged_after_its_first_rows_leaves_none_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_events, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(days, "_RUN_BYTES", 1)
     monkeypatch.setattr("longer.datasets.readers._BATCH_ROWS", 10)
     path = tmp_path / "log/day-0.parquet"
     write_day(tmp_path / "log", 0)
@@ -278,19 +278,13 @@ def test_a_file_that_changed_or_other_settings_refuse_an_increment(tmp_path: Pat
         import_events.run(settings, since_last=True)
 
 
-def test_memory_is_bounded_by_the_chunk_and_its_size_changes_no_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_how_much_fits_into_memory_changes_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("longer.datasets.readers._BATCH_ROWS", 7)
     for number in range(2):
         write_day(tmp_path / "log", number, user_id=[None] * 3 + [1] * 17)
     whole = import_events.run(settings_of(tmp_path / "whole", tmp_path / "log"))
-    monkeypatch.setattr(ray_events, "_CHUNK_BYTES", 1)
-    most = []
-    flush = ray_events._Chunks.flush
-    monkeypatch.setattr(ray_events._Chunks, "flush", lambda self: (most.append(len(self.gathered)), flush(self)))
-    chunked = import_events.run(settings_of(tmp_path / "chunked", tmp_path / "log"))
-    assert max(most) == 1
-    assert len(chunked.files()) > len(whole.files())
-    assert rows_of(chunked) == rows_of(whole)
-    assert chunked.manifest["reasons"] == whole.manifest["reasons"] == {"null user_id": 6}
+    monkeypatch.setattr(days, "_RUN_BYTES", 1)
+    runs = import_events.run(settings_of(tmp_path / "runs", tmp_path / "log"))
+    assert [file.path for file in runs.data_files()] == [file.path for file in whole.data_files()]
+    assert rows_of(runs) == rows_of(whole)
+    assert runs.manifest["reasons"] == whole.manifest["reasons"] == {"null user_id": 6}

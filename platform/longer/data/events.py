@@ -1,17 +1,15 @@
-"""Events: row checks that any importer uses, and the events table's layout, `dt=YYYY-MM-DD/part-ID.parquet`."""
+"""Events: the row checks that every importer uses."""
 
 from datetime import UTC, datetime
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from longer.data.columns import single_array
 from longer.data.parse import TimeUnit, as_times, as_type
 from longer.errors import UserError
 from longer.schema import TIMESTAMP, EventSchema
-from longer.storage import DataFile, checked_output
 
 _KINDS = {pa.int64(): "an integer", pa.string(): "text or an integer", pa.float32(): "a number"}
 
@@ -60,20 +58,6 @@ def check_rows(
     good = reasons.is_null()
     bad = pc.invert(good)
     return events.filter(good), raw.filter(bad).append_column("reason", reasons.filter(bad))
-
-
-def write_days(events: pa.Table, version_path: str, name: str) -> list[DataFile]:
-    """Writes one zstd Parquet file a UTC day, `dt=DAY/part-NAME.parquet`, rows in the order of the log."""
-    day = (events["event_ts"].cast(pa.int64()).to_numpy() // 86_400_000).astype("datetime64[D]")
-    order = np.argsort(day, kind="stable")
-    days, starts = np.unique(day[order], return_index=True)
-    by_day = events.take(pa.array(order)).combine_chunks()
-    files = []
-    for date, start, end in zip(days, starts, [*starts[1:], len(order)], strict=True):
-        with checked_output(version_path, f"dt={date}/part-{name}.parquet") as sink:
-            pq.write_table(by_day.slice(start, end - start), sink, compression="zstd")
-        files.append(sink.data_file)
-    return files
 
 
 def iso_time(time_ms: int) -> str:

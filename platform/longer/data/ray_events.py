@@ -1,12 +1,13 @@
 """A log to the events table: each part is read, checked and written in bounded memory, a few parts a Ray Data task.
 
-What a part becomes depends on the part only: `dt=DAY/part-<content>-<stretch>-<chunk>.parquet`. So the table is the same whatever
-the number of tasks, and a task that is killed and tried again writes the same files again.
+What a part becomes depends on the part only: `dt=DAY/part-<content>-<stretch>.parquet`. So the table is the same whatever the
+number of tasks, and a task that is killed and tried again writes the same files again.
 """
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
@@ -16,7 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from longer.config import ImportSettings
-from longer.data.events import check_rows, write_days
+from longer.data.days import DayFiles
+from longer.data.events import check_rows
 from longer.datasets import source_of
 from longer.datasets.readers import LINE, FileError
 from longer.datasets.source import Part
@@ -25,8 +27,6 @@ from longer.progress import track
 from longer.schema import EventSchema
 from longer.storage import DataFile, checked_output, remove_tree
 
-_CHUNK_BYTES = 256 << 20
-"""Arrow bytes that a part gathers before it writes them, one file a day. Part of what decides the files' names."""
 _TASK_BYTES = 64 << 20
 _FEW_PARTS = 32
 _FILES = pa.list_(pa.struct([("path", pa.string()), ("num_bytes", pa.int64()), ("sha256", pa.string())]))
@@ -53,6 +53,15 @@ class PartReport:
     reasons: Counter[str] = field(default_factory=Counter)
     events: list[DataFile] = field(default_factory=list)
     quarantine: list[DataFile] = field(default_factory=list)
+
+    def count(self, good: pa.Table, bad: pa.Table) -> None:
+        """Adds the rows of one batch."""
+        self.num_rows += len(good)
+        self.reasons.update(bad["reason"].to_pylist())
+        if len(good):
+            times = pc.min_max(good["event_ts"].cast(pa.int64())).as_py()
+            self.first_ts = times["min"] if self.first_ts is None else min(self.first_ts, times["min"])
+            self.last_ts = times["max"] if self.last_ts is None else max(self.last_ts, times["max"])
 
     def to_row(self) -> dict[str, Any]:
         """As a row of a Ray Data block."""
@@ -83,30 +92,25 @@ class PartImporter:
 
     def import_part(self, part: Part) -> PartReport:
         """Reads one part. One that cannot be read leaves no files: it is reported if so told, or else raises UserError."""
-        stem = f"{hashlib.sha256(part.content_id.encode()).hexdigest()[:16]}-{part.number}"
-        events = _Chunks(lambda rows, n: write_days(rows, self.events_path, f"{stem}-{n}"))
-        unfit = _Chunks(lambda rows, n: [self._write_unfit(rows, f"part-{stem}-{n}.parquet")])
-        report = PartReport(part.content_id, part.name, events=events.files, quarantine=unfit.files)
+        name = f"{hashlib.sha256(part.content_id.encode()).hexdigest()[:16]}-{part.number}"
+        report = PartReport(part.content_id, part.name)
+        days = DayFiles(self.events_path, name)
         try:
-            for good, bad in self._checked(part):
-                report.num_rows += len(good)
-                report.reasons.update(dict(zip(*_counts(bad["reason"]), strict=True)))
-                events.add(good)
-                unfit.add(_as_text(bad, self.schema, part.path))
-                if len(good):
-                    first, last = pc.min_max(good["event_ts"].cast(pa.int64())).as_py().values()
-                    report.first_ts = min(first, first if report.first_ts is None else report.first_ts)
-                    report.last_ts = max(last, last if report.last_ts is None else report.last_ts)
-            events.flush()
-            unfit.flush()
+            with _UnfitFile(self.quarantine_path, f"part-{name}.parquet") as unfit:
+                for good, bad in self._checked(part):
+                    report.count(good, bad)
+                    days.add(good)
+                    unfit.add(_as_text(bad, self.schema, part.path))
+            report.quarantine = unfit.files
             _check_types(part, report, self.schema)
         except FileError as error:
-            remove_files(report, self.events_path, self.quarantine_path)
+            remove_tree(f"{self.quarantine_path}/part-{name}.parquet")
             if not self.settings.skip_unreadable_files:
                 raise UserError(
                     f"{error}; restore the file, or leave it out with --import_events.skip_unreadable_files"
                 ) from None
             return PartReport(part.content_id, part.name, problem=str(error))
+        report.events = days.finish()
         return report
 
     def _checked(self, part: Part) -> Iterator[tuple[pa.Table, pa.Table]]:
@@ -116,11 +120,6 @@ class PartImporter:
                 yield check_rows(batch, self.schema, self.now, source.TIME_UNIT)
             except UserError as error:
                 raise FileError(part.path, str(error)) from None
-
-    def _write_unfit(self, rows: pa.Table, name: str) -> DataFile:
-        with checked_output(self.quarantine_path, name) as sink:
-            pq.write_table(rows, sink, compression="zstd")
-        return sink.data_file
 
 
 def fits_one_task(parts: Sequence[Part]) -> bool:
@@ -150,37 +149,29 @@ def remove_files(report: PartReport, events_path: str, quarantine_path: str) -> 
             remove_tree(f"{path}/{file.path}")
 
 
-@dataclass
-class _Chunks:
-    """Gathers tables and writes them in chunks of `_CHUNK_BYTES`, more by one batch at most."""
+class _UnfitFile(AbstractContextManager):
+    """The quarantine file of one part, which is there only if a row is unfit."""
 
-    write: Callable[[pa.Table, int], list[DataFile]]
-    files: list[DataFile] = field(default_factory=list)
-    gathered: list[pa.Table] = field(default_factory=list)
-    num_bytes: int = 0
-    num_chunks: int = 0
+    def __init__(self, version_path: str, name: str) -> None:
+        self.files: list[DataFile] = []
+        self._path, self._name = version_path, name
+        self._open = ExitStack()
+        self._writer: pq.ParquetWriter | None = None
 
     def add(self, rows: pa.Table) -> None:
-        if not len(rows):
-            return
-        self.gathered.append(rows)
-        self.num_bytes += rows.nbytes
-        if self.num_bytes >= _CHUNK_BYTES:
-            self.flush()
+        if len(rows) and self._writer is None:
+            sink = self._open.enter_context(checked_output(self._path, self._name))
+            self._open.callback(lambda: self.files.append(sink.data_file))
+            self._writer = self._open.enter_context(pq.ParquetWriter(sink, rows.schema, compression="zstd"))
+        if self._writer:
+            self._writer.write_table(rows)
 
-    def flush(self) -> None:
-        if self.gathered:
-            self.files += self.write(pa.concat_tables(self.gathered), self.num_chunks)
-            self.gathered, self.num_bytes, self.num_chunks = [], 0, self.num_chunks + 1
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
 
 
 def _part(row: dict[str, Any]) -> Part:
     return Part(**{**row, "joined": tuple(_part(file) for file in row["joined"])})
-
-
-def _counts(reasons: pa.ChunkedArray) -> tuple[list[str], list[int]]:
-    counted = pc.value_counts(reasons)
-    return counted.field("values").to_pylist(), counted.field("counts").to_pylist()
 
 
 def _as_text(unfit: pa.Table, schema: EventSchema, path: str) -> pa.Table:
