@@ -37,3 +37,9 @@ def test_files_are_named_by_day(tmp_path: Path) -> None:
     writer = DayFiles(str(tmp_path), "0")
     writer.add(log([(1, day % 3, item, 1) for day, item in enumerate(range(1, 20))]))
     assert [file.path for file in writer.finish()] == [f"dt=2016-07-{18 + day}/part-0.parquet" for day in range(3)]
+
+
+def test_no_rows_are_no_files(tmp_path: Path) -> None:
+    writer = DayFiles(str(tmp_path), "0")
+    writer.add(BASKETS.events_arrow().empty_table())
+    assert writer.finish() == []

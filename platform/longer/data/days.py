@@ -42,6 +42,8 @@ class DayFiles:
 
     def add(self, events: pa.Table) -> None:
         """Takes some rows; none is in the table before `finish`."""
+        if not len(events):
+            return
         self._gathered.append(events)
         self._num_bytes += events.nbytes
         if self._num_bytes >= _RUN_BYTES:
