@@ -10,9 +10,10 @@ import pyarrow as pa
 import pytest
 import s3fs
 
-from jobs import import_events
+from jobs import build_sequences, import_events
 from longer.data import ray_events
-from longer.data.ray_events import PartImporter, PartReport
+from longer.data.import_report import PartReport
+from longer.data.ray_events import PartImporter
 from longer.datasets.source import Part
 from longer.runner import user_error_in
 from longer.storage import Table, Version
@@ -88,6 +89,21 @@ def test_a_mistake_found_in_a_task_is_one_line_and_leaves_nothing(tmp_path: Path
     assert str(mistake).startswith(f"{tmp_path}/log/day-2.parquet: not a readable Parquet file")
     assert "\n" not in str(mistake)
     assert tables_left(tmp_path / "run") == []
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_what_an_increment_of_events_adds_is_what_an_increment_of_sequences_reads(tmp_path: Path) -> None:
+    settings = settings_of(tmp_path / "run", tmp_path / "log")
+    for number in range(2):
+        write_day(tmp_path / "log", number)
+    import_events.run(settings, since_last=True)
+    first = build_sequences.run(settings, since_last=True)
+    write_day(tmp_path / "log", 2)
+    import_events.run(settings, since_last=True)
+    second = build_sequences.run(settings, since_last=True)
+    assert second.manifest["inputs"]["base"] == first.id
+    assert (first.manifest["num_events"], second.manifest["num_events"]) == (40, 60)
 
 
 def test_a_job_killed_between_data_and_manifest_leaves_the_old_version_and_a_rerun_completes(

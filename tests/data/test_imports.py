@@ -30,7 +30,7 @@ def quarantined(root: Path, version: Version) -> list[dict]:
 
 
 def tables_left(root: Path) -> list[Path]:
-    return sorted(path for path in root.rglob("*") if path.is_file() and "tables/events" in str(path))
+    return sorted(path for path in root.rglob("*") if path.is_file())
 
 
 def test_events_lie_by_utc_day_and_a_rerun_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -115,7 +115,7 @@ def test_a_column_of_text_where_integers_were_is_one_line_and_some_such_rows_are
 
     write_day(tmp_path / "log", 0)
     write([f"sku-{place}" for place in range(20)])
-    with pytest.raises(UserError, match=rf"day-1.{suffix}: in all 20 rows item_id is not an integer") as caught:
+    with pytest.raises(UserError, match=rf"day-1.{suffix}: item_id is not an integer in any of 20 rows") as caught:
         import_events.run(settings_of(tmp_path / "run", tmp_path / "log"))
     assert "\n" not in str(caught.value)
     assert tables_left(tmp_path / "run") == []

@@ -5,20 +5,19 @@ number of tasks, and a task that is killed and tried again writes the same files
 """
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from longer.config import ImportSettings
 from longer.data.days import DayFiles
 from longer.data.events import check_rows
+from longer.data.import_report import REPORT_SCHEMA, PartReport
 from longer.datasets import source_of
 from longer.datasets.readers import LINE, FileError
 from longer.datasets.source import Part
@@ -28,52 +27,8 @@ from longer.schema import EventSchema
 from longer.storage import DataFile, checked_output, remove_tree
 
 _TASK_BYTES = 64 << 20
+"""Bytes of parts that are worth a task, which takes a second where a worker has to start first."""
 _FEW_PARTS = 32
-_FILES = pa.list_(pa.struct([("path", pa.string()), ("num_bytes", pa.int64()), ("sha256", pa.string())]))
-_REPORT = pa.schema(
-    [
-        *(("content_id", pa.string()), ("name", pa.string()), ("problem", pa.string())),
-        *(("num_rows", pa.int64()), ("first_ts", pa.int64()), ("last_ts", pa.int64())),
-        ("reasons", pa.list_(pa.struct([("reason", pa.string()), ("count", pa.int64())]))),
-        *(("events", _FILES), ("quarantine", _FILES)),
-    ]
-)
-
-
-@dataclass
-class PartReport:
-    """What became of a part: events, unfit rows by reason, the files written; or the problem for which it was skipped."""
-
-    content_id: str
-    name: str
-    problem: str | None = None
-    num_rows: int = 0
-    first_ts: int | None = None
-    last_ts: int | None = None
-    reasons: Counter[str] = field(default_factory=Counter)
-    events: list[DataFile] = field(default_factory=list)
-    quarantine: list[DataFile] = field(default_factory=list)
-
-    def count(self, good: pa.Table, bad: pa.Table) -> None:
-        """Adds the rows of one batch."""
-        self.num_rows += len(good)
-        self.reasons.update(bad["reason"].to_pylist())
-        if len(good):
-            times = pc.min_max(good["event_ts"].cast(pa.int64())).as_py()
-            self.first_ts = times["min"] if self.first_ts is None else min(self.first_ts, times["min"])
-            self.last_ts = times["max"] if self.last_ts is None else max(self.last_ts, times["max"])
-
-    def to_row(self) -> dict[str, Any]:
-        """As a row of a Ray Data block."""
-        reasons = [{"reason": reason, "count": count} for reason, count in self.reasons.items()]
-        files = {name: [vars(file) for file in getattr(self, name)] for name in ("events", "quarantine")}
-        return {**vars(self), **files, "reasons": reasons}
-
-    @staticmethod
-    def from_row(row: dict[str, Any]) -> "PartReport":
-        reasons = Counter({pair["reason"]: pair["count"] for pair in row["reasons"]})
-        files = {name: [DataFile(**file) for file in row[name]] for name in ("events", "quarantine")}
-        return PartReport(**{**row, **files, "reasons": reasons})
 
 
 @dataclass(frozen=True)
@@ -88,12 +43,12 @@ class PartImporter:
 
     def __call__(self, parts: pa.Table) -> pa.Table:
         reports = [self.import_part(_part(row)).to_row() for row in parts.to_pylist()]
-        return pa.Table.from_pylist(reports, schema=_REPORT)
+        return pa.Table.from_pylist(reports, schema=REPORT_SCHEMA)
 
     def import_part(self, part: Part) -> PartReport:
         """Reads one part. One that cannot be read leaves no files: it is reported if so told, or else raises UserError."""
         name = f"{hashlib.sha256(part.content_id.encode()).hexdigest()[:16]}-{part.number}"
-        report = PartReport(part.content_id, part.name)
+        report = PartReport(part.content_id, part.name, part.number)
         days = DayFiles(self.events_path, name)
         try:
             with _UnfitFile(self.quarantine_path, f"part-{name}.parquet") as unfit:
@@ -109,7 +64,7 @@ class PartImporter:
                 raise UserError(
                     f"{error}; restore the file, or leave it out with --import_events.skip_unreadable_files"
                 ) from None
-            return PartReport(part.content_id, part.name, problem=str(error))
+            return PartReport(part.content_id, part.name, part.number, problem=str(error))
         report.events = days.finish()
         return report
 
@@ -139,14 +94,7 @@ def write_events(parts: Sequence[Part], importer: PartImporter) -> list[PartRepo
     items = ray.data.from_items([asdict(part) for part in parts], override_num_blocks=num_blocks)
     imported = items.map_batches(importer, batch_format="pyarrow", batch_size=None)
     rows = track(imported.iter_rows(), len(parts), "import events", "parts")
-    return sorted((PartReport.from_row(row) for row in rows), key=lambda report: report.name)
-
-
-def remove_files(report: PartReport, events_path: str, quarantine_path: str) -> None:
-    """Removes what a part has written."""
-    for path, files in ((events_path, report.events), (quarantine_path, report.quarantine)):
-        for file in files:
-            remove_tree(f"{path}/{file.path}")
+    return sorted((PartReport.from_row(row) for row in rows), key=lambda report: (report.name, report.number))
 
 
 class _UnfitFile(AbstractContextManager):
@@ -184,10 +132,8 @@ def _as_text(unfit: pa.Table, schema: EventSchema, path: str) -> pa.Table:
 
 def _check_types(part: Part, report: PartReport, schema: EventSchema) -> None:
     """A column of which nothing parses is the wrong column, not a few bad rows."""
+    num_rows = report.num_rows + report.reasons.total()
     for reason, count in report.reasons.items():
         name = reason.partition(" is not ")[0]
-        if count == report.num_rows + report.reasons.total() and name in schema.events_arrow().names:
-            raise FileError(
-                part.path,
-                f"in all {count} rows {reason}, as event_schema says: change the schema or convert the column",
-            )
+        if count == num_rows and name in schema.events_arrow().names:
+            raise FileError(part.path, f"{reason} in any of {num_rows} rows: change event_schema or convert the column")
