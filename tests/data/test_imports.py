@@ -177,6 +177,23 @@ def test_a_file_damaged_after_its_first_rows_leaves_none_of_them(
     assert written == set(version.files())
 
 
+def test_of_a_large_file_with_one_damaged_stretch_no_other_stretch_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longer.datasets.source._STRETCH_BYTES", 1000)
+    write_day(tmp_path / "log", 1)
+    path = tmp_path / "log/day-0.parquet"
+    pq.write_table(pa.table(day(0, 400)), path, row_group_size=100, compression="none", use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    offset = pq.ParquetFile(path).metadata.row_group(2).column(1).data_page_offset
+    content[offset : offset + 20] = b"\xff" * 20
+    path.write_bytes(content)
+    version = import_events.run(settings_of(tmp_path / "run", tmp_path / "log", skip_unreadable_files=True))
+    assert (version.manifest["num_rows"], version.manifest["skipped"]) == (20, ["day-0.parquet"])
+    written = {str(path) for path in (tmp_path / "run/tables/events").rglob("*.parquet")}
+    assert written == set(version.files())
+
+
 def test_an_empty_day_is_no_mistake_and_is_not_read_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_day(tmp_path / "log", 0)
     (tmp_path / "log/empty.csv").write_text("")
