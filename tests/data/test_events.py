@@ -1,15 +1,13 @@
 """Rows that cannot be used are told apart, with the reason, and never reach the events table."""
 
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from longer.data.events import check_rows, write_events
+from longer.data.events import check_rows
 from longer.errors import UserError
-from tests.data.logs import BASKETS, log
+from tests.data.logs import BASKETS
 
 NOW = datetime(2020, 1, 1, tzinfo=UTC)
 
@@ -63,16 +61,34 @@ def test_a_missing_column_and_one_of_another_type_name_the_column() -> None:
     good = raw(["2019-05-01"])
     with pytest.raises(UserError, match="no column 'quantity'"):
         check_rows(good.drop_columns(["quantity"]), BASKETS, NOW)
-    with pytest.raises(UserError, match="column 'item_id' of the log is string, the schema says int64"):
-        check_rows(raw(["2019-05-01"], item_id=["x"]), BASKETS, NOW)
-    with pytest.raises(UserError, match="column 'event_ts' of the log is double"):
-        check_rows(raw([1.5]), BASKETS, NOW)
+    with pytest.raises(UserError, match=r"column 'item_id' is list<.*>, event_schema says int64"):
+        check_rows(raw(["2019-05-01"], item_id=[[1]]), BASKETS, NOW)
+    with pytest.raises(UserError, match="column 'event_ts' is bool"):
+        check_rows(raw([True]), BASKETS, NOW)
 
 
-def test_each_utc_day_is_one_file_and_no_row_is_lost(tmp_path: Path) -> None:
-    events = log([(1, day % 3, item, 1) for day, item in enumerate(range(1, 20))])
-    files = write_events(events, str(tmp_path))
-    assert [file.path for file in files] == [f"dt=2016-07-{18 + day}/part-0.parquet" for day in range(3)]
-    written = pa.concat_tables([pq.read_table(tmp_path / f.path, partitioning=None) for f in files])
-    assert written.schema.equals(BASKETS.events_arrow())
-    assert written.sort_by("item_id").equals(events.sort_by("item_id"))
+def test_negative_keys_and_values_that_do_not_parse_are_quarantined() -> None:
+    days = ["2019-05-01"] * 5
+    columns = {
+        "user_id": [-1, 1, 1, 1, 1],
+        "item_id": ["2", "-2", "two", "2", "2"],
+        "quantity": ["1", "1", "1", "many", ""],
+    }
+    events, quarantined = check_rows(raw(days, **columns), BASKETS, NOW)
+    assert quarantined["reason"].to_pylist() == [
+        "negative user_id",
+        "negative item_id",
+        "item_id is not an integer",
+        "quantity is not a number",
+        "quantity is not a number",
+    ]
+    assert len(events) == 0
+    good, none = check_rows(raw(days, user_id=["1"] * 5, quantity=[None] * 5), BASKETS, NOW)
+    assert (len(good), len(none)) == (5, 0)
+
+
+def test_what_the_reader_could_not_take_apart_keeps_its_own_reason() -> None:
+    torn = raw([None, "2019-05-01"], user_id=[None, 1], reason=pa.array(["not 7 fields", None]))
+    events, quarantined = check_rows(torn, BASKETS, NOW)
+    assert len(events) == 1
+    assert quarantined["reason"].to_pylist() == ["not 7 fields"]

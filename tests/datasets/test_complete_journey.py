@@ -28,8 +28,17 @@ def write_files(folder: Path, **changes: list) -> str:
     return str(folder)
 
 
+NAMES = ("user_id", "event_ts", "basket_id", "item_id", "action", "category", "department", "quantity", "sales_value")
+
+
+def read(source: str) -> pa.Table:
+    (part,) = complete_journey.locate(source)
+    (batch,) = complete_journey.read(part, NAMES)
+    return batch
+
+
 def test_lines_get_their_products_features_and_null_where_the_product_is_unknown(tmp_path: Path) -> None:
-    table = complete_journey.read(complete_journey.locate(write_files(tmp_path)))
+    table = read(write_files(tmp_path))
     assert table["user_id"].to_pylist() == [9, 9, 8]
     assert table["item_id"].to_pylist() == [5, 6, 7]
     assert table["category"].to_pylist() == ["BREAD", None, None]
@@ -42,7 +51,7 @@ def test_a_basket_torn_over_two_times_is_named(tmp_path: Path) -> None:
     times = [datetime(2017, 1, 1, 12), datetime(2017, 1, 1, 13), datetime(2017, 1, 2)]
     source = write_files(tmp_path, transaction_timestamp=times)
     with pytest.raises(UserError, match="basket 100 has lines with different event_ts"):
-        complete_journey.read(complete_journey.locate(source))
+        read(source)
 
 
 def test_a_missing_an_unreadable_and_a_wrong_file_are_named(tmp_path: Path) -> None:
@@ -51,10 +60,10 @@ def test_a_missing_an_unreadable_and_a_wrong_file_are_named(tmp_path: Path) -> N
     source = write_files(tmp_path)
     pq.write_table(pa.table({"product_id": [1]}), tmp_path / "products.parquet")
     with pytest.raises(UserError, match=r"products.parquet: no column 'product_category'"):
-        complete_journey.read(complete_journey.locate(source))
+        read(source)
     (tmp_path / "products.parquet").write_bytes(b"not parquet at all")
     with pytest.raises(UserError, match=r"products.parquet: not a readable Parquet file"):
-        complete_journey.read(complete_journey.locate(source))
+        read(source)
 
 
 def test_a_failed_download_leaves_no_cache_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

