@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.regroup import measure
-from benchmarks.regroup.digest import Digest, digest_log, problem_of
+from benchmarks.regroup.digest import Digest, digest_log, problem_of, rows_of_files
 from benchmarks.regroup.job import Job
 from benchmarks.regroup.libraries import FORMS
 from longer.config import GenerateSettings
@@ -46,7 +46,7 @@ def rows_of(job: Job) -> list[dict]:
 
 def problem(job: Job, rows: list[dict]) -> str:
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA.sequences_arrow()), f"{job.out}/rows.parquet")
-    return problem_of([f"{job.out}/rows.parquet"], digest_of(job))
+    return problem_of(rows_of_files([f"{job.out}/rows.parquet"]), digest_of(job))
 
 
 def test_every_way_to_be_wrong_is_seen(job: Job) -> None:
@@ -80,7 +80,7 @@ def test_every_form_that_counts_gives_the_right_result(job: Job, form: str) -> N
     limited = replace(job, memory_bytes=1 << 30)
     run = measure.measure(form, limited, timeout_s=60)
     assert run.problem == ""
-    assert problem_of(run.files, digest_of(job)) == ""
+    assert problem_of(rows_of_files(run.files), digest_of(job)) == ""
 
 
 @pytest.mark.parametrize("by_kernel", [True, False])
