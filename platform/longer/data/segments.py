@@ -1,7 +1,7 @@
 """The log cut by hash bucket: one file a block of the log, one self-contained segment a bucket in it. No Ray; local or S3.
 
 Reading a bucket takes one ranged read a block, so neither pass holds more than one block or one bucket, however long the log is.
-A segment is two Arrow IPC streams: the bucket's events, and what is known of older ones that were cut (`Older`).
+A segment is one or two Arrow IPC streams: the bucket's events, and what is known of older ones that were cut (`Older`).
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -84,22 +84,26 @@ def write_segments(
         for bucket, (begin, end) in enumerate(pairwise(bounds)):
             if begin < end:
                 _write_stream(sink, events.slice(begin, end - begin))
-                _write_stream(sink, _older_table(older, bucket_of_older == bucket))
+                if (of_bucket := bucket_of_older == bucket).any():
+                    _write_stream(sink, _older_table(older, of_bucket))
             starts.append(sink.tell())
     return starts
 
 
 def read_segments(segments: list[Segment], schema: EventSchema) -> tuple[pa.Table, Older]:
     """All events of one bucket, and what was cut, from its segment in each block."""
-    with ThreadPoolExecutor(_NUM_READ_THREADS) as pool:
-        parts = list(pool.map(_read_segment, [segment for segment in segments if segment[1] < segment[2]]))
-    user_type = schema.id_types[0]
+    filled = [segment for segment in segments if segment[1] < segment[2]]
+    if filled[0][0].startswith("s3://"):  # a local read takes less than handing it to a thread
+        with ThreadPoolExecutor(_NUM_READ_THREADS) as pool:
+            parts = list(pool.map(_read_segment, filled))
+    else:
+        parts = [_read_segment(segment) for segment in filled]
+    events = [events for events, _ in parts]
+    columns = {field.name: _joined(events, field) for field in schema.events_arrow()}
     older = [
-        Older(single_array(t["user_id"]).cast(user_type), t["num_events"].to_numpy(), t["last_ts"].to_numpy())
-        for _, t in parts
+        Older(single_array(t["user_id"]), t["num_events"].to_numpy(), t["last_ts"].to_numpy()) for _, t in parts if t
     ]
-    events = _concatenate([_widened(events, schema.events_arrow()) for events, _ in parts], schema.events_arrow())
-    return events, Older.concatenate([Older.none(schema), *older])
+    return pa.table(columns), Older.concatenate([Older.none(schema), *older])
 
 
 def _narrowed(events: pa.Table) -> pa.Table:
@@ -109,49 +113,48 @@ def _narrowed(events: pa.Table) -> pa.Table:
     """
     columns, fields = [], []
     for field in events.schema:
-        column = single_array(events[field.name])
+        column, metadata = single_array(events[field.name]), None
         if pa.types.is_dictionary(field.type):
             column = pa.DictionaryArray.from_arrays(column.indices.cast(pa.int16()), column.dictionary)
-        elif pa.types.is_integer(field.type) or pa.types.is_timestamp(field.type):
-            least, most = pc.min_max(column.cast(pa.int64())).as_py().values()
-            if least is not None and most - least < 1 << 32:
-                distance = pc.subtract(column.cast(pa.int64()), least).cast(pa.uint32())
-                columns.append(distance)
-                fields.append(pa.field(field.name, pa.uint32(), metadata={_LEAST: str(least)}))
-                continue
+        elif _is_integral(field.type) and len(column) and not column.null_count:
+            values = column.cast(pa.int64())
+            least, most = pc.min_max(values).as_py().values()
+            if most - least < 1 << 32:
+                column, metadata = pc.subtract(values, least).cast(pa.uint32()), {_LEAST: str(least)}
         columns.append(column)
-        fields.append(pa.field(field.name, column.type))
+        fields.append(pa.field(field.name, column.type, metadata=metadata))
     return pa.table(columns, pa.schema(fields))
 
 
-def _widened(events: pa.Table, plain: pa.Schema) -> pa.Table:
-    """The inverse of `_narrowed`; dictionaries stay."""
-    columns = {}
-    for field in events.schema:
-        column = single_array(events[field.name])
-        if field.metadata and _LEAST in field.metadata:
-            wide = pc.add(column.cast(pa.int64()), int(field.metadata[_LEAST]))
-            column = wide.cast(plain.field(field.name).type)
-        columns[field.name] = column
-    return pa.table(columns)
+def _joined(parts: list[pa.Table], field: pa.Field) -> pa.Array:
+    """A column of all parts, as wide as it was; it stays coded if it is in all of them."""
+    chunks = [single_array(part[field.name]) for part in parts]
+    leasts = [(part.schema.field(field.name).metadata or {}).get(_LEAST) for part in parts]
+    if _is_integral(field.type) and None not in leasts:
+        distances = np.concatenate([chunk.to_numpy() for chunk in chunks])
+        values = np.repeat(np.array(leasts, np.int64), [len(chunk) for chunk in chunks])
+        values += distances
+        return pa.array(values).cast(field.type)
+    if all(pa.types.is_dictionary(chunk.type) for chunk in chunks):
+        return pa.chunked_array(chunks).combine_chunks()
+    return pa.concat_arrays([_widened(chunk, least, field.type) for chunk, least in zip(chunks, leasts, strict=True)])
 
 
-def _concatenate(parts: list[pa.Table], plain: pa.Schema) -> pa.Table:
-    """One table; a column that is plain in one part is plain in all."""
-    in_all = [
-        f for f in plain if parts and all(pa.types.is_dictionary(part.schema.field(f.name).type) for part in parts)
-    ]
-    coded = {f.name: pa.dictionary(pa.int16(), f.type) for f in in_all}
-    wanted = pa.schema([pa.field(f.name, coded.get(f.name, f.type)) for f in plain])
-    return pa.concat_tables([wanted.empty_table(), *(part.cast(wanted) for part in parts)]).combine_chunks()
+def _widened(chunk: pa.Array, least: bytes | None, wanted: pa.DataType) -> pa.Array:
+    return (chunk if least is None else pc.add(chunk.cast(pa.int64()), int(least))).cast(wanted)
 
 
-def _read_segment(segment: Segment) -> tuple[pa.Table, pa.Table]:
+def _is_integral(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_timestamp(kind)
+
+
+def _read_segment(segment: Segment) -> tuple[pa.Table, pa.Table | None]:
     path, start, end = segment
     filesystem, bare = arrow_filesystem(path)
     with filesystem.open_input_file(bare) as file:
         stream = pa.BufferReader(file.read_at(end - start, start))
-    return pa.ipc.open_stream(stream).read_all(), pa.ipc.open_stream(stream).read_all()
+    events = pa.ipc.open_stream(stream).read_all()
+    return events, pa.ipc.open_stream(stream).read_all() if stream.tell() < end - start else None
 
 
 def _write_stream(sink: pa.NativeFile, table: pa.Table) -> None:
