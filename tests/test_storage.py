@@ -64,6 +64,18 @@ def test_a_file_shared_with_an_earlier_version_is_found_there_and_missed_when_go
     assert table.reuse("v2") is None
 
 
+def test_a_version_of_another_table_format_is_built_anew_not_misread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = Table(f"{tmp_path}/events")
+    table.begin("v")
+    table.publish("v", {}, [])
+    monkeypatch.setattr("longer.storage.TABLE_FORMAT", -1)
+    assert table.find("v") is None
+    assert table.current() is None
+    assert table.reuse("v") is None
+
+
 def test_checksums_are_the_same_written_or_read_back(tmp_path: Path) -> None:
     table = Table(f"{tmp_path}/events")
     with checked_output(table.begin("v"), "a/b.parquet") as sink:

@@ -165,12 +165,13 @@ class Table:
         return version
 
     def find(self, version_id: str) -> Version | None:
-        """A published version by id, served or not."""
+        """A published version by id, served or not; one of another table format is none, so that its job builds it anew."""
         path = f"{self.path}/{version_id}"
         try:
-            return Version(version_id, path, _read_json(f"{path}/{_MANIFEST}"))
+            manifest = _read_json(f"{path}/{_MANIFEST}")
         except FileNotFoundError:
             return None
+        return Version(version_id, path, manifest) if manifest["table_format"] == TABLE_FORMAT else None
 
     def reuse(self, version_id: str) -> Version | None:
         """A published version by id, now the one that is served; None too if some of its files are gone, so that it is rebuilt."""
