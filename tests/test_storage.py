@@ -1,6 +1,7 @@
 """A table never shows half a version, on disk and on S3."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 
 import longer
 from longer.errors import UserError
-from longer.storage import Table, checked_output, filesystem, fingerprint, read_bytes, write_bytes
+from longer.storage import TABLE_FORMAT, Table, checked_output, filesystem, fingerprint, read_bytes, write_bytes
 
 
 def publish(table: Table, version_id: str, content: bytes) -> None:
@@ -32,7 +33,8 @@ def test_a_crash_between_data_and_manifest_leaves_the_last_version_served(tmp_pa
 def test_a_crash_between_manifest_and_pointer_leaves_the_last_version_served(tmp_path: Path) -> None:
     table = Table(f"{tmp_path}/events")
     publish(table, "first", b"old")
-    write_bytes(f"{tmp_path}/events/second/_MANIFEST.json", b'{"files": []}')
+    manifest = {"table_format": TABLE_FORMAT, "files": []}
+    write_bytes(f"{tmp_path}/events/second/_MANIFEST.json", json.dumps(manifest).encode())
     assert table.require("jobs.import_events").id == "first"
     reused = table.reuse("second")
     assert reused is not None
