@@ -1,7 +1,7 @@
 """A log to the events table: each part is read, checked and written in bounded memory, a few parts a Ray Data task.
 
-What a part becomes depends on the part only: `dt=DAY/part-<content>-<stretch>.parquet`. So the table is the same whatever the
-number of tasks, and a task that is killed and tried again writes the same files again.
+What a part becomes depends on the part only: `dt=DAY/part-<hash of its name>-<stretch>.parquet`. So the table is the same whatever
+the number of tasks, and a task that is killed and tried again writes the same files again.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ class PartImporter:
 
     def import_part(self, part: Part) -> PartReport:
         """Reads one part. One that cannot be read leaves no files: it is reported if so told, or else raises UserError."""
-        name = f"{hashlib.sha256(part.content_id.encode()).hexdigest()[:16]}-{part.number}"
+        name = f"{hashlib.sha256(part.name.encode()).hexdigest()[:16]}-{part.number}"
         report = PartReport(part.content_id, part.name, part.number)
         days = DayFiles(self.events_path, name)
         try:
