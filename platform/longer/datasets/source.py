@@ -4,7 +4,7 @@ import fnmatch
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 
@@ -85,27 +85,23 @@ def find_files(source: str, patterns: Sequence[str]) -> list[Part]:
         if not any(step.startswith((".", "_")) for step in name.split("/"))
         and any(fnmatch.fnmatch(name.rpartition("/")[2], pattern) for pattern in patterns)
     ]
-    scheme = "s3://" if source.startswith("s3://") else ""
-
-    def part(path: str) -> Part:
-        info = found[path]
-        content_id = f"etag:{info['ETag'].strip(chr(34))}-{info['size']}" if scheme else f"sha256:{checksum(path)}"
-        return Part(scheme + path, names[path], content_id, info["size"])
-
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        return list(pool.map(part, sorted(visible)))
+        return list(pool.map(lambda path: _part(source, path, names[path], found[path]), sorted(visible)))
 
 
 def require_files(source: str, *names: str) -> list[Part]:
-    """One file of each name under `source`; a UserError names the first that is missing."""
-    found = {file.name: file for file in find_files(source, names)}
+    """The files of these names in the folder `source`; a UserError names the first that is missing."""
+    folder = source.rstrip("/")
+    fs, bare = filesystem(folder)
+    parts = []
     for name in names:
-        if name not in found:
+        try:
+            parts.append(_part(source, f"{bare}/{name}", name, fs.info(f"{bare}/{name}")))
+        except FileNotFoundError:
             raise UserError(
-                f"import_events.source: {source.rstrip('/')}/{name}: no such file; "
-                f"the folder must hold {' and '.join(names)}"
-            )
-    return [found[name] for name in names]
+                f"import_events.source: {folder}/{name}: no such file; the folder must hold {' and '.join(names)}"
+            ) from None
+    return parts
 
 
 def require_parts(source: str, parts: list[Part], wanted: str) -> list[Part]:
@@ -113,6 +109,13 @@ def require_parts(source: str, parts: list[Part], wanted: str) -> list[Part]:
     if not parts:
         raise UserError(f"import_events.source: {source}: no log there: it must hold {wanted}")
     return parts
+
+
+def _part(source: str, path: str, name: str, info: dict[str, Any]) -> Part:
+    if source.startswith("s3://"):
+        content_id = f"etag:{info['ETag'].strip(chr(34))}-{info['size']}"
+        return Part(f"s3://{path}", name, content_id, info["size"])
+    return Part(path, name, f"sha256:{checksum(path)}", info["size"])
 
 
 def _stretches(file: Part) -> list[Part]:
