@@ -4,8 +4,9 @@ from datetime import datetime
 
 from longer.config import Settings
 from longer.data.events import iso_time
+from longer.data.items import read_items
 from longer.data.ray_requests import RequestBuilder, build_catalogue, write_requests
-from longer.data.requests import SplitTimes, split_times
+from longer.data.requests import SplitTimes, split_times, with_features
 from longer.data.tables import SequenceTable
 from longer.errors import UserError
 from longer.progress import say
@@ -34,6 +35,9 @@ def run(settings: Settings) -> Version:
         return published
     splits = _split_times(settings, sequences)
     catalogue = build_catalogue(histories, splits)
+    if schema.features_of("item"):
+        items = read_items(settings.path("tables", "items"), sequences.id, schema)
+        catalogue = with_features(catalogue, items, schema)
     builder = RequestBuilder(
         schema, splits, windows, settings.requests.negatives_per_positive, settings.seed, table.begin(version_id)
     )

@@ -4,11 +4,10 @@ python -m jobs.build_sequences --config configs/quickstart.yaml [--since-last]
 """
 
 from longer.config import Settings
-from longer.data.build_plan import plan_build
-from longer.data.items import publish_items
-from longer.data.ray_requests import build_items
+from longer.data.build_plan import BuildPlan, plan_build
+from longer.data.ray_items import publish_items
 from longer.data.ray_sequences import Build, readable_files, write_sequences
-from longer.data.tables import SequenceTable, open_version
+from longer.data.tables import open_version
 from longer.errors import UserError
 from longer.progress import say
 from longer.runner import run_job, user_error_in
@@ -20,30 +19,31 @@ def run(settings: Settings, since_last: bool = False) -> Version:
 
     With `since_last`, the last version with the events merged in that have come since.
     """
-    version, schema = _sequences(settings, since_last), settings.event_schema
+    table, schema = Table(settings.path("tables", "sequences")), settings.event_schema
+    base = table.current() if since_last else None
+    version = _sequences(settings, table, base)
     if schema.features_of("item"):
-        sequences = SequenceTable(settings.path("tables", "sequences"), schema, version.id)
-        publish_items(settings.path("tables", "items"), version.id, schema, lambda: build_items(sequences))
+        publish_items(settings.path("tables", "items"), settings.path("tables", "events"), version, base, schema)
     return version
 
 
-def _sequences(settings: Settings, since_last: bool) -> Version:
+def _sequences(settings: Settings, table: Table, base: Version | None) -> Version:
     schema, asked = settings.event_schema, settings.sequences
     events = open_version(settings.path("tables", "events"), schema, None, "jobs.import_events")
-    table = Table(settings.path("tables", "sequences"))
-    base = table.current() if since_last else None
-    if base and base.manifest["inputs"]["events"] == events.id:
+    if base and base.manifest["inputs"]["events"] == events.id and "skipped" not in base.manifest["inputs"]:
         say("build_sequences", f"version {base.id} has all events, nothing changed")
         return base
     rows_of = readable_files(events.files(), schema, True) if asked.skip_unreadable_files else None
-    plan = plan_build(settings, events, set(events.files()) - set(rows_of) if rows_of else set(), base)
+    unreadable = set(events.files()) - set(rows_of) if rows_of is not None else set()
+    plan = plan_build(settings, events, unreadable, base)
     if published := table.reuse(plan.version_id):
+        remove_tree(Build(plan, schema, published.path).scratch)  # if a run was killed before it could
         say("build_sequences", f"version {published.id} is already built, nothing changed")
         return published
     rows_of = rows_of or readable_files(plan.files, schema, False)
     if not base and not any(sum(rows_of[path]) for path in plan.files):
         raise UserError(f"{events.path}: the event log is empty: import a log with at least one event")
-    build = Build(plan, schema, table.resume(plan.version_id))
+    build = Build(plan, schema, _folder(table, plan))
     try:
         blocks, buckets = write_sequences(build, {path: rows_of[path] for path in plan.files})
     except Exception as error:
@@ -54,6 +54,15 @@ def _sequences(settings: Settings, since_last: bool) -> Version:
     remove_tree(build.scratch)
     _tell(version, base)
     return version
+
+
+def _folder(table: Table, plan: BuildPlan) -> str:
+    """Where to write: what a killed run of this build has done is there, what is left of others is removed."""
+    if table.find(plan.version_id):  # it lost files: its records cannot be trusted
+        return table.begin(plan.version_id)
+    path = table.resume(plan.version_id)
+    table.sweep(but=plan.version_id)
+    return path
 
 
 def _tell(version: Version, base: Version | None) -> None:

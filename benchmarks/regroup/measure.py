@@ -184,7 +184,8 @@ def _enter(memory: _Group | _Tree, num_cores: int) -> None:
 
 def _environment() -> dict[str, str]:
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
-    return {**token, **os.environ}
+    same_priority = {"RAY_worker_niceness": "0"}  # Ray's default, 15, would let anything else on the machine go first
+    return {**token, **same_priority, **os.environ}
 
 
 def _pss_bytes(process: int) -> int:

@@ -9,6 +9,7 @@ S3 credentials, region and endpoint (AWS_ENDPOINT_URL) come from the usual envir
 """
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -135,9 +136,21 @@ class Version:
         """The same files with their sizes and checksums, as another version shares them."""
         return [DataFile(**file) for file in self.manifest["files"]]
 
+    @property
+    def table_path(self) -> str:
+        return self.path.rpartition("/")[0]
+
     def path_of(self, file: DataFile) -> str:
         """Full path of one of the data files, whichever version wrote it."""
-        return f"{self.path.rpartition('/')[0]}/{file.version}/{file.path}"
+        return f"{self.table_path}/{file.version}/{file.path}"
+
+    def is_whole(self) -> bool:
+        """Whether every file that the manifest lists is there, at its size."""
+        fs, table = filesystem(self.table_path)
+        listed = {f"{table}/{file.version}/{file.path}": file.num_bytes for file in self.data_files()}
+        folders = {file.version for file in self.data_files()}
+        sizes = {name: info["size"] for v in folders for name, info in fs.find(f"{table}/{v}", detail=True).items()}
+        return all(sizes.get(name) == num_bytes for name, num_bytes in listed.items())
 
 
 class Table:
@@ -176,7 +189,7 @@ class Table:
     def reuse(self, version_id: str) -> Version | None:
         """A published version by id, now the one that is served; None too if some of its files are gone, so that it is rebuilt."""
         version = self.find(version_id)
-        if version is None or not _is_whole(version):
+        if version is None or not version.is_whole():
             return None
         self._serve(version_id)
         return version
@@ -188,7 +201,7 @@ class Table:
         """
         if self.path.startswith("s3://") or self.path in _held_locks:
             return
-        name = hashlib.sha256(os.path.abspath(self.path).encode()).hexdigest()[:32]
+        name = hashlib.sha256(os.path.realpath(self.path).encode()).hexdigest()[:32]
         lock = open(f"{tempfile.gettempdir()}/longer-{os.getuid()}-{name}.lock", "a")  # noqa: SIM115  (held to the end)
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -217,12 +230,20 @@ class Table:
         self._unpublish(version_id)
         return f"{self.path}/{version_id}"
 
+    def sweep(self, but: str) -> None:
+        """Removes what killed builds left of unpublished versions `but` one. On S3, where no lock tells whose it is, it stays."""
+        self.claim()
+        if not self.path.startswith("s3://"):
+            for folder in glob.glob(f"{glob.escape(self.path)}/*/"):
+                if os.path.basename(folder[:-1]) != but and not os.path.exists(f"{folder}{_MANIFEST}"):
+                    remove_tree(folder[:-1])
+
     def _claim_unpublished(self, version_id: str) -> None:
         self.claim()
         if not self.path.startswith("s3://"):
             _make_folder(self.path)
         published = self.find(version_id)
-        if published and _is_whole(published):
+        if published and published.is_whole():
             raise UserError(f"{self.path}: another run has just published version {version_id}: run again to use it")
 
     def discard(self, version_id: str) -> None:
@@ -318,16 +339,6 @@ def _make_folder(path: str) -> None:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}): choose another --root") from None
-
-
-def _is_whole(version: Version) -> bool:
-    """Whether every file that the manifest lists is there, at its size."""
-    fs, bare = filesystem(version.path)
-    table = bare.rpartition("/")[0]
-    listed = {f"{table}/{file.version}/{file.path}": file.num_bytes for file in version.data_files()}
-    folders = {file.version for file in version.data_files()}
-    sizes = {name: info["size"] for v in folders for name, info in fs.find(f"{table}/{v}", detail=True).items()}
-    return all(sizes.get(name) == num_bytes for name, num_bytes in listed.items())
 
 
 def _read_back(path: str) -> list[DataFile]:

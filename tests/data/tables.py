@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -36,7 +37,7 @@ def publish_sequences(
         pq.write_table(events, sink, row_group_size=max(len(events), 1))
     block = build.cut_block((0, [(f"{build.scratch}/log.parquet", 0, 1)]))
     records = [
-        build.build_bucket((bucket, [(block["path"], start, end)]))
+        build.build_bucket((bucket, np.array([[start, end]])))
         for bucket, (start, end) in enumerate(pairwise(block["starts"]))
         if start < end
     ]

@@ -4,17 +4,19 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from longer.config import ModelSettings, Settings, load_settings
-from longer.data.items import publish_items
+from longer.data.catalogue import first_seen
+from longer.data.items import items_version
 from longer.data.ray_requests import RequestBuilder
 from longer.data.requests import SPLITS, Catalogue, SplitTimes, merge_catalogues, partial_catalogue
-from longer.data.sequences import KeepRule
+from longer.data.sequences import KeepRule, events_of
 from longer.data.tables import SequenceTable
 from longer.model.longer import Longer
 from longer.schema import EventSchema
-from longer.storage import Table, Version, fingerprint
+from longer.storage import Table, Version, checked_output, fingerprint
 from longer.training.checkpoints import save_model
 from tests.data import tables
 
@@ -88,8 +90,12 @@ def catalogue_of(histories: SequenceTable, splits: SplitTimes) -> Catalogue:
 
 def publish_catalogue(settings: Settings, sequences: Version) -> Version:
     histories = SequenceTable(settings.path("tables", "sequences"), settings.event_schema, sequences.id)
-    items = settings.path("tables", "items")
-    return publish_items(items, sequences.id, histories.schema, lambda: catalogue_of(histories, SplitTimes(0, 0)).items)
+    table, schema = Table(settings.path("tables", "items")), histories.schema
+    events = pa.concat_tables([events_of(histories.rows(bucket), schema) for bucket in histories.buckets])
+    version_id = items_version(sequences.id, schema)
+    with checked_output(table.begin(version_id), "part-0.parquet") as sink:
+        pq.write_table(first_seen(events, schema), sink)
+    return table.publish(version_id, {"schema_hash": schema.hash()}, [sink.data_file])
 
 
 def publish_requests(settings: Settings, sequences: Version) -> Version:

@@ -79,10 +79,10 @@ class BuildPlan:
 def plan_build(settings: Settings, events: Version, unreadable: set[str], base: Version | None) -> BuildPlan:
     """The plan for the served events without the `unreadable` files.
 
-    Raises UserError if `base` was built from other events, or with other settings.
+    Raises UserError if `base` was built from other events, or with other settings, or skipped files that are readable now.
     """
     asked, schema_hash = settings.sequences, settings.event_schema.hash()
-    names = {f"{file.version}/{file.path}": events.path_of(file) for file in events.data_files()}
+    names = {_name(file): events.path_of(file) for file in events.data_files()}
     skipped = sorted(name for name, path in names.items() if path in unreadable)
     rule = KeepRule(asked.keep_events, settings.model.windows.stride_events)
     num_buckets = asked.num_buckets or _num_buckets(events, base)
@@ -90,30 +90,46 @@ def plan_build(settings: Settings, events: Version, unreadable: set[str], base: 
     inputs: dict[str, Any] = {"events": events.id}
     if skipped:  # in the id: once they are restored, the table is built anew
         inputs["skipped"] = skipped
-    unread = set(names) - set(skipped)
+    files = set(names.values()) - unreadable
     if base:
-        _check_same("schema_hash", base.manifest["schema_hash"], schema_hash)
-        for name, value in chosen.items():
-            _check_same(f"sequences.{name}", base.manifest["settings"][name], value)
+        _check_base(base, chosen, schema_hash, events, set(skipped))
         inputs |= {
             "base": base.id,
             "late_allowance_hours": asked.late_allowance_hours,
             "merge_share": asked.merge_share,
         }
-        unread -= _read_by(base, events, set(names))
-    return BuildPlan(sorted(names[name] for name in unread), base, rule, chosen, inputs, schema_hash)
+        files -= read_by(base, Table(events.table_path))
+    return BuildPlan(sorted(files), base, rule, chosen, inputs, schema_hash)
 
 
-def _read_by(base: Version, events: Version, names: set[str]) -> set[str]:
-    """The event files that the base holds, by name; all of them must be among the served ones."""
-    before = Table(events.path.rpartition("/")[0]).find(base.manifest["inputs"]["events"])
-    if before is None or not {f"{file.version}/{file.path}" for file in before.data_files()} <= names:
+def read_by(sequences: Version, events: Table) -> set[str]:
+    """Full paths of the event files that a version of the sequence table holds."""
+    version = events.find(sequences.manifest["inputs"]["events"])
+    skipped = sequences.manifest["inputs"].get("skipped", [])
+    return {version.path_of(f) for f in version.data_files() if _name(f) not in skipped} if version else set()
+
+
+def _check_base(base: Version, chosen: dict[str, Any], schema_hash: str, events: Version, skipped: set[str]) -> None:
+    _check_same("schema_hash", base.manifest["schema_hash"], schema_hash)
+    for name, value in chosen.items():
+        _check_same(f"sequences.{name}", base.manifest["settings"][name], value)
+    if not base.is_whole():
+        raise UserError(f"{base.path}: files of this version are gone: run without --since-last")
+    read = read_by(base, Table(events.table_path))
+    if not read or not read <= set(events.files()):
         raise UserError(
             f"{events.path}: does not continue the events that sequences {base.id} were built from: run without --since-last"
         )
-    return {f"{file.version}/{file.path}" for file in before.data_files()} - set(
-        base.manifest["inputs"].get("skipped", [])
-    )
+    if restored := set(base.manifest["inputs"].get("skipped", [])) - skipped:
+        raise UserError(
+            f"{events.table_path}/{min(restored)}: skipped by the last sequences, readable now: run without --since-last, "
+            "so that its events get their places"
+        )
+
+
+def _name(file: DataFile) -> str:
+    """A file of the events table, below it."""
+    return f"{file.version}/{file.path}"
 
 
 def _check_same(name: str, last: Any, now: Any) -> None:

@@ -1,40 +1,30 @@
 """The item catalogue: each item's features, so that a request may name candidates by id only. No torch; local or S3.
 
-A version is one Parquet file, ascending by item: `item_id` and the item features as first seen in the sequence table, which
-are also the ones that the request table gives its candidates.
+A version is one Parquet file, ascending by item: `item_id`, the item features as first seen in the log that a version of the
+sequence table was built from, and when that was. The request table gives its candidates the same.
 """
-
-from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from longer.arrays import Int64
 from longer.data.columns import numbers, read_columns, single_array
 from longer.data.tables import open_version
 from longer.hashing import stable_keys
 from longer.schema import EventSchema
-from longer.storage import TABLE_FORMAT, Table, Version, checked_output, fingerprint
-
-
-def publish_items(path: str, sequences_id: str, schema: EventSchema, build: Callable[[], pa.Table]) -> Version:
-    """The catalogue of all items in a version of the sequence table, which `build` makes if it is not there yet."""
-    table = Table(path)
-    version_id = items_version(sequences_id, schema)
-    if published := table.reuse(version_id):
-        return published
-    items = build()
-    with checked_output(table.begin(version_id), "part-0.parquet") as sink:
-        pq.write_table(items, sink, compression="zstd")
-    manifest = {"schema_hash": schema.hash(), "inputs": {"sequences": sequences_id}, "num_rows": len(items)}
-    return table.publish(version_id, manifest, [sink.data_file])
+from longer.storage import TABLE_FORMAT, fingerprint
 
 
 def items_version(sequences_id: str, schema: EventSchema) -> str:
     """The version of the catalogue that belongs to a version of the sequence table."""
     return fingerprint("items", TABLE_FORMAT, sequences_id, schema.hash())
+
+
+def read_items(path: str, sequences_id: str, schema: EventSchema) -> pa.Table:
+    """The catalogue that belongs to a version of the sequence table."""
+    version = open_version(path, schema, items_version(sequences_id, schema), "jobs.build_sequences")
+    return read_columns(version.files()[0])
 
 
 class ItemTable:

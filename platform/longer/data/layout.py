@@ -1,13 +1,14 @@
 """Where the files of a sequence version lie: a bucket's rows, and the news that an increment left beside them.
 
 `bucket=0007/part-0.parquet`       one row a user (`EventSchema.sequences_arrow`), up to the last time that the bucket was merged
-`news/bucket=0007/part-0.parquet`  one row a user who has younger events: `user_id` and the lists of those events alone
+`news/bucket=0007/part-0.parquet`  one row a user with later events: `user_id`, `num_older`, and the lists of those events alone
 """
 
 from dataclasses import dataclass
 
 import pyarrow as pa
 
+from longer.data.sequences import NUM_OLDER
 from longer.schema import EventSchema
 from longer.storage import DataFile, Version
 
@@ -38,4 +39,5 @@ def bucket_files(version: Version) -> dict[int, BucketFiles]:
 def news_arrow(schema: EventSchema) -> pa.Schema:
     """The columns of a file of news."""
     rows = schema.sequences_arrow()
-    return pa.schema([rows.field(name) for name in ("user_id", *(field.name for field in schema.event_fields()))])
+    lists = [rows.field(field.name) for field in schema.event_fields()]
+    return pa.schema([rows.field("user_id"), pa.field(NUM_OLDER, pa.int64()), *lists])

@@ -66,22 +66,19 @@ def build_catalogue(sequences: SequenceTable, splits: SplitTimes) -> Catalogue:
     parts = each(
         lambda bucket: partial_catalogue(sequences.rows(bucket), schema, splits),
         sequences.buckets,
+        len(sequences.buckets),
         "build catalogue",
         "buckets",
     )
     return merge_catalogues(parts, schema)
 
 
-def build_items(sequences: SequenceTable) -> pa.Table:
-    """All items in the sequence table and their features, as first seen."""
-    return build_catalogue(sequences, SplitTimes(0, 0)).items
-
-
 def write_requests(sequences: SequenceTable, builder: RequestBuilder, catalogue: Catalogue) -> dict[str, Any]:
     """Requests of all buckets, written under the builder's version path; sums of their statistics, and the files."""
     shared = ray.put(catalogue)
+    buckets = sequences.buckets
     stats = each(
-        lambda bucket: builder(sequences, bucket, ray.get(shared)), sequences.buckets, "build requests", "buckets"
+        lambda bucket: builder(sequences, bucket, ray.get(shared)), buckets, len(buckets), "build requests", "buckets"
     )
     total = {
         key: {split: sum(s[key][split] for s in stats) for split in SPLITS}

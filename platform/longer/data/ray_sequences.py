@@ -5,7 +5,7 @@ process holds is one block or one bucket. Measured against Ray Data's shuffles i
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,21 +21,32 @@ from longer.data.build_plan import BuildPlan, Record
 from longer.data.columns import flat_list, read_columns
 from longer.data.layout import BucketFiles, news_arrow, news_path, rows_path
 from longer.data.ray_tasks import each
-from longer.data.segments import Piece, Segment, plan_blocks, read_block, read_segments, write_segments
+from longer.data.segments import (
+    Piece,
+    look_at,
+    look_inside,
+    plan_blocks,
+    read_block,
+    read_segments,
+    write_segments,
+)
 from longer.data.sequences import (
-    KeepRule,
     Older,
     build_sequences,
     events_of,
     merge_sequences,
-    placeable,
+    news_rows,
+    older_of_news,
+    place_news,
     plain,
     totals_with,
+    trim_events,
 )
-from longer.errors import UserError, one_line
+from longer.errors import UserError
+from longer.hashing import stable_keys
 from longer.progress import say, track
 from longer.schema import EventSchema
-from longer.storage import DataFile, arrow_filesystem, checked_output, filesystem, write_bytes
+from longer.storage import DataFile, checked_output, filesystem, write_bytes
 
 POINT_READ_COLUMNS = ["user_id", "first_index", "num_events_total"]
 """Columns with row-group statistics; those of list values would only swell the footer that a point read fetches."""
@@ -56,17 +67,15 @@ class Build:
         return f"{self.version_path}/_scratch"
 
     def cut_block(self, block: tuple[int, list[Piece]]) -> Record:
-        """Writes a block's segments; where they lie."""
+        """Writes a block's segments; what they hold."""
         number, pieces = block
-        path = f"{self.scratch}/block-{number:05d}.arrow"
         log, not_before_ms = read_block(pieces, self.schema), self.plan.not_before_ms
         events = log if not_before_ms is None else _not_before(log, not_before_ms)
-        # which events of an increment can be placed is known only beside the histories, so none is cut before
-        rule = self.plan.rule if not_before_ms is None else None
-        starts = write_segments(path, events, self.schema, self.plan.settings["num_buckets"], rule)
+        starts = write_segments(
+            self._block_path(number), events, self.schema, self.plan.settings["num_buckets"], self.plan.rule
+        )
         times = pc.min_max(events["event_ts"].cast(pa.int64()))
         record = {
-            "path": path,
             "starts": starts,
             "num_events": len(events),
             "num_too_late": len(log) - len(events),
@@ -75,35 +84,45 @@ class Build:
         }
         return self._remember(f"block-{number:05d}", record)
 
-    def build_bucket(self, bucket: tuple[int, list[Segment]]) -> Record:
-        """Writes a bucket's rows, or beside those of the last version its news; what it then holds."""
-        number, segments = bucket
+    def build_bucket(self, bucket: tuple[int, Int64]) -> Record:
+        """Writes a bucket's rows, or beside those of the last version its news; what it then holds.
+
+        `bucket` is its number, and from where to where its segment lies in each block's file, [blocks, 2].
+        """
+        number, spans_K2 = bucket
+        segments = [(self._block_path(block), start, end) for block, (start, end) in enumerate(spans_K2.tolist())]
         events, older = read_segments(segments, self.schema)
         if number in self.plan.base_files:
-            return self._add_news(number, self.plan.base_files[number], plain(events))
+            return self._add_news(number, self.plan.base_files[number], plain(events), older)
         rows = build_sequences(events, older, self.schema, self.plan.rule)
         files = [self._write_lists(rows, rows_path(number))]
         return self._record(number, files, rows["num_events_total"].to_numpy(), num_too_late=0)
 
-    def _add_news(self, number: int, base: BucketFiles, events: pa.Table) -> Record:
+    def _add_news(self, number: int, base: BucketFiles, events: pa.Table, older: Older) -> Record:
         """Of an increment: all news since the bucket's rows were written, or rows written anew if those are many."""
         assert self.plan.base
         path, schema, rule = self.plan.base.path_of(base.rows), self.schema, self.plan.rule
-        counts = read_columns(path, ["user_id", "first_index", "prev_event_ts", "num_events_total"])
-        news = placeable(events, counts)
-        num_too_late = len(events) - len(news)
-        if base.news:
-            news = pa.concat_tables([events_of(read_columns(self.plan.base.path_of(base.news)), schema), news])
-        total_U = totals_with(counts, news)
-        num_kept = pc.sum(counts["num_events_total"]).as_py() - pc.sum(counts["first_index"]).as_py()
-        if len(news) > self.plan.inputs["merge_share"] * num_kept:
-            rows = merge_sequences(read_columns(path), news, schema, rule)
+        kept = read_columns(path, ["user_id", "first_index", "prev_event_ts", "num_events_total"])
+        earlier = read_columns(self.plan.base.path_of(base.news)) if base.news else news_arrow(schema).empty_table()
+        events, older, num_too_late = place_news(
+            pa.concat_tables([events_of(earlier, schema), events]).combine_chunks(),
+            Older.concatenate([older_of_news(earlier), older]),
+            kept,
+            rule,
+        )
+        younger_E, cut = trim_events(events, stable_keys(events["user_id"]), schema, rule)
+        events, older = events.take(pa.array(younger_E)), Older.concatenate([older, cut])
+        total_U = totals_with(kept, events, older)
+        num_kept = pc.sum(kept["num_events_total"]).as_py() - pc.sum(kept["first_index"]).as_py()
+        if len(events) > self.plan.inputs["merge_share"] * num_kept:
+            rows = merge_sequences(read_columns(path), events, older, schema, rule)
             files = [self._write_lists(rows, rows_path(number))]
         else:
-            everything = KeepRule(len(news), 1)
-            lists = build_sequences(news, Older.none(schema), schema, everything).select(news_arrow(schema).names)
-            files = [base.rows, self._write_lists(lists, news_path(number))]
+            files = [base.rows, self._write_lists(news_rows(events, older, schema), news_path(number))]
         return self._record(number, files, total_U, num_too_late)
+
+    def _block_path(self, number: int) -> str:
+        return f"{self.scratch}/block-{number:05d}.arrow"
 
     def _write_lists(self, rows: pa.Table, file: str) -> DataFile:
         """Row groups of about as many events each, so that a point read costs the same whether histories are short or long."""
@@ -141,20 +160,23 @@ class Build:
 def readable_files(files: list[str], schema: EventSchema, skip_unreadable: bool) -> dict[str, list[int]]:
     """The event files to read and the rows of their row groups.
 
-    One that cannot be read, or lacks a column, raises UserError or is skipped and named.
+    One that cannot be read, or lacks a column, raises UserError or is skipped and named. Which are skipped must be known before
+    anything is built, so then each is read to its end, in tasks.
     """
-    with ThreadPoolExecutor(_NUM_FOOTER_THREADS) as pool:
-        looked = pool.map(lambda file: _look_at(file, schema, inside=skip_unreadable), files)
-        readable = {}
-        for file, rows in zip(files, track(looked, len(files), "check event files", "files"), strict=True):
-            if isinstance(rows, list):
-                readable[file] = rows
-            elif skip_unreadable:
-                say("build_sequences", f"skipped {file}: {rows}")
-            else:
-                raise UserError(
-                    f"{file}: {rows}: restore the file, or leave it out with --sequences.skip_unreadable_files"
-                )
+    if skip_unreadable:
+        looked = each(lambda file: look_inside(file, schema), files, len(files), "read event files", "files")
+    else:
+        with ThreadPoolExecutor(_NUM_FOOTER_THREADS) as pool:
+            footers = pool.map(lambda file: look_at(file, schema), files)
+            looked = list(track(footers, len(files), "check event files", "files"))
+    readable = {}
+    for file, rows in zip(files, looked, strict=True):
+        if isinstance(rows, list):
+            readable[file] = rows
+        elif skip_unreadable:
+            say("build_sequences", f"skipped {file}: {rows}")
+        else:
+            raise UserError(f"{file}: {rows}: restore the file, or leave it out with --sequences.skip_unreadable_files")
     return readable
 
 
@@ -164,24 +186,37 @@ def write_sequences(build: Build, files: dict[str, list[int]]) -> tuple[list[Rec
     `files` gives the rows of each file's row groups. What an interrupted run of the same build has finished is not done again.
     """
     done = _records(build.scratch)
-    plan = [(f"block-{number:05d}", (number, pieces)) for number, pieces in enumerate(plan_blocks(files))]
-    blocks = _resume(build.cut_block, plan, done, "cut the log by bucket", "blocks")
-    starts = np.array([block["starts"] for block in blocks], np.int64).reshape(len(blocks), -1)
-    of_buckets: list[tuple[str, Any]] = []
-    for bucket in np.flatnonzero((starts[:, 1:] > starts[:, :-1]).any(axis=0)).tolist():
-        segments = [(block["path"], block["starts"][bucket], block["starts"][bucket + 1]) for block in blocks]
-        of_buckets.append((f"bucket-{bucket:04d}", (bucket, segments)))
-    return blocks, _resume(build.build_bucket, of_buckets, done, "build sequences", "buckets")
+    plan = plan_blocks(files)
+    blocks = _resume(
+        build.cut_block, "block-{:05d}", range(len(plan)), lambda n: (n, plan[n]), done, "cut the log by bucket"
+    )
+    starts_KP1 = np.array([block.pop("starts") for block in blocks], np.int64).reshape(len(blocks), -1)
+    filled = np.flatnonzero((starts_KP1[:, 1:] > starts_KP1[:, :-1]).any(axis=0)).tolist()
+    buckets = _resume(
+        build.build_bucket,
+        "bucket-{:04d}",
+        filled,
+        lambda bucket: (bucket, starts_KP1[:, bucket : bucket + 2]),
+        done,
+        "build sequences",
+    )
+    return blocks, buckets
 
 
 def _resume(
-    function: Callable[[Any], Record], plan: list[tuple[str, Any]], done: dict[str, Record], stage: str, unit: str
+    function: Callable[[Any], Record],
+    name: str,
+    numbers: Sequence[int],
+    argument: Callable[[int], Any],
+    done: dict[str, Record],
+    stage: str,
 ) -> list[Record]:
-    """Records of all that is planned: those that are done already, and those of tasks for the rest."""
-    missing = [(name, argument) for name, argument in plan if name not in done]
-    fresh = each(function, [argument for _, argument in missing], stage, unit)
-    both = done | {name: record for (name, _), record in zip(missing, fresh, strict=True)}
-    return [both[name] for name, _ in plan]
+    """Records of all the numbers: those that are done already, and those of tasks for the rest."""
+    missing = [number for number in numbers if name.format(number) not in done]
+    unit = f"{name.partition('-')[0]}s"
+    fresh = each(function, map(argument, missing), len(missing), stage, unit)
+    both = done | {name.format(number): record for number, record in zip(missing, fresh, strict=True)}
+    return [both[name.format(number)] for number in numbers]
 
 
 def _records(scratch: str) -> dict[str, Record]:
@@ -197,20 +232,3 @@ def _records(scratch: str) -> dict[str, Record]:
 
 def _not_before(events: pa.Table, time_ms: int) -> pa.Table:
     return events.filter(pc.greater_equal(events["event_ts"].cast(pa.int64()), time_ms)).combine_chunks()
-
-
-def _look_at(path: str, schema: EventSchema, inside: bool) -> list[int] | str:
-    """The rows of a file's row groups, or why it cannot be used: damage inside too where it must be known what is skipped."""
-    filesystem, bare = arrow_filesystem(path)
-    try:
-        with filesystem.open_input_file(bare) as opened:
-            file = pq.ParquetFile(opened)
-            names = file.schema_arrow.names
-            if inside:
-                file.read()
-    except (pa.ArrowException, OSError) as error:
-        return f"not a readable Parquet file ({one_line(error)})"
-    missing = [name for name in schema.events_arrow().names if name not in names]
-    if missing:
-        return f"no column {missing[0]!r}"
-    return [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]

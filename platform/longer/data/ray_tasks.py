@@ -1,6 +1,6 @@
 """One Ray task an argument: what the table jobs run on, a task a block of the log or a bucket of users."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -8,17 +8,20 @@ import ray
 
 from longer.progress import track
 
-_MOST_IN_FLIGHT = 512  # waiting costs time for each
+_MOST_IN_FLIGHT = 256  # waiting costs time for each
 
 
-def each(function: Callable[[Any], Any], arguments: Sequence[Any], stage: str, unit: str) -> list[Any]:
-    """The results in the order of the arguments. A task whose worker or node dies runs again, on another node if need be."""
+def each(function: Callable[[Any], Any], arguments: Iterable[Any], total: int, stage: str, unit: str) -> list[Any]:
+    """The results in the order of the arguments. A task whose worker or node dies runs again, on another node if need be.
+
+    Arguments are made as tasks are submitted, so a long list of large ones need never exist.
+    """
     task: Any = ray.remote(lambda argument: function(argument)).options(
         scheduling_strategy="SPREAD"
     )  # no bound methods
     waiting = iter(enumerate(arguments))
     pending: dict[Any, int] = {}
-    results: list[Any] = [None] * len(arguments)
+    results: list[Any] = [None] * total
 
     def finished() -> Iterator[int]:
         while True:
@@ -31,6 +34,6 @@ def each(function: Callable[[Any], Any], arguments: Sequence[Any], stage: str, u
             results[place] = ray.get(done)
             yield place
 
-    for _ in track(finished(), len(arguments), stage, unit):
+    for _ in track(finished(), total, stage, unit):
         pass
     return results

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from longer.arrays import Float32, Histories, Int64
+from longer.data.catalogue import first_seen
 from longer.data.columns import flat_list, list_columns, milliseconds, single_array
 from longer.hashing import hash_int64, stable_keys
 from longer.schema import TIMESTAMP, EventSchema
@@ -79,23 +80,20 @@ def merge_catalogues(parts: list[pa.Table], schema: EventSchema) -> Catalogue:
     )
 
 
+def with_features(catalogue: Catalogue, items: pa.Table, schema: EventSchema) -> Catalogue:
+    """The same items with the features that the item table gives them, so that online and offline candidates agree."""
+    row = pc.index_in(single_array(catalogue.items["item_id"]), single_array(items["item_id"]))
+    features = {name: single_array(items[name]).take(row) for name in schema.features_of("item")}
+    return Catalogue(pa.table({"item_id": catalogue.items["item_id"], **features}), catalogue.cumulative_SI)
+
+
 def _combine(rows: pa.Table, schema: EventSchema) -> pa.Table:
-    """One row an item, ascending: the earliest row's features (ties: the smallest features) and summed counts."""
-    features = list(schema.features_of("item"))
-    order = [(name, "ascending") for name in ("item_id", "event_ts", *features)]
-    distinct = rows.group_by(["item_id", *features]).aggregate(
-        [("event_ts", "min"), *((name, "sum") for name in SPLITS)]
-    )
-    renamed = distinct.rename_columns(
-        [name.removesuffix("_min").removesuffix("_sum") for name in distinct.column_names]
-    )
-    first = renamed.sort_by(order)
-    starts = _run_starts(single_array(first["item_id"]))
-    summed = {name: np.add.reduceat(first[name].to_numpy(), starts) for name in SPLITS}
-    kept = first.select(["item_id", "event_ts", *features]).take(pa.array(starts))
-    for name, counts in summed.items():
-        kept = kept.append_column(name, pa.array(counts))
-    return kept
+    """One row an item, ascending: as first seen, and its summed counts."""
+    counts = rows.group_by("item_id").aggregate([(name, "sum") for name in SPLITS]).sort_by("item_id")
+    first = first_seen(rows, schema)
+    for name in SPLITS:
+        first = first.append_column(name, counts[f"{name}_sum"])
+    return first
 
 
 @dataclass(frozen=True)
@@ -240,11 +238,3 @@ def _changes(*keys: npt.NDArray) -> npt.NDArray[np.bool_]:
     for key in keys:
         changed[1:] |= key[1:] != key[:-1]
     return changed
-
-
-def _run_starts(values: pa.Array) -> Int64:
-    """Where each run of equal values starts."""
-    if not len(values):
-        return np.zeros(0, np.int64)
-    changes = pc.not_equal(values[1:], values[:-1]).to_numpy(zero_copy_only=False)
-    return np.concatenate([[0], np.flatnonzero(changes) + 1]).astype(np.int64)

@@ -16,7 +16,7 @@ from longer.data.columns import single_array
 from longer.data.sequences import KeepRule, Older, trim_events
 from longer.errors import UserError, one_line
 from longer.hashing import bucket_of, stable_keys
-from longer.schema import EventSchema
+from longer.schema import TIMESTAMP, EventSchema
 from longer.storage import arrow_filesystem, make_parents
 
 _BLOCK_ROWS = 2 << 20
@@ -51,6 +51,46 @@ def plan_blocks(files: dict[str, list[int]]) -> list[list[Piece]]:
     return blocks
 
 
+def look_at(path: str, schema: EventSchema) -> list[int] | str:
+    """The rows of a file's row groups, or why it cannot be used."""
+    filesystem, bare = arrow_filesystem(path)
+    try:
+        with filesystem.open_input_file(bare) as opened:
+            file = pq.ParquetFile(opened)
+            there, metadata = file.schema_arrow, file.metadata
+    except (pa.ArrowException, OSError) as error:
+        return f"not a readable Parquet file ({one_line(error)})"
+    for field in schema.events_arrow():
+        if field.name not in there.names:
+            return f"no column {field.name!r}"
+        if not _fits(there.field(field.name).type, field.type):
+            return f"column {field.name!r} is {there.field(field.name).type}, the schema says {field.type}"
+    return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+
+def look_inside(path: str, schema: EventSchema) -> list[int] | str:
+    """The same, of a file that was read to its end."""
+    rows = look_at(path, schema)
+    try:
+        for group in range(len(rows) if isinstance(rows, list) else 0):
+            _read_piece((path, group, group + 1), schema)
+    except UserError as error:
+        return str(error).removeprefix(f"{path}: ")
+    return rows
+
+
+def _fits(given: pa.DataType, wanted: pa.DataType) -> bool:
+    """Whether a column can be read as what the schema says without a guess."""
+    value = given.value_type if pa.types.is_dictionary(given) else given
+    if pa.types.is_timestamp(wanted):
+        return pa.types.is_timestamp(value)
+    if pa.types.is_integer(wanted):
+        return pa.types.is_integer(value)
+    if pa.types.is_string(wanted):
+        return pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_null(value)
+    return pa.types.is_floating(value) or pa.types.is_integer(value) or pa.types.is_null(value)
+
+
 def read_block(pieces: list[Piece], schema: EventSchema) -> pa.Table:
     """The events of a block in the schema's columns; strings of few distinct values stay coded. UserError names a bad file."""
     events = pa.concat_tables([_read_piece(piece, schema) for piece in pieces]).combine_chunks()
@@ -61,17 +101,13 @@ def read_block(pieces: list[Piece], schema: EventSchema) -> pa.Table:
     return events
 
 
-def write_segments(
-    path: str, events: pa.Table, schema: EventSchema, num_buckets: int, rule: KeepRule | None
-) -> list[int]:
-    """Writes a block's segments, its users' histories trimmed by the rule if there is one.
+def write_segments(path: str, events: pa.Table, schema: EventSchema, num_buckets: int, rule: KeepRule) -> list[int]:
+    """Writes a block's segments, its users' histories trimmed by the rule.
 
     Returns where each bucket's segment starts in the file, and where the last ends: [num_buckets + 1].
     """
     key_E = stable_keys(events["user_id"])
-    kept_E, older = np.arange(len(events)), Older.none(schema)
-    if rule:
-        kept_E, older = trim_events(events, key_E, schema, rule)
+    kept_E, older = trim_events(events, key_E, schema, rule)
     bucket_E = bucket_of(key_E[kept_E], num_buckets).astype(np.uint16)  # 16 bits sort by radix
     by_bucket_E = np.argsort(bucket_E, kind="stable")
     bounds = np.searchsorted(bucket_E[by_bucket_E], np.arange(num_buckets + 1))
@@ -157,6 +193,26 @@ def _read_segment(segment: Segment) -> tuple[pa.Table, pa.Table | None]:
     return events, pa.ipc.open_stream(stream).read_all() if stream.tell() < end - start else None
 
 
+def _with_times(events: pa.Table) -> pa.Table:
+    """Times in milliseconds; finer ones are cut, not refused."""
+    times = events["event_ts"].cast(TIMESTAMP, safe=False)
+    return events.set_column(events.column_names.index("event_ts"), "event_ts", times)
+
+
+def write_table(path: str, table: pa.Table) -> None:
+    """A scratch file of one table."""
+    filesystem, bare = arrow_filesystem(path)
+    make_parents(path)
+    with filesystem.open_output_stream(bare) as sink:
+        _write_stream(sink, table)
+
+
+def read_table(path: str) -> pa.Table:
+    filesystem, bare = arrow_filesystem(path)
+    with filesystem.open_input_stream(bare) as source:
+        return pa.ipc.open_stream(source).read_all()
+
+
 def _write_stream(sink: pa.NativeFile, table: pa.Table) -> None:
     with pa.ipc.new_stream(sink, table.schema) as stream:
         stream.write_table(table)
@@ -183,7 +239,7 @@ def _read_piece(piece: Piece, schema: EventSchema) -> pa.Table:
     try:
         file = pq.ParquetFile(filesystem.open_input_file(bare), read_dictionary=strings, pre_buffer=True)
         events = file.read_row_groups(list(range(first, end)), columns=wanted.names, use_threads=False)
-        events = events.select(wanted.names).cast(coded)
+        events = _with_times(events.select(wanted.names)).cast(coded)
     except (pa.ArrowException, OSError) as error:
         raise UserError(
             f"{path}: damaged inside ({one_line(error)}): restore the file or import the log again"

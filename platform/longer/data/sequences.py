@@ -18,6 +18,9 @@ from longer.arrays import NO_EVENT_TS, Int64
 from longer.data.columns import flat_list, list_columns, milliseconds, single_array
 from longer.schema import EventSchema
 
+NUM_OLDER = "num_older"
+"""Column of news: how many of a user's new events are older than those in the lists, and only counted."""
+
 _NUM_BINS = 1 << 16
 _KEY_BITS = 63
 
@@ -124,35 +127,70 @@ def events_of(rows: pa.Table, schema: EventSchema) -> pa.Table:
     )
 
 
-def placeable(news: pa.Table, base: pa.Table) -> pa.Table:
-    """The events of `news` that still have a place in the histories of `base`, rows of the sequence table (lists not needed).
+def place_news(events: pa.Table, older: Older, base: pa.Table, rule: KeepRule) -> tuple[pa.Table, Older, int]:
+    """Of an increment's events, and the `older` ones cut from its blocks: what has a place in the histories of `base`.
 
-    Of a user whose oldest events the table has cut, an event no younger than the last one cut has none that is still known.
+    `base` holds rows of the sequence table, whose lists are not needed. Of a user whose oldest events the table has cut, an event
+    no younger than the last one cut is between events that are not known any more. It can be counted only where so many younger
+    ones are there that nothing of that part is kept; else it comes too late. Gives the events that are placed, those that are
+    only counted, and how many came too late.
     """
-    is_cut_U = base["first_index"].to_numpy() > 0
-    cut_until_U = np.where(is_cut_U, milliseconds(single_array(base["prev_event_ts"])), NO_EVENT_TS)
-    row_E = pc.index_in(single_array(news["user_id"]), single_array(base["user_id"]))
-    too_late_E = pc.less_equal(milliseconds(single_array(news["event_ts"])), pa.array(cut_until_U).take(row_E))
-    return news.filter(pc.invert(pc.fill_null(too_late_E, False)))
-
-
-def totals_with(base: pa.Table, news: pa.Table) -> Int64:
-    """How many events each user of `base` or `news` has in all, in no stated order."""
-    row_E = pc.index_in(single_array(news["user_id"]), single_array(base["user_id"]))
-    added_B = np.bincount(row_E.drop_null().to_numpy(), minlength=len(base))
-    new_users = pc.value_counts(single_array(news["user_id"]).filter(row_E.is_null())).field("counts").to_numpy()
-    return np.concatenate([base["num_events_total"].to_numpy() + added_B, new_users])
-
-
-def merge_sequences(base: pa.Table, news: pa.Table, schema: EventSchema, rule: KeepRule) -> pa.Table:
-    """Rows of `base` with the events of `news`, all placeable, added: equal to a build of all events at once."""
     users = single_array(base["user_id"])
-    has_news_U = pc.is_in(users, single_array(news["user_id"]))
+    first_index_U, total_U = base["first_index"].to_numpy(), base["num_events_total"].to_numpy()
+    cut_until_U = milliseconds(single_array(base["prev_event_ts"]), missing=int(NO_EVENT_TS))
+    row_E = _rows_in(users, events["user_id"])
+    is_known_E = row_E >= 0
+    is_younger_E = ~is_known_E | (milliseconds(single_array(events["event_ts"])) > cut_until_U[row_E])
+    num_younger_U = total_U - first_index_U + np.bincount(row_E[is_known_E & is_younger_E], minlength=len(users))
+    only_counts_U = num_younger_U >= rule.most_needed
+    num_late_U = np.bincount(row_E[is_known_E & ~is_younger_E], minlength=len(users))
+    row_O = _rows_in(users, older.user_id)
+    stays_O = (row_O < 0) | only_counts_U[row_O] | (first_index_U[row_O] == 0)
+    late_U = np.flatnonzero(only_counts_U & (num_late_U > 0))
+    counted = Older(users.take(pa.array(late_U)), num_late_U[late_U], np.full(len(late_U), NO_EVENT_TS))
+    remaining = Older(older.user_id.filter(pa.array(stays_O)), older.num_events[stays_O], older.last_ts[stays_O])
+    num_too_late = int(num_late_U[~only_counts_U].sum() + older.num_events[~stays_O].sum())
+    return events.filter(pa.array(is_younger_E)), Older.concatenate([remaining, counted]), num_too_late
+
+
+def totals_with(base: pa.Table, events: pa.Table, older: Older) -> Int64:
+    """How many events each user of `base` or of the news has in all, in no stated order."""
+    counts = pa.concat_tables(
+        [
+            pa.table({"user_id": base["user_id"], "n": base["num_events_total"]}),
+            pa.table({"user_id": events["user_id"], "n": np.ones(len(events), np.int64)}),
+            pa.table({"user_id": older.user_id, "n": older.num_events}),
+        ]
+    )
+    return counts.group_by("user_id").aggregate([("n", "sum")])["n_sum"].to_numpy()
+
+
+def news_rows(events: pa.Table, older: Older, schema: EventSchema) -> pa.Table:
+    """One row a user with news: what `news_arrow` says."""
+    rows = build_sequences(events, Older.none(schema), schema, KeepRule(max(len(events), 1), 1))
+    num_older_U, _ = _of_users(older, single_array(rows["user_id"]))
+    lists = rows.select([field.name for field in schema.event_fields()])
+    return pa.table(
+        {"user_id": rows["user_id"], NUM_OLDER: num_older_U} | dict(zip(lists.column_names, lists.columns, strict=True))
+    )
+
+
+def older_of_news(rows: pa.Table) -> Older:
+    """What rows of news say of events that are only counted."""
+    num_older = rows[NUM_OLDER].to_numpy()
+    return Older(single_array(rows["user_id"]), num_older, np.full(len(rows), NO_EVENT_TS))
+
+
+def merge_sequences(base: pa.Table, events: pa.Table, older: Older, schema: EventSchema, rule: KeepRule) -> pa.Table:
+    """Rows of `base` with news added that `place_news` let through: equal to a build of all events at once."""
+    users = single_array(base["user_id"])
+    has_news_U = pc.is_in(users, single_array(events["user_id"]))
     changed = base.filter(has_news_U)
     before = milliseconds(single_array(changed["prev_event_ts"]), missing=int(NO_EVENT_TS))
-    older = Older(single_array(changed["user_id"]), changed["first_index"].to_numpy(), before)
-    events = pa.concat_tables([events_of(changed, schema), news]).combine_chunks()
-    rows = pa.concat_tables([base.filter(pc.invert(has_news_U)), build_sequences(events, older, schema, rule)])
+    of_base = Older(single_array(changed["user_id"]), changed["first_index"].to_numpy(), before)
+    all_events = pa.concat_tables([events_of(changed, schema), events]).combine_chunks()
+    merged = build_sequences(all_events, Older.concatenate([of_base, older]), schema, rule)
+    rows = pa.concat_tables([base.filter(pc.invert(has_news_U)), merged])
     return rows.take(pc.sort_indices(rows["user_id"]))
 
 
@@ -208,6 +246,12 @@ def _of_users(older: Older, users: pa.Array) -> tuple[Int64, Int64]:
     np.add.at(num_events_U, rows, older.num_events[known])
     np.maximum.at(last_U, rows, older.last_ts[known])
     return num_events_U, last_U
+
+
+def _rows_in(users: pa.Array, wanted: pa.ChunkedArray | pa.Array) -> Int64:
+    """The row of each wanted user, -1 for one who is not there."""
+    found = pc.fill_null(pc.index_in(wanted, users), -1)
+    return (single_array(found) if isinstance(found, pa.ChunkedArray) else found).to_numpy().astype(np.int64)
 
 
 def plain(table: pa.Table) -> pa.Table:

@@ -12,7 +12,7 @@ from longer.arrays import NO_EVENT_TS, Histories
 from longer.data.batches import Requests
 from longer.data.columns import histories_of, naming, open_parquet, read_columns, requests_of, single_array
 from longer.data.layout import bucket_files, news_arrow, news_path, rows_path
-from longer.data.sequences import KeepRule, events_of, merge_sequences
+from longer.data.sequences import KeepRule, events_of, merge_sequences, older_of_news
 from longer.errors import UserError
 from longer.hashing import bucket_of, stable_keys
 from longer.schema import EventSchema
@@ -71,12 +71,20 @@ class SequenceTable:
 
         Reads only the row groups that can hold the users.
         """
-        wanted = user_ids if isinstance(user_ids, pa.Array) else pa.array(user_ids, self.schema.id_types[0])
+        wanted = self._ids(user_ids)
         buckets = bucket_of(stable_keys(wanted), self.num_buckets)
         parts = [self._merged(b, wanted.filter(pa.array(buckets == b))) for b in np.unique(buckets).tolist()]
         rows = pa.concat_tables([self.schema.sequences_arrow().empty_table(), *parts]).combine_chunks()
         row = pc.index_in(wanted, single_array(rows["user_id"]))
         return _rows_or_empty(histories_of(rows, self.schema), row, stable_keys(wanted))
+
+    def _ids(self, user_ids: pa.Array | Iterable[int] | Iterable[str]) -> pa.Array:
+        id_type = self.schema.id_types[0]
+        given = user_ids if isinstance(user_ids, pa.Array) else pa.array(user_ids)
+        is_one = pa.types.is_integer if id_type == pa.int64() else pa.types.is_string
+        if len(given) and not is_one(given.type):
+            raise UserError(f"user_ids: {given.type} given, the table's are {id_type}: see event_schema.user_id")
+        return given.cast(id_type)
 
     @property
     def buckets(self) -> list[int]:
@@ -97,7 +105,7 @@ class SequenceTable:
         if news_path(bucket) not in self._files:
             return rows
         news = self._read(news_path(bucket), news_arrow(self.schema), users)
-        return merge_sequences(rows, events_of(news, self.schema), self.schema, self.rule)
+        return merge_sequences(rows, events_of(news, self.schema), older_of_news(news), self.schema, self.rule)
 
     def _read(self, file: str, wanted: pa.Schema, users: pa.Array | None) -> pa.Table:
         """Rows of a file, of all users or of some; none if there is no such file."""

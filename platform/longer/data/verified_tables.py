@@ -19,7 +19,7 @@ from longer.arrays import Int64
 from longer.data.columns import single_array
 from longer.data.findings import Findings
 from longer.data.layout import news_arrow
-from longer.data.sequences import events_of, merge_sequences
+from longer.data.sequences import events_of, merge_sequences, older_of_news
 from longer.data.tables import open_version
 from longer.data.verification import HISTORY_COLUMNS, Promises, check_histories, check_requests, check_sequences
 from longer.errors import StorageError, UserError, one_line
@@ -107,6 +107,7 @@ class _Piece:
     parquet: pq.ParquetFile | None
     row_group: int
     news: pa.Table
+    """Rows of `news_arrow`."""
     first_user: object
     last_user: object
 
@@ -172,18 +173,21 @@ class BucketVerifier:
         return single_array(rows["user_id"])[-1:]
 
     def _news(self, files: list[TableFile], report: BucketReport) -> pa.Table:
-        """All events of the bucket's news."""
-        schema, wanted = self.promises.schema, news_arrow(self.promises.schema)
+        """The bucket's news."""
+        wanted = news_arrow(self.promises.schema)
         if files and self.promises.keep is None:
             raise UserError(f"{files[0].path}: news belong to a published table: name that table, not a folder in it")
         rows = [rows for file in files for _, _, rows in _row_groups(file, wanted, report)]
-        return events_of(pa.concat_tables([wanted.empty_table(), *rows]).combine_chunks(), schema)
+        return pa.concat_tables([wanted.empty_table(), *rows]).combine_chunks()
 
     def _with_news(self, rows: pa.Table, piece: _Piece) -> pa.Table:
         if not len(piece.news):
             return rows
         assert self.promises.keep
-        return merge_sequences(rows, piece.news, self.promises.schema, self.promises.keep)
+        schema = self.promises.schema
+        return merge_sequences(
+            rows, events_of(piece.news, schema), older_of_news(piece.news), schema, self.promises.keep
+        )
 
     def _read_piece(self, piece: _Piece, columns: list[str]) -> pa.Table:
         """Some columns of a piece; where there are news, all are needed to know their order."""
