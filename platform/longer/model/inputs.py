@@ -65,14 +65,16 @@ class RequestTensors:
 
     @property
     def request_of_candidate_C(self) -> Tensor:
-        return torch.repeat_interleave(self.candidate_offsets_R1.diff())
+        num_candidates = len(self.candidates["item_id"])  # known here, so that a device need not be asked
+        return torch.repeat_interleave(self.candidate_offsets_R1.diff(), output_size=num_candidates)
 
 
 @dataclass(frozen=True)
 class BatchTensors(RequestTensors):
-    """Requests with the histories that they read; see `longer.arrays.RequestBatch`."""
+    """Requests with the histories that they read; see `longer.arrays.RequestBatch`. `source` is the same on the host."""
 
     histories: EventTensors
+    source: RequestBatch
 
 
 def to_tensors(batch: RequestBatch, device: torch.device | str = "cpu") -> BatchTensors:
@@ -85,6 +87,7 @@ def to_tensors(batch: RequestBatch, device: torch.device | str = "cpu") -> Batch
         candidates=feature_tensors(batch.candidates, device),
         labels={name: _tensor(values, device) for name, values in batch.labels.items()},
         histories=event_tensors(batch.histories, device),
+        source=batch,
     )
 
 
@@ -106,4 +109,9 @@ def feature_tensors(candidates: Candidates, device: torch.device | str = "cpu") 
 def _tensor(array: np.ndarray, device: torch.device | str) -> Tensor:
     if not array.flags.writeable:  # zero-copy views of shared memory; torch warns of writes that never happen
         array = array.copy()
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+    return to_device(torch.from_numpy(np.ascontiguousarray(array)), device)
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The host tensor on a device; to CUDA through pinned memory, so that nobody waits for the work queued there."""
+    return tensor if torch.device(device).type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
