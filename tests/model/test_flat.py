@@ -77,7 +77,8 @@ def test_flat_pass_equals_the_three_steps(name: str, seed: int, lengths: list[in
     )
     batch = random_batch(exact, seed, lengths)
     wanted = outputs_and_gradients(exact, exact(to_tensors(batch)))
-    got = outputs_and_gradients(model, flat_forward(model, to_tensors(batch, DEVICE)))
+    with torch.compiler.set_stance("force_eager"):  # compiling every model costs minutes
+        got = outputs_and_gradients(model, flat_forward(model, to_tensors(batch, DEVICE)))
     names = ["outputs", *(n for n, _ in exact.named_parameters())]
     for what, ours, theirs in zip(names, got, wanted, strict=True):
         error, size = (ours - theirs).norm(), max(theirs.norm(), 1e-2 * wanted[0].numel() ** 0.5)
@@ -98,10 +99,12 @@ def test_states_on_cuda_score_as_the_cpu_does(seed: int, lengths: list[int]) -> 
     candidates = random_candidates(rng, rng.integers(0, 40, len(lengths)).tolist())
     request_ts = np.full(len(lengths), 2_000_000_000_000)
     rows, ends = np.arange(len(lengths)), histories.end_index_B
-    states = encode(model, histories.slice_events(rows, np.zeros_like(ends), ends // 2))
-    states = append(model, states, histories.slice_events(rows, ends // 2, ends))
+    with torch.compiler.set_stance("force_eager"):
+        states = encode(model, histories.slice_events(rows, np.zeros_like(ends), ends // 2))
+        states = append(model, states, histories.slice_events(rows, ends // 2, ends))
+        ours = score(model, states, request_ts, candidates)
     np.testing.assert_allclose(
-        score(model, states, request_ts, candidates),
+        ours,
         score(exact, encode(exact, histories), request_ts, candidates),
         rtol=1e-5,
         atol=1e-5,

@@ -18,6 +18,7 @@ _MS_PER_HOUR = 3_600_000
 _HOURS_PER_WEEK = 168
 _THURSDAY = 72  # 1970-01-01 was a Thursday; the week starts on Monday 00:00 UTC
 _NUM_GAPS = 64
+_NO_EVENT_TS = int(NO_EVENT_TS)  # a NumPy scalar would break compiled graphs
 
 
 class HashedTable(nn.Module):
@@ -46,7 +47,7 @@ class Gap(nn.Module):
         self.register_buffer("edges_s", edges_s, persistent=False)  # integers: a bin never depends on rounding
 
     def forward(self, later_ts: Tensor, earlier_ts: Tensor) -> Tensor:
-        none_before = earlier_ts == int(NO_EVENT_TS)
+        none_before = earlier_ts == _NO_EVENT_TS
         gap_s = torch.where(none_before, 0, later_ts - earlier_ts) // 1000
         return self.embedding(torch.where(none_before, _NUM_GAPS, torch.bucketize(gap_s, self.edges_s, right=True)))
 

@@ -120,30 +120,35 @@ def flat_forward(model: "Longer", batch: BatchTensors) -> Tensor:
     )
     x_CD = model.enter(request_RD, at.request_of_candidate, features_CF, batch.candidates)
 
+    if not len(x_CD):
+        return model.leave(x_CD, features_CF, batch.candidates["item_id"])
     num_queries = len(host.query)
     private_PD = torch.cat([tail_PD.to(x_CD.dtype), x_CD])
     x_TD = torch.cat([x_ND.index_select(0, at.query).to(x_CD.dtype), private_PD])
     cos, sin = model.layers[0].rotation.turn(at.position, x_TD.dtype)
-    turn_all = cos, sin
-    turn = tuple(torch.cat([t.index_select(0, at.query), t[num_groups:]]) for t in turn_all)
+    window = torch.cat([at.query, torch.arange(num_groups, len(host.position), device=at.query.device)])
+    turn = cos.index_select(0, window), sin.index_select(0, window)
     for layer, block in enumerate(model.layers):
         is_last = layer == len(model.layers) - 1
-        first = num_queries + num_requests * num_tail if is_last else 0  # of the last layer, only candidates are read
-        sizes = [num_queries, num_requests * num_tail, x_CD.shape[0]]
+        sizes = [num_groups if layer == 0 else num_queries, num_requests * num_tail, len(x_CD)]
+        x_AD, turn_A = x_TD, turn  # everything that has keys
         if layer == 0:
-            sizes[0] = num_groups
-            key, value = block.project_keys_values(torch.cat([x_ND.to(x_CD.dtype), private_PD]), *turn_all)
-            query = block.project_queries(x_TD[first:], *(t[first:] for t in turn))
-        elif is_last:
-            key, value = block.project_keys_values(x_TD, *turn)
-            query = block.project_queries(x_TD[first:], *(t[first:] for t in turn))
+            x_AD, turn_A = torch.cat([x_ND.to(x_CD.dtype), private_PD]), (cos, sin)
+        visible = at.visible if layer == 0 else at.visible_above
+        if is_last:  # of which only the candidates are read
+            x_TD, turn, visible = (
+                x_TD[-len(x_CD) :],
+                (turn[0][-len(x_CD) :], turn[1][-len(x_CD) :]),
+                visible[-len(x_CD) :],
+            )
+        if layer == 0 or is_last:
+            query, (key, value) = block.project_queries(x_TD, *turn), block.project_keys_values(x_AD, *turn_A)
         else:
             query, key, value = block.project(x_TD, *turn)
         groups, tails, own = zip(key.split(sizes), value.split(sizes), strict=True)
         tail_key, tail_value = (x.unflatten(0, (num_requests, num_tail)) for x in tails)
-        visible = at.visible if layer == 0 else at.visible_above
-        attended = attend(query, groups, readers.of_layer(layer, is_last), visible[first:], (tail_key, tail_value), own)
-        x_TD = block.finish(x_TD[first:], attended)
+        attended = attend(query, groups, readers.of_layer(layer, is_last), visible, (tail_key, tail_value), own)
+        x_TD = block.finish(x_TD, attended)
     return model.leave(x_TD, features_CF, batch.candidates["item_id"])
 
 
