@@ -1,10 +1,11 @@
-"""How fast the model trains and scores, against plain PyTorch: python -m benchmarks.model_speed [--quick] [--only train|score]
+"""How fast the model trains and scores, against plain PyTorch: python -m benchmarks.model_speed [--width 256|512] [--only train|score]
 
 One run on one device; on a CPU a small size. Training, with the same weights, data and mathematics in every arm (checked first):
 
     per impression   one impression a row, histories padded to the batch's longest, dense mask, PyTorch's attention
     shared padded    the candidates of a request share the encode; padded, dense mask; compiled on CUDA
-    ours             the training step's model part as `jobs.train` runs it: upload, forward, backward, clipping, AdamW
+    ours             upload, forward, backward, clipping and AdamW, kernel by kernel, as `jobs.train` runs the model
+    ours captured    the same with forward and backward as one CUDA graph (batches filled to the sizes of the largest)
 
 Scoring: candidates of users whose states are ready, a batch's states gathered beforehand; `score` is the function that serving
 calls, from NumPy to NumPy with the gathering; `graph` a CUDA graph of the model's part. Prints Markdown; last, one JSON line.
@@ -29,6 +30,8 @@ from torch import Tensor
 from longer.arrays import NO_EVENT_TS, Candidates, Histories, RequestBatch
 from longer.config import ModelSettings, TaskSettings, TrainSettings
 from longer.model.attention import Block
+from longer.model.captured import CapturedPass
+from longer.model.flat import Sizes
 from longer.model.inputs import RequestTensors, feature_tensors, to_tensors
 from longer.model.interactions import InteractionIndex
 from longer.model.longer import Longer
@@ -59,7 +62,7 @@ def model_settings(event_width: int, history_events: int, small: bool = False) -
         merge_size=8,
         event_width=event_width,
         query_groups=100,
-        stride_groups=50,
+        stride_groups=25 if history_events == 1_000 else 50,  # 1,000 events are not a multiple of 50 groups of 8
         num_heads=4,
         num_self_layers=3,
         item_rows=2_000_000,
@@ -304,6 +307,10 @@ class Trainer:
         loss = loss_sum(output_CT, labels, TASKS) / len(output_CT)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.apply()
+
+    def apply(self) -> None:
+        """Clips the gradients and updates the weights."""
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
 
@@ -323,6 +330,16 @@ def check_arms_agree() -> float:
     return worst
 
 
+def capture(model: Longer, batches: list[RequestBatch]) -> CapturedPass:
+    room = Sizes(*map(max, zip(*(Sizes.of(batch, model.windows) for batch in batches), strict=True)))
+
+    def loss(output_CT: Tensor, labels: dict[str, Tensor], exists_C: Tensor) -> Tensor:
+        loss_C = F.binary_cross_entropy_with_logits(output_CT[:, 0].float(), labels["click"], reduction="none")
+        return torch.where(exists_C, loss_C, 0).sum() / room.candidates
+
+    return CapturedPass(model, loss, room, batches[0], torch.bfloat16)
+
+
 def train_arms(
     settings: ModelSettings, num_users: int, num_candidates: int, is_zipf: bool, rate: float, arms: list[str]
 ) -> list[dict[str, Any]]:
@@ -335,17 +352,20 @@ def train_arms(
     batches = [random_batch(rng, lengths_B, num_candidates) for lengths_B in lengths]
     num_query_groups = settings.query_groups + settings.stride_groups
     for arm in arms:
-        if arm == "ours":
+        if arm.startswith("ours"):
+            trainer.model.zero_grad(set_to_none=True)
+            captured = capture(model, batches) if arm == "ours captured" else None
 
-            def ours(number: int) -> None:
-                tensors = to_tensors(batches[number], DEVICE)
-                trainer.step(lambda: model(tensors), tensors.labels)
+            def ours(number: int, captured: CapturedPass | None = captured) -> None:
+                if captured is None:
+                    tensors = to_tensors(batches[number], DEVICE)
+                    trainer.step(lambda: model(tensors), tensors.labels)
+                else:
+                    captured(batches[number])
+                    trainer.apply()
 
-            step, impressions, flops = (
-                ours,
-                num_users * num_candidates,
-                [training_flops(settings, x, num_candidates) for x in lengths],
-            )
+            step, impressions = ours, num_users * num_candidates
+            flops = [training_flops(settings, x, num_candidates) for x in lengths]
         else:
             shared = arm == "shared padded"
             fewer = [per_impression(batch, max(32, num_users // 4)) for batch in batches]
@@ -368,6 +388,7 @@ def train_arms(
         except torch.OutOfMemoryError:
             print(f"out of memory: {arm}, {num_users} users of up to {longest} events", file=sys.stderr)
             continue
+        print(f"{settings.width} {longest} {arm} {step_s * 1e3:.2f} ms", file=sys.stderr, flush=True)
         rows.append(
             {
                 "width": settings.width, "L": longest, "lengths": "Zipf" if is_zipf else "full", "arm": arm,
@@ -439,7 +460,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="width 256 and L 2,000 only")
+    parser.add_argument("--width", type=int, choices=[256, 512], help="one width only")
     parser.add_argument("--only", choices=["train", "score"], help="one half")
     args = parser.parse_args()
     name = torch.cuda.get_device_name() if ON_CUDA else "CPU"
@@ -448,31 +469,26 @@ def main() -> None:
     )
     rate = measured_rate()
     print(f"matrix products: {rate / 1e12:.3g} TFLOP/s\n", flush=True)
-    sizes = [(d, longest) for d in (32, 64) for longest in (2_000, 10_000)] if ON_CUDA else [(8, 256)]
-    trained, scored = [], []
-    for event_width, longest in sizes[:1] if args.quick else sizes:
+    widths = [32, 64] if args.width is None else [args.width // 8]
+    trained: list[dict[str, Any]] = []
+    scored: list[dict[str, Any]] = []
+    for event_width, longest in [(d, n) for d in widths for n in (2_000, 10_000)] if ON_CUDA else [(8, 256)]:
         settings = model_settings(event_width, longest, small=not ON_CUDA)
-        num_users = (256 if longest <= 2_000 else 128) if ON_CUDA else 8
+        num_users = (512 if longest <= 2_000 else 128) if ON_CUDA else 8
         if args.only != "score":
             for is_zipf in (True, False):
-                arms = ["ours", "shared padded", *(["per impression"] if is_zipf else [])]
-                trained += train_arms(settings, num_users, 32, is_zipf, rate, arms)
+                arms = ["ours", *(["ours captured"] if ON_CUDA else []), "shared padded"]
+                trained += train_arms(
+                    settings, num_users, 32, is_zipf, rate, [*arms, *(["per impression"] if is_zipf else [])]
+                )
     if trained:
         print(table(trained), flush=True)
     if args.only != "train":
-        for event_width, longest in [(32, 1_000), (32, 2_000), (32, 10_000), (64, 10_000)] if ON_CUDA else sizes:
-            settings = model_settings(event_width, longest if ON_CUDA else 256, small=not ON_CUDA)
-            if ON_CUDA and longest == 1_000:
-                settings = replace_history(settings)
-            if not args.quick or longest == 10_000:
-                scored += score_rows(settings, [1, 8, 32] if ON_CUDA else [1, 4], [64, 500, 1024] if ON_CUDA else [64])
+        for event_width, longest in [(d, n) for d in widths for n in (1_000, 2_000, 10_000)] if ON_CUDA else [(8, 256)]:
+            settings = model_settings(event_width, longest, small=not ON_CUDA)
+            scored += score_rows(settings, [1, 8, 32] if ON_CUDA else [1, 4], [64, 500, 1024] if ON_CUDA else [64])
         print(table(scored), flush=True)
     print(json.dumps(summary(trained, scored)))
-
-
-def replace_history(settings: ModelSettings) -> ModelSettings:
-    """L = 1,000 with a stride that divides it."""
-    return ModelSettings(**{**settings.model_dump(), "history_events": 1_000, "stride_groups": 25})
 
 
 def summary(trained: list[dict[str, Any]], scored: list[dict[str, Any]]) -> dict[str, Any]:
@@ -488,7 +504,7 @@ def summary(trained: list[dict[str, Any]], scored: list[dict[str, Any]]) -> dict
         }
         for arm, ratio in (("per impression", "vs_per_impression"), ("shared padded", "vs_shared_padded")):
             if arm in speed:
-                training[size][ratio] = round(speed["ours"] / speed[arm], 2)
+                training[size][ratio] = round(speed[best] / speed[arm], 2)
     scoring = {
         f"width{row['width']}_L{row['L']}_{row['users']}x{row['candidates']}": round(row["graph_per_s"])
         for row in scored

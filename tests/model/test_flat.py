@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longer.arrays import RequestBatch
-from longer.model.flat import flat_forward
+from longer.model.captured import CapturedPass
+from longer.model.flat import Sizes, flat_forward, flat_outputs, flatten
 from longer.model.inputs import to_tensors
 from longer.model.longer import Longer
 from longer.model.states import append, encode, score
@@ -78,12 +79,54 @@ def test_flat_pass_equals_the_three_steps(name: str, seed: int, lengths: list[in
     batch = random_batch(exact, seed, lengths)
     wanted = outputs_and_gradients(exact, exact(to_tensors(batch)))
     with torch.compiler.set_stance("force_eager"):  # compiling every model costs minutes
-        got = outputs_and_gradients(model, flat_forward(model, to_tensors(batch, DEVICE)))
+        got = outputs_and_gradients(model, flat_forward(model, batch, DEVICE))
     names = ["outputs", *(n for n, _ in exact.named_parameters())]
     for what, ours, theirs in zip(names, got, wanted, strict=True):
         error, size = (ours - theirs).norm(), max(theirs.norm(), 1e-2 * wanted[0].numel() ** 0.5)
         assert error <= 1e-4 * size, f"{what}: {error / size:.1e}"
     assert (got[0] - wanted[0]).norm() <= 1e-5 * wanted[0].norm()
+
+
+@given(seed=st.integers(0, 2**32 - 1), lengths=st.lists(st.integers(0, 60), min_size=1, max_size=3))
+@settings(max_examples=10 if ON_CUDA else 3, deadline=None)
+def test_a_batch_filled_up_to_fixed_sizes_gives_the_same_outputs_and_gradients(seed: int, lengths: list[int]) -> None:
+    model = same_model(3, torch.float32, DEVICE)
+    batch = random_batch(model, seed, lengths)
+    sizes = Sizes.of(batch, model.windows)
+    room = Sizes(*(size + extra for size, extra in zip(sizes, (9, 70, 37, 2, 3, 41), strict=True)))
+    shapes, results = [], []
+    for to in (None, room):
+        flat = flatten(batch, model.windows, model.embedding.num_globals + 1, to)
+        tensors = {name: torch.from_numpy(array).to(DEVICE) for name, array in flat.arrays.items()}
+        with torch.compiler.set_stance("force_eager"):
+            outputs = flat_outputs(model, flat, tensors)
+            shapes.append(len(outputs))
+            results.append(outputs_and_gradients(model, outputs[: sizes.candidates]))
+    assert shapes == [sizes.candidates, room.candidates]
+    for filled, plain in zip(*results, strict=True):
+        assert (filled - plain).norm() <= 1e-5 * max(plain.norm(), 1.0)
+
+
+@pytest.mark.skipif(not ON_CUDA, reason="CUDA graphs need CUDA")
+def test_a_captured_pass_gives_each_batch_its_own_gradients() -> None:
+    model = same_model(3, torch.float32, DEVICE)
+    batches = [random_batch(model, seed, [60, 5, 33]) for seed in range(3)]
+    room = Sizes(*map(max, zip(*(Sizes.of(batch, model.windows) for batch in batches), strict=True)))
+
+    def loss(outputs: torch.Tensor, labels: dict[str, torch.Tensor], exists: torch.Tensor) -> torch.Tensor:
+        return ((outputs[:, 0] - labels["click"]) ** 2 * exists).sum()
+
+    with torch.compiler.set_stance("force_eager"):
+        captured = CapturedPass(model, loss, room, batches[0])
+        for batch in batches:
+            value = float(captured(batch))
+            ours = [p.grad.clone() for p in model.parameters()]
+            outputs = flat_forward(model, batch, DEVICE)
+            wanted = ((outputs[:, 0] - torch.from_numpy(batch.labels["click"]).to(DEVICE)) ** 2).sum()
+            theirs = torch.autograd.grad(wanted, list(model.parameters()), materialize_grads=True)
+            assert abs(value - float(wanted)) <= 1e-5 * abs(float(wanted))
+            for a, b in zip(ours, theirs, strict=True):
+                assert (a - b).norm() <= 1e-4 * max(float(b.norm()), 1.0)
 
 
 @pytest.mark.skipif(not ON_CUDA, reason="the three steps use the kernels on CUDA only")

@@ -2,20 +2,22 @@
 
 The same tokens and the same rule as the three steps of `Longer` (extend, tail, candidates), which keep their results for later;
 here nothing is kept, so that every layer is one step over all tokens: query-window groups, then tails, then candidates. Where
-everything lies follows from the batch on the host.
+everything lies follows from the batch on the host. Filled up to fixed sizes, a batch runs as a CUDA graph (`CapturedPass`).
 
 B histories, N full groups of all histories, P of them in query windows, R requests, T tail tokens of a request, C candidates,
 D width, H heads, Z head width, K events in a group.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from longer.arrays import Int64, RequestBatch
-from longer.model.inputs import BatchTensors, to_device
+from longer.model.inputs import packed, to_device, unpacked
 from longer.model.interactions import TILE_CANDIDATES, count_features
 from longer.model.shared_attention import Readers, attend
 from longer.windows import WindowRule
@@ -27,18 +29,42 @@ if TYPE_CHECKING:
 T = TypeVar("T", Int64, Tensor)
 
 
+class Sizes(NamedTuple):
+    """How much of everything a batch has, or may have: batches filled up to the same sizes have the same shapes."""
+
+    events: int
+    groups: int
+    queries: int
+    rows: int
+    requests: int
+    candidates: int
+
+    @staticmethod
+    def of(batch: RequestBatch, windows: WindowRule) -> "Sizes":
+        end_B = batch.histories.end_index_B
+        num_groups = (end_B // windows.merge_size - batch.histories.first_index_B // windows.merge_size).sum()
+        num_queries = np.maximum(end_B // windows.merge_size - windows.query_start(end_B), 0).sum()
+        num_candidates = batch.candidates.offsets_R1[-1]
+        return Sizes(
+            len(batch.histories.event_ts_E), int(num_groups), int(num_queries), len(batch.histories), batch.num_requests,
+            int(num_candidates),
+        )  # fmt: skip
+
+
 class Layout(NamedTuple, Generic[T]):
     """Where everything of a batch lies: arrays on the host, tensors on the device. Tails and candidates follow groups everywhere.
 
     `start` and `size` of the N full groups and then the R partial ones among the events; `position` of the N groups, tails and
-    candidates; `query` numbers the query windows' groups among the N. `visible` counts the groups of its history that each of
-    the P + R*T + C tokens sees in the first layer, `visible_above` in the layers above.
+    candidates; `query` numbers the query windows' groups among the N, `window` the P groups, tails and candidates among all those
+    positions. `visible` counts the groups of its history that each of the P + R*T + C tokens sees in the first layer,
+    `visible_above` in the layers above.
     """
 
     start: T
     size: T
     position: T
     query: T
+    window: T
     visible: T
     visible_above: T
     group_offsets: T
@@ -46,88 +72,148 @@ class Layout(NamedTuple, Generic[T]):
     num_groups: T
     num_queries: T
     segment_offsets: T
+    event_begin: T
     candidate_offsets: T
     request_of_candidate: T
     row_of_candidate: T
     count_begin: T
     count_end: T
+    user_key: T
+    request_ts: T
+    last_ts: T
+    event_ts: T
     previous_ts: T
 
 
-def layout_of(batch: RequestBatch, windows: WindowRule, num_tail: int) -> Layout[Int64]:
-    """The layout of a batch that has at least one event, on the host."""
-    histories, merge_size, row_R = batch.histories, windows.merge_size, batch.row_R
-    rows_B, offsets_B, first_index_B = np.arange(len(histories)), histories.offsets_B1[:-1], histories.first_index_B
-    first_B, end_B = first_index_B // merge_size, histories.end_index_B // merge_size
-    query_first_B = windows.query_start(histories.end_index_B)
+@dataclass(frozen=True)
+class FlatBatch:
+    """A batch laid out for the flat pass, on the host (`arrays`); the ints are its shapes."""
+
+    arrays: dict[str, npt.NDArray]
+    num_groups: int
+    num_queries: int
+    num_requests: int
+    max_keys: tuple[int, int]
+
+
+def flatten(batch: RequestBatch, windows: WindowRule, num_tail: int, room: Sizes | None = None) -> FlatBatch:
+    """The layout of a batch that has at least one event, with its features and labels, on the host.
+
+    With `room`, everything is filled up to these sizes with what nobody reads, plus a row and a request that it belongs to; the
+    outputs of the batch's own candidates come first and are the same.
+    """
+    layout = _layout(batch, windows, num_tail, room or Sizes.of(batch, windows), is_filled=room is not None)
+    histories = batch.histories
+    num_events, num_candidates = len(layout.event_ts), len(layout.request_of_candidate)
+    arrays = {f"layout.{name}": array for name, array in layout._asdict().items()}
+    arrays |= {f"event.{name}": _fill(x, num_events) for name, x in histories.features.items()}
+    arrays |= {f"candidate.{name}": _fill(x, num_candidates) for name, x in batch.candidates.features.items()}
+    arrays |= {f"label.{name}": _fill(x, num_candidates) for name, x in batch.labels.items()}
+    num_requests = len(layout.request_ts)
+    bounds = windows.history_groups + windows.stride_groups, windows.query_groups + windows.stride_groups
+    max_keys = bounds if room else (int(layout.num_groups.max()), int(layout.num_queries.max()))
+    return FlatBatch(arrays, len(layout.start) - num_requests, len(layout.query), num_requests, max_keys)
+
+
+def _layout(batch: RequestBatch, windows: WindowRule, num_tail: int, room: Sizes, is_filled: bool) -> Layout[Int64]:
+    histories, merge_size = batch.histories, windows.merge_size
+    num_rows, num_requests = room.rows + is_filled, room.requests + is_filled
+    offsets_B, first_index_B = _fill(histories.offsets_B1[:-1], num_rows), _fill(histories.first_index_B, num_rows)
+    end_index_B = _fill(histories.end_index_B, num_rows)
+    first_B, end_B = first_index_B // merge_size, end_index_B // merge_size
+    query_first_B = windows.query_start(end_index_B)
     num_groups_B, num_queries_B = end_B - first_B, np.maximum(end_B - query_first_B, 0)
     row_N, slot_N = _ranges(num_groups_B)
     row_P, slot_P = _ranges(num_queries_B)
     group_P = query_first_B[row_P] + slot_P
     group_offsets_B1 = _offsets(num_groups_B)
+    num_groups_B[-1] += room.groups - len(
+        row_N
+    )  # of the row that nobody asks about; nothing is left where nothing is filled
+    num_queries_B[-1] += room.queries - len(row_P)
 
-    full_R = batch.history_end_R // merge_size
+    row_R = _fill(batch.row_R, num_requests, num_rows - 1)
+    history_end_R = _fill(batch.history_end_R, num_requests)
+    full_R, asked_R = history_end_R // merge_size, windows.num_groups(history_end_R)
     partial_start_R = full_R * merge_size
-    candidate_offsets_R1 = batch.candidates.offsets_R1
-    num_candidates_R = np.diff(candidate_offsets_R1)
-    request_C = np.repeat(np.arange(len(row_R)), num_candidates_R)
-    requests_RT = np.repeat(np.arange(len(row_R)), num_tail)
-    private = np.concatenate([requests_RT, request_C])
-    asked_R = windows.num_groups(batch.history_end_R)
+    size_R = history_end_R - partial_start_R
+    candidate_offsets_R1 = _fill(batch.candidates.offsets_R1, num_requests + 1, int(batch.candidates.offsets_R1[-1]))
+    candidate_offsets_R1[-1] = room.candidates
+    request_C = np.repeat(np.arange(num_requests), np.diff(candidate_offsets_R1))
+    private = np.concatenate([np.repeat(np.arange(num_requests), num_tail), request_C])
     position_RT = np.where(np.arange(num_tail) == 0, full_R[:, None], asked_R[:, None]).ravel()
-    per_row_B1 = np.searchsorted(row_R, np.append(rows_B, len(rows_B)))
-    count_begin_R = windows.history_start(batch.history_end_R) * merge_size - first_index_B[row_R]
+    position_N = _fill(first_B[row_N] + slot_N, room.groups)
+    query_P = _fill((group_offsets_B1[:-1] + query_first_B - first_B)[row_P] + slot_P, room.queries)
+    per_row_B1 = np.searchsorted(row_R, np.arange(num_rows + 1))
+    count_begin_R = windows.history_start(history_end_R) * merge_size - first_index_B[row_R]
+    visible_P = _fill(group_P - first_B[row_P] + 1, room.queries)
+    start_R = (offsets_B - first_index_B)[row_R] + partial_start_R
     return Layout(
-        start=np.concatenate(
-            [offsets_B[row_N] + slot_N * merge_size, (offsets_B - first_index_B)[row_R] + partial_start_R]
-        ),
-        size=np.concatenate([np.full(len(row_N), merge_size), batch.history_end_R - partial_start_R]),
-        position=np.concatenate([first_B[row_N] + slot_N, position_RT, asked_R[request_C]]),
-        query=(group_offsets_B1[:-1] + query_first_B - first_B)[row_P] + slot_P,
-        visible=np.concatenate([group_P - first_B[row_P] + 1, (full_R - first_B[row_R])[private]]),
-        visible_above=np.concatenate([slot_P + 1, (full_R - query_first_B[row_R])[private]]),
-        group_offsets=group_offsets_B1,
+        start=np.concatenate([_fill(offsets_B[row_N] + slot_N * merge_size, room.groups), start_R]),
+        size=np.concatenate([_fill(np.full(len(row_N), merge_size), room.groups), size_R]),
+        position=np.concatenate([position_N, position_RT, asked_R[request_C]]),
+        query=query_P,
+        window=np.concatenate([query_P, room.groups + np.arange(len(private))]),
+        visible=np.concatenate([visible_P, (full_R - first_B[row_R])[private]]),
+        visible_above=np.concatenate([_fill(slot_P + 1, room.queries), (full_R - query_first_B[row_R])[private]]),
+        group_offsets=_offsets(num_groups_B),
         query_offsets=_offsets(num_queries_B),
         num_groups=num_groups_B,
         num_queries=num_queries_B,
         segment_offsets=_offsets(
             np.concatenate([num_queries_B, np.diff(per_row_B1) * num_tail, np.diff(candidate_offsets_R1[per_row_B1])])
         ),
+        event_begin=offsets_B,
         candidate_offsets=candidate_offsets_R1,
         request_of_candidate=request_C,
         row_of_candidate=row_R[request_C],
         count_begin=count_begin_R[request_C],
-        count_end=(batch.history_end_R - first_index_B[row_R])[request_C],
-        previous_ts=_previous_ts(batch),
+        count_end=(history_end_R - first_index_B[row_R])[request_C],
+        user_key=_fill(histories.user_key_B, num_rows)[row_R],
+        request_ts=_fill(batch.request_ts_R, num_requests),
+        last_ts=_fill(_last_ts(batch), num_requests),
+        event_ts=_fill(histories.event_ts_E, room.events),
+        previous_ts=_fill(_previous_ts(batch), room.events),
     )
 
 
-def flat_forward(model: "Longer", batch: BatchTensors) -> Tensor:
+def flat_forward(model: "Longer", batch: RequestBatch, device: torch.device | str) -> Tensor:
     """[C, tasks]: what `Longer.forward` returns, on CUDA."""
-    histories, num_requests, num_tail = batch.histories, batch.num_requests, model.embedding.num_globals + 1
-    host = layout_of(batch.source, model.windows, num_tail)
-    at = _upload(host, histories.event_ts_E.device)
-    x_GD = model.embedding.event_groups(histories.features, histories.event_ts_E, at.previous_ts, at.start, at.size)
-    num_groups = len(host.start) - num_requests
-    x_ND, partial_RD = x_GD.split([num_groups, num_requests])
-    globals_RMD = model.embedding.user_globals(histories.user_key_B[batch.row_R]).to(x_GD.dtype)
-    tail_PD = torch.cat([partial_RD[:, None], globals_RMD], dim=1).flatten(0, 1)
-    last_ts_R = histories.last_ts_R(batch.row_R, batch.history_end_R)
-    request_RD = model.embedding.requests(batch.request_ts_R, last_ts_R)
-    readers = _Readers.of(model, batch, host, at, num_tail)
-    features_CF = (
-        _features(model, batch, at, readers.candidates, request_RD.dtype) if model.settings.interactions else None
-    )
-    x_CD = model.enter(request_RD, at.request_of_candidate, features_CF, batch.candidates)
+    flat = flatten(batch, model.windows, model.embedding.num_globals + 1)
+    buffers = {dtype: to_device(buffer, device) for dtype, buffer in packed(flat.arrays).items()}
+    return flat_outputs(model, flat, unpacked(buffers, flat.arrays))
 
+
+def flat_outputs(model: "Longer", flat: FlatBatch, tensors: dict[str, Tensor]) -> Tensor:
+    """[C, tasks]: the flat pass over a batch's arrays on the device; depends on nothing else of `flat` but its shapes."""
+    at, events, candidates = (
+        {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+        for prefix in ("layout.", "event.", "candidate.")
+    )
+    return _outputs(model, flat, Layout(**at), events, candidates)
+
+
+def _outputs(
+    model: "Longer", flat: FlatBatch, at: Layout[Tensor], events: dict[str, Tensor], candidates: dict[str, Tensor]
+) -> Tensor:
+    num_groups, num_queries, num_requests = flat.num_groups, flat.num_queries, flat.num_requests
+    num_tail = model.embedding.num_globals + 1
+    x_GD = model.embedding.event_groups(events, at.event_ts, at.previous_ts, at.start, at.size)
+    x_ND, partial_RD = x_GD.split([num_groups, num_requests])
+    globals_RMD = model.embedding.user_globals(at.user_key).to(x_GD.dtype)
+    tail_PD = torch.cat([partial_RD[:, None], globals_RMD], dim=1).flatten(0, 1)
+    request_RD = model.embedding.requests(at.request_ts, at.last_ts)
+    readers = _Readers.of(model, flat, at, num_tail)
+    features_CF = None
+    if model.settings.interactions:
+        features_CF = _features(model, at, events, candidates, readers.candidates, request_RD.dtype)
+    x_CD = model.enter(request_RD, at.request_of_candidate, features_CF, candidates)
     if not len(x_CD):
-        return model.leave(x_CD, features_CF, batch.candidates["item_id"])
-    num_queries = len(host.query)
+        return model.leave(x_CD, features_CF, candidates["item_id"])
     private_PD = torch.cat([tail_PD.to(x_CD.dtype), x_CD])
     x_TD = torch.cat([x_ND.index_select(0, at.query).to(x_CD.dtype), private_PD])
     cos, sin = model.layers[0].rotation.turn(at.position, x_TD.dtype)
-    window = torch.cat([at.query, torch.arange(num_groups, len(host.position), device=at.query.device)])
-    turn = cos.index_select(0, window), sin.index_select(0, window)
+    turn = cos.index_select(0, at.window), sin.index_select(0, at.window)
     for layer, block in enumerate(model.layers):
         is_last = layer == len(model.layers) - 1
         sizes = [num_groups if layer == 0 else num_queries, num_requests * num_tail, len(x_CD)]
@@ -149,7 +235,7 @@ def flat_forward(model: "Longer", batch: BatchTensors) -> Tensor:
         tail_key, tail_value = (x.unflatten(0, (num_requests, num_tail)) for x in tails)
         attended = attend(query, groups, readers.of_layer(layer, is_last), visible, (tail_key, tail_value), own)
         x_TD = block.finish(x_TD, attended)
-    return model.leave(x_TD, features_CF, batch.candidates["item_id"])
+    return model.leave(x_TD, features_CF, candidates["item_id"])
 
 
 class _Readers(NamedTuple):
@@ -166,21 +252,21 @@ class _Readers(NamedTuple):
         return (self.only_candidates if is_last else self.everyone)[min(layer, 1)]
 
     @staticmethod
-    def of(model: "Longer", batch: BatchTensors, host: Layout[Int64], at: Layout[Tensor], num_tail: int) -> "_Readers":
-        num_rows, num_requests = len(host.num_groups), batch.num_requests
-        tail_first = len(host.query)
+    def of(model: "Longer", flat: FlatBatch, at: Layout[Tensor], num_tail: int) -> "_Readers":
+        num_rows, num_requests, device = len(at.num_groups), flat.num_requests, at.size.device
+        tail_first = flat.num_queries
         own_first = tail_first + num_requests * num_tail
-        exists_RT = torch.ones(num_requests, num_tail, dtype=torch.bool, device=at.size.device)
-        exists_RT[:, 0] = at.size[-num_requests:] > 0
-        request_RT = torch.arange(num_requests * num_tail, device=at.size.device) // num_tail
+        is_partial_T = torch.arange(num_tail, device=device) == 0
+        exists_RT = ~is_partial_T | (at.size[-num_requests:] > 0)[:, None]
+        request_RT = torch.arange(num_requests * num_tail, device=device) // num_tail
         sees_CT = model.candidates_see_tail(exists_RT)[at.request_of_candidate]
         request_P = torch.cat([request_RT, at.request_of_candidate])
         sees_PT = torch.cat([model.tail_tokens_see(exists_RT).flatten(0, 1), sees_CT])
-        runs_R1 = torch.arange(num_requests + 1, device=at.size.device) * num_tail + tail_first
-        contexts = [
-            (at.group_offsets[:-1], at.num_groups, int(host.num_groups.max())),
-            (at.query_offsets[:-1], at.num_queries, int(host.num_queries.max())),
-        ]
+        runs_R1 = torch.arange(num_requests + 1, device=device) * num_tail + tail_first
+        contexts = (
+            (at.group_offsets[:-1], at.num_groups, flat.max_keys[0]),
+            (at.query_offsets[:-1], at.num_queries, flat.max_keys[1]),
+        )
         offsets_JR1 = torch.stack([runs_R1, at.candidate_offsets + own_first])
         candidates_B1 = at.segment_offsets[2 * num_rows :] - own_first
         everyone = [
@@ -195,29 +281,36 @@ class _Readers(NamedTuple):
 
 
 def _features(
-    model: "Longer", batch: BatchTensors, at: Layout[Tensor], candidates: Readers, dtype: torch.dtype
+    model: "Longer",
+    at: Layout[Tensor],
+    events: dict[str, Tensor],
+    candidates: dict[str, Tensor],
+    readers: Readers,
+    dtype: torch.dtype,
 ) -> Tensor:
-    fields, histories = model.interaction_fields, batch.histories
+    fields = model.interaction_fields
     return count_features(
-        torch.stack([histories.features[name] for name in fields]),
-        histories.event_ts_E,
-        histories.offsets_B1,
-        candidates.offsets_S1,
-        candidates.tiles(len(at.request_of_candidate), TILE_CANDIDATES),
+        torch.stack([events[name] for name in fields]),
+        at.event_ts,
+        at.event_begin,
+        readers.offsets_S1,
+        readers.tiles(len(at.request_of_candidate), TILE_CANDIDATES),
         at.row_of_candidate,
         at.count_begin,
         at.count_end,
-        batch.request_ts_R[at.request_of_candidate],
-        torch.stack([batch.candidates[name] for name in fields], dim=-1),
+        at.request_ts[at.request_of_candidate],
+        torch.stack([candidates[name] for name in fields], dim=-1),
         model.settings.count_events,
         dtype,
     )
 
 
-def _upload(host: Layout[Int64], device: torch.device) -> Layout[Tensor]:
-    """The arrays as tensors on the device, in one copy."""
-    together = to_device(torch.from_numpy(np.concatenate(host)), device)
-    return Layout(*together.split([len(array) for array in host]))
+def _last_ts(batch: RequestBatch) -> Int64:
+    """[R]: time of the event just before each request's end."""
+    histories, row_R = batch.histories, batch.row_R
+    offset_R = batch.history_end_R - histories.first_index_B[row_R]
+    event_R = np.where(offset_R > 0, histories.offsets_B1[row_R] + offset_R - 1, 0)
+    return np.where(offset_R > 0, histories.event_ts_E[event_R], histories.prev_event_ts_B[row_R])
 
 
 def _previous_ts(batch: RequestBatch) -> Int64:
@@ -227,6 +320,11 @@ def _previous_ts(batch: RequestBatch) -> Int64:
     has_events_B = np.diff(histories.offsets_B1) > 0
     previous_E[histories.offsets_B1[:-1][has_events_B]] = histories.prev_event_ts_B[has_events_B]
     return previous_E
+
+
+def _fill(array: npt.NDArray, size: int, value: int = 0) -> npt.NDArray:
+    """The array, and `value` after it up to `size`."""
+    return np.concatenate([array, np.full(size - len(array), value, array.dtype)])
 
 
 def _ranges(sizes_B: Int64) -> tuple[Int64, Int64]:

@@ -115,3 +115,20 @@ def _tensor(array: np.ndarray, device: torch.device | str) -> Tensor:
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """The host tensor on a device; to CUDA through pinned memory, so that nobody waits for the work queued there."""
     return tensor if torch.device(device).type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def packed(arrays: dict[str, np.ndarray]) -> dict[np.dtype, Tensor]:
+    """The arrays end to end, by type: a few long copies to a device instead of many short ones."""
+    types = dict.fromkeys(array.dtype for array in arrays.values())
+    return {
+        dtype: torch.from_numpy(np.concatenate([x for x in arrays.values() if x.dtype == dtype])) for dtype in types
+    }
+
+
+def unpacked(buffers: dict[np.dtype, Tensor], arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """Views of the buffers, shaped and named like the arrays that were packed."""
+    views: dict[str, Tensor] = {}
+    for dtype, buffer in buffers.items():
+        names = [name for name, array in arrays.items() if array.dtype == dtype]
+        views |= dict(zip(names, buffer.split([len(arrays[name]) for name in names]), strict=True))
+    return views

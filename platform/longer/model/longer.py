@@ -70,7 +70,7 @@ class Longer(nn.Module):
         """[C, tasks]: logits of binary tasks, values of regression tasks, for every candidate of every request."""
         histories, windows = batch.histories, self.windows
         if has_kernels(self.norm_head.weight) and len(histories.event_ts_E):
-            return flat_forward(self, batch)
+            return flat_forward(self, batch.source, histories.event_ts_E.device)
         x_Ed = self.embedding.events(histories)
         first_B = histories.first_index_B // windows.merge_size
         end_B = (histories.first_index_B + histories.num_events_B) // windows.merge_size

@@ -141,7 +141,7 @@ class _Attention(torch.autograd.Function):
             *steps, *_firsts(readers), scale, **shape, T=num_tail, HAS_OWN=has_own, **sizes,
         )  # fmt: skip
 
-        d_context = [x.new_empty(x.shape) for x in (key, value)]
+        d_context = [x.new_zeros(x.shape) for x in (key, value)]  # rows of no history stay zero
         num_blocks = (readers.max_keys + sizes["BLOCK_N"] - 1) // sizes["BLOCK_N"]
         if num_blocks:
             kernels.context_gradient_kernel[(num_blocks, num_heads, readers.num_rows)](
