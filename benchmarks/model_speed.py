@@ -31,9 +31,9 @@ from longer.arrays import NO_EVENT_TS, Candidates, Histories, RequestBatch
 from longer.config import ModelSettings, TaskSettings, TrainSettings
 from longer.model.attention import Block
 from longer.model.captured import CapturedPass
-from longer.model.flat import Sizes
 from longer.model.inputs import RequestTensors, feature_tensors, to_tensors
 from longer.model.interactions import InteractionIndex
+from longer.model.layout import Sizes
 from longer.model.longer import Longer
 from longer.model.states import encode, gather, score
 from longer.model.visibility import CANDIDATE, GLOBAL, GROUP, visible
@@ -382,10 +382,12 @@ def train_arms(
                 for x, one in zip(lengths, fewer, strict=True)
             ]
         turn = iter(range(10**9))
+        stance = "force_eager" if arm == "per impression" else "default"  # plain code gets none of our compiled pieces
         try:
-            step_s = seconds(
-                lambda step=step, turn=turn: step(next(turn) % 3), 12 if ON_CUDA else 2, 6 if ON_CUDA else 1
-            )
+            with torch.compiler.set_stance(stance):
+                step_s = seconds(
+                    lambda step=step, turn=turn: step(next(turn) % 3), 12 if ON_CUDA else 2, 6 if ON_CUDA else 1
+                )
         except torch.OutOfMemoryError:
             print(f"out of memory: {arm}, {num_users} users of up to {longest} events", file=sys.stderr)
             continue

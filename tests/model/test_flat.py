@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from longer.arrays import RequestBatch
 from longer.model.captured import CapturedPass
-from longer.model.flat import Sizes, flat_forward, flat_outputs, flatten
-from longer.model.inputs import to_tensors
+from longer.model.flat import flat_forward, flat_outputs
+from longer.model.inputs import tensors_of, to_tensors
+from longer.model.layout import Sizes, flatten
 from longer.model.longer import Longer
 from longer.model.states import append, encode, score
 from tests.model.generate import one_request_a_row, random_candidates, random_histories, small_model
@@ -97,7 +98,7 @@ def test_a_batch_filled_up_to_fixed_sizes_gives_the_same_outputs_and_gradients(s
     shapes, results = [], []
     for to in (None, room):
         flat = flatten(batch, model.windows, model.embedding.num_globals + 1, to)
-        tensors = {name: torch.from_numpy(array).to(DEVICE) for name, array in flat.arrays.items()}
+        tensors = tensors_of(flat.arrays, DEVICE)
         with torch.compiler.set_stance("force_eager"):
             outputs = flat_outputs(model, flat, tensors)
             shapes.append(len(outputs))

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from longer.arrays import RequestBatch
-from longer.model.flat import Sizes, flat_outputs, flatten
-from longer.model.inputs import packed, to_device, unpacked
+from longer.model.flat import flat_outputs
+from longer.model.inputs import packed, to_device, under, unpacked
+from longer.model.layout import Sizes, flatten
 from longer.model.longer import Longer
 
 _WARM_UP_STEPS = 3
@@ -68,7 +69,7 @@ class CapturedPass:
             self.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None, cache_enabled=False
         ):
             output_CT = flat_outputs(self.model, self.flat, self.tensors)
-        labels = {name.removeprefix("label."): x for name, x in self.tensors.items() if name.startswith("label.")}
+        labels = under("label.", self.tensors)
         exists_C = torch.arange(len(output_CT), device=self.device) < self.num_candidates
         value = self.loss(output_CT, labels, exists_C)
         value.backward()
