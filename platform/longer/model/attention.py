@@ -5,10 +5,13 @@ S private keys of a query.
 """
 
 import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from longer.model.fuse import fused_on_cuda
 
 
 class Rotation(nn.Module):
@@ -19,16 +22,31 @@ class Rotation(nn.Module):
 
     def __init__(self, head_width: int, base: float = 10_000.0):
         super().__init__()
-        exponents = torch.arange(0, head_width, 2, dtype=torch.float64) / head_width
-        self.frequencies = [base**-e for e in exponents.tolist()]
+        self.head_width, self.base = head_width, base
 
     def forward(self, x_THZ: Tensor, position_T: Tensor) -> Tensor:
         """Turn pairs of channels by position; leading dimensions of `x` and `position` agree."""
-        frequencies = torch.tensor(self.frequencies, dtype=torch.float64, device=position_T.device)
+        return rotate(x_THZ, *self.turn(position_T, x_THZ.dtype))
+
+    def turn(self, position_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of each position's angles, in float32 at least: the same for every layer."""
+        frequencies = _frequencies(self.head_width, self.base, position_T.device)
         angles = position_T.to(torch.float64)[..., None, None] * frequencies
-        cos, sin = angles.cos().to(x_THZ.dtype), angles.sin().to(x_THZ.dtype)
-        even, odd = x_THZ.chunk(2, dim=-1)
-        return torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+        exact = torch.promote_types(dtype, torch.float32)
+        return angles.cos().to(exact), angles.sin().to(exact)
+
+
+@cache
+def _frequencies(head_width: int, base: float, device: torch.device) -> Tensor:
+    """Not a buffer of the module, which would lose its float64 when the model is cast."""
+    exponents = torch.arange(0, head_width, 2, dtype=torch.float64) / head_width
+    return torch.tensor([base**-e for e in exponents.tolist()], dtype=torch.float64, device=device)
+
+
+def rotate(x_THZ: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs of channels turned by angles of these cosines and sines."""
+    even, odd = x_THZ.chunk(2, dim=-1)
+    return torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1).to(x_THZ.dtype)
 
 
 class Block(nn.Module):
@@ -57,6 +75,24 @@ class Block(nn.Module):
         key, value = self.key_value(self.norm_attention(x_TD)).chunk(2, dim=-1)
         return self.rotation(self._heads(key), position_T), self._heads(value)
 
+    @fused_on_cuda
+    def project(self, x_TD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of tokens that are both, [..., H, Z]; the normalised input and the angles are shared."""
+        x_TD = self.norm_attention(x_TD)
+        key, value = self.key_value(x_TD).chunk(2, dim=-1)
+        query, key = rotate(self._heads(self.query(x_TD)), cos, sin), rotate(self._heads(key), cos, sin)
+        return query, key, self._heads(value)
+
+    @fused_on_cuda
+    def project_queries(self, x_TD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return rotate(self._heads(self.query(self.norm_attention(x_TD))), cos, sin)
+
+    @fused_on_cuda
+    def project_keys_values(self, x_TD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        key, value = self.key_value(self.norm_attention(x_TD)).chunk(2, dim=-1)
+        return rotate(self._heads(key), cos, sin), self._heads(value)
+
+    @fused_on_cuda
     def finish(self, x_TD: Tensor, attended_TD: Tensor) -> Tensor:
         """The rest of the layer, given what the queries gathered."""
         x_TD = x_TD + self.dropout(self.output(attended_TD))

@@ -29,6 +29,10 @@ class Context:
     def first_of_layer_B(self, layer: int) -> Tensor:
         return self.first_B if layer == 0 else self.query_first_B
 
+    def flat(self, layer: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values with the padded rows laid end to end."""
+        return self.keys[layer].flatten(0, 1), self.values[layer].flatten(0, 1)
+
 
 @dataclass(frozen=True)
 class Tail:
@@ -52,6 +56,11 @@ def ranges(begin_B: Tensor, end_B: Tensor) -> tuple[Tensor, Tensor]:
     row_P = torch.repeat_interleave(length_B)
     value_P = torch.arange(len(row_P), device=row_P.device) - (length_B.cumsum(0) - length_B)[row_P] + begin_B[row_P]
     return row_P, value_P
+
+
+def offsets_of(row_P: Tensor, num_rows: int) -> Tensor:
+    """[B + 1]: where each row's part of the sorted `row_P` begins, and the end."""
+    return torch.searchsorted(row_P, torch.arange(num_rows + 1, device=row_P.device))
 
 
 def splice(

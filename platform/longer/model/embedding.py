@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from longer.arrays import NO_EVENT_TS
 from longer.config import ModelSettings
+from longer.model.fuse import fused_on_cuda
 from longer.model.inputs import EventTensors
 from longer.schema import EventSchema
 
@@ -17,6 +18,7 @@ _MS_PER_HOUR = 3_600_000
 _HOURS_PER_WEEK = 168
 _THURSDAY = 72  # 1970-01-01 was a Thursday; the week starts on Monday 00:00 UTC
 _NUM_GAPS = 64
+_NO_EVENT_TS = int(NO_EVENT_TS)  # a NumPy scalar would break compiled graphs
 
 
 class HashedTable(nn.Module):
@@ -35,17 +37,19 @@ class HashedTable(nn.Module):
 class Gap(nn.Module):
     """Embedding of a time gap by half octaves of seconds; the last row means 'no event before'."""
 
+    edges_s: Tensor
+
     def __init__(self, width: int):
         super().__init__()
         self.embedding = nn.Embedding(_NUM_GAPS + 1, width)
         nn.init.normal_(self.embedding.weight, std=0.05)
-        self.edges_s = [round(2 ** (i / 2)) for i in range(1, _NUM_GAPS)]
+        edges_s = torch.tensor([round(2 ** (i / 2)) for i in range(1, _NUM_GAPS)])
+        self.register_buffer("edges_s", edges_s, persistent=False)  # integers: a bin never depends on rounding
 
     def forward(self, later_ts: Tensor, earlier_ts: Tensor) -> Tensor:
-        none_before = earlier_ts == int(NO_EVENT_TS)
+        none_before = earlier_ts == _NO_EVENT_TS
         gap_s = torch.where(none_before, 0, later_ts - earlier_ts) // 1000
-        edges_s = torch.tensor(self.edges_s, device=later_ts.device)  # integers: a bin never depends on rounding
-        return self.embedding(torch.where(none_before, _NUM_GAPS, torch.bucketize(gap_s, edges_s, right=True)))
+        return self.embedding(torch.where(none_before, _NUM_GAPS, torch.bucketize(gap_s, self.edges_s, right=True)))
 
 
 class HourOfWeek(nn.Module):
@@ -115,13 +119,31 @@ class Embedding(nn.Module):
 
     def events(self, events: EventTensors) -> Tensor:
         """[E, d]: everything that was fixed when each event happened."""
-        x_Ed = self._item(events.features)
+        return self._events(events.features, events.event_ts_E, events.previous_ts_E())
+
+    def _events(self, features: Mapping[str, Tensor], event_ts_E: Tensor, previous_ts_E: Tensor) -> Tensor:
+        x_Ed = self._item(features)
         for name, table in self.event_categories.items():
-            x_Ed = x_Ed + table(events.features[name])
+            x_Ed = x_Ed + table(features[name])
         for name, linear in self.event_numbers.items():
-            x_Ed = x_Ed + linear(self._squash(events.features[name]))
-        x_Ed = x_Ed + self.gap(events.event_ts_E, events.previous_ts_E()) + self.hour(events.event_ts_E)
+            x_Ed = x_Ed + linear(self._squash(features[name]))
+        x_Ed = x_Ed + self.gap(event_ts_E, previous_ts_E) + self.hour(event_ts_E)
         return self.norm(x_Ed)
+
+    @fused_on_cuda
+    def event_groups(
+        self, features: dict[str, Tensor], event_ts_E: Tensor, previous_ts_E: Tensor, start_N: Tensor, size_N: Tensor
+    ) -> Tensor:
+        """[N, D]: groups of the `size_N[n]` events from `start_N[n]` on, embedded where they are read: no event is kept.
+
+        There must be an event; what a partial group lacks counts as zeros.
+        """
+        slots_K = torch.arange(self.merge_size, device=start_N.device)
+        exists_NK = slots_K < size_N[:, None]
+        event_NK = torch.where(exists_NK, start_N[:, None] + slots_K, 0)
+        read = {name: values[event_NK] for name, values in features.items()}
+        x_NKd = self._events(read, event_ts_E[event_NK], previous_ts_E[event_NK])
+        return self.groups(x_NKd * exists_NK[..., None], exists_NK)
 
     def groups(self, x_NKd: Tensor, exists_NK: Tensor | None = None) -> Tensor:
         """[N, D]: K event vectors merged into one token; absent events of a partial group count as zeros."""
@@ -157,4 +179,4 @@ class Embedding(nn.Module):
 
     def _squash(self, numbers: Tensor) -> Tensor:
         numbers = numbers.to(self.norm.weight.dtype)
-        return (numbers.sign() * numbers.abs().log1p())[:, None]
+        return (numbers.sign() * numbers.abs().log1p())[..., None]

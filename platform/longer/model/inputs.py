@@ -65,45 +65,108 @@ class RequestTensors:
 
     @property
     def request_of_candidate_C(self) -> Tensor:
-        return torch.repeat_interleave(self.candidate_offsets_R1.diff())
+        num_candidates = len(self.candidates["item_id"])  # known here, so that a device need not be asked
+        return torch.repeat_interleave(self.candidate_offsets_R1.diff(), output_size=num_candidates)
 
 
 @dataclass(frozen=True)
 class BatchTensors(RequestTensors):
-    """Requests with the histories that they read; see `longer.arrays.RequestBatch`."""
+    """Requests with the histories that they read; see `longer.arrays.RequestBatch`. `source` is the same on the host."""
 
     histories: EventTensors
+    source: RequestBatch
 
 
 def to_tensors(batch: RequestBatch, device: torch.device | str = "cpu") -> BatchTensors:
     """The same requests on a device; arrays are not copied where they need not move."""
+    histories = batch.histories
+    arrays = {
+        "row": batch.row_R,
+        "history_end": batch.history_end_R,
+        "request_ts": batch.request_ts_R,
+        "candidate_offsets": batch.candidates.offsets_R1,
+        **{f"candidate.{name}": values for name, values in batch.candidates.features.items()},
+        **{f"label.{name}": values for name, values in batch.labels.items()},
+        **_event_arrays(histories),
+    }
+    tensors = tensors_of(arrays, device)
     return BatchTensors(
-        row_R=_tensor(batch.row_R, device),
-        history_end_R=_tensor(batch.history_end_R, device),
-        request_ts_R=_tensor(batch.request_ts_R, device),
-        candidate_offsets_R1=_tensor(batch.candidates.offsets_R1, device),
-        candidates=feature_tensors(batch.candidates, device),
-        labels={name: _tensor(values, device) for name, values in batch.labels.items()},
-        histories=event_tensors(batch.histories, device),
+        row_R=tensors["row"],
+        history_end_R=tensors["history_end"],
+        request_ts_R=tensors["request_ts"],
+        candidate_offsets_R1=tensors["candidate_offsets"],
+        candidates=under("candidate.", tensors),
+        labels=under("label.", tensors),
+        histories=_events(tensors),
+        source=batch,
     )
 
 
 def event_tensors(histories: Histories, device: torch.device | str = "cpu") -> EventTensors:
-    return EventTensors(
-        user_key_B=_tensor(histories.user_key_B, device),
-        offsets_B1=_tensor(histories.offsets_B1, device),
-        first_index_B=_tensor(histories.first_index_B, device),
-        prev_event_ts_B=_tensor(histories.prev_event_ts_B, device),
-        event_ts_E=_tensor(histories.event_ts_E, device),
-        features={name: _tensor(values, device) for name, values in histories.features.items()},
-    )
+    return _events(tensors_of(_event_arrays(histories), device))
 
 
 def feature_tensors(candidates: Candidates, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    return {name: _tensor(values, device) for name, values in candidates.features.items()}
+    return tensors_of(candidates.features, device)
 
 
-def _tensor(array: np.ndarray, device: torch.device | str) -> Tensor:
+def _event_arrays(histories: Histories) -> dict[str, np.ndarray]:
+    return {
+        "user_key": histories.user_key_B,
+        "offsets": histories.offsets_B1,
+        "first_index": histories.first_index_B,
+        "prev_event_ts": histories.prev_event_ts_B,
+        "event_ts": histories.event_ts_E,
+        **{f"event.{name}": values for name, values in histories.features.items()},
+    }
+
+
+def _events(tensors: dict[str, Tensor]) -> EventTensors:
+    return EventTensors(
+        user_key_B=tensors["user_key"],
+        offsets_B1=tensors["offsets"],
+        first_index_B=tensors["first_index"],
+        prev_event_ts_B=tensors["prev_event_ts"],
+        event_ts_E=tensors["event_ts"],
+        features=under("event.", tensors),
+    )
+
+
+def tensors_of(arrays: dict[str, np.ndarray], device: torch.device | str) -> dict[str, Tensor]:
+    """The arrays as tensors: the same memory on a CPU, one copy for each type to any other device."""
+    if torch.device(device).type == "cpu":
+        return {name: _tensor(array) for name, array in arrays.items()}
+    return unpacked({dtype: to_device(buffer, device) for dtype, buffer in packed(arrays).items()}, arrays)
+
+
+def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names begin with the prefix, named without it."""
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+
+
+def _tensor(array: np.ndarray) -> Tensor:
     if not array.flags.writeable:  # zero-copy views of shared memory; torch warns of writes that never happen
         array = array.copy()
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The host tensor on a device; to CUDA through pinned memory, so that nobody waits for the work queued there."""
+    return tensor if torch.device(device).type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def packed(arrays: dict[str, np.ndarray]) -> dict[np.dtype, Tensor]:
+    """The arrays end to end, by type: a few long copies to a device instead of many short ones."""
+    types = dict.fromkeys(array.dtype for array in arrays.values())
+    return {
+        dtype: torch.from_numpy(np.concatenate([x for x in arrays.values() if x.dtype == dtype])) for dtype in types
+    }
+
+
+def unpacked(buffers: dict[np.dtype, Tensor], arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """Views of the buffers, shaped and named like the arrays that were packed."""
+    views: dict[str, Tensor] = {}
+    for dtype, buffer in buffers.items():
+        names = [name for name, array in arrays.items() if array.dtype == dtype]
+        views |= dict(zip(names, buffer.split([len(arrays[name]) for name in names]), strict=True))
+    return views

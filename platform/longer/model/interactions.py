@@ -4,7 +4,7 @@ The paper lists "high-order compressed user-item interaction features" among its
 attention normalises, so it cannot count by itself. Counting is done on an index that is appendable and exact: for each history
 and field, the sorted pairs (key, event number), 39 bits of key and 23 bits of event number in one int64, padded at the end.
 
-B histories, R requests, C candidates in all requests, F fields, L events (padded), V query values.
+B histories, R requests, C candidates in all requests, E events of all histories, F fields, L events (padded), V query values.
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longer.model.fuse import fused_on_cuda
 from longer.model.inputs import EventTensors
 
 _INDEX_BITS = 23
 _KEY_MASK = 2**39 - 1
 PAD = 2**62
 _MS_PER_HOUR = 3_600_000.0
+TILE_CANDIDATES = 32
 
 
 @dataclass(frozen=True)
@@ -62,24 +64,21 @@ class InteractionIndex:
         bounds_CV = torch.stack([end_C, begin_C, *(torch.maximum(end_C - n, begin_C) for n in count_events)], dim=-1)
         rank_CFV = self._rank(row_C, _pair(keys_CF[..., None], bounds_CV[:, None]))
         count_CFV = rank_CFV[..., :1] - rank_CFV[..., 1:]
-        seen_CF = (count_CFV[..., 0] > 0) & (keys_CF != 0)
         newest_CF = (rank_CFV[..., 0] - 1).clamp_min(0)
         fields = torch.arange(keys_CF.shape[1], device=keys_CF.device)
         if self.pairs_BFL.shape[-1]:
             newest_CF = self.pairs_BFL[row_C[:, None], fields, newest_CF] & (2**_INDEX_BITS - 1)
-            newest_CF = torch.where(seen_CF, newest_CF, 0)
+            newest_CF = torch.where(count_CFV[..., 0] > 0, newest_CF, 0)
             newest_ts_CF = self.event_ts_BL[row_C[:, None], newest_CF]
         else:
             newest_ts_CF = torch.zeros_like(newest_CF)
-        age_events_CF = torch.where(seen_CF, end_C[:, None] - newest_CF, 0)
-        age_ms_CF = torch.where(seen_CF, request_ts_C[:, None] - newest_ts_CF, 0)
-        counts_CFV = torch.where(seen_CF[..., None], count_CFV, 0).to(dtype).log1p()
-        ages_CFV = torch.stack([age_events_CF.to(dtype).log1p(), (age_ms_CF.to(dtype) / _MS_PER_HOUR).log1p()], dim=-1)
-        return torch.cat([counts_CFV, seen_CF[..., None].to(dtype), ages_CFV], dim=-1).flatten(1)
+        return _features(keys_CF, count_CFV, newest_CF, newest_ts_CF, end_C, request_ts_C, dtype)
 
     def _rank(self, row_C: Tensor, pairs_CFV: Tensor) -> Tensor:
         """How many pairs of the row's field are smaller: one batched binary search, candidates of a row side by side."""
         num_rows, num_fields, _ = self.pairs_BFL.shape
+        if row_C.is_cuda:
+            return rank_on_cuda(self.pairs_BFL, row_C, pairs_CFV)
         per_row_B = torch.bincount(row_C, minlength=num_rows)
         slot_C = torch.arange(len(row_C), device=row_C.device) - (per_row_B.cumsum(0) - per_row_B)[row_C]
         widest = int(per_row_B.max()) if len(row_C) else 0
@@ -87,6 +86,73 @@ class InteractionIndex:
         padded[row_C, :, slot_C] = pairs_CFV
         rank = torch.searchsorted(self.pairs_BFL.contiguous(), padded.flatten(2))
         return rank.view_as(padded)[row_C, :, slot_C]
+
+
+@fused_on_cuda
+def _features(
+    keys_CF: Tensor,
+    count_CFV: Tensor,
+    newest_CF: Tensor,
+    newest_ts_CF: Tensor,
+    end_C: Tensor,
+    request_ts_C: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`InteractionIndex.features` from counts, and number and time of the newest event that counts; any where there is none."""
+    seen_CF = (count_CFV[..., 0] > 0) & (keys_CF != 0)
+    age_events_CF = torch.where(seen_CF, end_C[:, None] - newest_CF, 0)
+    age_ms_CF = torch.where(seen_CF, request_ts_C[:, None] - newest_ts_CF, 0)
+    counts_CFV = torch.where(seen_CF[..., None], count_CFV, 0).to(dtype).log1p()
+    ages_CFV = torch.stack([age_events_CF.to(dtype).log1p(), (age_ms_CF.to(dtype) / _MS_PER_HOUR).log1p()], dim=-1)
+    return torch.cat([counts_CFV, seen_CF[..., None].to(dtype), ages_CFV], dim=-1).flatten(1)
+
+
+def count_features(
+    events_FE: Tensor,
+    event_ts_E: Tensor,
+    event_begin_B: Tensor,
+    offsets_B1: Tensor,
+    tiles: tuple[Tensor, Tensor],
+    row_C: Tensor,
+    begin_C: Tensor,
+    end_C: Tensor,
+    request_ts_C: Tensor,
+    keys_CF: Tensor,
+    count_events: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """`InteractionIndex.features` on CUDA without an index: every event is looked at, which there is faster than a sort.
+
+    History b's events are those from `event_begin_B[b]` on; `begin_C` and `end_C` count from its first. Its candidates are
+    `offsets_B1[b]` on, and `tiles` cuts them (`Readers.tiles`) to TILE_CANDIDATES.
+    """
+    from longer.model.interactions_triton import count_kernel
+
+    start_VC = torch.stack([begin_C, *(torch.maximum(end_C - n, begin_C) for n in count_events)])
+    (num_windows, num_candidates), num_fields = start_VC.shape, keys_CF.shape[1]
+    count_VCF = keys_CF.new_empty(num_windows, num_candidates, num_fields, dtype=torch.int32)
+    newest_CF = keys_CF.new_empty(num_candidates, num_fields, dtype=torch.int32)
+    count_kernel[(len(tiles[0]), num_fields, num_windows)](
+        events_FE, event_begin_B, keys_CF, start_VC, end_C, count_VCF, newest_CF, *tiles, offsets_B1, events_FE.stride(0),
+        num_candidates, F=num_fields, KEY_MASK=_KEY_MASK, BLOCK_M=TILE_CANDIDATES, BLOCK_N=128,
+    )  # fmt: skip
+    newest_ts_CF = event_ts_E[(event_begin_B[row_C][:, None] + newest_CF).clamp_min(0)]
+    return _features(keys_CF, count_VCF.permute(1, 2, 0), newest_CF, newest_ts_CF, end_C, request_ts_C, dtype)
+
+
+def rank_on_cuda(pairs_BFL: Tensor, row_C: Tensor, pairs_CFV: Tensor) -> Tensor:
+    """How many pairs of the row's field are smaller, without a padded copy of the queries."""
+    from longer.model.interactions_triton import rank_kernel
+
+    rank_CFV = torch.zeros_like(pairs_CFV)
+    num_pairs, (_, num_fields, num_values) = pairs_BFL.shape[-1], pairs_CFV.shape
+    if num_pairs and rank_CFV.numel():
+        grid = ((rank_CFV.numel() + 127) // 128,)
+        rank_kernel[grid](
+            pairs_BFL.contiguous(), row_C, pairs_CFV, rank_CFV, rank_CFV.numel(), num_pairs, num_pairs.bit_length(),
+            F=num_fields, V=num_values, BLOCK=128,
+        )  # fmt: skip
+    return rank_CFV
 
 
 def num_features(num_fields: int, count_events: Sequence[int]) -> int:

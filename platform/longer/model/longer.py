@@ -17,10 +17,13 @@ from torch import Tensor, nn
 
 from longer.config import ModelSettings, TaskSettings
 from longer.model.attention import Block, attend_groups, attend_shared
-from longer.model.context import Context, Tail, ranges, splice, take_rows
+from longer.model.context import Context, Tail, offsets_of, ranges, splice, take_rows
 from longer.model.embedding import Embedding, HashedTable
+from longer.model.flat import flat_forward
+from longer.model.fuse import fused_on_cuda, has_kernels
 from longer.model.inputs import BatchTensors, EventTensors, RequestTensors
 from longer.model.interactions import InteractionIndex, num_features
+from longer.model.shared_attention import Readers, attend
 from longer.model.visibility import CANDIDATE, GLOBAL, GROUP, visible
 from longer.schema import EventSchema
 
@@ -53,7 +56,7 @@ class Longer(nn.Module):
         self.item_bias = HashedTable(settings.item_rows, len(tasks), std=0.01)
 
     @property
-    def _layers(self) -> list[Block]:
+    def layers(self) -> list[Block]:
         return cast("list[Block]", list(self.blocks))
 
     def embedding_parameters(self) -> list[nn.Parameter]:
@@ -66,6 +69,8 @@ class Longer(nn.Module):
     def forward(self, batch: BatchTensors) -> Tensor:
         """[C, tasks]: logits of binary tasks, values of regression tasks, for every candidate of every request."""
         histories, windows = batch.histories, self.windows
+        if has_kernels(self.norm_head.weight) and len(histories.event_ts_E):
+            return flat_forward(self, batch.source, histories.event_ts_E.device)
         x_Ed = self.embedding.events(histories)
         first_B = histories.first_index_B // windows.merge_size
         end_B = (histories.first_index_B + histories.num_events_B) // windows.merge_size
@@ -101,7 +106,7 @@ class Longer(nn.Module):
         moved_B = (first_B != old.first_B) | (query_first_B != old.query_first_B)
 
         in_history = group_N >= first_B[row_N]
-        key_NHZ, value_NHZ = self._layers[0].keys_values(new_ND, group_N)
+        key_NHZ, value_NHZ = self.layers[0].keys_values(new_ND, group_N)
         keep = (old.first_B, old.end_B, first_B, end_B, row_N[in_history], group_N[in_history])
         keys = [splice(old.keys[0], key_NHZ[in_history], *keep)]
         values = [splice(old.values[0], value_NHZ[in_history], *keep)]
@@ -113,13 +118,13 @@ class Longer(nn.Module):
         computed_B = torch.where(moved_B, query_first_B, torch.maximum(old.end_B, query_first_B))
         row_P, group_P = ranges(computed_B, end_B)
         x_PD = tokens_BQD[row_P, group_P - query_first_B[row_P]]
-        for layer, block in enumerate(self._layers):
+        for layer, block in enumerate(self.layers):
             if layer > 0:
                 key_PHZ, value_PHZ = block.keys_values(x_PD, group_P)
                 keep = (old.query_first_B, computed_B, query_first_B, end_B, row_P, group_P)
                 keys.append(splice(old.keys[layer], key_PHZ, *keep))
                 values.append(splice(old.values[layer], value_PHZ, *keep))
-            if layer < len(self._layers) - 1 and len(row_P):
+            if layer < len(self.layers) - 1 and len(row_P):
                 start_B = first_B if layer == 0 else query_first_B
                 x_PD = self._group_rows(block, x_PD, row_P, group_P, computed_B, keys[layer], values[layer], start_B)
         return Context(first_B, query_first_B, end_B, tokens_BQD, keys, values)
@@ -138,6 +143,10 @@ class Longer(nn.Module):
         """One layer over the computed group rows, padded to [B, T] for attention only."""
         slot_P = group_P - computed_B[row_P]
         query_PHZ = block.queries(x_PD, group_P)
+        if has_kernels(query_PHZ):
+            readers = Readers.of_padded(offsets_of(row_P, len(start_B)), key_BGHZ.shape[1])
+            context = key_BGHZ.flatten(0, 1), value_BGHZ.flatten(0, 1)
+            return block.finish(x_PD, attend(query_PHZ, context, readers, group_P - start_B[row_P] + 1))
         longest = int(slot_P.max()) + 1
         query_BTHZ = query_PHZ.new_zeros(len(computed_B), longest, *query_PHZ.shape[1:])
         query_BTHZ[row_P, slot_P] = query_PHZ
@@ -148,9 +157,9 @@ class Longer(nn.Module):
         return block.finish(x_PD, attend_groups(query_BTHZ, key_BGHZ, value_BGHZ, visible_BTG)[row_P, slot_P])
 
     def _empty_context(self, like_ND: Tensor, first_B: Tensor, query_first_B: Tensor) -> Context:
-        num_rows, block = len(first_B), self._layers[0]
+        num_rows, block = len(first_B), self.layers[0]
         empty = like_ND.new_zeros(num_rows, 0, block.num_heads, like_ND.shape[-1] // block.num_heads)
-        layers = [empty] * len(self._layers)
+        layers = [empty] * len(self.layers)
         return Context(
             first_B, query_first_B, first_B, like_ND.new_zeros(num_rows, 0, like_ND.shape[-1]), layers, layers
         )
@@ -172,25 +181,36 @@ class Longer(nn.Module):
         x_RTD = torch.cat([partial_R1D, globals_RMD.to(partial_R1D.dtype)], dim=1)
         full_R = history_end_R // self.windows.merge_size
         exists_RT = torch.cat([partial_exists_RK[:, :1], partial_exists_RK.new_ones(globals_RMD.shape[:2])], dim=1)
-        kind_T = self._tail_kinds(row_R.device)
+        kind_T = self.tail_kinds(row_R.device)
         position_RT = torch.where(kind_T == GROUP, full_R[:, None], self.windows.num_groups(history_end_R)[:, None])
-        seen_TT = visible(kind_T[:, None], kind_T.new_zeros(1), kind_T, kind_T.new_zeros(1))
-        seen_RTT = seen_TT & exists_RT[:, None] | torch.eye(len(kind_T), dtype=torch.bool, device=row_R.device)
-        num_queries_B = (torch.bincount(row_R, minlength=len(context.first_B)) * len(kind_T)).tolist()
+        seen_RTT = self.tail_tokens_see(exists_RT)
+        num_tail, with_kernels = len(kind_T), has_kernels(x_RTD)
+        if with_kernels:
+            request_P = torch.arange(seen_RTT.shape[0], device=row_R.device).repeat_interleave(num_tail)
+            reads = {"request_P": request_P, "sees_PT": seen_RTT.flatten(0, 1)}
+            offsets_B1 = offsets_of(row_R, len(context.first_B)) * num_tail
+        else:
+            num_queries_B = (torch.bincount(row_R, minlength=len(context.first_B)) * num_tail).tolist()
         keys, values = [], []
-        for layer, block in enumerate(self._layers):
+        for layer, block in enumerate(self.layers):
             key_RTHZ, value_RTHZ = block.keys_values(x_RTD, position_RT)
             keys.append(key_RTHZ)
             values.append(value_RTHZ)
-            if layer == len(self._layers) - 1:
+            if layer == len(self.layers) - 1:
                 break
-            num_tail = len(kind_T)
+            query_PHZ = block.queries(x_RTD, position_RT).flatten(0, 1)
+            num_visible_P = (full_R - context.first_of_layer_B(layer)[row_R]).repeat_interleave(num_tail)
+            if with_kernels:
+                readers = Readers.of_padded(offsets_B1, context.keys[layer].shape[1], **reads)
+                attended_PD = attend(query_PHZ, context.flat(layer), readers, num_visible_P, (key_RTHZ, value_RTHZ))
+                x_RTD = block.finish(x_RTD, attended_PD.view_as(x_RTD))
+                continue
             attended_PD = attend_shared(
-                block.queries(x_RTD, position_RT).flatten(0, 1),
+                query_PHZ,
                 context.keys[layer],
                 context.values[layer],
                 num_queries_B,
-                (full_R - context.first_of_layer_B(layer)[row_R]).repeat_interleave(num_tail),
+                num_visible_P,
                 key_RTHZ.repeat_interleave(num_tail, dim=0),
                 value_RTHZ.repeat_interleave(num_tail, dim=0),
                 seen_RTT.flatten(0, 1),
@@ -209,40 +229,80 @@ class Longer(nn.Module):
         """[C, tasks]: each candidate against context, its request's tail and itself, never another candidate."""
         request_C = batch.request_of_candidate_C
         row_C = batch.row_R[request_C]
-        x_CD = self.embedding.candidates(batch.candidates)
-        x_CD = x_CD + take_rows(self.embedding.requests(batch.request_ts_R, last_event_ts_R), request_C)
-        head_input = []
-        if index is not None:
-            features_CF = self._interactions(index, batch, row_C, request_C, x_CD.dtype)
-            x_CD = x_CD + self.interaction_token(features_CF)
-            head_input.append(features_CF)
+        request_RD = self.embedding.requests(batch.request_ts_R, last_event_ts_R)
+        features_CF = None if index is None else self._interactions(index, batch, row_C, request_C, request_RD.dtype)
+        x_CD = self.enter(request_RD, request_C, features_CF, batch.candidates)
         full_C = (batch.history_end_R // self.windows.merge_size)[request_C]
         position_C = self.windows.num_groups(batch.history_end_R)[request_C]
-        num_queries_B = torch.bincount(row_C, minlength=len(context.first_B)).tolist()
-        number_C = torch.arange(len(row_C), device=row_C.device)
-        kind_T = self._tail_kinds(row_C.device)
-        sees_tail_CT = visible(CANDIDATE, number_C[:, None], kind_T, number_C.new_zeros(1)) & tail.exists_RT[request_C]
-        sees_itself_C1 = visible(CANDIDATE, number_C, CANDIDATE, number_C)[:, None]
-        sees_CS = torch.cat([sees_tail_CT, sees_itself_C1], dim=1)
-        for layer, block in enumerate(self._layers):
-            key_CHZ, value_CHZ = block.keys_values(x_CD, position_C)
-            attended_CD = attend_shared(
-                block.queries(x_CD, position_C),
-                context.keys[layer],
-                context.values[layer],
-                num_queries_B,
-                full_C - context.first_of_layer_B(layer)[row_C],
-                torch.cat([take_rows(tail.keys[layer], request_C), key_CHZ[:, None]], dim=1),
-                torch.cat([take_rows(tail.values[layer], request_C), value_CHZ[:, None]], dim=1),
-                sees_CS,
-            )
+        turn = self.layers[0].rotation.turn(position_C, x_CD.dtype)
+        sees_tail_CT = self.candidates_see_tail(tail.exists_RT)[request_C]
+        if has_kernels(x_CD):
+            offsets_B1 = batch.candidate_offsets_R1[offsets_of(batch.row_R, len(context.first_B))]
+            reads = {
+                "request_P": request_C,
+                "sees_PT": sees_tail_CT,
+                "request_offsets_JR1": batch.candidate_offsets_R1[None],
+            }
+            readers = {n: Readers.of_padded(offsets_B1, n, **reads) for n in {key.shape[1] for key in context.keys}}
+        else:
+            num_queries_B = torch.bincount(row_C, minlength=len(context.first_B)).tolist()
+            sees_CS = torch.cat([sees_tail_CT, sees_tail_CT.new_ones(len(row_C), 1)], dim=1)
+        for layer, block in enumerate(self.layers):
+            query_CHZ, key_CHZ, value_CHZ = block.project(x_CD, *turn)
+            num_visible_C = full_C - context.first_of_layer_B(layer)[row_C]
+            if has_kernels(x_CD):
+                attended_CD = attend(
+                    query_CHZ,
+                    context.flat(layer),
+                    readers[context.keys[layer].shape[1]],
+                    num_visible_C,
+                    (tail.keys[layer], tail.values[layer]),
+                    (key_CHZ, value_CHZ),
+                )
+            else:
+                attended_CD = attend_shared(
+                    query_CHZ,
+                    context.keys[layer],
+                    context.values[layer],
+                    num_queries_B,
+                    num_visible_C,
+                    torch.cat([take_rows(tail.keys[layer], request_C), key_CHZ[:, None]], dim=1),
+                    torch.cat([take_rows(tail.values[layer], request_C), value_CHZ[:, None]], dim=1),
+                    sees_CS,
+                )
             x_CD = block.finish(x_CD, attended_CD)
-        head_CD = torch.cat([self.norm_head(x_CD), *(f.to(x_CD.dtype) for f in head_input)], dim=-1)
-        return self.head(head_CD) + self.item_bias(batch.candidates["item_id"])
+        return self.leave(x_CD, features_CF, batch.candidates["item_id"])
 
-    def _tail_kinds(self, device: torch.device) -> Tensor:
+    @fused_on_cuda
+    def enter(
+        self, request_RD: Tensor, request_C: Tensor, features_CF: Tensor | None, candidates: dict[str, Tensor]
+    ) -> Tensor:
+        """[C, D]: candidates as tokens, each with what is known of its request and of itself in the history."""
+        x_CD = self.embedding.candidates(candidates) + take_rows(request_RD, request_C)
+        return x_CD if features_CF is None else x_CD + self.interaction_token(features_CF)
+
+    @fused_on_cuda
+    def leave(self, x_CD: Tensor, features_CF: Tensor | None, item_key_C: Tensor) -> Tensor:
+        """[C, tasks]: outputs from what the candidates have gathered."""
+        x_CD = self.norm_head(x_CD)
+        head_CD = x_CD if features_CF is None else torch.cat([x_CD, features_CF.to(x_CD.dtype)], dim=-1)
+        return self.head(head_CD) + self.item_bias(item_key_C)
+
+    def candidates_see_tail(self, exists_RT: Tensor) -> Tensor:
+        """[R, T]: the tail tokens that a request's candidates see."""
+        kind_T, index_1 = self.tail_kinds(exists_RT.device), exists_RT.new_zeros(1, dtype=torch.int64)
+        return visible(CANDIDATE, index_1, kind_T, index_1) & exists_RT
+
+    def tail_tokens_see(self, exists_RT: Tensor) -> Tensor:
+        """[R, T, T]: which of its tail's tokens each tail token sees; an absent one sees itself, so that it sees something."""
+        kind_T = self.tail_kinds(exists_RT.device)
+        seen_TT = visible(kind_T[:, None], kind_T.new_zeros(1), kind_T, kind_T.new_zeros(1))
+        return seen_TT & exists_RT[:, None] | torch.eye(len(kind_T), dtype=torch.bool, device=exists_RT.device)
+
+    def tail_kinds(self, device: torch.device) -> Tensor:
         """[T]: a tail is the partial newest group, then the user globals."""
-        return torch.tensor([GROUP] + [GLOBAL] * self.embedding.num_globals, device=device)
+        place_T = torch.arange(1 + self.embedding.num_globals, device=device)
+        return torch.where(place_T == 0, GROUP, GLOBAL)
 
     def _interactions(
         self, index: InteractionIndex, batch: RequestTensors, row_C: Tensor, request_C: Tensor, dtype: torch.dtype

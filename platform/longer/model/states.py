@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from longer.arrays import Candidates, Histories, Int64
 from longer.model.context import Context, Tail
-from longer.model.inputs import RequestTensors, event_tensors, feature_tensors
+from longer.model.inputs import RequestTensors, event_tensors, feature_tensors, to_device
 from longer.model.interactions import PAD, InteractionIndex, merge, slide
 from longer.model.longer import Longer
 
@@ -96,11 +96,55 @@ def append(model: Longer, states: Sequence[UserState], new: Histories) -> list[U
 @torch.inference_mode()
 def score(model: Longer, states: Sequence[UserState], request_ts_R: Int64, candidates: Candidates) -> np.ndarray:
     """[C, tasks] float outputs as the model's forward pass gives: request r asks `states[r]` about its own candidates."""
-    device, merge_size = _device(model), model.windows.merge_size
+    device, together = _device(model), gather(model, states)
+    requests = RequestTensors(
+        row_R=torch.arange(len(states), device=device),
+        history_end_R=together.num_events_B,
+        request_ts_R=to_device(torch.from_numpy(request_ts_R), device),
+        candidate_offsets_R1=to_device(torch.from_numpy(candidates.offsets_R1), device),
+        candidates=feature_tensors(candidates, device),
+        labels={},
+    )
+    return together.outputs(model, requests).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The states of B users as one batch that candidates read."""
+
+    context: Context
+    tail: Tail
+    index: InteractionIndex
+    num_events_B: Tensor
+    last_event_ts_B: Tensor
+
+    def outputs(self, model: Longer, requests: RequestTensors) -> Tensor:
+        """[C, tasks] of requests that ask one user each, in order; the device is not waited for."""
+        index = self.index if model.settings.interactions else None
+        return model.candidates(self.context, self.tail, index, requests, self.last_event_ts_B)
+
+
+def gather(model: Longer, states: Sequence[UserState]) -> Gathered:
+    """The states padded to the longest, one copy of each."""
+    merge_size = model.windows.merge_size
+    numbers = [
+        (
+            s.first_index // merge_size,
+            s.query_first,
+            s.num_events // merge_size,
+            s.first_index,
+            s.num_events,
+            s.last_event_ts,
+        )
+        for s in states
+    ]
+    first_B, query_first_B, end_B, first_index_B, num_events_B, last_event_ts_B = to_device(
+        torch.tensor(numbers).T.contiguous(), _device(model)
+    )
     context = Context(
-        first_B=torch.tensor([s.first_index // merge_size for s in states], device=device),
-        query_first_B=torch.tensor([s.query_first for s in states], device=device),
-        end_B=torch.tensor([s.num_events // merge_size for s in states], device=device),
+        first_B=first_B,
+        query_first_B=query_first_B,
+        end_B=end_B,
         tokens_BQD=states[0].tokens_QD[None, :0],
         keys=_pad_layers(states, lambda s: s.keys),
         values=_pad_layers(states, lambda s: s.values),
@@ -113,19 +157,9 @@ def score(model: Longer, states: Sequence[UserState], request_ts_R: Int64, candi
     index = InteractionIndex(
         pairs_BFL=pad_sequence([s.pairs_FL.T for s in states], batch_first=True, padding_value=PAD).transpose(1, 2),
         event_ts_BL=_pad(s.event_ts_L for s in states),
-        first_index_B=torch.tensor([s.first_index for s in states], device=device),
+        first_index_B=first_index_B,
     )
-    requests = RequestTensors(
-        row_R=torch.arange(len(states), device=device),
-        history_end_R=torch.tensor([s.num_events for s in states], device=device),
-        request_ts_R=torch.from_numpy(request_ts_R).to(device),
-        candidate_offsets_R1=torch.from_numpy(candidates.offsets_R1).to(device),
-        candidates=feature_tensors(candidates, device),
-        labels={},
-    )
-    last_ts_R = torch.tensor([s.last_event_ts for s in states], device=device)
-    outputs_CT = model.candidates(context, tail, index if model.settings.interactions else None, requests, last_ts_R)
-    return outputs_CT.cpu().numpy()
+    return Gathered(context, tail, index, num_events_B, last_event_ts_B)
 
 
 def _advance(

@@ -1,0 +1,147 @@
+"""The training pass on CUDA: all tokens of a batch in one flat row, one attention a layer, nothing padded, the device never asked.
+
+The same tokens and the same rule as the three steps of `Longer` (extend, tail, candidates), which keep their results for later;
+here nothing is kept, so that every layer is one step over all tokens: query-window groups, then tails, then candidates. Where
+everything lies follows from the batch on the host. Filled up to fixed sizes, a batch runs as a CUDA graph (`CapturedPass`).
+
+B histories, N full groups of all histories, P of them in query windows, R requests, T tail tokens of a request, C candidates,
+D width, H heads, Z head width, K events in a group.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from longer.arrays import RequestBatch
+from longer.model.inputs import tensors_of, under
+from longer.model.interactions import TILE_CANDIDATES, count_features
+from longer.model.layout import FlatBatch, Layout, flatten
+from longer.model.shared_attention import Readers, attend
+
+if TYPE_CHECKING:
+    from longer.model.longer import Longer
+
+
+def flat_forward(model: "Longer", batch: RequestBatch, device: torch.device | str) -> Tensor:
+    """[C, tasks]: what `Longer.forward` returns, on CUDA."""
+    flat = flatten(batch, model.windows, model.embedding.num_globals + 1)
+    return flat_outputs(model, flat, tensors_of(flat.arrays, device))
+
+
+def flat_outputs(model: "Longer", flat: FlatBatch, tensors: dict[str, Tensor]) -> Tensor:
+    """[C, tasks]: the flat pass over a batch's arrays on the device; depends on nothing else of `flat` but its shapes."""
+    at: Layout[Tensor] = Layout(**under("layout.", tensors))
+    return _outputs(model, flat, at, under("event.", tensors), under("candidate.", tensors))
+
+
+def _outputs(
+    model: "Longer", flat: FlatBatch, at: Layout[Tensor], events: dict[str, Tensor], candidates: dict[str, Tensor]
+) -> Tensor:
+    num_groups, num_queries, num_requests = flat.num_groups, flat.num_queries, flat.num_requests
+    num_tail = model.embedding.num_globals + 1
+    x_GD = model.embedding.event_groups(events, at.event_ts, at.previous_ts, at.start, at.size)
+    x_ND, partial_RD = x_GD.split([num_groups, num_requests])
+    globals_RMD = model.embedding.user_globals(at.user_key).to(x_GD.dtype)
+    tail_PD = torch.cat([partial_RD[:, None], globals_RMD], dim=1).flatten(0, 1)
+    request_RD = model.embedding.requests(at.request_ts, at.last_ts)
+    readers = _Readers.of(model, flat, at, num_tail)
+    features_CF = None
+    if model.settings.interactions:
+        features_CF = _features(model, at, events, candidates, readers.candidates, request_RD.dtype)
+    x_CD = model.enter(request_RD, at.request_of_candidate, features_CF, candidates)
+    if not len(x_CD):
+        return model.leave(x_CD, features_CF, candidates["item_id"])
+    private_PD = torch.cat([tail_PD.to(x_CD.dtype), x_CD])
+    x_TD = torch.cat([x_ND.index_select(0, at.query).to(x_CD.dtype), private_PD])
+    cos, sin = model.layers[0].rotation.turn(at.position, x_TD.dtype)
+    turn = cos.index_select(0, at.window), sin.index_select(0, at.window)
+    for layer, block in enumerate(model.layers):
+        is_last = layer == len(model.layers) - 1
+        sizes = [num_groups if layer == 0 else num_queries, num_requests * num_tail, len(x_CD)]
+        x_AD, turn_A = x_TD, turn  # everything that has keys
+        if layer == 0:
+            x_AD, turn_A = torch.cat([x_ND.to(x_CD.dtype), private_PD]), (cos, sin)
+        visible = at.visible if layer == 0 else at.visible_above
+        if is_last:  # of which only the candidates are read
+            x_TD, turn, visible = (
+                x_TD[-len(x_CD) :],
+                (turn[0][-len(x_CD) :], turn[1][-len(x_CD) :]),
+                visible[-len(x_CD) :],
+            )
+        if layer == 0 or is_last:
+            query, (key, value) = block.project_queries(x_TD, *turn), block.project_keys_values(x_AD, *turn_A)
+        else:
+            query, key, value = block.project(x_TD, *turn)
+        groups, tails, own = zip(key.split(sizes), value.split(sizes), strict=True)
+        tail_key, tail_value = (x.unflatten(0, (num_requests, num_tail)) for x in tails)
+        attended = attend(query, groups, readers.of_layer(layer, is_last), visible, (tail_key, tail_value), own)
+        x_TD = block.finish(x_TD, attended)
+    return model.leave(x_TD, features_CF, candidates["item_id"])
+
+
+class _Readers(NamedTuple):
+    """Of all tokens and of candidates only, in the first layer and in the layers above."""
+
+    everyone: tuple[Readers, Readers]
+    only_candidates: tuple[Readers, Readers]
+
+    @property
+    def candidates(self) -> Readers:
+        return self.only_candidates[0]
+
+    def of_layer(self, layer: int, is_last: bool) -> Readers:
+        return (self.only_candidates if is_last else self.everyone)[min(layer, 1)]
+
+    @staticmethod
+    def of(model: "Longer", flat: FlatBatch, at: Layout[Tensor], num_tail: int) -> "_Readers":
+        num_rows, num_requests, device = len(at.num_groups), flat.num_requests, at.size.device
+        tail_first = flat.num_queries
+        own_first = tail_first + num_requests * num_tail
+        is_partial_T = torch.arange(num_tail, device=device) == 0
+        exists_RT = ~is_partial_T | (at.size[-num_requests:] > 0)[:, None]
+        request_RT = torch.arange(num_requests * num_tail, device=device) // num_tail
+        sees_CT = model.candidates_see_tail(exists_RT)[at.request_of_candidate]
+        request_P = torch.cat([request_RT, at.request_of_candidate])
+        sees_PT = torch.cat([model.tail_tokens_see(exists_RT).flatten(0, 1), sees_CT])
+        runs_R1 = torch.arange(num_requests + 1, device=device) * num_tail + tail_first
+        contexts = (
+            (at.group_offsets[:-1], at.num_groups, flat.max_keys[0]),
+            (at.query_offsets[:-1], at.num_queries, flat.max_keys[1]),
+        )
+        offsets_JR1 = torch.stack([runs_R1, at.candidate_offsets + own_first])
+        candidates_B1 = at.segment_offsets[2 * num_rows :] - own_first
+        everyone = [
+            Readers(at.segment_offsets, *context, tail_first, own_first, request_P, sees_PT, offsets_JR1)
+            for context in contexts
+        ]
+        only_candidates = [
+            Readers(candidates_B1, *context, 0, 0, at.request_of_candidate, sees_CT, at.candidate_offsets[None])
+            for context in contexts
+        ]
+        return _Readers((everyone[0], everyone[1]), (only_candidates[0], only_candidates[1]))
+
+
+def _features(
+    model: "Longer",
+    at: Layout[Tensor],
+    events: dict[str, Tensor],
+    candidates: dict[str, Tensor],
+    readers: Readers,
+    dtype: torch.dtype,
+) -> Tensor:
+    fields = model.interaction_fields
+    return count_features(
+        torch.stack([events[name] for name in fields]),
+        at.event_ts,
+        at.event_begin,
+        readers.offsets_S1,
+        readers.tiles(len(at.request_of_candidate), TILE_CANDIDATES),
+        at.row_of_candidate,
+        at.count_begin,
+        at.count_end,
+        at.request_ts[at.request_of_candidate],
+        torch.stack([candidates[name] for name in fields], dim=-1),
+        model.settings.count_events,
+        dtype,
+    )

@@ -1,0 +1,33 @@
+"""What is done otherwise on CUDA: elementwise work compiled into few kernels, attention and counting in kernels of our own."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether our kernels serve tensors like this one; float64 is computed as on a CPU, for tests."""
+    return x.is_cuda and x.dtype != torch.float64
+
+
+def fused_on_cuda(function: F) -> F:
+    """The same function, compiled by `torch.compile` for any sizes where our kernels serve its first tensor argument.
+
+    A CPU gains nothing that is worth the time to compile.
+    """
+    compiled: list[Callable[..., Any]] = []
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        if not has_kernels(next(x for x in args if isinstance(x, Tensor))):
+            return function(*args)
+        if not compiled:
+            compiled.append(torch.compile(function, dynamic=True))
+        return compiled[0](*args)
+
+    return call  # type: ignore[return-value]

@@ -1,0 +1,155 @@
+"""The CUDA training pass against the CPU's three steps in float64; without a GPU, in Triton's interpreter where it is installed."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longer.arrays import RequestBatch
+from longer.model.captured import CapturedPass
+from longer.model.flat import flat_forward, flat_outputs
+from longer.model.inputs import tensors_of, to_tensors
+from longer.model.layout import Sizes, flatten
+from longer.model.longer import Longer
+from longer.model.states import append, encode, score
+from tests.model.generate import one_request_a_row, random_candidates, random_histories, small_model
+
+ON_CUDA = torch.cuda.is_available()
+if not ON_CUDA:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton", reason="the kernels need Triton: CUDA builds of PyTorch bring it")
+DEVICE = "cuda" if ON_CUDA else "cpu"
+SIZES: dict[str, dict] = {
+    "default": {},
+    "no merging": {"merge_size": 1, "event_width": 4},
+    "cross layer only": {"num_self_layers": 0, "inner_transformer": False},
+    "no counts": {"interactions": False},
+}
+
+
+def same_model(seed: int, dtype: torch.dtype, device: str, **sizes: object) -> Longer:
+    """Weights that float32 holds exactly, small enough that a model of any depth stays well-conditioned."""
+    model = small_model(seed, torch.float32, **sizes)
+    for parameter in model.parameters():
+        parameter.data.mul_(0.5)
+    return model.to(device, dtype)
+
+
+def random_batch(model: Longer, seed: int, lengths: list[int]) -> RequestBatch:
+    """Users of these lengths, the last one asked three times at ends whose windows start alike."""
+    rng = np.random.default_rng(seed)
+    histories = random_histories(rng, [*lengths, 1])
+    ends = histories.end_index_B
+    batch = one_request_a_row(model, histories, ends * 0 + 2_000_000_000_000, random_candidates(rng, [0] * len(ends)))
+    windows, last = model.windows, int(ends[-2])
+    alike = [
+        e
+        for e in range(last + 1)
+        if (windows.query_start(e), windows.history_start(e))
+        == (windows.query_start(last), windows.history_start(last))
+    ]
+    asked = np.sort(rng.choice(alike, size=2))
+    rows = np.arange(len(ends))
+    row_R = np.concatenate([rows[:-1], rows[[-2, -2]], rows[-1:]])
+    end_R = np.concatenate([ends[:-2], asked, ends[-2:]])
+    candidates = random_candidates(rng, rng.integers(0, 40, len(row_R)).tolist())
+    labels = {"click": rng.integers(0, 2, len(candidates.features["item_id"])).astype(np.float32)}
+    return RequestBatch(
+        batch.histories, row_R, end_R, np.full(len(row_R), 2_000_000_000_000), candidates, row_R, labels
+    )
+
+
+def outputs_and_gradients(model: Longer, outputs: torch.Tensor) -> list[torch.Tensor]:
+    """Outputs, then the gradient of a random direction of them in every parameter."""
+    direction = torch.from_numpy(np.random.default_rng(1).normal(size=tuple(outputs.shape))).to(outputs)
+    gradients = torch.autograd.grad((outputs * direction).sum(), list(model.parameters()), materialize_grads=True)
+    return [x.detach().cpu().double() for x in (outputs, *gradients)]
+
+
+@pytest.mark.parametrize("name", SIZES)
+@given(seed=st.integers(0, 2**32 - 1), lengths=st.lists(st.integers(0, 60), min_size=1, max_size=3))
+@settings(max_examples=10 if ON_CUDA else 3, deadline=None)
+def test_flat_pass_equals_the_three_steps(name: str, seed: int, lengths: list[int]) -> None:
+    exact, model = (
+        same_model(3, torch.float64, "cpu", **SIZES[name]),
+        same_model(3, torch.float32, DEVICE, **SIZES[name]),
+    )
+    batch = random_batch(exact, seed, lengths)
+    wanted = outputs_and_gradients(exact, exact(to_tensors(batch)))
+    with torch.compiler.set_stance("force_eager"):  # compiling every model costs minutes
+        got = outputs_and_gradients(model, flat_forward(model, batch, DEVICE))
+    names = ["outputs", *(n for n, _ in exact.named_parameters())]
+    for what, ours, theirs in zip(names, got, wanted, strict=True):
+        error, size = (ours - theirs).norm(), max(theirs.norm(), 1e-2 * wanted[0].numel() ** 0.5)
+        assert error <= 1e-4 * size, f"{what}: {error / size:.1e}"
+    assert (got[0] - wanted[0]).norm() <= 1e-5 * wanted[0].norm()
+
+
+@given(seed=st.integers(0, 2**32 - 1), lengths=st.lists(st.integers(0, 60), min_size=1, max_size=3))
+@settings(max_examples=10 if ON_CUDA else 3, deadline=None)
+def test_a_batch_filled_up_to_fixed_sizes_gives_the_same_outputs_and_gradients(seed: int, lengths: list[int]) -> None:
+    model = same_model(3, torch.float32, DEVICE)
+    batch = random_batch(model, seed, lengths)
+    sizes = Sizes.of(batch, model.windows)
+    room = Sizes(*(size + extra for size, extra in zip(sizes, (9, 70, 37, 2, 3, 41), strict=True)))
+    shapes, results = [], []
+    for to in (None, room):
+        flat = flatten(batch, model.windows, model.embedding.num_globals + 1, to)
+        tensors = tensors_of(flat.arrays, DEVICE)
+        with torch.compiler.set_stance("force_eager"):
+            outputs = flat_outputs(model, flat, tensors)
+            shapes.append(len(outputs))
+            results.append(outputs_and_gradients(model, outputs[: sizes.candidates]))
+    assert shapes == [sizes.candidates, room.candidates]
+    for filled, plain in zip(*results, strict=True):
+        assert (filled - plain).norm() <= 1e-5 * max(plain.norm(), 1.0)
+
+
+@pytest.mark.skipif(not ON_CUDA, reason="CUDA graphs need CUDA")
+def test_a_captured_pass_gives_each_batch_its_own_gradients() -> None:
+    model = same_model(3, torch.float32, DEVICE)
+    batches = [random_batch(model, seed, [60, 5, 33]) for seed in range(3)]
+    room = Sizes(*map(max, zip(*(Sizes.of(batch, model.windows) for batch in batches), strict=True)))
+
+    def loss(outputs: torch.Tensor, labels: dict[str, torch.Tensor], exists: torch.Tensor) -> torch.Tensor:
+        return ((outputs[:, 0] - labels["click"]) ** 2 * exists).sum()
+
+    with torch.compiler.set_stance("force_eager"):
+        captured = CapturedPass(model, loss, room, batches[0])
+        for batch in batches:
+            value = float(captured(batch))
+            ours = [p.grad.clone() for p in model.parameters()]
+            outputs = flat_forward(model, batch, DEVICE)
+            wanted = ((outputs[:, 0] - torch.from_numpy(batch.labels["click"]).to(DEVICE)) ** 2).sum()
+            theirs = torch.autograd.grad(wanted, list(model.parameters()), materialize_grads=True)
+            assert abs(value - float(wanted)) <= 1e-5 * abs(float(wanted))
+            for a, b in zip(ours, theirs, strict=True):
+                assert (a - b).norm() <= 1e-4 * max(float(b.norm()), 1.0)
+
+
+@pytest.mark.skipif(not ON_CUDA, reason="the three steps use the kernels on CUDA only")
+@given(seed=st.integers(0, 2**32 - 1), lengths=st.lists(st.integers(0, 60), min_size=1, max_size=4))
+@settings(max_examples=10, deadline=None)
+def test_states_on_cuda_score_as_the_cpu_does(seed: int, lengths: list[int]) -> None:
+    exact, model, rng = (
+        same_model(3, torch.float64, "cpu"),
+        same_model(3, torch.float32, "cuda"),
+        np.random.default_rng(seed),
+    )
+    histories = random_histories(rng, lengths)
+    candidates = random_candidates(rng, rng.integers(0, 40, len(lengths)).tolist())
+    request_ts = np.full(len(lengths), 2_000_000_000_000)
+    rows, ends = np.arange(len(lengths)), histories.end_index_B
+    with torch.compiler.set_stance("force_eager"):
+        states = encode(model, histories.slice_events(rows, np.zeros_like(ends), ends // 2))
+        states = append(model, states, histories.slice_events(rows, ends // 2, ends))
+        ours = score(model, states, request_ts, candidates)
+    np.testing.assert_allclose(
+        ours,
+        score(exact, encode(exact, histories), request_ts, candidates),
+        rtol=1e-5,
+        atol=1e-5,
+    )
