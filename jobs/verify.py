@@ -8,12 +8,13 @@ import sys
 from datetime import datetime
 
 from longer.config import Settings
-from longer.data.findings import KINDS, Findings
+from longer.data.findings import KINDS, BucketReport, Findings
 from longer.data.ray_verification import verify_tables
 from longer.data.requests import SplitTimes
 from longer.data.sequences import KeepRule
 from longer.data.verification import Promises
-from longer.data.verified_tables import BucketReport, BucketVerifier, Source, open_source
+from longer.data.verified_files import Source, open_source
+from longer.data.verified_tables import BucketVerifier
 from longer.errors import UserError
 from longer.progress import say
 from longer.runner import run_job

@@ -21,7 +21,8 @@ from longer.data.verification import (
     check_sequences,
     repeated,
 )
-from longer.data.verified_tables import BucketVerifier, open_source
+from longer.data.verified_files import open_source
+from longer.data.verified_tables import BucketVerifier
 from longer.errors import UserError
 from longer.schema import EventSchema
 from longer.windows import WindowRule
@@ -300,6 +301,6 @@ def test_only_so_many_of_a_kind_are_put_into_words_and_all_are_counted() -> None
 
 
 def test_every_kind_has_a_test() -> None:
-    elsewhere = {"wrong_bucket", "unreadable", "unknown_user"}
-    on_ray = {"missing_file", "file_size", "checksum", "row_count", "sequence_version", "duplicate_request"}
+    elsewhere = {"wrong_bucket", "unreadable", "unknown_user", "unmerged", "statistics"}
+    on_ray = {"missing_file", "file_size", "checksum", "row_count", "manifest", "sequence_version", "duplicate_request"}
     assert {planted.split(" ")[0] for planted in PLANTED} | elsewhere | on_ray == set(KINDS)

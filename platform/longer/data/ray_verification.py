@@ -7,9 +7,10 @@ import numpy as np
 import ray
 
 from longer.arrays import Int64
-from longer.data.findings import Findings
+from longer.data.findings import BucketReport, Findings
 from longer.data.verification import repeated
-from longer.data.verified_tables import BucketReport, BucketVerifier, Source, TableFile
+from longer.data.verified_files import Source, TableFile
+from longer.data.verified_tables import BucketVerifier
 from longer.progress import track
 
 _MAX_ID_PARTS = 16

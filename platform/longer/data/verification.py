@@ -76,6 +76,15 @@ def check_sequences(
         found.add("tie_order", np.isin(np.arange(len(rows)), np.flatnonzero(aligned_B)[unordered]), user)
 
 
+def check_news(rows: pa.Table, bucket: int, before: pa.Array, promises: Promises, found: Findings, where: str) -> None:
+    """Rows of `news_arrow` that follow the user in `before`, as they lie: what point reads and the merge rely on."""
+    user = _teller("user", single_array(rows["user_id"]), where)
+    _check_users(single_array(rows["user_id"]), before, bucket, promises, found, user)
+    keys = [field.name for field in rows.schema if not pa.types.is_list(field.type)]
+    _check_nulls(rows, keys, ["event_ts", "item_id"], found, user)
+    _check_lengths(rows, found, user)
+
+
 def check_requests(
     rows: pa.Table, bucket: int, split: str | None, promises: Promises, found: Findings, where: str
 ) -> None:
@@ -132,6 +141,15 @@ def check_histories(
         "stale_history", stale_R, lambda r: f"{request(r)}: history_end {end_R[r]}, asked at {_iso(time_R[r])}"
     )
     return is_here_R
+
+
+def num_groups(rows: pa.Table, schema: EventSchema) -> int:
+    """How many requests the events in these rows of `sequences_arrow` make: one a user and group."""
+    groups = single_array(rows[schema.group_id or "event_ts"])
+    row_E, group_E = np.repeat(np.arange(len(rows)), _lengths(groups)), milliseconds(groups.flatten())
+    order = np.lexsort((group_E, row_E))
+    row_E, group_E = row_E[order], group_E[order]
+    return min(len(order), 1) + int(((row_E[1:] != row_E[:-1]) | (group_E[1:] != group_E[:-1])).sum())
 
 
 def repeated(ids: Int64) -> Int64:
