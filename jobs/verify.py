@@ -14,6 +14,7 @@ from longer.data.requests import SplitTimes
 from longer.data.sequences import KeepRule
 from longer.data.verification import Promises
 from longer.data.verified_files import Source, open_source
+from longer.data.verified_manifests import NOT_CHECKED
 from longer.data.verified_tables import BucketVerifier
 from longer.errors import UserError
 from longer.progress import say
@@ -84,6 +85,8 @@ def _print(report: BucketReport, sequences: Source, requests: Source | None) -> 
     say("verify", f"sequences: {sequences.title}")
     say("verify", f"requests: {requests.title if requests else 'none yet under this root: sequences alone'}")
     say("verify", "checked " + ", ".join(f"{number} {name}" for name, number in sorted(report.checked.items())))
+    if sequences.version:
+        say("verify", f"not checked: {NOT_CHECKED}")
     _print_findings(report.found, "violations")
     _print_findings(report.noted, "not promised, only counted")
     say("verify", f"{report.found.num_violations} violations" if report.found.counts else "no violation")

@@ -60,12 +60,32 @@ def flip_a_bit(file: Path) -> None:
     file.write_bytes(content)
 
 
+def allow_cut(manifest: dict, num_cut: int) -> None:
+    manifest["settings"]["max_cut_share"] = 1.0
+    manifest["num_cut"] = num_cut
+
+
+def without_statistics(file: Path) -> None:
+    pq.write_table(pq.read_table(file, partitioning=None), file, write_statistics=False)
+
+
 PLANTED: dict[str, Callable[[Path, Path], object]] = {
     "missing_file": lambda s, r: os.remove(files_of(s)[1]),
     "file_size": lambda s, r: files_of(r)[0].write_bytes(files_of(r)[0].read_bytes() + b"x"),
     "checksum": lambda s, r: flip_a_bit(files_of(s)[0]),
     "row_count": lambda s, r: edit_manifest(s, lambda m: m.update(num_events=m["num_events"] + 1)),
     "row_count of a split": lambda s, r: edit_manifest(r, lambda m: m["num_candidates"].update(test=1)),
+    "row_count of a bucket": lambda s, r: edit_manifest(s, lambda m: m["buckets"][0].update(num_events=1)),
+    "row_count of users": lambda s, r: edit_manifest(s, lambda m: m.update(num_users=1)),
+    "row_count of cut requests": lambda s, r: edit_manifest(r, lambda m: allow_cut(m, num_cut=77)),
+    "manifest (the share of cut requests)": lambda s, r: edit_manifest(r, lambda m: m.update(num_cut=77)),
+    "manifest (buckets)": lambda s, r: edit_manifest(r, lambda m: m.update(num_buckets=7)),
+    "manifest (watermark)": lambda s, r: edit_manifest(s, lambda m: m.update(watermark="2036-01-01T00:00:00+00:00")),
+    "manifest (no time)": lambda s, r: edit_manifest(s, lambda m: m.update(watermark="soon")),
+    "manifest (first event)": lambda s, r: edit_manifest(s, lambda m: m.update(first_event_ts=m["watermark"])),
+    "manifest (watermark of requests)": lambda s, r: edit_manifest(r, lambda m: m.update(watermark="")),
+    "manifest (split)": lambda s, r: edit_manifest(r, lambda m: m["settings"].update(test_days_share=0.5)),
+    "statistics": lambda s, r: without_statistics(files_of(s)[0]),
     "sequence_version": lambda s, r: edit_manifest(r, lambda m: m["inputs"].update(sequences="0123456789ab")),
     "duplicate_request": lambda s, r: repeat_a_request(r),
 }

@@ -67,7 +67,7 @@ def check_sequences(
     kept_B = np.flatnonzero(length_B > 0)
     late_B = np.zeros(len(rows), bool)
     late_B[kept_B] = prev_B[kept_B] > time_E[(np.cumsum(length_B) - length_B)[kept_B]]
-    found.add("prev_event_order", late_B, lambda b: f"{user(b)}: {_iso(prev_B[b])}")
+    found.add("prev_event_order", late_B, lambda b: f"{user(b)}: {time_text(prev_B[b])}")
     falls_B = np.zeros(len(rows), bool)
     falls_B[row_E[1:][_falls(time_E, row_E)]] = True
     found.add("time_order", falls_B, user)
@@ -97,7 +97,7 @@ def check_requests(
     if promises.splits and split in SPLITS:
         time_R = milliseconds(single_array(rows["request_ts"]))
         wrong_R = promises.splits.split_of(time_R) != SPLITS.index(split)
-        found.add("wrong_split", wrong_R, lambda r: f"{request(r)}: {_iso(time_R[r])} in split {split}")
+        found.add("wrong_split", wrong_R, lambda r: f"{request(r)}: {time_text(time_R[r])} in split {split}")
 
 
 def check_histories(
@@ -131,14 +131,16 @@ def check_histories(
     newest_E = _running_max(time_E, row_E)
     newest_R[some] = np.maximum(newest_R[some], newest_E[(offset_R + num_held_R - 1)[some]])
     leaks_R = newest_R >= time_R
-    found.add("future_event", leaks_R, lambda r: f"{request(r)}: {_iso(newest_R[r])}, asked at {_iso(time_R[r])}")
+    found.add(
+        "future_event", leaks_R, lambda r: f"{request(r)}: {time_text(newest_R[r])}, asked at {time_text(time_R[r])}"
+    )
 
     left = num_held_R < length_B[row_R]
     oldest_left_E = ~_running_max(~time_E[::-1], row_E[::-1].max(initial=0) - row_E[::-1])[::-1]
     stale_R = np.zeros(len(asked), bool)
     stale_R[left] = oldest_left_E[(offset_R + num_held_R)[left]] < time_R[left]
     (found if promises.complete_histories else counts).add(
-        "stale_history", stale_R, lambda r: f"{request(r)}: history_end {end_R[r]}, asked at {_iso(time_R[r])}"
+        "stale_history", stale_R, lambda r: f"{request(r)}: history_end {end_R[r]}, asked at {time_text(time_R[r])}"
     )
     return is_here_R
 
@@ -275,6 +277,6 @@ def _teller(noun: str, ids: pa.Array, where: str) -> Callable[[int], str]:
     return lambda row: f"{noun} {ids[row].as_py()}{f' in {where}' if where else ''}"
 
 
-def _iso(time_ms: int) -> str:
+def time_text(time_ms: int) -> str:
     """Any int64 as a time, years that calendars do not reach included."""
     return str(np.datetime64(int(time_ms), "ms"))

@@ -148,7 +148,7 @@ class BucketVerifier:
         report.checked["users"] += len(rows)
         report.checked["events"] += pc.sum(rows["num_events_total"]).as_py() or 0
         report.checked["events kept"] += pc.sum(pc.list_value_length(rows["event_ts"])).as_py() or 0
-        report.checked["groups"] += num_groups(rows, self.promises.schema)
+        report.checked["request groups"] += num_groups(rows, self.promises.schema)
         kept = single_array(rows["event_ts"]).flatten()
         for times in (kept, single_array(rows["prev_event_ts"])):
             known = milliseconds(times.drop_null())
