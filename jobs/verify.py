@@ -28,6 +28,11 @@ def run(settings: Settings) -> BucketReport:
     requests = _requests(settings)
     named = requests.version.manifest["inputs"]["sequences"] if requests and requests.version else None
     sequences = _sequences(settings, named)
+    if requests and requests.is_bucketed != sequences.is_bucketed:
+        loose, other = (sequences, requests) if requests.is_bucketed else (requests, sequences)
+        raise UserError(
+            f"{loose.path}: lies in no buckets, but {other.path} does: put both under bucket=NNNN/, or neither"
+        )
     verifier = BucketVerifier(_promises(settings, sequences, requests), settings.verify.max_shown)
     report = verify_tables(sequences, requests, verifier)
     if named and sequences.version and sequences.version.id != named:
@@ -58,7 +63,7 @@ def _promises(settings: Settings, sequences: Source, requests: Source | None) ->
     stride_events = built.get("stride_events", settings.model.windows.stride_events)
     return Promises(
         schema=settings.event_schema,
-        num_buckets=built.get("num_buckets") or _num_buckets(settings),
+        num_buckets=built.get("num_buckets") or (_num_buckets(settings) if sequences.is_bucketed else 1),
         stride_events=stride_events,
         windows=WindowRule(**windows) if windows else settings.model.windows,
         keep=KeepRule(built["keep_events"], stride_events) if "keep_events" in built else None,

@@ -166,6 +166,35 @@ def test_tables_of_ones_own_without_a_manifest_are_verified(own: tuple[Settings,
     assert f"request {rows['request_id'][0].as_py()}: " in found.shown["future_event"][0]
 
 
+def test_tables_of_ones_own_in_no_buckets_are_verified_by_user_over_the_whole_table(
+    own: tuple[Settings, Path, Path], tmp_path: Path
+) -> None:
+    settings, sequences, requests = own
+    for name, folder in (("sequences", sequences), ("requests", requests)):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        rows = pa.concat_tables([pq.read_table(file, partitioning=None) for file in files_of(folder)])
+        pq.write_table(rows.sort_by("user_id"), tmp_path / "mine" / name / "all.parquet", row_group_size=40)
+    chosen = {name: str(tmp_path / "mine" / name) for name in ("sequences", "requests")}
+    no_buckets = settings.sequences.model_copy(update={"num_buckets": None})
+    mine = settings.model_copy(update={"sequences": no_buckets, "verify": verify_settings(**chosen)})
+    report = verify.run(mine)
+    assert report.found.counts == {}
+    assert report.checked["requests of all"] == report.checked["requests"] > 0
+    mixed = verify_settings(**(chosen | {"sequences": str(sequences.parent)}))
+    with pytest.raises(
+        UserError, match=r"mine/requests: lies in no buckets, but .*: put both under bucket=NNNN/, or neither"
+    ):
+        verify.run(mine.model_copy(update={"verify": mixed}))
+
+
+def test_windows_that_the_table_cut_are_counted_as_the_manifest_counts_them(tmp_path: Path) -> None:
+    asked = {"sequences": {"keep_events": 20}, "requests": {"max_cut_share": 1.0}}
+    settings = settings_of(tmp_path, **asked)
+    _, _, requests = run_all(settings)
+    assert requests.manifest["num_cut"] > 0
+    assert verify.run(settings).found.counts == {}
+
+
 def verify_settings(**chosen: str) -> object:
     return Settings(verify=chosen).verify  # type: ignore[arg-type]
 

@@ -14,6 +14,7 @@ from longer.schema import EventSchema
 from longer.storage import DataFile, Table, Version, arrow_filesystem, checksum, filesystem
 
 _LAYOUT = re.compile(r"^(?:split=(?P<split>\w+)/|(?P<news>news)/)?bucket=(?P<bucket>\d+)/[^/]+\.parquet$")
+_SPLIT = re.compile(r"^split=(\w+)/")
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,15 @@ class TableFile:
 
 @dataclass(frozen=True)
 class Source:
-    """A table to verify: a published version, or a plain folder (`version` is None)."""
+    """A table to verify: a published version, or a plain folder (`version` is None).
+
+    One that is in no buckets is all bucket 0.
+    """
 
     path: str
     version: Version | None
     files: tuple[TableFile, ...]
+    is_bucketed: bool = True
 
     def bucket(self, bucket: int) -> tuple[TableFile, ...]:
         return tuple(file for file in self.files if file.bucket == bucket)
@@ -45,9 +50,9 @@ class Source:
 
 
 def open_source(path: str, schema: EventSchema, version_id: str | None, job: str) -> Source:
-    """The pinned or served version of a table, or all Parquet files of a plain folder in the layout of a table.
+    """The pinned or served version of a table, or all Parquet files of a plain folder: in the layout of a table, or in no buckets.
 
-    Raises UserError if there is neither, or a file lies elsewhere than under bucket=NNNN/ or split=NAME/bucket=NNNN/.
+    Raises UserError if there is neither, or files lie under bucket=NNNN/ or split=NAME/bucket=NNNN/ and one elsewhere.
     """
     if version_id or Table(path).current():
         version = open_version(path, schema, version_id, job)
@@ -60,7 +65,15 @@ def open_source(path: str, schema: EventSchema, version_id: str | None, job: str
         raise UserError(
             f"{path}: no published table and no Parquet files: run `python -m {job}`, or name another folder"
         )
-    return Source(path, None, tuple(_table_file(f"{path.rstrip('/')}/{name}", name, None, path) for name in names))
+    paths = [f"{path.rstrip('/')}/{name}" for name in names]
+    if not any("bucket=" in name for name in names):
+        splits = [_SPLIT.match(name) for name in names]
+        loose = (
+            TableFile(p, name, 0, split and split[1], False, None)
+            for p, name, split in zip(paths, names, splits, strict=True)
+        )
+        return Source(path, None, tuple(loose), is_bucketed=False)
+    return Source(path, None, tuple(_table_file(p, name, None, path) for p, name in zip(paths, names, strict=True)))
 
 
 def _table_file(path: str, name: str, listed: DataFile | None, table: str) -> TableFile:
