@@ -337,6 +337,6 @@ def test_only_so_many_of_a_kind_are_put_into_words_and_all_are_counted() -> None
 
 
 def test_every_kind_has_a_test() -> None:
-    elsewhere = {"wrong_bucket", "unreadable", "unknown_user", "unmerged", "statistics"}
+    elsewhere = {"wrong_bucket", "unreadable", "unknown_user", "unmerged", "statistics", "num_older"}
     on_ray = {"missing_file", "file_size", "checksum", "row_count", "manifest", "sequence_version", "duplicate_request"}
     assert {planted.split(" ")[0] for planted in PLANTED} | elsewhere | on_ray == set(KINDS)

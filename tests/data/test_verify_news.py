@@ -114,16 +114,23 @@ IN_ROWS: dict[str, Callable[[Rows], object]] = {
     "prev_event_ts": lambda rows: rows[1].update(prev_event_ts=rows[1]["event_ts"][0]),
 }
 
+IN_NEWS: dict[str, Callable[[Rows], object]] = {
+    "num_older": change(1, num_older=-5),
+    "null (num_older)": change(1, num_older=None),
+}
+
 
 @pytest.mark.parametrize(
     ("planted", "is_news"),
-    [(kind, is_news) for kind in IN_EITHER for is_news in (False, True)] + [(kind, False) for kind in IN_ROWS],
+    [(kind, is_news) for kind in IN_EITHER for is_news in (False, True)]
+    + [(kind, False) for kind in IN_ROWS]
+    + [(kind, True) for kind in IN_NEWS],
 )
 def test_what_is_wrong_in_rows_or_in_news_is_found_and_not_merged(
     grown: Source, planted: str, is_news: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, kind = file_of(grown, is_news), planted.split(" ")[0]
-    rewrite(path, (IN_EITHER | IN_ROWS)[planted], write_statistics=kind != "statistics")
+    rewrite(path, (IN_EITHER | IN_ROWS | IN_NEWS)[planted], write_statistics=kind != "statistics")
     if kind == "unreadable":
         content = Path(path).read_bytes()
         Path(path).write_bytes(b"\0" * (len(content) - 8) + content[-8:])

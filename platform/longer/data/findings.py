@@ -28,6 +28,7 @@ KINDS = {
     "tie_order": "events of one time are not in the order of the other columns",
     "first_index": "first_index is negative or no multiple of the stride in events",
     "length": "first_index + length is not num_events_total",
+    "num_older": "news count less than no older events",
     "keep_events": "the row does not hold the events that keep_events promises",
     "prev_event_ts": "prev_event_ts is null past index 0, or given at index 0",
     "prev_event_order": "prev_event_ts is after the first event kept",

@@ -18,7 +18,7 @@ from longer.arrays import NO_EVENT_TS, Int64
 from longer.data.columns import milliseconds, single_array
 from longer.data.findings import Findings
 from longer.data.requests import SPLITS, SplitTimes
-from longer.data.sequences import KeepRule
+from longer.data.sequences import NUM_OLDER, KeepRule
 from longer.hashing import bucket_of, stable_keys
 from longer.schema import EventSchema
 from longer.windows import WindowRule
@@ -83,6 +83,8 @@ def check_news(rows: pa.Table, bucket: int, before: pa.Array, promises: Promises
     keys = [field.name for field in rows.schema if not pa.types.is_list(field.type)]
     _check_nulls(rows, keys, ["event_ts", "item_id"], found, user)
     _check_lengths(rows, found, user)
+    num_older_B = _int64(rows[NUM_OLDER])
+    found.add("num_older", num_older_B < 0, lambda b: f"{user(b)}: {num_older_B[b]}")
 
 
 def check_requests(

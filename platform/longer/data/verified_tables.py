@@ -18,7 +18,7 @@ from longer.arrays import Int64
 from longer.data.columns import milliseconds, single_array
 from longer.data.findings import BucketReport, Findings
 from longer.data.layout import news_arrow
-from longer.data.sequences import events_of, merge_sequences
+from longer.data.sequences import events_of, merge_sequences, older_of_news
 from longer.data.verification import (
     HISTORY_COLUMNS,
     Promises,
@@ -160,8 +160,9 @@ class BucketVerifier:
         if not len(piece.news):
             return rows
         assert self.promises.keep
-        news = events_of(piece.news, self.promises.schema)
-        return merge_sequences(rows, news, self.promises.schema, self.promises.keep)
+        schema = self.promises.schema
+        news = events_of(piece.news, schema)
+        return merge_sequences(rows, news, older_of_news(piece.news), schema, self.promises.keep)
 
     def _read_piece(self, piece: _Piece, columns: list[str]) -> pa.Table:
         """Some columns of a piece; where there are news, all are needed to know their order."""
