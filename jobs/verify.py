@@ -8,12 +8,14 @@ import sys
 from datetime import datetime
 
 from longer.config import Settings
-from longer.data.findings import KINDS, Findings
+from longer.data.findings import KINDS, BucketReport, Findings
 from longer.data.ray_verification import verify_tables
 from longer.data.requests import SplitTimes
 from longer.data.sequences import KeepRule
 from longer.data.verification import Promises
-from longer.data.verified_tables import BucketReport, BucketVerifier, Source, open_source
+from longer.data.verified_files import Source, open_source
+from longer.data.verified_manifests import NOT_CHECKED
+from longer.data.verified_tables import BucketVerifier
 from longer.errors import UserError
 from longer.progress import say
 from longer.runner import run_job
@@ -26,6 +28,11 @@ def run(settings: Settings) -> BucketReport:
     requests = _requests(settings)
     named = requests.version.manifest["inputs"]["sequences"] if requests and requests.version else None
     sequences = _sequences(settings, named)
+    if requests and requests.is_bucketed != sequences.is_bucketed:
+        loose, other = (sequences, requests) if requests.is_bucketed else (requests, sequences)
+        raise UserError(
+            f"{loose.path}: lies in no buckets, but {other.path} does: put both under bucket=NNNN/, or neither"
+        )
     verifier = BucketVerifier(_promises(settings, sequences, requests), settings.verify.max_shown)
     report = verify_tables(sequences, requests, verifier)
     if named and sequences.version and sequences.version.id != named:
@@ -56,7 +63,7 @@ def _promises(settings: Settings, sequences: Source, requests: Source | None) ->
     stride_events = built.get("stride_events", settings.model.windows.stride_events)
     return Promises(
         schema=settings.event_schema,
-        num_buckets=built.get("num_buckets") or _num_buckets(settings),
+        num_buckets=built.get("num_buckets") or (_num_buckets(settings) if sequences.is_bucketed else 1),
         stride_events=stride_events,
         windows=WindowRule(**windows) if windows else settings.model.windows,
         keep=KeepRule(built["keep_events"], stride_events) if "keep_events" in built else None,
@@ -83,6 +90,8 @@ def _print(report: BucketReport, sequences: Source, requests: Source | None) -> 
     say("verify", f"sequences: {sequences.title}")
     say("verify", f"requests: {requests.title if requests else 'none yet under this root: sequences alone'}")
     say("verify", "checked " + ", ".join(f"{number} {name}" for name, number in sorted(report.checked.items())))
+    if sequences.version:
+        say("verify", f"not checked: {NOT_CHECKED}")
     _print_findings(report.found, "violations")
     _print_findings(report.noted, "not promised, only counted")
     say("verify", f"{report.found.num_violations} violations" if report.found.counts else "no violation")

@@ -21,7 +21,8 @@ from longer.data.verification import (
     check_sequences,
     repeated,
 )
-from longer.data.verified_tables import BucketVerifier, open_source
+from longer.data.verified_files import open_source
+from longer.data.verified_tables import BucketVerifier
 from longer.errors import UserError
 from longer.schema import EventSchema
 from longer.windows import WindowRule
@@ -204,14 +205,19 @@ def test_a_repeated_id_is_given_as_often_as_it_is_too_many() -> None:
     assert repeated(pa.array([3, 1, 3, 2, 3]).to_numpy()).tolist() == [3, 3]
 
 
-def write_plain(folder: Path, sequences: Rows, requests: Rows, row_group_rows: int = 2) -> tuple[str, str]:
-    for name, rows, schema, place in (
-        ("sequences", sequences, BASKETS.sequences_arrow(), "bucket=0000"),
-        ("requests", requests, BASKETS.requests_arrow(), "split=train/bucket=0000"),
+BUCKETS = {"sequences": "bucket=0000/mine.parquet", "requests": "split=train/bucket=0000/mine.parquet"}
+
+
+def write_plain(
+    folder: Path, sequences: Rows, requests: Rows, row_group_rows: int = 2, places: dict[str, str] = BUCKETS
+) -> tuple[str, str]:
+    for name, rows, schema in (
+        ("sequences", sequences, BASKETS.sequences_arrow()),
+        ("requests", requests, BASKETS.requests_arrow()),
     ):
-        (folder / name / place).mkdir(parents=True)
-        table = pa.Table.from_pylist(rows, schema)
-        pq.write_table(table, folder / name / place / "mine.parquet", row_group_size=row_group_rows)
+        file = folder / name / places[name]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows, schema), file, row_group_size=row_group_rows)
     return str(folder / "sequences"), str(folder / "requests")
 
 
@@ -233,6 +239,37 @@ def test_a_plain_folder_is_verified_with_its_requests_in_any_order(tmp_path: Pat
     assert f"request {leak['request_id']}: " in report.found.shown["future_event"][0]
     assert sorted(ids.tolist()) == sorted(row["request_id"] for row in requests)
     assert (report.checked["users"], report.checked["requests"]) == (len(sequences), len(requests))
+
+
+LOOSE = {"sequences": "sequences.parquet", "requests": "split=train/a/b.parquet"}
+
+
+@pytest.mark.parametrize("places", [BUCKETS, LOOSE])
+def test_files_that_are_each_sorted_are_clean_and_a_user_in_two_of_them_is_found(
+    tmp_path: Path, places: dict[str, str]
+) -> None:
+    sequences, requests = tables_of(LOG)
+    other = {name: place.replace(".parquet", "-2.parquet") for name, place in places.items()}
+    write_plain(tmp_path, sequences[1::2], requests[1::2], places=places)
+    folders = write_plain(tmp_path, sequences[::2], requests[::2], places=other)
+    report, _ = verify_plain(folders)
+    assert report.found.counts == {}
+    assert (report.checked["users"], report.checked["requests of train"]) == (len(sequences), len(requests))
+    write_plain(tmp_path, sequences[1::2], requests[1::2], places=other)
+    found = verify_plain(folders)[0].found
+    assert found.counts["duplicate_user"] == len(sequences[1::2])
+    assert "user_order" not in found.counts
+
+
+def test_a_request_of_a_user_without_events_has_an_empty_history_and_nothing_else(tmp_path: Path) -> None:
+    sequences, requests = tables_of(LOG)
+    requests[1].update(user_id=999, history_end=0)
+    folders = write_plain(tmp_path, sequences, requests)
+    assert verify_plain(folders)[0].found.counts == {}
+    requests[1].update(history_end=1)
+    requests[2].update(user_id=998, history_end=None)
+    found = verify_plain(write_plain(tmp_path, sequences, requests))[0].found
+    assert found.counts == {"unknown_user": 2, "null": 1}
 
 
 def test_a_row_in_another_bucket_than_its_users_is_found(tmp_path: Path) -> None:
@@ -300,6 +337,6 @@ def test_only_so_many_of_a_kind_are_put_into_words_and_all_are_counted() -> None
 
 
 def test_every_kind_has_a_test() -> None:
-    elsewhere = {"wrong_bucket", "unreadable", "unknown_user"}
-    on_ray = {"missing_file", "file_size", "checksum", "row_count", "sequence_version", "duplicate_request"}
+    elsewhere = {"wrong_bucket", "unreadable", "unknown_user", "unmerged", "statistics", "num_older"}
+    on_ray = {"missing_file", "file_size", "checksum", "row_count", "manifest", "sequence_version", "duplicate_request"}
     assert {planted.split(" ")[0] for planted in PLANTED} | elsewhere | on_ray == set(KINDS)

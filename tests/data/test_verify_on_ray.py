@@ -60,12 +60,32 @@ def flip_a_bit(file: Path) -> None:
     file.write_bytes(content)
 
 
+def allow_cut(manifest: dict, num_cut: int) -> None:
+    manifest["settings"]["max_cut_share"] = 1.0
+    manifest["num_cut"] = num_cut
+
+
+def without_statistics(file: Path) -> None:
+    pq.write_table(pq.read_table(file, partitioning=None), file, write_statistics=False)
+
+
 PLANTED: dict[str, Callable[[Path, Path], object]] = {
     "missing_file": lambda s, r: os.remove(files_of(s)[1]),
     "file_size": lambda s, r: files_of(r)[0].write_bytes(files_of(r)[0].read_bytes() + b"x"),
     "checksum": lambda s, r: flip_a_bit(files_of(s)[0]),
     "row_count": lambda s, r: edit_manifest(s, lambda m: m.update(num_events=m["num_events"] + 1)),
     "row_count of a split": lambda s, r: edit_manifest(r, lambda m: m["num_candidates"].update(test=1)),
+    "row_count of a bucket": lambda s, r: edit_manifest(s, lambda m: m["buckets"][0].update(num_events=1)),
+    "row_count of users": lambda s, r: edit_manifest(s, lambda m: m.update(num_users=1)),
+    "row_count of cut requests": lambda s, r: edit_manifest(r, lambda m: allow_cut(m, num_cut=77)),
+    "manifest (the share of cut requests)": lambda s, r: edit_manifest(r, lambda m: m.update(num_cut=77)),
+    "manifest (buckets)": lambda s, r: edit_manifest(r, lambda m: m.update(num_buckets=7)),
+    "manifest (watermark)": lambda s, r: edit_manifest(s, lambda m: m.update(watermark="2036-01-01T00:00:00+00:00")),
+    "manifest (no time)": lambda s, r: edit_manifest(s, lambda m: m.update(watermark="soon")),
+    "manifest (first event)": lambda s, r: edit_manifest(s, lambda m: m.update(first_event_ts=m["watermark"])),
+    "manifest (watermark of requests)": lambda s, r: edit_manifest(r, lambda m: m.update(watermark="")),
+    "manifest (split)": lambda s, r: edit_manifest(r, lambda m: m["settings"].update(test_days_share=0.5)),
+    "statistics": lambda s, r: without_statistics(files_of(s)[0]),
     "sequence_version": lambda s, r: edit_manifest(r, lambda m: m["inputs"].update(sequences="0123456789ab")),
     "duplicate_request": lambda s, r: repeat_a_request(r),
 }
@@ -144,6 +164,35 @@ def test_tables_of_ones_own_without_a_manifest_are_verified(own: tuple[Settings,
     found = verify.run(mine).found
     assert found.counts["future_event"] + found.counts["history_range"] == len(rows)
     assert f"request {rows['request_id'][0].as_py()}: " in found.shown["future_event"][0]
+
+
+def test_tables_of_ones_own_in_no_buckets_are_verified_by_user_over_the_whole_table(
+    own: tuple[Settings, Path, Path], tmp_path: Path
+) -> None:
+    settings, sequences, requests = own
+    for name, folder in (("sequences", sequences), ("requests", requests)):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        rows = pa.concat_tables([pq.read_table(file, partitioning=None) for file in files_of(folder)])
+        pq.write_table(rows.sort_by("user_id"), tmp_path / "mine" / name / "all.parquet", row_group_size=40)
+    chosen = {name: str(tmp_path / "mine" / name) for name in ("sequences", "requests")}
+    no_buckets = settings.sequences.model_copy(update={"num_buckets": None})
+    mine = settings.model_copy(update={"sequences": no_buckets, "verify": verify_settings(**chosen)})
+    report = verify.run(mine)
+    assert report.found.counts == {}
+    assert report.checked["requests of all"] == report.checked["requests"] > 0
+    mixed = verify_settings(**(chosen | {"sequences": str(sequences.parent)}))
+    with pytest.raises(
+        UserError, match=r"mine/requests: lies in no buckets, but .*: put both under bucket=NNNN/, or neither"
+    ):
+        verify.run(mine.model_copy(update={"verify": mixed}))
+
+
+def test_windows_that_the_table_cut_are_counted_as_the_manifest_counts_them(tmp_path: Path) -> None:
+    asked = {"sequences": {"keep_events": 20}, "requests": {"max_cut_share": 1.0}}
+    settings = settings_of(tmp_path, **asked)
+    _, _, requests = run_all(settings)
+    assert requests.manifest["num_cut"] > 0
+    assert verify.run(settings).found.counts == {}
 
 
 def verify_settings(**chosen: str) -> object:

@@ -7,12 +7,17 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+_INT64 = np.iinfo(np.int64)
+
 KINDS = {
     "missing_file": "a file that the manifest lists is not there",
     "file_size": "a file has another size than the manifest says",
     "checksum": "a file has another checksum than the manifest says",
     "unreadable": "a file is damaged inside",
     "row_count": "the manifest counts other rows than the files hold",
+    "manifest": "the manifest says what its rows, its settings or the other table contradict",
+    "statistics": "a row group does not say which users it holds, which point reads need",
+    "unmerged": "rows and their news, one of them wrong, are not merged, so what only the merge shows is not checked",
     "sequence_version": "the requests were made from another version of the sequences",
     "null": "a value that must be there is null",
     "list_length": "the list columns of a row differ in length",
@@ -23,6 +28,7 @@ KINDS = {
     "tie_order": "events of one time are not in the order of the other columns",
     "first_index": "first_index is negative or no multiple of the stride in events",
     "length": "first_index + length is not num_events_total",
+    "num_older": "news count less than no older events",
     "keep_events": "the row does not hold the events that keep_events promises",
     "prev_event_ts": "prev_event_ts is null past index 0, or given at index 0",
     "prev_event_order": "prev_event_ts is after the first event kept",
@@ -69,3 +75,21 @@ class Findings:
         self.counts[kind] += count
         shown = self.shown.setdefault(kind, [])
         shown += texts[: self.max_shown - len(shown)]
+
+
+@dataclass
+class BucketReport:
+    """What was checked in a bucket or in several, what is wrong, and what is only counted; the span of all event times."""
+
+    found: Findings
+    noted: Findings
+    checked: Counter[str] = field(default_factory=Counter)
+    oldest_ms: int = int(_INT64.max)
+    newest_ms: int = int(_INT64.min)
+
+    def merge(self, other: "BucketReport") -> None:
+        self.found.merge(other.found)
+        self.noted.merge(other.noted)
+        self.checked += other.checked
+        self.oldest_ms = min(self.oldest_ms, other.oldest_ms)
+        self.newest_ms = max(self.newest_ms, other.newest_ms)

@@ -18,7 +18,7 @@ from longer.arrays import NO_EVENT_TS, Int64
 from longer.data.columns import milliseconds, single_array
 from longer.data.findings import Findings
 from longer.data.requests import SPLITS, SplitTimes
-from longer.data.sequences import KeepRule
+from longer.data.sequences import NUM_OLDER, KeepRule
 from longer.hashing import bucket_of, stable_keys
 from longer.schema import EventSchema
 from longer.windows import WindowRule
@@ -67,13 +67,24 @@ def check_sequences(
     kept_B = np.flatnonzero(length_B > 0)
     late_B = np.zeros(len(rows), bool)
     late_B[kept_B] = prev_B[kept_B] > time_E[(np.cumsum(length_B) - length_B)[kept_B]]
-    found.add("prev_event_order", late_B, lambda b: f"{user(b)}: {_iso(prev_B[b])}")
+    found.add("prev_event_order", late_B, lambda b: f"{user(b)}: {time_text(prev_B[b])}")
     falls_B = np.zeros(len(rows), bool)
     falls_B[row_E[1:][_falls(time_E, row_E)]] = True
     found.add("time_order", falls_B, user)
     if promises.ordered_ties:
         unordered = _rows_with_unordered_ties(rows.filter(pa.array(aligned_B)), schema)
         found.add("tie_order", np.isin(np.arange(len(rows)), np.flatnonzero(aligned_B)[unordered]), user)
+
+
+def check_news(rows: pa.Table, bucket: int, before: pa.Array, promises: Promises, found: Findings, where: str) -> None:
+    """Rows of `news_arrow` that follow the user in `before`, as they lie: what point reads and the merge rely on."""
+    user = _teller("user", single_array(rows["user_id"]), where)
+    _check_users(single_array(rows["user_id"]), before, bucket, promises, found, user)
+    keys = [field.name for field in rows.schema if not pa.types.is_list(field.type)]
+    _check_nulls(rows, keys, ["event_ts", "item_id"], found, user)
+    _check_lengths(rows, found, user)
+    num_older_B = _int64(rows[NUM_OLDER])
+    found.add("num_older", num_older_B < 0, lambda b: f"{user(b)}: {num_older_B[b]}")
 
 
 def check_requests(
@@ -88,7 +99,7 @@ def check_requests(
     if promises.splits and split in SPLITS:
         time_R = milliseconds(single_array(rows["request_ts"]))
         wrong_R = promises.splits.split_of(time_R) != SPLITS.index(split)
-        found.add("wrong_split", wrong_R, lambda r: f"{request(r)}: {_iso(time_R[r])} in split {split}")
+        found.add("wrong_split", wrong_R, lambda r: f"{request(r)}: {time_text(time_R[r])} in split {split}")
 
 
 def check_histories(
@@ -122,16 +133,27 @@ def check_histories(
     newest_E = _running_max(time_E, row_E)
     newest_R[some] = np.maximum(newest_R[some], newest_E[(offset_R + num_held_R - 1)[some]])
     leaks_R = newest_R >= time_R
-    found.add("future_event", leaks_R, lambda r: f"{request(r)}: {_iso(newest_R[r])}, asked at {_iso(time_R[r])}")
+    found.add(
+        "future_event", leaks_R, lambda r: f"{request(r)}: {time_text(newest_R[r])}, asked at {time_text(time_R[r])}"
+    )
 
     left = num_held_R < length_B[row_R]
     oldest_left_E = ~_running_max(~time_E[::-1], row_E[::-1].max(initial=0) - row_E[::-1])[::-1]
     stale_R = np.zeros(len(asked), bool)
     stale_R[left] = oldest_left_E[(offset_R + num_held_R)[left]] < time_R[left]
     (found if promises.complete_histories else counts).add(
-        "stale_history", stale_R, lambda r: f"{request(r)}: history_end {end_R[r]}, asked at {_iso(time_R[r])}"
+        "stale_history", stale_R, lambda r: f"{request(r)}: history_end {end_R[r]}, asked at {time_text(time_R[r])}"
     )
     return is_here_R
+
+
+def num_groups(rows: pa.Table, schema: EventSchema) -> int:
+    """How many requests the events in these rows of `sequences_arrow` make: one a user and group."""
+    groups = single_array(rows[schema.group_id or "event_ts"])
+    row_E, group_E = np.repeat(np.arange(len(rows)), _lengths(groups)), milliseconds(groups.flatten())
+    order = np.lexsort((group_E, row_E))
+    row_E, group_E = row_E[order], group_E[order]
+    return min(len(order), 1) + int(((row_E[1:] != row_E[:-1]) | (group_E[1:] != group_E[:-1])).sum())
 
 
 def repeated(ids: Int64) -> Int64:
@@ -257,6 +279,6 @@ def _teller(noun: str, ids: pa.Array, where: str) -> Callable[[int], str]:
     return lambda row: f"{noun} {ids[row].as_py()}{f' in {where}' if where else ''}"
 
 
-def _iso(time_ms: int) -> str:
+def time_text(time_ms: int) -> str:
     """Any int64 as a time, years that calendars do not reach included."""
     return str(np.datetime64(int(time_ms), "ms"))
