@@ -47,8 +47,10 @@ class ImportSettings(Section):
         description="generic: the file's column for each name of event_schema that differs there; "
         "'action: null' for a log without actions.",
     )
-    time_unit: Literal["s", "ms", "us", "ns"] | None = Field(
-        None, description="generic: unit of times that are numbers since 1970; null means ms."
+    time_unit: Literal["s", "ms", "us", "ns", "relative_s", "relative_ms", "relative_us", "relative_ns"] | None = Field(
+        None,
+        description="generic: unit of times that are numbers since 1970, or (relative_) since a moment that is not told, taken as "
+        "they are; null means ms.",
     )
     max_quarantined_share: float = Field(
         0.01, ge=0, le=1, description="Fail when more than this share of rows is quarantined."
