@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import pyarrow as pa
+from fsspec import AbstractFileSystem
 
 from longer.data.parse import TimeUnit
 from longer.datasets.readers import boundaries
@@ -74,8 +75,8 @@ def find_files(source: str, patterns: Sequence[str]) -> list[Part]:
     if any(sign in source for sign in "*?["):
         found = {path: info for path, info in fs.glob(bare, detail=True).items() if info["type"] == "file"}
         folder = bare[: min(bare.index(sign) for sign in "*?[" if sign in bare)].rpartition("/")[0]
-    elif fs.isfile(bare):
-        found, folder = {bare: fs.info(bare)}, bare.rpartition("/")[0]
+    elif info := _file_info(fs, bare):
+        found, folder = {bare: info}, bare.rpartition("/")[0]
     else:
         found, folder = fs.find(bare, detail=True), bare
     names = {path: path.removeprefix(folder).lstrip("/") for path in found}
@@ -87,6 +88,15 @@ def find_files(source: str, patterns: Sequence[str]) -> list[Part]:
     ]
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         return list(pool.map(lambda path: _part(source, path, names[path], found[path]), sorted(visible)))
+
+
+def _file_info(fs: AbstractFileSystem, path: str) -> dict[str, Any] | None:
+    """None where no file is; unlike `isfile`, a store that fails is not taken for that."""
+    try:
+        info = fs.info(path)
+    except FileNotFoundError:
+        return None
+    return info if info["type"] == "file" else None
 
 
 def require_files(source: str, *names: str) -> list[Part]:
