@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longer.datasets import readers, source
+from longer.datasets.generic import Generic
 from longer.datasets.readers import FileError, boundaries, parquet_batches, text_batches
 from longer.datasets.source import find_files, log_parts
 
@@ -117,6 +118,22 @@ def test_empty_files_and_files_of_only_a_header_have_no_rows(tmp_path: Path) -> 
 def test_byte_order_marks_quotes_and_compression_are_understood(tmp_path: Path) -> None:
     (tmp_path / "log.csv.gz").write_bytes(gzip.compress('\ufeff"u",x,i\r\n"1","a,b",2\r\n'.encode()))
     assert rows_of(tmp_path / "log.csv.gz") == [{"user_id": "1", "item_id": "2"}]
+
+
+def test_a_log_of_ones_own_is_what_its_endings_say_in_any_case_and_the_rest_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "b.CSV").write_text("u,i\n1,2\n")
+    (tmp_path / "d.tsv.Gz").write_bytes(gzip.compress(b"u\ti\n1\t2\n"))
+    others = ["a.csv.bak", "a.csv.old", "a.csv.part", "a.csv.tmp", "a.csv.zip", "c.txt"]
+    for name in others:
+        (tmp_path / name).write_text("u,i\n3,4\n")
+    log = Generic(COLUMNS | {"action": None})
+    parts = log.locate(str(tmp_path))
+    assert [part.name for part in parts] == ["b.CSV", "d.tsv.Gz"]
+    assert f"6 files ({', '.join(others[:5])}, ...)" in capsys.readouterr().err
+    rows = [row for part in parts for batch in log.read(part, ["user_id", "item_id"]) for row in batch.to_pylist()]
+    assert rows == [{"user_id": "1", "item_id": "2", "action": "event"}] * 2
 
 
 def test_each_file_that_cannot_be_read_is_named_with_what_is_wrong(tmp_path: Path) -> None:

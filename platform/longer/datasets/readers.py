@@ -20,8 +20,10 @@ LINE = "line"
 
 _BATCH_ROWS = 1 << 17
 _READ_BYTES = 8 << 20
-_COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
-_PARQUET = (".parquet", ".pq")
+_CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
+COMPRESSED = tuple(_CODECS)
+"""Endings of compressed text."""
+PARQUET = (".parquet", ".pq")
 _NULLS = ["", "NULL", "null", "\\N"]
 
 
@@ -33,7 +35,7 @@ class FileError(UserError):
 
 
 def is_parquet(path: str) -> bool:
-    return path.endswith(_PARQUET)
+    return path.lower().endswith(PARQUET)
 
 
 def boundaries(path: str, num_bytes: int, stretch_bytes: int) -> list[int]:
@@ -41,7 +43,7 @@ def boundaries(path: str, num_bytes: int, stretch_bytes: int) -> list[int]:
 
     They depend on the file only. Text is cut at bytes and read from the next line on.
     """
-    if num_bytes <= stretch_bytes or path.endswith(_COMPRESSED):
+    if num_bytes <= stretch_bytes or path.lower().endswith(COMPRESSED):
         return []
     if not is_parquet(path):
         return list(range(stretch_bytes, num_bytes, stretch_bytes))
@@ -77,7 +79,7 @@ def parquet_batches(
 def text_header(path: str, delimiter: str) -> list[str]:
     """Column names in the first line of a text file; none if the file is empty."""
     filesystem, bare = arrow_filesystem(path)
-    with naming(path), filesystem.open_input_stream(bare) as stream:
+    with naming(path), filesystem.open_input_stream(bare, compression=_codec(path)) as stream:
         first = stream.read(1 << 16).partition(b"\n")[0].decode("utf-8-sig").rstrip("\r")
     if "\r" in first:
         raise FileError(path, "its lines end in carriage returns alone: end them in newlines")
@@ -189,11 +191,15 @@ def _with_unfit(batch: pa.Table, unfit: list[tuple[str | None, str]]) -> pa.Tabl
     return pa.concat_tables([batch, pa.table({**rest, **lines}).select(batch.column_names)])
 
 
+def _codec(path: str) -> str | None:
+    return next((codec for ending, codec in _CODECS.items() if path.lower().endswith(ending)), None)
+
+
 def _line_blocks(path: str, start: int, stop: int | None) -> Iterator[bytes]:
     """The lines that begin in bytes `start` to `stop`, whole, some megabytes at a time; the last one has its newline too."""
     filesystem, bare = arrow_filesystem(path)
     if start == 0 and stop is None:
-        num_bytes, file = sys.maxsize, filesystem.open_input_stream(bare)  # decompresses by the name's ending
+        num_bytes, file = sys.maxsize, filesystem.open_input_stream(bare, compression=_codec(path))
     else:
         file = filesystem.open_input_file(bare)
         end = file.size() if stop is None else _line_start(file, stop)
