@@ -62,6 +62,8 @@ def test_a_clock_that_starts_at_an_untold_moment_is_taken_as_it_is(value: int) -
         ("1969-12-31T23:59:59.9999", None, -1),
         (-1, None, -1),
         (-0.25, None, -1),
+        (-0.0005, None, -1),
+        ("-0.0005", None, -1),
         (1.9999, None, 1999),
         ("1.9999", None, 1999),
         (-1, pa.date32(), -86_400_000),
