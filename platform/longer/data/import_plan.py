@@ -85,9 +85,8 @@ def plan_import(settings: Settings, parts: Sequence[Part], base: Version | None)
     chosen = settings.import_events.model_dump(mode="json", exclude={"source"})
     held: dict[str, str] = base.manifest["inputs"] if base else {}
     folder = base.manifest.get("folder", _folder(parts[0])) if base else _folder(parts[0])
-    if {_kind(content_id) for content_id in held} <= {
-        _kind(part.content_id) for part in parts
-    }:  # else none is known again
+    kinds = {_kind(part.content_id) for part in parts}
+    if kinds.issuperset(map(_kind, held)):  # else no file is known again, and one of the same name must be refused
         parts = [part if _folder(part) == folder else replace(part, name=part.path) for part in parts]
     first_name = dict(held)
     duplicates = {}
