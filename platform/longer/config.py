@@ -47,8 +47,10 @@ class ImportSettings(Section):
         description="generic: the file's column for each name of event_schema that differs there; "
         "'action: null' for a log without actions.",
     )
-    time_unit: Literal["s", "ms", "us", "ns"] | None = Field(
-        None, description="generic: unit of times that are numbers since 1970; null means ms."
+    time_unit: Literal["s", "ms", "us", "ns", "relative_s", "relative_ms", "relative_us", "relative_ns"] | None = Field(
+        None,
+        description="generic: unit of times that are numbers since 1970, or (relative_) since a moment that is not told, taken as "
+        "they are; null means ms.",
     )
     max_quarantined_share: float = Field(
         0.01, ge=0, le=1, description="Fail when more than this share of rows is quarantined."
@@ -94,8 +96,16 @@ class GenerateSettings(Section):
     num_clusters: int = Field(1_000, ge=1, description="Item clusters; each has an equal share of the items.")
     num_days: int = Field(60, ge=1, description="Days of the log, each with as many events.")
     first_day: date = Field(date(2025, 1, 1), description="First day of the log (UTC).")
-    user_zipf_exponent: float = Field(0.8, ge=0, description="Zipf exponent of users' activity; 0: all alike.")
-    item_zipf_exponent: float = Field(1.0, ge=0, description="Zipf exponent of items' popularity; 0: all alike.")
+    user_zipf_exponent: float = Field(
+        0.8,
+        ge=0,
+        description="Exponent of the density rank^-exponent of users' activity, integrated over each rank; 0: all alike.",
+    )
+    item_zipf_exponent: float = Field(
+        1.0,
+        ge=0,
+        description="Exponent of the density rank^-exponent of items' popularity, integrated over each rank; 0: all alike.",
+    )
     long_range_share: float = Field(
         0.3, ge=0, le=1, description="Share of events that are in the user's cluster of one period before."
     )

@@ -7,6 +7,7 @@ import pytest
 
 from longer.data.events import check_rows
 from longer.errors import UserError
+from longer.schema import EventSchema
 from tests.data.logs import BASKETS
 
 NOW = datetime(2020, 1, 1, tzinfo=UTC)
@@ -85,6 +86,16 @@ def test_negative_keys_and_values_that_do_not_parse_are_quarantined() -> None:
     assert len(events) == 0
     good, none = check_rows(raw(days, user_id=["1"] * 5, quantity=[None] * 5), BASKETS, NOW)
     assert (len(good), len(none)) == (5, 0)
+
+
+def test_an_empty_id_is_nobody_and_nothing() -> None:
+    schema = EventSchema(user_id="string", item_id="string")
+    log = pa.table(
+        {"user_id": ["", "u", "u"], "item_id": ["i", "", "i"], "event_ts": ["2019-05-01"] * 3, "action": [""] * 3}
+    )
+    events, quarantined = check_rows(log, schema, NOW)
+    assert quarantined["reason"].to_pylist() == ["empty user_id", "empty item_id"]
+    assert len(events) == 1
 
 
 def test_what_the_reader_could_not_take_apart_keeps_its_own_reason() -> None:

@@ -107,22 +107,32 @@ def test_a_column_of_text_where_integers_were_is_one_line_and_some_such_rows_are
     suffix: str, tmp_path: Path
 ) -> None:
     def write(items: list[str]) -> None:
-        table = pa.table({**day(1), "item_id": items})
+        table = pa.table({**day(1, 100), "item_id": items})
         if suffix == "csv":
             table.to_pandas().to_csv(tmp_path / "log/day-1.csv", index=False)
         else:
             pq.write_table(table, tmp_path / "log/day-1.parquet")
 
     write_day(tmp_path / "log", 0)
-    write([f"sku-{place}" for place in range(20)])
-    with pytest.raises(UserError, match=rf"day-1.{suffix}: item_id is not an integer in any of 20 rows") as caught:
+    write([f"sku-{place}" for place in range(100)])
+    with pytest.raises(UserError, match=rf"day-1.{suffix}: item_id is not an integer in any of 100 rows") as caught:
         import_events.run(settings_of(tmp_path / "run", tmp_path / "log"))
     assert "\n" not in str(caught.value)
     assert tables_left(tmp_path / "run") == []
-    write([str(place) if place else "sku-0" for place in range(20)])
+    write([str(place) if place else "sku-0" for place in range(100)])
     version = import_events.run(settings_of(tmp_path / "run", tmp_path / "log"))
     assert version.manifest["reasons"] == {"item_id is not an integer": 1}
-    assert version.manifest["num_rows"] == 39
+    assert version.manifest["num_rows"] == 119
+
+
+def test_a_small_file_of_bad_rows_alone_does_not_fail_the_import(tmp_path: Path) -> None:
+    header = "user_id,item_id,event_ts,action,price\n"
+    (tmp_path / "a.csv").write_text(header + f"1,2,{MAY_1_S},view,1\n" * 1000)
+    (tmp_path / "b.csv").write_text(header + f"one,2,{MAY_1_S},view,1\n")
+    settings = settings_of(tmp_path / "run", f"{tmp_path}/*.csv", time_unit="s", max_quarantined_share=0.01)
+    version = import_events.run(settings)
+    assert version.manifest["num_rows"] == 1000
+    assert version.manifest["reasons"] == {"user_id is not an integer": 1}
 
 
 def test_zones_and_units_of_timestamps_may_differ_between_files(tmp_path: Path) -> None:
@@ -293,6 +303,23 @@ def test_a_file_that_changed_or_other_settings_refuse_an_increment(tmp_path: Pat
     write_day(tmp_path / "log", 0, price=[0.0] * 20)
     with pytest.raises(UserError, match=r"day-0.parquet: has changed since version .*without --since-last"):
         import_events.run(settings, since_last=True)
+
+
+def test_a_folder_a_day_is_told_apart_by_its_path_and_a_file_that_changed_there_is_refused(tmp_path: Path) -> None:
+    folders = [tmp_path / f"d{number}" for number in range(3)]
+    for number, folder in enumerate(folders):
+        write_day(folder, number).rename(folder / "part-0.parquet")
+    for folder in [*folders, *folders]:
+        version = import_events.run(settings_of(tmp_path / "run", folder), since_last=True)
+    assert version.manifest["num_rows"] == 60
+    names = ["part-0.parquet", *(f"{folder}/part-0.parquet" for folder in folders[1:])]
+    assert sorted(version.manifest["inputs"].values()) == sorted(names)
+    whole = import_events.run(settings_of(tmp_path / "whole", f"{tmp_path}/d*/*"))
+    assert rows_of(version) == rows_of(whole)
+    for folder in folders:
+        write_day(folder, 7).rename(folder / "part-0.parquet")
+        with pytest.raises(UserError, match=r"part-0.parquet: has changed since version"):
+            import_events.run(settings_of(tmp_path / "run", folder), since_last=True)
 
 
 def test_how_much_fits_into_memory_changes_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,49 @@ def test_a_day_written_as_a_number_is_not_a_moment_of_1970() -> None:
     assert parse_one("20190501", "ms")[1] == ["event_ts fits YYYYMMDD, not ms"]
 
 
+@pytest.mark.parametrize("value", [2020, 18_262, 26_297_280, 4_102_444_800, 473_385_600])
+def test_a_number_before_1990_counts_something_else_years_days_minutes_or_seconds_of_the_future(value: int) -> None:
+    assert parse_one(value, "ms")[1] == ["event_ts before 1990 in ms"]
+    assert parse_one(str(value), "ms")[1] == ["event_ts before 1990 in ms"]
+    assert parse_one(value, "relative_ms") == (value, [])
+
+
+@pytest.mark.parametrize("value", [0, 19_900_101, 20_190_501, 20_261_124, 26_000_000, NOON_S])
+def test_a_clock_that_starts_at_an_untold_moment_is_taken_as_it_is(value: int) -> None:
+    for given_as in (value, str(value), float(value)):
+        assert parse_one(given_as, "relative_s") == (value * 1000, [])
+        assert parse_one(given_as, "relative_us") == (value // 1000, [])
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "time_ms"),
+    [
+        (-1, pa.timestamp("ns"), -1),
+        (-1, pa.timestamp("us", "UTC"), -1),
+        ("1969-12-31T23:59:59.9999", None, -1),
+        (-1, None, -1),
+        (-0.25, None, -1),
+        (-0.0005, None, -1),
+        ("-0.0005", None, -1),
+        (1.9999, None, 1999),
+        ("1.9999", None, 1999),
+        (-1, pa.date32(), -86_400_000),
+    ],
+)
+def test_fractions_of_a_millisecond_are_rounded_down_also_before_1970(
+    value: Any, kind: pa.DataType | None, time_ms: int
+) -> None:
+    unit = "ns" if value == -1 else "ms" if value == -0.25 else "s"
+    assert parse_one(value, unit, kind) == (time_ms, [])
+
+
+def test_hexadecimal_is_no_integer_whatever_stands_beside_it() -> None:
+    for beside in ("7", "x"):
+        parsed = as_type(pa.array(["0x10", "0X10", beside]), pa.field("item_id", pa.int64()))
+        assert parsed.to_pylist()[:2] == [None, None]
+        assert as_times(pa.array(["0x10", beside]), "s", NOW_MS)[0][0].as_py() is None
+
+
 @pytest.mark.parametrize(
     ("value", "kind"),
     [

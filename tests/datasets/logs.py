@@ -46,7 +46,7 @@ def kuairand(folder: Path) -> None:
 def yambda_columns() -> dict[str, pa.Array]:
     return {
         "uid": pa.array([10, 10, 20], pa.uint32()),
-        "timestamp": pa.array([0, 15_929_455, 18_111_700], pa.uint32()),
+        "timestamp": pa.array([0, 20_190_500, 25_999_995], pa.uint32()),
         "item_id": pa.array([6, 7, 8], pa.uint32()),
         "is_organic": pa.array([1, 0, 1], pa.uint8()),
     }

@@ -69,6 +69,15 @@ def test_users_and_items_follow_their_zipf_laws() -> None:
     assert flat.max() < 1.5 * flat.min()
 
 
+@pytest.mark.parametrize("exponent", [0.5, 0.8, 1.0, 1.0 - 2e-16, 1.0 + 1e-12, 1.0 + 2e-6, 1.5])
+def test_each_user_has_the_share_that_the_density_has_over_its_rank(exponent: float) -> None:
+    users = whole_log(SMALL.model_copy(update={"user_zipf_exponent": exponent}))["user_id"].to_numpy()
+    edge = np.arange(1, 202) ** (1 - exponent) if abs(exponent - 1) > 1e-6 else np.log(np.arange(1, 202))
+    share = np.diff(edge) / (edge[-1] - edge[0])
+    counts = np.bincount(users, minlength=201)[1:]
+    assert np.all(np.abs(counts - share * len(users)) < 5 * np.sqrt(share * len(users)) + 1)
+
+
 def test_files_are_in_the_order_of_arrival_not_of_time_and_evenings_are_busier_than_nights() -> None:
     times = np.concatenate(
         [

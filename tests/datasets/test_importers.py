@@ -64,7 +64,7 @@ def test_yambda_by_kind_gives_each_file_its_action_and_null_for_what_only_listen
     assert events["action"].to_pylist() == ["like", "listen", "listen", "listen"]
     assert events["played_ratio_pct"].to_pylist() == [None, 100, 3, 150]
     assert events["is_organic"].to_pylist() == ["1", "1", "0", "1"]
-    assert events["event_ts"].cast(pa.int64()).to_pylist() == [0, 0, 15_929_455_000, 18_111_700_000]
+    assert events["event_ts"].cast(pa.int64()).to_pylist() == [0, 0, 20_190_500_000, 25_999_995_000]
 
 
 def test_yambda_with_all_events_in_one_file_does_not_read_them_again_by_kind(tmp_path: Path) -> None:

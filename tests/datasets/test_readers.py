@@ -1,6 +1,7 @@
 """Files are read in bounded batches, whole or in stretches, and the stretches add up to the file."""
 
 import gzip
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longer.datasets import source
+from longer.datasets import readers, source
+from longer.datasets.generic import Generic
 from longer.datasets.readers import FileError, boundaries, parquet_batches, text_batches
 from longer.datasets.source import find_files, log_parts
 
@@ -70,6 +72,40 @@ def test_a_line_with_another_number_of_fields_keeps_its_text_and_harms_no_other(
     assert [row["line"] for row in rows_of(tmp_path / "torn.csv")] == ["3", "4,5,6"]
 
 
+def test_a_quote_that_is_not_closed_swallows_no_row_but_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("u,i\n" + "1,2\n" * 1_999 + '7,"v\n' + "1,2\n" * 1_999)
+    rows = rows_of(path)
+    assert len(rows) == 3_999
+    assert [row for row in rows if row["user_id"] is None] == [
+        {"user_id": None, "item_id": None, "line": '7,"v', "reason": "a quote is not closed in the line"}
+    ]
+    tabs = tmp_path / "log.tsv"
+    tabs.write_text('u\ti\n1\t"view\n2\tview\n3\tview\n4\t"view\n5\ta "view"\n')
+    (batch,) = text_batches(str(tabs), COLUMNS, delimiter="\t")
+    assert batch["user_id"].to_pylist() == ["2", "3", "5", None, None]
+    assert batch["item_id"].to_pylist() == ["view", "view", 'a "view"', None, None]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text('a,"\r\n', max_size=60), st.integers(1, 20))
+def test_every_line_is_one_row_whatever_quotes_it_has_and_wherever_the_file_is_cut(
+    tmp_path_factory: pytest.TempPathFactory, body: str, stretch: int
+) -> None:
+    path = tmp_path_factory.mktemp("text") / "log.csv"
+    path.write_bytes(b"u,i\n" + body.encode())
+    edges = boundaries(str(path), path.stat().st_size, stretch)
+    spans = list(zip([0, *edges], [*edges, None], strict=True))
+    whole = rows_of(path)
+    in_stretches = [row for start, end in spans for row in rows_of(path, start, end)]
+    assert Counter(row["item_id"] for row in in_stretches) == Counter(row["item_id"] for row in whole)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "_READ_BYTES", 64)
+        assert Counter(row["item_id"] for row in rows_of(path)) == Counter(row["item_id"] for row in whole)
+    lines = [line for line in body.encode().split(b"\n") if line not in (b"", b"\r")]
+    assert len(whole) == len(lines)
+
+
 def test_empty_files_and_files_of_only_a_header_have_no_rows(tmp_path: Path) -> None:
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "header.csv").write_text("u,i\n")
@@ -84,14 +120,34 @@ def test_byte_order_marks_quotes_and_compression_are_understood(tmp_path: Path) 
     assert rows_of(tmp_path / "log.csv.gz") == [{"user_id": "1", "item_id": "2"}]
 
 
+def test_a_log_of_ones_own_is_what_its_endings_say_in_any_case_and_the_rest_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "b.CSV").write_text("u,i\n1,2\n")
+    (tmp_path / "d.tsv.Gz").write_bytes(gzip.compress(b"u\ti\n1\t2\n"))
+    others = ["a.csv.bak", "a.csv.old", "a.csv.part", "a.csv.tmp", "a.csv.zip", "c.txt"]
+    for name in others:
+        (tmp_path / name).write_text("u,i\n3,4\n")
+    log = Generic(COLUMNS | {"action": None})
+    parts = log.locate(str(tmp_path))
+    assert [part.name for part in parts] == ["b.CSV", "d.tsv.Gz"]
+    assert f"6 files ({', '.join(others[:5])}, ...)" in capsys.readouterr().err
+    rows = [row for part in parts for batch in log.read(part, ["user_id", "item_id"]) for row in batch.to_pylist()]
+    assert rows == [{"user_id": "1", "item_id": "2", "action": "event"}] * 2
+
+
 def test_each_file_that_cannot_be_read_is_named_with_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "no.csv").write_text("u,x\n1,2\n")
     (tmp_path / "two.csv").write_text("u,i,i\n1,2,3\n")
+    (tmp_path / "cr.csv").write_bytes(b"u,i\r1,2\r3,4\r")
+    (tmp_path / "long.csv").write_bytes(b"u,i\n" + b"x" * (20 << 20))
     (tmp_path / "latin.csv").write_bytes("u,i\n1,caf\u00e9\n".encode("latin-1"))
     for name, problem in {
         "no.csv": "no column 'i' \\(it has u, x\\)",
         "two.csv": "two columns are named 'i'",
         "latin.csv": "not a readable text file .*UTF8",
+        "cr.csv": "its lines end in carriage returns alone",
+        "long.csv": "a line is longer than",
     }.items():
         with pytest.raises(FileError, match=f"{name}: {problem}"):
             rows_of(tmp_path / name)

@@ -8,8 +8,9 @@ import time
 import pytest
 
 from longer import s3 as longer_s3
+from longer.datasets.source import find_files
 from longer.errors import StorageError
-from longer.storage import Table, checked_output, checksum, exists, read_bytes, write_bytes
+from longer.storage import Table, checked_output, checksum, exists, open_input, read_bytes, write_bytes
 from tests.s3.proxy import Fault, Plan, Proxy, Request
 
 DATA = bytes(range(256)) * 4096
@@ -76,6 +77,47 @@ def test_a_store_that_keeps_failing_is_one_line_that_names_the_object(
     with pytest.raises(StorageError, match=r"^s3://tables/run/object: .*: check AWS_ENDPOINT_URL") as caught:
         exists("s3://tables/run/object")
     assert "\n" not in str(caught.value)
+
+
+def test_bodies_cut_on_every_try_are_one_line_that_names_the_object(faulty: Proxy) -> None:
+    write_bytes("s3://tables/run/object", DATA)
+    faulty.plan = lambda request: Fault(cut=True) if request.method == "GET" else None
+    for read in (read_bytes, checksum, lambda path: open_input(path, len(DATA)).read()):
+        num_faults = faulty.num_faults
+        with pytest.raises(
+            StorageError, match=r"^s3://tables/run/object: the answer broke off \(.+\): check"
+        ) as caught:
+            read("s3://tables/run/object")
+        assert "\n" not in str(caught.value)
+        assert faulty.num_faults == num_faults + 5
+
+
+def test_a_silent_store_is_asked_as_often_as_the_settings_say_and_no_more(
+    faulty: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(longer_s3.CONFIG["retries"], "total_max_attempts", 2)  # type: ignore[arg-type]
+    faulty.plan = lambda request: Fault(delay_s=1.5)
+    for attempt in (exists, read_bytes, lambda path: find_files(path, ["*"])):
+        num_faults = faulty.num_faults
+        with pytest.raises(StorageError, match=r"^s3://tables/log: .*timeout"):
+            attempt("s3://tables/log")
+        assert faulty.num_faults == num_faults + 2
+
+
+def test_an_endpoint_without_a_scheme_and_an_impossible_bucket_are_one_line_each(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for attempt in (exists, read_bytes, lambda path: find_files(path, ["*"])):
+        with pytest.raises(StorageError, match=r"^s3://Bad_Bucket!.*Invalid bucket name") as caught:
+            attempt("s3://Bad_Bucket!/x")
+        assert "\n" not in str(caught.value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost:9000")
+    longer_s3.S3.clear_instance_cache()
+    for attempt in (exists, read_bytes, lambda path: find_files(path, ["*"])):
+        with pytest.raises(
+            StorageError, match=r"^AWS_ENDPOINT_URL: Invalid endpoint: localhost:9000: write it as http"
+        ):
+            attempt("s3://tables/x")
 
 
 def test_a_bucket_that_is_not_there_and_refused_credentials_are_one_line_each(faulty: Proxy) -> None:

@@ -20,7 +20,7 @@ def check_rows(
     """Splits a log into events of the schema and quarantined rows: the raw row and the first `reason` it is unfit for.
 
     `raw` has the schema's column names and may have more; a row that has a `reason` already keeps it. Reasons are a null,
-    unparsable or negative key, a time that is missing, unparsable, before 1970, after `now` or in another unit than
+    unparsable, empty or negative key, a time that is missing, unparsable, before 1970, after `now` or in another unit than
     `time_unit`, and a feature that does not parse. A missing column or one of another type raises UserError.
     """
     wanted = schema.events_arrow()
@@ -42,6 +42,7 @@ def check_rows(
     unfit = {
         **{f"null {name}": given[name].is_null() for name in keys if given[name].null_count},
         **unparsed,
+        **{f"empty {name}": pc.equal(columns[name], "") for name in keys if columns[name].type == pa.string()},
         **{f"negative {name}": pc.less(columns[name], 0) for name in keys[:2] if columns[name].type == pa.int64()},
         "missing or unparsable event_ts": time_ms.is_null(),
         **{reason: pa.array(rows) for reason, rows in misfits.items()},

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from longer.config import Settings
@@ -30,6 +30,8 @@ class ImportPlan:
     """Content ids by name of the files that rows are joined with."""
     settings: dict[str, Any]
     schema_hash: str
+    folder: str
+    """Where the first import found the files that have short names."""
 
     @property
     def described(self) -> dict[str, Any]:
@@ -65,6 +67,7 @@ class ImportPlan:
             "num_new_rows": num_new_rows,
             "num_quarantined": reasons.total(),
             "reasons": dict(sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0]))),
+            "folder": self.folder,
             "skipped": sorted(skipped.values()),
             "num_skipped_files": len(skipped),
             "first_event_ts": min((first for first, _ in spans), default=None),
@@ -75,11 +78,16 @@ class ImportPlan:
 def plan_import(settings: Settings, parts: Sequence[Part], base: Version | None) -> ImportPlan:
     """All of the log's files, or with a `base` those that it does not hold; the same bytes are read once.
 
-    Raises UserError if the base was imported with other settings, or if a file that it holds has other content now: the
-    earlier rows cannot be told from the new ones.
+    Files of another folder than the base's, say a folder a day, go by their whole path. Raises UserError if the base was
+    imported with other settings, or if a file that it holds has other content now: the earlier rows cannot be told from the
+    new ones.
     """
     chosen = settings.import_events.model_dump(mode="json", exclude={"source"})
     held: dict[str, str] = base.manifest["inputs"] if base else {}
+    folder = base.manifest.get("folder", _folder(parts[0])) if base else _folder(parts[0])
+    kinds = {_kind(part.content_id) for part in parts}
+    if kinds.issuperset(map(_kind, held)):  # else no file is known again, and one of the same name must be refused
+        parts = [part if _folder(part) == folder else replace(part, name=part.path) for part in parts]
     first_name = dict(held)
     duplicates = {}
     for part in parts:
@@ -91,7 +99,15 @@ def plan_import(settings: Settings, parts: Sequence[Part], base: Version | None)
         _check_settings(base, chosen)
         _check_unchanged(base, {part.name: part.content_id for part in parts}, joined)
     unread = [part for part in parts if part.content_id not in held and first_name[part.content_id] == part.name]
-    return ImportPlan(unread, base, duplicates, first_name, joined, chosen, settings.event_schema.hash())
+    return ImportPlan(unread, base, duplicates, first_name, joined, chosen, settings.event_schema.hash(), folder)
+
+
+def _folder(part: Part) -> str:
+    return part.path.removesuffix(part.name)
+
+
+def _kind(content_id: str) -> str:
+    return content_id.partition(":")[0]
 
 
 def _check_settings(base: Version, chosen: dict[str, Any]) -> None:

@@ -29,6 +29,8 @@ from longer.storage import DataFile, checked_output, remove_tree
 _TASK_BYTES = 64 << 20
 """Bytes of parts that are worth a task, which takes a second where a worker has to start first."""
 _FEW_PARTS = 32
+_MANY_ROWS = 100
+"""Rows of which one must parse: in fewer, all may be bad ones."""
 
 
 @dataclass(frozen=True)
@@ -131,9 +133,9 @@ def _as_text(unfit: pa.Table, schema: EventSchema, path: str) -> pa.Table:
 
 
 def _check_types(part: Part, report: PartReport, schema: EventSchema) -> None:
-    """A column of which nothing parses is the wrong column, not a few bad rows."""
+    """A column of which nothing parses in many rows is the wrong column, not a few bad rows."""
     num_rows = report.num_rows + report.reasons.total()
     for reason, count in report.reasons.items():
         name = reason.partition(" is not ")[0]
-        if count == num_rows and name in schema.events_arrow().names:
+        if count == num_rows >= _MANY_ROWS and name in schema.events_arrow().names:
             raise FileError(part.path, f"{reason} in any of {num_rows} rows: change event_schema or convert the column")

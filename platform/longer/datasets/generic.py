@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from longer.data.parse import TimeUnit
-from longer.datasets.readers import is_parquet, parquet_batches, text_batches
+from longer.datasets.readers import COMPRESSED, PARQUET, is_parquet, parquet_batches, text_batches
 from longer.datasets.source import Part, log_parts, require_parts
 
-_TEXT = ("*.csv", "*.csv.*", "*.tsv", "*.tsv.*")
+_ENDINGS = (*PARQUET, *(kind + codec for kind in (".csv", ".tsv") for codec in ("", *COMPRESSED)))
+_PATTERNS = ["*" + "".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in ending) for ending in _ENDINGS]
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Generic:
     PROVENANCE: str = "A log of your own."
 
     def locate(self, source: str) -> list[Part]:
-        parts = log_parts(source, ["*.parquet", "*.pq", *_TEXT])
+        parts = log_parts(source, _PATTERNS, says_left_out=True)
         return require_parts(source, parts, ".parquet, .csv or .tsv files (.gz, .bz2, .zst and .lz4 too)")
 
     def read(self, part: Part, names: Sequence[str]) -> Iterator[pa.Table]:
@@ -33,7 +34,7 @@ class Generic:
         if is_parquet(part.path):
             batches = parquet_batches(part.path, columns, part.start, part.stop)
         else:
-            delimiter = "\t" if ".tsv" in part.path.rpartition("/")[2] else ","
+            delimiter = "\t" if ".tsv" in part.path.rpartition("/")[2].lower() else ","
             batches = text_batches(part.path, columns, delimiter=delimiter, start=part.start, stop=part.stop)
         for batch in batches:
             yield batch if "action" in columns else batch.append_column("action", pa.repeat("event", len(batch)))

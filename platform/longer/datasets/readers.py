@@ -1,25 +1,29 @@
 """Parquet and delimited text files, or stretches of them, in bounded batches; every error names its file."""
 
 import csv
-import io
+import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
-from pyarrow.fs import FileSystem
 
 from longer.errors import UserError, one_line
 from longer.storage import arrow_filesystem
 
 LINE = "line"
-"""Column of a batch with the text of a line that has another number of fields, null elsewhere."""
+"""Column of a batch with the text of a line that could not be taken apart, null elsewhere."""
 
 _BATCH_ROWS = 1 << 17
 _READ_BYTES = 8 << 20
-_COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
-_PARQUET = (".parquet", ".pq")
+_CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
+COMPRESSED = tuple(_CODECS)
+"""Endings of compressed text."""
+PARQUET = (".parquet", ".pq")
 _NULLS = ["", "NULL", "null", "\\N"]
 
 
@@ -31,7 +35,7 @@ class FileError(UserError):
 
 
 def is_parquet(path: str) -> bool:
-    return path.endswith(_PARQUET)
+    return path.lower().endswith(PARQUET)
 
 
 def boundaries(path: str, num_bytes: int, stretch_bytes: int) -> list[int]:
@@ -39,7 +43,7 @@ def boundaries(path: str, num_bytes: int, stretch_bytes: int) -> list[int]:
 
     They depend on the file only. Text is cut at bytes and read from the next line on.
     """
-    if num_bytes <= stretch_bytes or path.endswith(_COMPRESSED):
+    if num_bytes <= stretch_bytes or path.lower().endswith(COMPRESSED):
         return []
     if not is_parquet(path):
         return list(range(stretch_bytes, num_bytes, stretch_bytes))
@@ -75,8 +79,10 @@ def parquet_batches(
 def text_header(path: str, delimiter: str) -> list[str]:
     """Column names in the first line of a text file; none if the file is empty."""
     filesystem, bare = arrow_filesystem(path)
-    with naming(path), filesystem.open_input_stream(bare) as stream:
+    with naming(path), filesystem.open_input_stream(bare, compression=_codec(path)) as stream:
         first = stream.read(1 << 16).partition(b"\n")[0].decode("utf-8-sig").rstrip("\r")
+    if "\r" in first:
+        raise FileError(path, "its lines end in carriage returns alone: end them in newlines")
     return next(csv.reader([first], delimiter=delimiter)) if first else []
 
 
@@ -90,31 +96,20 @@ def text_batches(
 ) -> Iterator[pa.Table]:
     """Lines that begin in bytes `start` to `stop` as batches of strings; `header` names the columns of a file without one.
 
-    `columns` as in `parquet_batches`. A line with another number of fields has a `reason`, its text in `line`, and nulls.
+    `columns` as in `parquet_batches`. Each line is one row, whatever its quotes: one that ends inside a quoted field, or has
+    another number of fields, has a `reason`, its text in `line`, and nulls.
     """
     names = text_header(path, delimiter) if header is None else list(header)
     if not names:
         return
     require_columns(path, names, columns)
-    unfit: list[str | None] = []
-
-    def keep(row: pacsv.InvalidRow) -> str:
-        unfit.append(row.text)
-        return "skip"
-
-    filesystem, bare = arrow_filesystem(path)
-    reading = pacsv.ReadOptions(
-        column_names=names, skip_rows=int(header is None and start == 0), block_size=_READ_BYTES, use_threads=False
-    )
-    parsing = pacsv.ParseOptions(delimiter=delimiter, invalid_row_handler=keep)
-    with naming(path), _open_lines(filesystem, bare, start, stop) as lines:
-        for table in _parsed(lines, list(dict.fromkeys(columns.values())), reading, parsing):
-            batch = pa.table({name: table[column] for name, column in columns.items()})
-            yield _with_unfit(batch, unfit, len(names))
-            unfit.clear()
-        if unfit:
-            empty = pa.table({name: pa.array([], pa.string()) for name in columns})
-            yield _with_unfit(empty, unfit, len(names))
+    has_header = header is None and start == 0
+    with naming(path):
+        for block in _line_blocks(path, start, stop):
+            lines = block.partition(b"\n")[2] if has_header else block
+            has_header = False
+            if lines:
+                yield _parsed(lines, names, columns, delimiter)
 
 
 def require_columns(path: str, names: Sequence[str], columns: Mapping[str, str]) -> None:
@@ -132,62 +127,99 @@ def naming(path: str) -> Iterator[None]:
     """Errors of reading `path` become a FileError."""
     try:
         yield
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, csv.Error) as error:
         kind = "Parquet" if is_parquet(path) else "text"
         raise FileError(path, f"not a readable {kind} file ({one_line(error)})") from None
 
 
-def _parsed(
-    lines: pa.NativeFile, wanted: list[str], reading: pacsv.ReadOptions, parsing: pacsv.ParseOptions
-) -> Iterator[pa.Table]:
-    as_strings = pacsv.ConvertOptions(
-        column_types={name: pa.string() for name in wanted},
-        include_columns=wanted,
-        null_values=_NULLS,
-        strings_can_be_null=True,
-    )
-    try:
-        reader = pacsv.open_csv(lines, reading, parsing, as_strings)
-    except pa.ArrowInvalid as error:
-        if str(error).startswith(("Empty CSV file", "Could not skip initial")):  # only a header, without a line end
-            return
-        raise
-    for batch in reader:
-        yield pa.Table.from_batches([batch])
+def _parsed(lines: bytes, names: list[str], columns: Mapping[str, str], delimiter: str) -> pa.Table:
+    """Whole lines as a batch, those that cannot be taken apart below the others."""
+    lines, torn = _split_torn(lines, delimiter)
+    unfit: list[tuple[str | None, str]] = [(line, "a quote is not closed in the line") for line in torn]
+
+    def keep(row: pacsv.InvalidRow) -> str:
+        unfit.append((row.text, f"not {len(names)} fields"))
+        return "skip"
+
+    wanted = list(dict.fromkeys(columns.values()))
+    if lines:
+        table = pacsv.read_csv(
+            pa.BufferReader(lines),
+            pacsv.ReadOptions(column_names=names, block_size=len(lines), use_threads=False),
+            pacsv.ParseOptions(delimiter=delimiter, invalid_row_handler=keep),
+            pacsv.ConvertOptions(
+                column_types={name: pa.string() for name in wanted},
+                include_columns=wanted,
+                null_values=_NULLS,
+                strings_can_be_null=True,
+            ),
+        )
+    else:
+        table = pa.table({name: pa.array([], pa.string()) for name in wanted})
+    return _with_unfit(pa.table({name: table[column] for name, column in columns.items()}), unfit)
 
 
-def _with_unfit(batch: pa.Table, unfit: list[str | None], num_fields: int) -> pa.Table:
-    """The batch with the lines that could not be taken apart below it."""
+def _split_torn(lines: bytes, delimiter: str) -> tuple[bytes, list[str]]:
+    """The lines that are one record each, and the text of the others, which Arrow would join with their neighbours or cut."""
+    if b'"' not in lines and lines.count(b"\r") == lines.count(b"\r\n"):
+        return lines, []
+    ends = np.flatnonzero(np.frombuffer(lines, np.uint8) == ord("\n")) + 1
+    offsets = pa.py_buffer(np.concatenate([[0], ends]).astype(np.int32))
+    line_N = pa.Array.from_buffers(pa.binary(), len(ends), [None, offsets, pa.py_buffer(lines)])
+    end = re.escape(delimiter)
+    plain = rf"[^{end}\r\n]*"
+    field = rf'(?:"(?:[^"\r\n]|"")*"(?:[^"{end}\r\n]{plain})?|[^"{end}\r\n]{plain}|)'
+    is_record_N = pc.match_substring_regex(line_N, rf"^{field}(?:{end}{field})*\r?\n$")
+    torn_N = line_N.filter(pc.invert(is_record_N))
+    if not len(torn_N):
+        return lines, []
+    _, offsets, values = line_N.filter(is_record_N).buffers()
+    num_bytes = int(np.frombuffer(offsets, np.int32)[len(ends) - len(torn_N)])
+    whole = values.slice(0, num_bytes).to_pybytes() if num_bytes else b""
+    return whole, [line.decode(errors="replace").rstrip("\r\n") for line in torn_N.to_pylist()]
+
+
+def _with_unfit(batch: pa.Table, unfit: list[tuple[str | None, str]]) -> pa.Table:
+    """The batch with the lines that could not be taken apart, and the reasons, below it."""
     if not unfit:
         return batch
     nulls = pa.nulls(len(batch), pa.string())
     batch = batch.append_column(LINE, nulls).append_column("reason", nulls)
-    lines = {LINE: pa.array(unfit, pa.string()), "reason": pa.repeat(f"not {num_fields} fields", len(unfit))}
+    texts, reasons = zip(*unfit, strict=True)
+    lines = {LINE: pa.array(texts, pa.string()), "reason": pa.array(reasons, pa.string())}
     rest = {name: pa.nulls(len(unfit), pa.string()) for name in batch.column_names if name not in lines}
     return pa.concat_tables([batch, pa.table({**rest, **lines}).select(batch.column_names)])
 
 
-def _open_lines(filesystem: FileSystem, path: str, start: int, stop: int | None) -> pa.NativeFile:
+def _codec(path: str) -> str | None:
+    return next((codec for ending, codec in _CODECS.items() if path.lower().endswith(ending)), None)
+
+
+def _line_blocks(path: str, start: int, stop: int | None) -> Iterator[bytes]:
+    """The lines that begin in bytes `start` to `stop`, whole, some megabytes at a time; the last one has its newline too."""
+    filesystem, bare = arrow_filesystem(path)
     if start == 0 and stop is None:
-        return filesystem.open_input_stream(path)  # which decompresses by the name's ending
-    raw = filesystem.open_input_file(path)
-    last = raw.size() if stop is None else _line_start(raw, stop)
-    raw.seek(_line_start(raw, start))
-    return pa.PythonFile(_Stretch(raw, last), mode="r")
-
-
-class _Stretch(io.RawIOBase):
-    """A file up to a byte."""
-
-    def __init__(self, file: pa.NativeFile, stop: int) -> None:
-        self._file, self._stop = file, stop
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        left = self._stop - self._file.tell()
-        return self._file.read(left if size < 0 else min(size, left))
+        num_bytes, file = sys.maxsize, filesystem.open_input_stream(bare, compression=_codec(path))
+    else:
+        file = filesystem.open_input_file(bare)
+        end = file.size() if stop is None else _line_start(file, stop)
+        first = _line_start(file, start)
+        num_bytes = end - first
+        file.seek(first)
+    rest = b""
+    with file:
+        while block := file.read(min(_READ_BYTES, num_bytes)):
+            num_bytes -= len(block)
+            lines, newline, tail = block.rpartition(b"\n")
+            if newline:
+                yield b"".join((rest, lines, newline))
+                rest = tail
+            elif len(rest) < _READ_BYTES:
+                rest += tail
+            else:
+                raise FileError(path, f"a line is longer than {_READ_BYTES} bytes: is this a text file?")
+    if rest:
+        yield rest + b"\n"
 
 
 def _line_start(file: pa.NativeFile, offset: int) -> int:

@@ -7,13 +7,16 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import pyarrow as pa
+from fsspec import AbstractFileSystem
 
 from longer.data.parse import TimeUnit
 from longer.datasets.readers import boundaries
 from longer.errors import UserError
+from longer.progress import say
 from longer.storage import checksum, filesystem
 
 _NUM_THREADS = 16
+_NUM_NAMED = 5
 _STRETCH_BYTES = 256 << 20
 """What one task reads at most, in bytes on disk. Part of what decides the names of the files written."""
 
@@ -59,34 +62,47 @@ class Source(Protocol):
         """
 
 
-def log_parts(source: str, patterns: Sequence[str], joined: Sequence[Part] = (), split: bool = True) -> list[Part]:
+def log_parts(
+    source: str, patterns: Sequence[str], joined: Sequence[Part] = (), split: bool = True, says_left_out: bool = False
+) -> list[Part]:
     """The files under the folder or glob `source` whose name matches a pattern, large ones in stretches."""
-    files = [replace(file, joined=tuple(joined)) for file in find_files(source, patterns)]
+    files = [replace(file, joined=tuple(joined)) for file in find_files(source, patterns, says_left_out)]
     if not split:
         return files
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         return [part for parts in pool.map(_stretches, files) for part in parts]
 
 
-def find_files(source: str, patterns: Sequence[str]) -> list[Part]:
+def find_files(source: str, patterns: Sequence[str], says_left_out: bool = False) -> list[Part]:
     """The same files whole, sorted by path; hidden ones, and those that start with '_', are not part of a log."""
     fs, bare = filesystem(source.rstrip("/"))
     if any(sign in source for sign in "*?["):
         found = {path: info for path, info in fs.glob(bare, detail=True).items() if info["type"] == "file"}
         folder = bare[: min(bare.index(sign) for sign in "*?[" if sign in bare)].rpartition("/")[0]
-    elif fs.isfile(bare):
-        found, folder = {bare: fs.info(bare)}, bare.rpartition("/")[0]
+    elif info := _file_info(fs, bare):
+        found, folder = {bare: info}, bare.rpartition("/")[0]
     else:
         found, folder = fs.find(bare, detail=True), bare
     names = {path: path.removeprefix(folder).lstrip("/") for path in found}
-    visible = [
-        path
-        for path, name in names.items()
-        if not any(step.startswith((".", "_")) for step in name.split("/"))
-        and any(fnmatch.fnmatch(name.rpartition("/")[2], pattern) for pattern in patterns)
+    visible = [path for path, name in names.items() if not any(step.startswith((".", "_")) for step in name.split("/"))]
+    chosen = [
+        path for path in visible if any(fnmatch.fnmatch(path.rpartition("/")[2], pattern) for pattern in patterns)
     ]
+    left_out = sorted(names[path] for path in set(visible).difference(chosen))
+    if says_left_out and left_out:
+        named = ", ".join(left_out[:_NUM_NAMED] + ["..."] * (len(left_out) > _NUM_NAMED))
+        say("import_events", f"left out, for the ending of their names: {len(left_out)} files ({named})")
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        return list(pool.map(lambda path: _part(source, path, names[path], found[path]), sorted(visible)))
+        return list(pool.map(lambda path: _part(source, path, names[path], found[path]), sorted(chosen)))
+
+
+def _file_info(fs: AbstractFileSystem, path: str) -> dict[str, Any] | None:
+    """None where no file is; unlike `isfile`, a store that fails is not taken for that."""
+    try:
+        info = fs.info(path)
+    except FileNotFoundError:
+        return None
+    return info if info["type"] == "file" else None
 
 
 def require_files(source: str, *names: str) -> list[Part]:

@@ -15,7 +15,7 @@ from longer.datasets.source import Part, log_parts, require_parts
 from longer.storage import arrow_filesystem
 
 PROVENANCE = "Yambda by Yandex (arXiv 2505.22238), Apache-2.0: real behaviour, ids and the calendar are anonymised."
-TIME_UNIT: TimeUnit = "s"
+TIME_UNIT: TimeUnit = "relative_s"
 _ALL = "multi_event.parquet"
 _ACTIONS = {f"{action}s.parquet": action for action in ("listen", "like", "dislike", "unlike", "undislike")}
 _COLUMNS = {"user_id": "uid", "item_id": "item_id", "event_ts": "timestamp", "is_organic": "is_organic"}
