@@ -1,0 +1,116 @@
+"""Ray nodes as processes of their own, with ports, a folder and a token of their own: what the test starts, the test stops."""
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+_STARTED_WITHIN_S = 90
+_STOPPED_WITHIN_S = 5
+
+
+def free_ports(number: int) -> list[int]:
+    """Ports that nobody listens at on loopback."""
+    sockets = [socket.socket() for _ in range(number)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@dataclass
+class Head:
+    """A running head node, and the environment in which clients reach it."""
+
+    port: int
+    dashboard_port: int
+    folder: Path
+    environment: dict[str, str] = field(repr=False)
+    process: subprocess.Popen = field(repr=False)
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.dashboard_port}"
+
+    def run(self, *command: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+        """A command in this cluster's environment, at the repository's root."""
+        return subprocess.run(
+            command,
+            cwd=cwd,
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=False,
+        )
+
+
+def _environment(token: str) -> dict[str, str]:
+    """This process's, without its own Ray."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    path = f"{BIN}{os.pathsep}{clean['PATH']}"  # the shell of a submitted job finds the same Python
+    ours = {"PATH": path, "PYTHONPATH": str(ROOT / "platform"), "RAY_USAGE_STATS_ENABLED": "0"}
+    return {**clean, **ours, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+
+
+@contextmanager
+def running_head(*flags: str, port: int | None = None, environment: Sequence[tuple[str, str]] = ()) -> Iterator[Head]:
+    """A head node with a dashboard on loopback, started by `ray start` and ready for jobs."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets lie under it, whose paths must be short
+    own_port, dashboard_port, client_port = free_ports(3)
+    head_port = port or own_port
+    env = {**_environment(secrets.token_hex(32)), **dict(environment)}
+    words = ["--head", "--block", "--node-ip-address=127.0.0.1", f"--port={head_port}", f"--temp-dir={folder}"]
+    words += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}", "--include-dashboard=true"]
+    words += [f"--ray-client-server-port={client_port}", f"--object-store-memory={128 << 20}", *flags]
+    server_env = {**env, "PYTHONPATH": ""} | dict(environment)  # jobs bring the package along
+    log = (folder / "start.log").open("w")
+    process = subprocess.Popen(
+        [str(BIN / "ray"), "start", *words], cwd=folder, env=server_env, stdout=log, stderr=log, start_new_session=True
+    )
+    head = Head(head_port, dashboard_port, folder, env, process)
+    try:
+        _wait_until_ready(head)
+        yield head
+    finally:
+        _stop(process)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait_until_ready(head: Head) -> None:
+    """Until the dashboard takes jobs."""
+    deadline = time.monotonic() + _STARTED_WITHIN_S
+    while head.run(str(BIN / "ray"), "job", "list", "--address", head.url).returncode:
+        assert head.process.poll() is None, (head.folder / "start.log").read_text()
+        assert time.monotonic() < deadline, "the head did not come up"
+        time.sleep(0.5)
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """Ends a `ray start --block` and all that it started."""
+    process.terminate()
+    try:
+        process.wait(_STOPPED_WITHIN_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
