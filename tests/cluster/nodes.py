@@ -1,4 +1,7 @@
-"""Ray nodes as processes of their own, with ports, a folder and a token of their own: what the test starts, the test stops."""
+"""Ray nodes as a user starts them, each in processes of its own, with ports, a folder and a token of the test's own.
+
+What the test starts, the test stops; a node is removed by killing all its processes at once, as a spot node goes.
+"""
 
 import os
 import secrets
@@ -9,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +43,7 @@ class Head:
     folder: Path
     environment: dict[str, str] = field(repr=False)
     process: subprocess.Popen = field(repr=False)
+    nodes: list[subprocess.Popen] = field(default_factory=list, repr=False)
 
     @property
     def address(self) -> str:
@@ -61,6 +65,28 @@ class Head:
             check=False,
         )
 
+    def add_node(self, *flags: str) -> subprocess.Popen:
+        """A worker node; it joins within seconds."""
+        node = _start(["--block", f"--address={self.address}", *flags], self.folder, self.environment)
+        self.nodes.append(node)
+        return node
+
+
+def kill_node(node: subprocess.Popen) -> None:
+    """Kills all processes of a node at once."""
+    with suppress(ProcessLookupError):
+        os.killpg(node.pid, signal.SIGKILL)
+    node.wait()
+
+
+def _start(words: list[str], folder: Path, environment: dict[str, str]) -> subprocess.Popen:
+    command = [str(BIN / "ray"), "start", *words, f"--object-store-memory={100 << 20}"]
+    command += [f"--dashboard-agent-listen-port={free_ports(1)[0]}"]
+    with (folder / "start.log").open("a") as log:
+        return subprocess.Popen(
+            command, cwd=folder, env={**environment, "PYTHONPATH": ""}, stdout=log, stderr=log, start_new_session=True
+        )
+
 
 def _environment(token: str) -> dict[str, str]:
     """This process's, without its own Ray."""
@@ -71,26 +97,22 @@ def _environment(token: str) -> dict[str, str]:
 
 
 @contextmanager
-def running_head(*flags: str, port: int | None = None, environment: Sequence[tuple[str, str]] = ()) -> Iterator[Head]:
+def running_head(*flags: str, port: int | None = None, environment: dict[str, str] | None = None) -> Iterator[Head]:
     """A head node with a dashboard on loopback, started by `ray start` and ready for jobs."""
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets lie under it, whose paths must be short
     own_port, dashboard_port, client_port = free_ports(3)
-    head_port = port or own_port
-    env = {**_environment(secrets.token_hex(32)), **dict(environment)}
-    words = ["--head", "--block", "--node-ip-address=127.0.0.1", f"--port={head_port}", f"--temp-dir={folder}"]
+    env = {**_environment(secrets.token_hex(32)), **(environment or {})}
+    words = ["--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port or own_port}", f"--temp-dir={folder}"]
     words += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}", "--include-dashboard=true"]
-    words += [f"--ray-client-server-port={client_port}", f"--object-store-memory={128 << 20}", *flags]
-    server_env = {**env, "PYTHONPATH": ""} | dict(environment)  # jobs bring the package along
-    log = (folder / "start.log").open("w")
-    process = subprocess.Popen(
-        [str(BIN / "ray"), "start", *words], cwd=folder, env=server_env, stdout=log, stderr=log, start_new_session=True
-    )
-    head = Head(head_port, dashboard_port, folder, env, process)
+    words += [f"--ray-client-server-port={client_port}", *flags]
+    head = Head(port or own_port, dashboard_port, folder, env, _start(words, folder, env))
     try:
         _wait_until_ready(head)
         yield head
     finally:
-        _stop(process)
+        for node in head.nodes:
+            kill_node(node)
+        _stop(head.process)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -106,9 +128,6 @@ def _wait_until_ready(head: Head) -> None:
 def _stop(process: subprocess.Popen) -> None:
     """Ends a `ray start --block` and all that it started."""
     process.terminate()
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(_STOPPED_WITHIN_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    kill_node(process)
