@@ -66,26 +66,42 @@ class Head:
         )
 
     def add_node(self, *flags: str) -> subprocess.Popen:
-        """A worker node; it joins within seconds."""
-        node = _start(["--block", f"--address={self.address}", *flags], self.folder, self.environment)
+        """A worker node that has joined; two that start at once on one machine would name their sockets alike."""
+        log = self.folder / f"node-{len(self.nodes)}.log"
+        node = _start(["--block", f"--address={self.address}", *flags], log, self.environment)
         self.nodes.append(node)
+        deadline = time.monotonic() + _STARTED_WITHIN_S
+        while "Ray runtime started" not in log.read_text():
+            assert node.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
         return node
+
+
+def processes_of(node: subprocess.Popen) -> dict[int, str]:
+    """Command line by process id of all that a node runs: its session, since Ray's workers may lead groups of their own."""
+    commands = {}
+    for entry in Path("/proc").iterdir():
+        with suppress(ValueError, OSError):
+            if os.getsid(int(entry.name)) == node.pid:
+                commands[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return commands
 
 
 def kill_node(node: subprocess.Popen) -> None:
     """Kills all processes of a node at once."""
-    with suppress(ProcessLookupError):
-        os.killpg(node.pid, signal.SIGKILL)
+    for pid in processes_of(node):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     node.wait()
 
 
-def _start(words: list[str], folder: Path, environment: dict[str, str]) -> subprocess.Popen:
+def _start(words: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen:
     command = [str(BIN / "ray"), "start", *words, f"--object-store-memory={100 << 20}"]
     command += [f"--dashboard-agent-listen-port={free_ports(1)[0]}"]
-    with (folder / "start.log").open("a") as log:
-        return subprocess.Popen(
-            command, cwd=folder, env={**environment, "PYTHONPATH": ""}, stdout=log, stderr=log, start_new_session=True
-        )
+    env = {**environment, "PYTHONPATH": environment.get("NODES_PYTHONPATH", "")}  # jobs bring the package along
+    with log.open("w") as out:
+        return subprocess.Popen(command, cwd=log.parent, env=env, stdout=out, stderr=out, start_new_session=True)
 
 
 def _environment(token: str) -> dict[str, str]:
@@ -105,7 +121,7 @@ def running_head(*flags: str, port: int | None = None, environment: dict[str, st
     words = ["--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port or own_port}", f"--temp-dir={folder}"]
     words += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}", "--include-dashboard=true"]
     words += [f"--ray-client-server-port={client_port}", *flags]
-    head = Head(port or own_port, dashboard_port, folder, env, _start(words, folder, env))
+    head = Head(port or own_port, dashboard_port, folder, env, _start(words, folder / "head.log", env))
     try:
         _wait_until_ready(head)
         yield head
@@ -120,7 +136,7 @@ def _wait_until_ready(head: Head) -> None:
     """Until the dashboard takes jobs."""
     deadline = time.monotonic() + _STARTED_WITHIN_S
     while head.run(str(BIN / "ray"), "job", "list", "--address", head.url).returncode:
-        assert head.process.poll() is None, (head.folder / "start.log").read_text()
+        assert head.process.poll() is None, (head.folder / "head.log").read_text()
         assert time.monotonic() < deadline, "the head did not come up"
         time.sleep(0.5)
 

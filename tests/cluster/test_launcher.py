@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -47,8 +48,8 @@ def test_all_that_jobs_ask_for_fits_some_kind_of_node_and_no_task_fits_the_head(
 
 def test_only_the_bucket_and_the_key_pair_are_to_be_filled_in() -> None:
     text = "\n".join(line.split("#")[0] for line in (ROOT / "cluster.yaml").read_text().splitlines())
-    capitals = {word for word in text.replace(".", " ").replace("/", " ").split() for word in [word.strip("\"'()")]}
-    assert {word for word in capitals if word.isupper() and len(word) > 4} <= {"KEY_PAIR", "BUCKET')", "BUCKET"}
+    words = set(re.findall(r"(?<!\$)\b[A-Z][A-Z_]{4,}\b", text))
+    assert words == {"KEY_PAIR", "BUCKET", "PYTHONPATH", "RAY_AUTH_MODE"}
     assert text.count("KEY_PAIR") == 2
     assert text.count("BUCKET") == 1
 

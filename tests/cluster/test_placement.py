@@ -28,7 +28,7 @@ _SCRIPT = """
 import json, sys, time
 import ray, ray.data, ray.train
 from ray.train import ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from longer.config import RaySettings
 from longer.data.ray_tasks import each
 from longer.runner import start_ray
@@ -44,9 +44,6 @@ def pool(_=None):
 class Scorer:
     def __call__(self, rows):
         return {"pool": [pool()]}
-
-class Replica:
-    pool = staticmethod(pool)
 
 def scored(num_gpus):
     rows = ray.data.from_items([{"bucket": 0}]).map_batches(
@@ -66,7 +63,7 @@ class Seen:
 def trained(use_gpu):
     seen = Seen.remote()
     scaling = ScalingConfig(num_workers=1, use_gpu=use_gpu, label_selector=settings.place(use_gpu))
-    TorchTrainer(worker, train_loop_config={"seen": seen}, scaling_config=scaling, torch_config=TorchConfig(backend="gloo"),
+    DataParallelTrainer(worker, train_loop_config={"seen": seen}, scaling_config=scaling,
         run_config=ray.train.RunConfig(storage_path=folder)).fit()
     return ray.get(seen.take.remote())
 
