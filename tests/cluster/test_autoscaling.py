@@ -19,16 +19,17 @@ _WITHIN_S = 90
 
 def autoscaling_config(port: int) -> dict:
     """As cluster.yaml: a head without CPUs, and from zero up nodes for work with and without GPUs."""
-    empty = {"node_config": {}, "min_workers": 0, "max_workers": 2}
+    empty = {"node_config": {}, "min_workers": 0, "max_workers": 1}
     commands = ["setup_commands", "head_setup_commands", "worker_setup_commands", "initialization_commands"]
     commands += ["head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files"]
     return {
         "cluster_name": "test",
-        "max_workers": 3,
+        "max_workers": 2,
         "idle_timeout_minutes": 0.1,
         "upscaling_speed": 10.0,
         "provider": {
-            "type": "fake_multinode",
+            "type": "external",  # by its own name it wants defaults that the package lacks
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
             "gcs_address": f"127.0.0.1:{port}",
             "head_node_id": HEAD_ID,
             "launch_multiple": True,
@@ -46,7 +47,11 @@ def autoscaling_config(port: int) -> dict:
     }
 
 
-_NODES = "import json, ray; ray.init('auto'); print(json.dumps([n['Labels'].get('longer.pool') for n in ray.nodes() if n['Alive']]))"
+_NODES = """
+import json, ray
+ray.init("auto")
+print(json.dumps([node["Labels"].get("longer.pool") for node in ray.nodes() if node["Alive"]]))
+"""
 
 
 def pools(head: Head) -> list[str]:
