@@ -85,14 +85,13 @@ def test_there_is_a_rayjob_for_each_job_but_those_of_one_machine() -> None:
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
 def test_a_jobs_settings_are_valid_and_what_it_asks_for_fits_the_cluster(path: Path) -> None:
-    module, settings = settings_of(path)
+    _, settings = settings_of(path)
     assert settings.root == "s3://bucket/run"
-    assert settings.ray.pool_label == (None if module == "jobs.import_events" else "longer.pool")
+    assert settings.ray.pool_label == "longer.pool"
     kinds = kinds_of(CLUSTER.spec)
-    if settings.ray.pool_label:
-        for what, (request, number) in requests_of(settings).items():
-            assert not kinds["head"].holds(request), what
-            assert max(kind.holds(request) for kind in kinds.values()) >= number, f"no group holds {what}"
+    for what, (request, number) in requests_of(settings).items():
+        assert not kinds["head"].holds(request), what
+        assert max(kind.holds(request) for kind in kinds.values()) >= number, f"no group holds {what}"
 
 
 def test_serve_and_the_builder_accept_the_services_config_and_its_replicas_fit() -> None:

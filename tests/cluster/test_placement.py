@@ -68,7 +68,7 @@ def trained(use_gpu):
     return ray.get(seen.take.remote())
 
 print(json.dumps({
-    "each": sorted(set(each(pool, list(range(8)), "pools", "tasks"))),
+    "each": sorted(set(each(pool, range(8), 8, "pools", "tasks"))),
     "data": sorted({row["pool"] for row in ray.data.range(8, override_num_blocks=8).map(lambda row: {"pool": pool()}).take_all()}),
     "scorer": [scored(0), scored(1)],
     "training": [trained(False), trained(True)],
