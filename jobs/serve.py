@@ -37,6 +37,7 @@ def scoring_args(settings: Settings, inputs: Inputs) -> ScoringArgs:
         checkpoint=inputs.checkpoint.path,
         sequences=settings.path("tables", "sequences"),
         items=settings.path("tables", "items") if schema.features_of("item") else None,
+        pool_label=settings.ray.pool_label,
         **asked.model_dump(exclude={"host", "port", "check_requests"}),
     )
 

@@ -44,7 +44,7 @@ def run(settings: Settings) -> Version:
 
 def _stop(settings: Settings) -> None:
     """A local Ray takes the rest of Serve with it when it ends; on a cluster nothing is left behind."""
-    if settings.ray.address is None:
+    if settings.ray.cluster is None:
         serve.delete("scoring")
     else:
         serve.shutdown()

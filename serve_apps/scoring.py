@@ -30,6 +30,7 @@ from ray.serve.metrics import Counter, Gauge, Histogram
 from ray.serve.schema import LoggingConfig
 from starlette.requests import ClientDisconnect
 
+from longer.config import RaySettings
 from longer.data.items import items_version
 from longer.data.tables import open_version
 from longer.errors import StorageError, UserError
@@ -71,6 +72,9 @@ class ScoringArgs(BaseModel):
     num_cpus: float = Field(1, ge=0, description="CPUs that Ray reserves for a replica.")
     num_gpus: float = Field(0, ge=0, description="GPUs of a replica; 0 scores on the CPU.")
     torch_threads: int = Field(1, ge=1, description="Threads of one torch operation.")
+    pool_label: str | None = Field(
+        None, description="Label whose value, 'gpu' or 'cpu', says which nodes are for these replicas; null: any."
+    )
 
     @model_validator(mode="after")
     def _replicas_fit(self) -> Self:
@@ -263,7 +267,11 @@ def build_app(args: ScoringArgs) -> serve.Application:
         sys.exit(2)  # `serve run` would show a traceback
     return ScoringReplica.options(
         name="scoring",
-        ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
+        ray_actor_options={
+            "num_cpus": args.num_cpus,
+            "num_gpus": args.num_gpus,
+            "label_selector": RaySettings(pool_label=args.pool_label).place(args.num_gpus),
+        },
         max_ongoing_requests=4 * args.max_batch_requests,
         autoscaling_config=AutoscalingConfig(
             min_replicas=args.num_replicas,

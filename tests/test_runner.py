@@ -42,6 +42,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(args: list[str], line: str) -> No
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("root", [["--root", "runs/mine"], []])
+def test_a_submitted_job_does_not_write_beside_its_code_where_it_would_be_lost(root: list[str]) -> None:
+    done = run_python("-m", "jobs.import_events", *root, RAY_JOB_CONFIG_JSON_ENV_VAR="{}")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"root={(root or ['', 'runs/default'])[1]}: what a submitted job writes")
+
+
 def test_help_names_every_setting_of_the_job() -> None:
     done = run_python("-m", "jobs.build_sequences", "--help")
     assert done.returncode == 0

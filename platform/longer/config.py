@@ -345,6 +345,20 @@ class RaySettings(Section):
         4, ge=1, description="Logical CPUs of a local Ray; more than cores lets light actors share them."
     )
     object_store_bytes: int = Field(1 << 30, ge=80 << 20, description="Shared memory of a local Ray, in bytes.")
+    pool_label: str | None = Field(
+        None,
+        description="Label whose value on each node is 'gpu' or 'cpu': work that asks for GPUs then runs on the first only, all "
+        "else on the second only; null: anywhere.",
+    )
+
+    @property
+    def cluster(self) -> str | None:
+        """The running cluster's address, which `ray job submit` tells by RAY_ADDRESS; None: a local Ray is started."""
+        return self.address or os.environ.get("RAY_ADDRESS")
+
+    def place(self, num_gpus: float) -> dict[str, str]:
+        """Ray's `label_selector` of a task or actor that asks for so many GPUs."""
+        return {self.pool_label: "gpu" if num_gpus else "cpu"} if self.pool_label else {}
 
 
 class Settings(BaseSettings):
@@ -362,6 +376,7 @@ class Settings(BaseSettings):
     root: str = Field(
         "runs/default",
         min_length=1,
+        validate_default=True,
         description="Folder or s3:// prefix that holds the tables, checkpoints and reports.",
     )
     seed: int = Field(

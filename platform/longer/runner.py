@@ -10,7 +10,7 @@ from typing import Any
 
 import longer
 from longer.cli import parse_settings
-from longer.config import RaySettings
+from longer.config import RaySettings, Settings
 from longer.errors import UserError
 
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`, whose runtime environment then holds
@@ -27,6 +27,7 @@ def run_job(
     """
     try:
         settings, given = parse_settings(description, flags=flags)
+        _check_root(settings)
         if needs_ray:
             start_ray(settings.ray)
         return run(settings, **{name.replace("-", "_"): name in given for name, _ in flags})
@@ -36,6 +37,15 @@ def run_job(
             raise
         print(mistake, file=sys.stderr)
         sys.exit(2)
+
+
+def _check_root(settings: Settings) -> None:
+    """A submitted job runs in a folder of Ray's, which is removed after it with all that is in it."""
+    if _SUBMITTED in os.environ and Path(settings.root).is_relative_to(Path.cwd()):
+        raise UserError(
+            f"root={os.path.relpath(settings.root)}: what a submitted job writes beside its code is lost: use s3://, or an "
+            "absolute path that every node sees"
+        )
 
 
 def start_ray(settings: RaySettings) -> None:
@@ -50,10 +60,10 @@ def start_ray(settings: RaySettings) -> None:
     os.environ.setdefault("RAY_num_workers_soft_limit", str(_MAX_IDLE_WORKERS))
     import ray
 
+    _set_up_ray_data(settings)
     if ray.is_initialized():
         return
-    address = settings.address or os.environ.get("RAY_ADDRESS")  # which `ray job submit` sets
-    if address is None:
+    if settings.cluster is None:
         os.environ["PYTHONPATH"] = _worker_path()  # inherited; a runtime_env would waste the workers that Ray prestarts
         ray.init(
             num_cpus=settings.num_cpus,
@@ -64,8 +74,7 @@ def start_ray(settings: RaySettings) -> None:
         )
     else:
         environment = {} if _SUBMITTED in os.environ else {"py_modules": [str(Path(longer.__file__).parent)]}
-        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, runtime_env=environment)
-    _quiet_ray_data()
+        ray.init(address=settings.cluster, logging_level=logging.WARNING, log_to_driver=False, runtime_env=environment)
 
 
 def user_error_in(error: BaseException | None) -> UserError | None:
@@ -89,10 +98,12 @@ def _worker_path() -> str:
     return os.pathsep.join(os.path.abspath(path) for path in sys.path)
 
 
-def _quiet_ray_data() -> None:
+def _set_up_ray_data(settings: RaySettings) -> None:
+    """Ray Data is quiet; its tasks, and those of `data.ray_tasks`, run on the nodes for work without GPUs."""
     from ray.data import DataContext
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.execution_options.label_selector = settings.place(num_gpus=0)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what goes wrong is raised, and printed once

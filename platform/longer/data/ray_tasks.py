@@ -5,10 +5,16 @@ from itertools import islice
 from typing import Any
 
 import ray
+from ray.data import DataContext
 
 from longer.progress import track
 
 _MOST_IN_FLIGHT = 256  # waiting costs time for each
+
+
+def data_nodes() -> dict[str, str] | None:
+    """Ray's `label_selector` of tasks on tables: they run where Ray Data's do, on the nodes that `runner.start_ray` chose."""
+    return DataContext.get_current().execution_options.label_selector
 
 
 def each(function: Callable[[Any], Any], arguments: Iterable[Any], total: int, stage: str, unit: str) -> list[Any]:
@@ -16,9 +22,9 @@ def each(function: Callable[[Any], Any], arguments: Iterable[Any], total: int, s
 
     Arguments are made as tasks are submitted, so a long list of large ones need never exist.
     """
-    task: Any = ray.remote(lambda argument: function(argument)).options(
-        scheduling_strategy="SPREAD"
-    )  # no bound methods
+    task: Any = ray.remote(lambda argument: function(argument)).options(  # no bound methods
+        scheduling_strategy="SPREAD", label_selector=data_nodes()
+    )
     waiting = iter(enumerate(arguments))
     pending: dict[Any, int] = {}
     results: list[Any] = [None] * total

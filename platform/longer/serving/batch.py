@@ -130,6 +130,7 @@ def _score_buckets(settings: Settings, inputs: Inputs, version_path: str) -> lis
         compute=ray.data.ActorPoolStrategy(size=min(asked.num_scorers, num_buckets)),
         num_cpus=1,
         num_gpus=asked.num_gpus_per_scorer or None,
+        label_selector=settings.ray.place(asked.num_gpus_per_scorer),
     )
     return list(track(written.iter_rows(), num_buckets, "batch score", "buckets"))
 

@@ -151,8 +151,8 @@ def _outputs(model: Longer, batch: RequestBatch) -> npt.NDArray[np.float32]:
 def _score_buckets(settings: Settings, scorer: BucketScorer, num_buckets: int) -> Iterator[BucketScores]:
     """One task a bucket, one thread a task, as many at a time as there are cores."""
     cores = len(os.sched_getaffinity(0))
-    logical = max(1, int(ray.cluster_resources()["CPU"]) // cores) if settings.ray.address is None else 1
-    task = ray.remote(num_cpus=logical)(BucketScorer.score)
+    logical = max(1, int(ray.cluster_resources()["CPU"]) // cores) if settings.ray.cluster is None else 1
+    task = ray.remote(num_cpus=logical, label_selector=settings.ray.place(num_gpus=0))(BucketScorer.score)
     pending = [task.remote(scorer, bucket) for bucket in range(num_buckets)]
 
     def completed() -> Iterator[BucketScores]:

@@ -30,7 +30,8 @@ class Lines:
 @contextmanager
 def relayed_lines() -> Iterator[Any]:
     """A handle of `Lines` for workers to `add.remote(stage, message)` to; what they add is said here, until the block ends."""
-    lines, ended = Lines.remote(), threading.Event()  # type: ignore[attr-defined]
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # no other node's end takes it along
+    lines, ended = Lines.options(label_selector=here).remote(), threading.Event()  # type: ignore[attr-defined]
 
     def relay() -> None:
         while True:

@@ -63,7 +63,11 @@ def _fit(settings: Settings, versions: dict[str, str], run_id: str) -> Result:
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"settings": settings, "versions": versions, "lines": lines},
-            scaling_config=ScalingConfig(num_workers=asked.num_workers, use_gpu=asked.use_gpu),
+            scaling_config=ScalingConfig(
+                num_workers=asked.num_workers,
+                use_gpu=asked.use_gpu,
+                label_selector=settings.ray.place(asked.use_gpu),  # type: ignore[call-arg]
+            ),
             run_config=RunConfig(
                 name=run_id,
                 storage_path=bare if on_s3 else os.path.abspath(storage),
@@ -111,7 +115,7 @@ def _check_cluster(settings: Settings) -> None:
     """Ray would wait for ever for workers that a local Ray cannot hold; a cluster may still grow."""
     kind = "GPU" if settings.train.use_gpu else "CPU"
     there = math.floor(ray.cluster_resources().get(kind, 0))
-    if settings.ray.address is None and settings.train.num_workers > there:
+    if settings.ray.cluster is None and settings.train.num_workers > there:
         raise UserError(
             f"train.num_workers={settings.train.num_workers}: this Ray has {there} {kind}s, one is needed a worker: "
             f"lower num_workers{' or raise ray.num_cpus' if kind == 'CPU' else ''}"
