@@ -191,7 +191,9 @@ def write_sequences(build: Build, files: dict[str, list[int]]) -> tuple[list[Rec
         build.cut_block, "block-{:05d}", range(len(plan)), lambda n: (n, plan[n]), done, "cut the log by bucket"
     )
     starts_KP1 = np.array([block.pop("starts") for block in blocks], np.int64).reshape(len(blocks), -1)
-    filled = np.flatnonzero((starts_KP1[:, 1:] > starts_KP1[:, :-1]).any(axis=0)).tolist()
+    num_bytes_P = np.diff(starts_KP1).sum(axis=0)
+    largest_first = np.argsort(-num_bytes_P, kind="stable")  # so that none is waited for at the end
+    filled = largest_first[num_bytes_P[largest_first] > 0].tolist()
     buckets = _resume(
         build.build_bucket,
         "bucket-{:04d}",
