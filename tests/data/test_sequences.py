@@ -13,7 +13,7 @@ from tests.data.logs import BASKETS, STRINGS, log, logs, naive_sequences
 
 def trimmed(events: pa.Table, schema: EventSchema, rule: KeepRule) -> tuple[pa.Table, Older]:
     rows, older = trim_events(events, stable_keys(events["user_id"]), schema, rule)
-    return events.take(pa.array(rows)), older
+    return events if rows is None else events.take(pa.array(rows)), older
 
 
 def built(events: pa.Table, schema: EventSchema, rule: KeepRule, num_files: int) -> pa.Table:

@@ -111,7 +111,8 @@ class Build:
             rule,
         )
         younger_E, cut = trim_events(events, stable_keys(events["user_id"]), schema, rule)
-        events, older = events.take(pa.array(younger_E)), Older.concatenate([older, cut])
+        if younger_E is not None:
+            events, older = events.take(pa.array(younger_E)), Older.concatenate([older, cut])
         total_U = totals_with(kept, events, older)
         num_kept = pc.sum(kept["num_events_total"]).as_py() - pc.sum(kept["first_index"]).as_py()
         if len(events) > self.plan.inputs["merge_share"] * num_kept:

@@ -108,10 +108,11 @@ def write_segments(path: str, events: pa.Table, schema: EventSchema, num_buckets
     """
     key_E = stable_keys(events["user_id"])
     kept_E, older = trim_events(events, key_E, schema, rule)
-    bucket_E = bucket_of(key_E[kept_E], num_buckets).astype(np.uint16)  # 16 bits sort by radix
-    by_bucket_E = np.argsort(bucket_E, kind="stable")
-    bounds = np.searchsorted(bucket_E[by_bucket_E], np.arange(num_buckets + 1))
-    events = _narrowed(events).take(pa.array(kept_E[by_bucket_E])).combine_chunks()
+    bucket_E = bucket_of(key_E if kept_E is None else key_E[kept_E], num_buckets).astype(np.uint16)
+    by_bucket_E = np.argsort(bucket_E, kind="stable")  # 16 bits sort by radix
+    bounds = np.concatenate([[0], np.cumsum(np.bincount(bucket_E, minlength=num_buckets))])
+    rows = by_bucket_E if kept_E is None else kept_E[by_bucket_E]
+    events = _narrowed(events).take(pa.array(rows)).combine_chunks()
     bucket_of_older = bucket_of(stable_keys(older.user_id), num_buckets)
     filesystem, bare = arrow_filesystem(path)
     make_parents(path)

@@ -68,16 +68,17 @@ class Older:
         )
 
 
-def trim_events(events: pa.Table, user_key_E: Int64, schema: EventSchema, rule: KeepRule) -> tuple[Int64, Older]:
-    """Which rows of a block of the log can still matter, and how many older ones it had of whom.
+def trim_events(events: pa.Table, user_key_E: Int64, schema: EventSchema, rule: KeepRule) -> tuple[Int64 | None, Older]:
+    """Which rows of a block of the log can still matter (None: all), and how many older ones it had of whom.
 
     The last n events of a union are among the last n of its parts, so cutting each block first is exact, and it bounds what
     the busiest user sends to a bucket.
     """
     bin_E = user_key_E & np.int64(_NUM_BINS - 1)
-    in_full_bin_E = (np.bincount(bin_E, minlength=_NUM_BINS) > rule.most_needed)[bin_E]
-    if not in_full_bin_E.any():  # nobody has that many: cheaper to know than counting everybody
-        return np.arange(len(events)), Older.none(schema)
+    is_full = np.bincount(bin_E, minlength=_NUM_BINS) > rule.most_needed
+    if not is_full.any():  # nobody has that many: cheaper to know than counting everybody
+        return None, Older.none(schema)
+    in_full_bin_E = is_full[bin_E]
     crowded_E = np.flatnonzero(in_full_bin_E)
     crowded = events.take(pa.array(crowded_E))
     order_E, start_U = order_events(crowded, schema)
@@ -102,7 +103,9 @@ def build_sequences(events: pa.Table, older: Older, schema: EventSchema, rule: K
     keep_from_U = start_U + first_index_U - num_older_U
     length_U = end_U - keep_from_U
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(length_U)])
-    kept_E = order_E[np.repeat(keep_from_U - offsets[:-1], length_U) + np.arange(offsets[-1])]
+    kept_E = order_E
+    if len(order_E) > offsets[-1]:
+        kept_E = order_E[np.repeat(keep_from_U - offsets[:-1], length_U) + np.arange(offsets[-1])]
     time_E = milliseconds(single_array(events["event_ts"]))
     previous_U = np.where(keep_from_U > start_U, time_E[order_E[np.maximum(keep_from_U - 1, 0)]], before_U)
     fields = events.select([field.name for field in schema.event_fields()])
@@ -202,18 +205,22 @@ def order_events(events: pa.Table, schema: EventSchema) -> tuple[Int64, Int64]:
     """
     rank_E, num_users = _user_ranks(single_array(events["user_id"]))
     time_E = milliseconds(single_array(events["event_ts"]))
-    key_E = _packed(rank_E, num_users, time_E)
-    order_E = np.argsort(key_E) if key_E is not None else np.lexsort((time_E, rank_E))
-    rank_E, time_E = rank_E[order_E], time_E[order_E]
-    new_user_E = _changes(rank_E)
-    new_time_E = new_user_E | _changes(time_E)
-    tied_E = ~new_time_E | ~np.append(new_time_E[1:], True)
+    key_E, time_bits = _packed(rank_E, num_users, time_E)
+    if key_E is not None:
+        order_E = np.argsort(key_E)
+        key_E = key_E[order_E]
+        new_user_E, new_time_E = _changes(key_E >> time_bits), _changes(key_E)
+    else:
+        order_E = np.lexsort((time_E, rank_E))
+        new_user_E = _changes(rank_E[order_E])
+        new_time_E = new_user_E | _changes(time_E[order_E])
+    tied_E = ~new_time_E
+    tied_E[:-1] |= tied_E[1:]
     if tied_E.any():
         tied = order_E[tied_E]
         rest = [field.name for field in schema.event_fields() if field.name != "event_ts"]
-        rows = plain(events.select(rest).take(pa.array(tied))).append_column(
-            "run", pa.array(np.cumsum(new_time_E)[tied_E])
-        )
+        rows = plain(events.select(rest).take(pa.array(tied)))
+        rows = rows.append_column("run", pa.array(np.cumsum(new_time_E[tied_E])))
         by_rest = pc.sort_indices(rows, [("run", "ascending"), *((name, "ascending") for name in rest)])
         order_E[tied_E] = tied[by_rest.to_numpy()]
     return order_E, np.flatnonzero(new_user_E)
@@ -228,13 +235,15 @@ def _user_ranks(users: pa.Array) -> tuple[Int64, int]:
     return rank[encoded.indices.to_numpy()], len(by_id)
 
 
-def _packed(rank_E: Int64, num_users: int, time_E: Int64) -> Int64 | None:
-    """User and time in one integer that sorts as the pair does, if 63 bits hold them."""
+def _packed(rank_E: Int64, num_users: int, time_E: Int64) -> tuple[Int64 | None, int]:
+    """User and time in one integer that sorts as the pair does, if 63 bits hold them; and how many of its bits are the time's."""
     if not len(time_E):
-        return time_E
+        return time_E, 0
     since_first_E = time_E - time_E.min()
     time_bits = int(since_first_E.max()).bit_length()
-    return rank_E << time_bits | since_first_E if num_users.bit_length() + time_bits <= _KEY_BITS else None
+    if num_users.bit_length() + time_bits > _KEY_BITS:
+        return None, 0
+    return rank_E << time_bits | since_first_E, time_bits
 
 
 def _of_users(older: Older, users: pa.Array) -> tuple[Int64, Int64]:
