@@ -92,13 +92,12 @@ def plan_build(settings: Settings, events: Version, unreadable: set[str], base: 
         inputs["skipped"] = skipped
     files = set(names.values()) - unreadable
     if base:
-        _check_base(base, chosen, schema_hash, events, set(skipped))
+        files -= _checked_base(base, chosen, schema_hash, events, set(skipped))
         inputs |= {
             "base": base.id,
             "late_allowance_hours": asked.late_allowance_hours,
             "merge_share": asked.merge_share,
         }
-        files -= read_by(base, Table(events.table_path))
     return BuildPlan(sorted(files), base, rule, chosen, inputs, schema_hash)
 
 
@@ -109,7 +108,10 @@ def read_by(sequences: Version, events: Table) -> set[str]:
     return {version.path_of(f) for f in version.data_files() if _name(f) not in skipped} if version else set()
 
 
-def _check_base(base: Version, chosen: dict[str, Any], schema_hash: str, events: Version, skipped: set[str]) -> None:
+def _checked_base(
+    base: Version, chosen: dict[str, Any], schema_hash: str, events: Version, skipped: set[str]
+) -> set[str]:
+    """The event files that `base` holds, if these settings and events go on from it."""
     _check_same("schema_hash", base.manifest["schema_hash"], schema_hash)
     for name, value in chosen.items():
         _check_same(f"sequences.{name}", base.manifest["settings"][name], value)
@@ -125,6 +127,7 @@ def _check_base(base: Version, chosen: dict[str, Any], schema_hash: str, events:
             f"{events.table_path}/{min(restored)}: skipped by the last sequences, readable now: run without --since-last, "
             "so that its events get their places"
         )
+    return read
 
 
 def _name(file: DataFile) -> str:

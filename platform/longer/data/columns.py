@@ -22,6 +22,15 @@ def single_array(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
+def changes(*keys: npt.NDArray) -> npt.NDArray[np.bool_]:
+    """True where a row differs from the one before in any key, and for the first row."""
+    changed = np.zeros(len(keys[0]), bool)
+    changed[:1] = True
+    for key in keys:
+        changed[1:] |= key[1:] != key[:-1]
+    return changed
+
+
 def flat_list(column: pa.ChunkedArray) -> tuple[Int64, pa.Array]:
     """Offsets from 0 and values of a list column without nulls."""
     lists = single_array(column)

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from longer.arrays import Float32, Histories, Int64
 from longer.data.catalogue import first_seen
-from longer.data.columns import flat_list, list_columns, milliseconds, single_array
+from longer.data.columns import changes, flat_list, list_columns, milliseconds, single_array
 from longer.hashing import hash_int64, stable_keys
 from longer.schema import TIMESTAMP, EventSchema
 from longer.windows import WindowRule
@@ -113,13 +113,13 @@ def find_groups(sequences: pa.Table, histories: Histories, schema: EventSchema, 
     user_row_E = np.repeat(np.arange(len(histories)), np.diff(histories.offsets_B1))
     index_E = np.arange(len(user_row_E)) - histories.offsets_B1[user_row_E] + histories.first_index_B[user_row_E]
     time_E = histories.event_ts_E
-    new_time = _changes(user_row_E, time_E)
+    new_time = changes(user_row_E, time_E)
     history_end_E = index_E[np.maximum.accumulate(np.where(new_time, np.arange(len(index_E)), 0))]
     group_E = milliseconds(flat_list(sequences[schema.group_id])[1]) if schema.group_id else time_E
     item_E = pc.index_in(flat_list(sequences["item_id"])[1], single_array(catalogue.items["item_id"])).to_numpy()
 
     by_group = np.lexsort((group_E, user_row_E))  # stable, so a group's first event is its earliest
-    starts_group = _changes(user_row_E[by_group], group_E[by_group])
+    starts_group = changes(user_row_E[by_group], group_E[by_group])
     first = by_group[starts_group]
     request_id_R = (_mix(histories.user_key_B[user_row_E[first]], group_E[first]) >> np.uint64(1)).view(np.int64)
     by_time = np.lexsort((request_id_R, time_E[first], user_row_E[first]))
@@ -229,12 +229,3 @@ def _in_sorted(values: Int64, ascending: Int64) -> npt.NDArray[np.bool_]:
         return np.zeros(len(values), bool)
     place = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
     return ascending[place] == values
-
-
-def _changes(*keys: npt.NDArray) -> npt.NDArray[np.bool_]:
-    """True where a row differs from the one before in any key, and for the first row."""
-    changed = np.zeros(len(keys[0]), bool)
-    changed[:1] = True
-    for key in keys:
-        changed[1:] |= key[1:] != key[:-1]
-    return changed

@@ -10,12 +10,11 @@ E events, U users.
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from longer.arrays import NO_EVENT_TS, Int64
-from longer.data.columns import flat_list, list_columns, milliseconds, single_array
+from longer.data.columns import changes, flat_list, list_columns, milliseconds, single_array
 from longer.schema import EventSchema
 
 NUM_OLDER = "num_older"
@@ -141,7 +140,7 @@ def place_news(events: pa.Table, older: Older, base: pa.Table, rule: KeepRule) -
     users = single_array(base["user_id"])
     first_index_U, total_U = base["first_index"].to_numpy(), base["num_events_total"].to_numpy()
     cut_until_U = milliseconds(single_array(base["prev_event_ts"]), missing=int(NO_EVENT_TS))
-    row_E = _rows_in(users, events["user_id"])
+    row_E = _rows_in(users, single_array(events["user_id"]))
     is_known_E = row_E >= 0
     is_younger_E = ~is_known_E | (milliseconds(single_array(events["event_ts"])) > cut_until_U[row_E])
     num_younger_U = total_U - first_index_U + np.bincount(row_E[is_known_E & is_younger_E], minlength=len(users))
@@ -209,11 +208,11 @@ def order_events(events: pa.Table, schema: EventSchema) -> tuple[Int64, Int64]:
     if key_E is not None:
         order_E = np.argsort(key_E)
         key_E = key_E[order_E]
-        new_user_E, new_time_E = _changes(key_E >> time_bits), _changes(key_E)
+        new_user_E, new_time_E = changes(key_E >> time_bits), changes(key_E)
     else:
         order_E = np.lexsort((time_E, rank_E))
-        new_user_E = _changes(rank_E[order_E])
-        new_time_E = new_user_E | _changes(time_E[order_E])
+        new_user_E = changes(rank_E[order_E])
+        new_time_E = new_user_E | changes(time_E[order_E])
     tied_E = ~new_time_E
     tied_E[:-1] |= tied_E[1:]
     if tied_E.any():
@@ -257,18 +256,12 @@ def _of_users(older: Older, users: pa.Array) -> tuple[Int64, Int64]:
     return num_events_U, last_U
 
 
-def _rows_in(users: pa.Array, wanted: pa.ChunkedArray | pa.Array) -> Int64:
+def _rows_in(users: pa.Array, wanted: pa.Array) -> Int64:
     """The row of each wanted user, -1 for one who is not there."""
-    found = pc.fill_null(pc.index_in(wanted, users), -1)
-    return (single_array(found) if isinstance(found, pa.ChunkedArray) else found).to_numpy().astype(np.int64)
+    return pc.fill_null(pc.index_in(wanted, users), -1).to_numpy().astype(np.int64)
 
 
 def plain(table: pa.Table) -> pa.Table:
     """Dictionary columns as their values, which is what sorts."""
     values = [pa.field(f.name, f.type.value_type if pa.types.is_dictionary(f.type) else f.type) for f in table.schema]
     return table.cast(pa.schema(values))
-
-
-def _changes(values: npt.NDArray) -> npt.NDArray[np.bool_]:
-    """True where a value differs from the one before, and for the first."""
-    return np.append(np.ones(min(len(values), 1), bool), values[1:] != values[:-1])

@@ -63,12 +63,10 @@ class Source(Protocol):
 
 
 def log_parts(
-    source: str, patterns: Sequence[str], joined: Sequence[Part] = (), split: bool = True, says_left_out: bool = False
+    source: str, patterns: Sequence[str], joined: Sequence[Part] = (), says_left_out: bool = False
 ) -> list[Part]:
     """The files under the folder or glob `source` whose name matches a pattern, large ones in stretches."""
     files = [replace(file, joined=tuple(joined)) for file in find_files(source, patterns, says_left_out)]
-    if not split:
-        return files
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         return [part for parts in pool.map(_stretches, files) for part in parts]
 
