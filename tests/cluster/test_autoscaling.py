@@ -49,7 +49,7 @@ def autoscaling_config(port: int) -> dict:
 
 _NODES = """
 import json, ray
-ray.init("auto")
+ray.init("auto", log_to_driver=False)  # the autoscaler's own lines would come between
 print(json.dumps([node["Labels"].get("longer.pool") for node in ray.nodes() if node["Alive"]]))
 """
 
