@@ -30,12 +30,12 @@ def run(settings: Settings, since_last: bool = False) -> Version:
 def _sequences(settings: Settings, table: Table, base: Version | None) -> Version:
     schema, asked = settings.event_schema, settings.sequences
     events = open_version(settings.path("tables", "events"), schema, None, "jobs.import_events")
-    if base and base.manifest["inputs"]["events"] == events.id and "skipped" not in base.manifest["inputs"]:
-        say("build_sequences", f"version {base.id} has all events, nothing changed")
-        return base
     rows_of = readable_files(events.files(), schema, True) if asked.skip_unreadable_files else None
     unreadable = set(events.files()) - set(rows_of) if rows_of is not None else set()
     plan = plan_build(settings, events, unreadable, base)
+    if base and not plan.files and base.manifest["inputs"]["events"] == events.id:
+        say("build_sequences", f"version {base.id} has all events, nothing changed")
+        return base
     if published := table.reuse(plan.version_id):
         remove_tree(Build(plan, schema, published.path).scratch)  # if a run was killed before it could
         say("build_sequences", f"version {published.id} is already built, nothing changed")

@@ -19,7 +19,7 @@ from longer.data.verified_tables import BucketVerifier
 from longer.errors import UserError
 from longer.progress import say
 from longer.runner import run_job
-from longer.storage import Table
+from longer.storage import Table, exists
 from longer.windows import WindowRule
 
 
@@ -43,7 +43,7 @@ def run(settings: Settings) -> BucketReport:
 
 def _requests(settings: Settings) -> Source | None:
     chosen, path = settings.verify, settings.verify.requests or settings.path("tables", "requests")
-    if not (chosen.requests or chosen.requests_version or Table(path).current()):
+    if not (chosen.requests or chosen.requests_version or exists(path)):
         return None
     return open_source(path, settings.event_schema, chosen.requests_version, "jobs.build_requests")
 

@@ -14,7 +14,6 @@ from longer.config import RaySettings, Settings
 from longer.errors import UserError
 
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`, whose runtime environment then holds
-_MAX_IDLE_WORKERS = 32
 _USER_ERROR_LINE = re.compile(r"^longer\.errors\.(?:User|Storage)Error: (.+)$", re.MULTILINE)
 
 
@@ -55,9 +54,6 @@ def start_ray(settings: RaySettings) -> None:
     ~/.ray. Setting the environment here would be too late: Ray reads it when first imported.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray Data's shuffle has worker pools of its own; with the default, num_cpus, idle workers of one are ended to start those
-    # of another, which takes a second each and at times prints an abort from the dying worker.
-    os.environ.setdefault("RAY_num_workers_soft_limit", str(_MAX_IDLE_WORKERS))
     import ray
 
     _set_up_ray_data(settings)

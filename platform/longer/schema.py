@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 TIMESTAMP = pa.timestamp("ms", tz="UTC")
 _RESERVED = {
     *("user_id", "item_id", "event_ts", "action", "dt", "bucket", "split", "request_id", "request_ts", "history_end"),
-    *("first_index", "prev_event_ts", "num_events_total"),
+    *("first_index", "prev_event_ts", "num_events_total", "num_older", "reason", "line", "source_file"),
 }
 
 

@@ -112,7 +112,9 @@ class Arrivals:
             return True
         since = self._of_bucket(bucket)[len(self.written[bucket]) :]
         news = [e for e in since if e["user_id"] == event["user_id"]] + mine
-        younger = sum(e["event_ts"] > rows[0]["prev_event_ts"] for e in news) + len(rows[0]["item_id"])
+        younger = sum(e["event_ts"] > rows[0]["prev_event_ts"] for e in news)
+        if event["event_ts"] < rows[0]["prev_event_ts"]:  # else it may belong after events that are kept
+            younger += len(rows[0]["item_id"])
         return younger >= keep + STRIDE
 
     def _of_bucket(self, bucket: int) -> list[dict[str, Any]]:
@@ -129,8 +131,9 @@ def ms(time: datetime) -> int:
 
 @st.composite
 def arriving(draw: st.DrawFn, schema: EventSchema) -> list[pa.Table]:
-    """A log in batches: most events arrive with their day, some days later, some twice."""
-    event = st.tuples(st.integers(1, 4), st.integers(0, 6), st.integers(1, 5), st.integers(0, 2))
+    """A log in batches: most events arrive with their day, some days later, some twice; few users and days make many ties."""
+    last_user, last_day = draw(st.sampled_from([(4, 6), (1, 2)]))
+    event = st.tuples(st.integers(1, last_user), st.integers(0, last_day), st.integers(1, 5), st.integers(0, 2))
     rows = draw(st.lists(st.tuples(event, st.sampled_from([0, 0, 0, 1, 2, 5]), st.booleans()), min_size=1, max_size=50))
     by_arrival: dict[int, list] = {}
     for place, (row, delay, again) in enumerate(rows):
@@ -239,6 +242,52 @@ def test_a_day_without_events_changes_no_row(tmp_path: Path) -> None:
     assert rows_of(chosen, version) == rows_of(chosen, base)
     assert version.manifest["watermark"] == base.manifest["watermark"]
     assert base.manifest["watermark"] == f"{np.datetime64(17_003 * DAY_MS, 'ms')}+00:00"
+
+
+def test_an_import_that_found_nothing_new_changes_no_row(tmp_path: Path) -> None:
+    chosen = settings_of(tmp_path, keep_events=1000)
+    first = add_events(chosen, log([(1, 0, 1, 1), (2, 3, 1, 1)]), None)
+    with in_this_process():
+        base = build_sequences.run(chosen)
+        table = Table(chosen.path("tables", "events"))
+        table.begin("v1")
+        table.publish("v1", {"schema_hash": chosen.event_schema.hash(), "num_rows": 2}, first.data_files())
+        version = build_sequences.run(chosen, since_last=True)
+    assert rows_of(chosen, version) == rows_of(chosen, base)
+
+
+def test_a_late_event_at_the_time_of_the_cut_is_not_counted_below_events_that_it_belongs_after(tmp_path: Path) -> None:
+    chosen = settings_of(tmp_path, keep_events=6, late_allowance_hours=1e6)
+    first = add_events(chosen, log([(1, 0, item, 1) for item in range(1, 10)]), None)
+    with in_this_process():
+        build_sequences.run(chosen)
+        add_events(chosen, log([(1, 0, 8, 0), (1, 1, 1, 1), (1, 1, 2, 1)]), first)
+        version = build_sequences.run(chosen, since_last=True)
+    assert version.manifest["num_too_late"] == 1
+    assert rows_of(chosen, version) == naive_sequences(
+        log([*((1, 0, item, 1) for item in range(1, 10)), (1, 1, 1, 1), (1, 1, 2, 1)]), BASKETS, 6, STRIDE
+    )
+
+
+def test_news_that_all_come_too_late_leave_the_users_of_their_bucket_readable(tmp_path: Path) -> None:
+    chosen = settings_of(tmp_path, keep_events=6, num_buckets=1, merge_share=0.5, late_allowance_hours=1e6)
+    first = add_events(chosen, log([(1, day, 1, 1) for day in range(12)] + [(2, 11, 1, 1)]), None)
+    with in_this_process():
+        base = build_sequences.run(chosen)
+        add_events(chosen, log([(1, 3, 1, 1)]), first)
+        version = build_sequences.run(chosen, since_last=True)
+    assert version.manifest["num_too_late"] == 1
+    assert rows_of(chosen, version) == rows_of(chosen, base)
+
+
+def test_an_increment_without_news_after_a_skipped_file_publishes_nothing(tmp_path: Path) -> None:
+    chosen = settings_of(tmp_path, keep_events=1000, skip_unreadable_files=True)
+    first = add_events(chosen, log([(1, 0, 1, 1)]), None)
+    torn = Path(add_events(chosen, log([(2, 0, 1, 1)]), first).files()[1])
+    torn.write_bytes(torn.read_bytes()[:-9])
+    with in_this_process():
+        base = build_sequences.run(chosen)
+        assert build_sequences.run(chosen, since_last=True).id == base.id
 
 
 def test_a_restored_file_is_not_taken_for_one_that_was_read(tmp_path: Path) -> None:

@@ -208,6 +208,13 @@ def test_without_a_request_table_the_sequences_are_verified_alone(own: tuple[Set
     assert report.checked["requests"] == 0
 
 
+def test_a_request_table_that_lost_its_manifest_is_not_taken_for_none(own: tuple[Settings, Path, Path]) -> None:
+    settings, _, requests = own
+    os.remove(requests / "_MANIFEST.json")
+    with pytest.raises(UserError, match="tables/requests: "):
+        verify.run(settings)
+
+
 def test_a_violation_is_exit_code_1_and_a_mistake_2(own: tuple[Settings, Path, Path], tmp_path: Path) -> None:
     settings, _, requests = own
     repeat_a_request(requests)

@@ -99,7 +99,8 @@ def read_columns(path: str, columns: list[str] | None = None) -> pa.Table:
     """A whole Parquet file of a table, local or S3, some columns or all; a StorageError names one that is damaged."""
     filesystem, bare = arrow_filesystem(path)
     with naming(path):
-        return pq.read_table(bare, filesystem=filesystem, columns=columns, partitioning=None)
+        file = pq.ParquetFile(filesystem.open_input_file(bare), pre_buffer=True)
+        return file.read(columns, use_threads=False)  # a Ray task has one core
 
 
 @contextmanager

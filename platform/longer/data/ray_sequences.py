@@ -7,6 +7,7 @@ process holds is one block or one bucket. Measured against Ray Data's shuffles i
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -91,7 +92,7 @@ class Build:
         """
         number, spans_K2 = bucket
         segments = [(self._block_path(block), start, end) for block, (start, end) in enumerate(spans_K2.tolist())]
-        events, older = read_segments(segments, self.schema)
+        events, older = read_segments(segments, self.schema, self.plan.rule)
         if number in self.plan.base_files:
             return self._add_news(number, self.plan.base_files[number], plain(events), older)
         rows = build_sequences(events, older, self.schema, self.plan.rule)
@@ -118,8 +119,10 @@ class Build:
         if len(events) > self.plan.inputs["merge_share"] * num_kept:
             rows = merge_sequences(read_columns(path), events, older, schema, rule)
             files = [self._write_lists(rows, rows_path(number))]
-        else:
+        elif len(events):
             files = [base.rows, self._write_lists(news_rows(events, older, schema), news_path(number))]
+        else:
+            files = [base.rows]  # all came too late
         return self._record(number, files, total_U, num_too_late)
 
     def _block_path(self, number: int) -> str:
@@ -186,8 +189,10 @@ def write_sequences(build: Build, files: dict[str, list[int]]) -> tuple[list[Rec
 
     `files` gives the rows of each file's row groups. What an interrupted run of the same build has finished is not done again.
     """
-    done = _records(build.scratch)
+    done = _records(build)
     plan = plan_blocks(files)
+    if not plan:
+        return [], []
     blocks = _resume(
         build.cut_block, "block-{:05d}", range(len(plan)), lambda n: (n, plan[n]), done, "cut the log by bucket"
     )
@@ -222,15 +227,27 @@ def _resume(
     return [both[name.format(number)] for number in numbers]
 
 
-def _records(scratch: str) -> dict[str, Record]:
-    """What an interrupted run has finished, by name."""
-    fs, bare = filesystem(scratch)
-    paths = [path for path in fs.find(bare) if path.endswith(".json")]
+def _records(build: Build) -> dict[str, Record]:
+    """What an interrupted run has finished, by name: records that are whole, of data that is there in full."""
+    fs, bare = filesystem(build.version_path)
+    sizes = {path.removeprefix(f"{bare}/"): info["size"] for path, info in fs.find(bare, detail=True).items()}
+    names = [path for path in sizes if path.startswith("_scratch/") and path.endswith(".json")]
     with ThreadPoolExecutor(_NUM_FOOTER_THREADS) as pool:
-        contents = pool.map(fs.cat_file, paths)
-    return {
-        path.rpartition("/")[2].removesuffix(".json"): json.loads(c) for path, c in zip(paths, contents, strict=True)
-    }
+        contents = pool.map(lambda name: fs.cat_file(f"{bare}/{name}"), names)
+    found = {}
+    for name, content in zip(names, contents, strict=True):
+        with suppress(ValueError):  # torn by a crash of the machine
+            record = json.loads(content)
+            data = name.removesuffix("json") + "arrow"
+            whole = {data: record["starts"][-1]} if "starts" in record else _sizes_of(record)
+            if all(sizes.get(path) == num_bytes for path, num_bytes in whole.items()):
+                found[name.removeprefix("_scratch/").removesuffix(".json")] = record
+    return found
+
+
+def _sizes_of(bucket: Record) -> dict[str, int]:
+    """The files that a bucket's task has written; not those of the base."""
+    return {file["path"]: file["num_bytes"] for file in bucket["files"] if not file["version"]}
 
 
 def _not_before(events: pa.Table, time_ms: int) -> pa.Table:

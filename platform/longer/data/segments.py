@@ -4,6 +4,7 @@ Reading a bucket takes one ranged read a block, so neither pass holds more than 
 A segment is one or two Arrow IPC streams: the bucket's events, and what is known of older ones that were cut (`Older`).
 """
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -19,10 +20,12 @@ from longer.hashing import bucket_of, stable_keys
 from longer.schema import TIMESTAMP, EventSchema
 from longer.storage import arrow_filesystem, make_parents
 
-_BLOCK_ROWS = 2 << 20
+_BLOCK_ROWS = 1 << 20
 _MOST_BLOCKS = 2048  # beyond it blocks grow, so that segments do not become too small to be worth a read
 _LARGEST_DICTIONARY = 256  # of a column that a segment stores as codes: each segment repeats its dictionary
 _NUM_READ_THREADS = 16
+_READS_AHEAD = 64
+_TRIM_ROWS = 4 << 20
 _LEAST = b"least"
 
 Piece = tuple[str, int, int]
@@ -127,20 +130,39 @@ def write_segments(path: str, events: pa.Table, schema: EventSchema, num_buckets
     return starts
 
 
-def read_segments(segments: list[Segment], schema: EventSchema) -> tuple[pa.Table, Older]:
-    """All events of one bucket, and what was cut, from its segment in each block."""
-    filled = [segment for segment in segments if segment[1] < segment[2]]
-    if filled[0][0].startswith("s3://"):  # a local read takes less than handing it to a thread
-        with ThreadPoolExecutor(_NUM_READ_THREADS) as pool:
-            parts = list(pool.map(_read_segment, filled))
-    else:
-        parts = [_read_segment(segment) for segment in filled]
-    events = [events for events, _ in parts]
-    columns = {field.name: _joined(events, field) for field in schema.events_arrow()}
-    older = [
-        Older(single_array(t["user_id"]), t["num_events"].to_numpy(), t["last_ts"].to_numpy()) for _, t in parts if t
-    ]
-    return pa.table(columns), Older.concatenate([Older.none(schema), *older])
+def read_segments(segments: list[Segment], schema: EventSchema, rule: KeepRule) -> tuple[pa.Table, Older]:
+    """The events of one bucket that can still matter, and what was cut, from its segment in each block.
+
+    Trimmed again as they add up, so that a user who fills many blocks takes no more memory than one who fills a few.
+    """
+    parts, older = list[pa.Table](), [Older.none(schema)]
+    num_rows, trim_at = 0, _TRIM_ROWS
+    for events, cut in _read_all([segment for segment in segments if segment[1] < segment[2]]):
+        parts.append(events)
+        older += (
+            [Older(single_array(cut["user_id"]), *(cut[n].to_numpy() for n in ("num_events", "last_ts")))]
+            if cut
+            else []
+        )
+        num_rows += len(events)
+        if num_rows > trim_at:
+            together = _joined(parts, schema)
+            kept_E, more = trim_events(together, stable_keys(together["user_id"]), schema, rule)
+            parts = [together if kept_E is None else together.take(pa.array(kept_E))]
+            older.append(more)
+            num_rows = len(parts[0])
+            trim_at = max(_TRIM_ROWS, 2 * num_rows)
+    return _joined(parts, schema), Older.concatenate(older)
+
+
+def _read_all(segments: list[Segment]) -> Iterator[tuple[pa.Table, pa.Table | None]]:
+    """The segments in order, from S3 some ahead."""
+    if not segments[0][0].startswith("s3://"):  # a local read takes less than handing it to a thread
+        yield from map(_read_segment, segments)
+        return
+    with ThreadPoolExecutor(_NUM_READ_THREADS) as pool:
+        for start in range(0, len(segments), _READS_AHEAD):
+            yield from pool.map(_read_segment, segments[start : start + _READS_AHEAD])
 
 
 def _narrowed(events: pa.Table) -> pa.Table:
@@ -163,7 +185,11 @@ def _narrowed(events: pa.Table) -> pa.Table:
     return pa.table(columns, pa.schema(fields))
 
 
-def _joined(parts: list[pa.Table], field: pa.Field) -> pa.Array:
+def _joined(parts: list[pa.Table], schema: EventSchema) -> pa.Table:
+    return pa.table({field.name: _joined_column(parts, field) for field in schema.events_arrow()})
+
+
+def _joined_column(parts: list[pa.Table], field: pa.Field) -> pa.Array:
     """A column of all parts, as wide as it was; it stays coded if it is in all of them."""
     chunks = [single_array(part[field.name]) for part in parts]
     leasts = [(part.schema.field(field.name).metadata or {}).get(_LEAST) for part in parts]
@@ -173,7 +199,8 @@ def _joined(parts: list[pa.Table], field: pa.Field) -> pa.Array:
         values += distances
         return pa.array(values).cast(field.type)
     if all(pa.types.is_dictionary(chunk.type) for chunk in chunks):
-        return pa.chunked_array(chunks).combine_chunks()
+        wide = [pa.DictionaryArray.from_arrays(c.indices.cast(pa.int32()), c.dictionary) for c in chunks]
+        return pa.chunked_array(wide).combine_chunks()  # many blocks' values together may need more than 16 bits
     return pa.concat_arrays([_widened(chunk, least, field.type) for chunk, least in zip(chunks, leasts, strict=True)])
 
 

@@ -10,6 +10,7 @@ E events, U users.
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -45,7 +46,7 @@ class KeepRule:
 class Older:
     """What is known of events that are not there: of some users, how many older ones there were and when the last of them was.
 
-    `last_ts` is `NO_EVENT_TS` where it is not needed: then enough younger events are there.
+    `last_ts` is `NO_EVENT_TS` where it is not needed: then enough younger events are known to be there.
     """
 
     user_id: pa.Array
@@ -87,8 +88,9 @@ def trim_events(events: pa.Table, user_key_E: Int64, schema: EventSchema, rule: 
     cut_U = keep_from_U > start_U
     users = single_array(crowded["user_id"]).take(pa.array(order_E[start_U[cut_U]])).cast(schema.id_types[0])
     num_older = (keep_from_U - start_U)[cut_U]
+    last_ts = milliseconds(single_array(crowded["event_ts"]))[order_E[keep_from_U[cut_U] - 1]]
     rows = np.concatenate([np.flatnonzero(~in_full_bin_E), crowded_E[order_E[kept_E]]])
-    return rows, Older(users, num_older, np.full(len(num_older), NO_EVENT_TS))
+    return rows, Older(users, num_older, last_ts)
 
 
 def build_sequences(events: pa.Table, older: Older, schema: EventSchema, rule: KeepRule) -> pa.Table:
@@ -134,24 +136,34 @@ def place_news(events: pa.Table, older: Older, base: pa.Table, rule: KeepRule) -
 
     `base` holds rows of the sequence table, whose lists are not needed. Of a user whose oldest events the table has cut, an event
     no younger than the last one cut is between events that are not known any more. It can be counted only where so many younger
-    ones are there that nothing of that part is kept; else it comes too late. Gives the events that are placed, those that are
-    only counted, and how many came too late.
+    ones are there that nothing of that part is kept; else it comes too late. One at the very time of the last one cut may belong
+    after events that the table keeps, so for it only younger news count. Gives the events that are placed, those that are only
+    counted, and how many came too late.
     """
     users = single_array(base["user_id"])
     first_index_U, total_U = base["first_index"].to_numpy(), base["num_events_total"].to_numpy()
     cut_until_U = milliseconds(single_array(base["prev_event_ts"]), missing=int(NO_EVENT_TS))
     row_E = _rows_in(users, single_array(events["user_id"]))
     is_known_E = row_E >= 0
-    is_younger_E = ~is_known_E | (milliseconds(single_array(events["event_ts"])) > cut_until_U[row_E])
-    num_younger_U = total_U - first_index_U + np.bincount(row_E[is_known_E & is_younger_E], minlength=len(users))
-    only_counts_U = num_younger_U >= rule.most_needed
-    num_late_U = np.bincount(row_E[is_known_E & ~is_younger_E], minlength=len(users))
+    time_E, cut_until_E = milliseconds(single_array(events["event_ts"])), cut_until_U[row_E]
+    is_younger_E = ~is_known_E | (time_E > cut_until_E)
+
+    def per_user(is_one_E: npt.NDArray[np.bool_]) -> Int64:
+        return np.bincount(row_E[is_known_E & is_one_E], minlength=len(users))
+
+    num_younger_U = per_user(is_younger_E)
+    only_counts_U = total_U - first_index_U + num_younger_U >= rule.most_needed
+    tied_only_counts_U = num_younger_U >= rule.most_needed
+    num_late_U = per_user(~is_younger_E)
+    num_tied_U = per_user(time_E == cut_until_E)
+    num_counted_U = np.where(only_counts_U, num_late_U - num_tied_U, 0) + np.where(tied_only_counts_U, num_tied_U, 0)
     row_O = _rows_in(users, older.user_id)
-    stays_O = (row_O < 0) | only_counts_U[row_O] | (first_index_U[row_O] == 0)
-    late_U = np.flatnonzero(only_counts_U & (num_late_U > 0))
-    counted = Older(users.take(pa.array(late_U)), num_late_U[late_U], np.full(len(late_U), NO_EVENT_TS))
+    stays_O = (row_O < 0) | tied_only_counts_U[row_O] | (first_index_U[row_O] == 0)
+    stays_O |= only_counts_U[row_O] & (older.last_ts < cut_until_U[row_O])
+    late_U = np.flatnonzero(num_counted_U)
+    counted = Older(users.take(pa.array(late_U)), num_counted_U[late_U], np.full(len(late_U), NO_EVENT_TS))
     remaining = Older(older.user_id.filter(pa.array(stays_O)), older.num_events[stays_O], older.last_ts[stays_O])
-    num_too_late = int(num_late_U[~only_counts_U].sum() + older.num_events[~stays_O].sum())
+    num_too_late = int((num_late_U - num_counted_U).sum() + older.num_events[~stays_O].sum())
     return events.filter(pa.array(is_younger_E)), Older.concatenate([remaining, counted]), num_too_late
 
 
@@ -219,8 +231,8 @@ def order_events(events: pa.Table, schema: EventSchema) -> tuple[Int64, Int64]:
         tied = order_E[tied_E]
         rest = [field.name for field in schema.event_fields() if field.name != "event_ts"]
         rows = plain(events.select(rest).take(pa.array(tied)))
-        rows = rows.append_column("run", pa.array(np.cumsum(new_time_E[tied_E])))
-        by_rest = pc.sort_indices(rows, [("run", "ascending"), *((name, "ascending") for name in rest)])
+        rows = rows.append_column("_run", pa.array(np.cumsum(new_time_E[tied_E])))
+        by_rest = pc.sort_indices(rows, [("_run", "ascending"), *((name, "ascending") for name in rest)])
         order_E[tied_E] = tied[by_rest.to_numpy()]
     return order_E, np.flatnonzero(new_user_E)
 
