@@ -1,6 +1,7 @@
 """The contenders on Ray: this platform's job, its increment, `map_groups`, and the shuffles that it could have used instead."""
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from longer.storage import Table, Version
 
 _OBJECT_STORE_BYTES = 1 << 30
 _BUCKET_EVENTS = 1_000_000
+_SETTLE_S = 3.0
 
 
 def longer(job: Job) -> Callable[[], list[str]]:
@@ -115,13 +117,17 @@ FORMS: dict[str, Contender] = {
 
 
 def _start(job: Job) -> None:
-    """Starts Ray, and its workers with a first small run that imports what they need, so that neither is part of a time."""
+    """Starts Ray, and its workers with a first small run that imports what they need, so that neither is part of a time.
+
+    Ray's own processes go on starting for some seconds after it says that it is up: that is its start too.
+    """
     os.environ["RAY_DATA_DISABLE_PROGRESS_BARS"] = "1"
     start_ray(RaySettings(num_cpus=job.num_cores, object_store_bytes=_OBJECT_STORE_BYTES))
     import ray.data
 
     tasks = 4 * job.num_cores
     ray.data.range(tasks, override_num_blocks=tasks).map_batches(_first_small_run, batch_format="pyarrow").materialize()
+    time.sleep(_SETTLE_S)
 
 
 def _first_small_run(block: pa.Table) -> pa.Table:
