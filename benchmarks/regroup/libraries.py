@@ -16,7 +16,7 @@ _SHARE_OF_LIMIT = 0.75  # for what a library counts itself; the rest is for what
 
 _OUR_ENCODINGS = {
     "use_dictionary": ["action"],
-    "column_encoding": {"event_ts": "DELTA_BINARY_PACKED"},
+    "column_encoding": {"event_ts": "DELTA_BINARY_PACKED", "item_id": "DELTA_BINARY_PACKED"},
     "write_statistics": ["user_id"],
 }
 

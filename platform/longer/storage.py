@@ -29,7 +29,7 @@ from pyarrow.fs import FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem
 
 from longer.errors import UserError
 
-TABLE_FORMAT = 2
+TABLE_FORMAT = 3
 """Part of every version id. Raise it when a job writes other bytes for the same input and settings."""
 
 _MANIFEST = "_MANIFEST.json"

@@ -132,7 +132,9 @@ class Build:
         """Row groups of about as many events each, so that a point read costs the same whether histories are short or long."""
         starts_U = flat_list(rows["event_ts"])[0][:-1]
         bounds = np.flatnonzero(np.diff(starts_U // self.plan.settings["row_group_events"], prepend=-1, append=-2))
-        strings = [f.name for f in self.schema.event_fields() if pa.types.is_string(f.type)]
+        fields = self.schema.event_fields()
+        strings = [f.name for f in fields if pa.types.is_string(f.type)]
+        integers = [f.name for f in fields if pa.types.is_integer(f.type) or pa.types.is_timestamp(f.type)]
         with (
             checked_output(self.version_path, file) as sink,
             pq.ParquetWriter(
@@ -141,7 +143,7 @@ class Build:
                 compression="zstd",
                 write_statistics=POINT_READ_COLUMNS,
                 use_dictionary=[f"{name}.list.element" for name in strings],
-                column_encoding={"event_ts.list.element": "DELTA_BINARY_PACKED"},
+                column_encoding={f"{name}.list.element": "DELTA_BINARY_PACKED" for name in integers},
                 store_schema=False,  # coded strings are read as what they are
             ) as writer,
         ):
