@@ -23,7 +23,7 @@ SEEN_DEAD_SOON = {"RAY_health_check_period_ms": "500", "RAY_health_check_timeout
 """Environment of a cluster that takes a lost node for lost within seconds."""
 
 _STARTED_WITHIN_S = 90
-_STOPPED_WITHIN_S = 5
+_STOPPED_WITHIN_S = 1
 
 
 def free_ports(number: int) -> list[int]:
