@@ -23,7 +23,7 @@ pytestmark = pytest.mark.ray
 LOG, RUN, LOST = "s3://tables/log", "s3://tables/run", "s3://tables/lost"
 CHOSEN = {**SIZES, "train.epochs": 20, "import_events.source": LOG, "ray.pool_label": "longer.pool"}
 _COMMITTED_SOON = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
-_WITHIN_S = 120
+_WITHIN_S = 180
 
 
 @pytest.fixture(scope="module")
