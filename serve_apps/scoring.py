@@ -60,6 +60,10 @@ class ScoringArgs(BaseModel):
     items: str | None = Field(None, description="Path of the item catalogue; null: tables/items beside checkpoints.")
     num_replicas: int = Field(1, ge=1, description="Fewest replicas.")
     max_replicas: int = Field(1, ge=1, description="Most replicas that autoscaling may reach.")
+    target_ongoing_requests: float | None = Field(
+        None, gt=0, description="Requests in a replica above which autoscaling adds one; null: max_batch_requests."
+    )
+    upscale_delay_s: float = Field(30, ge=0, description="Time above the target before a replica is added.")
     downscale_delay_s: float = Field(
         1800, ge=0, description="Quiet time before a replica goes, and its states with it."
     )
@@ -276,7 +280,8 @@ def build_app(args: ScoringArgs) -> serve.Application:
         autoscaling_config=AutoscalingConfig(
             min_replicas=args.num_replicas,
             max_replicas=args.max_replicas,
-            target_ongoing_requests=args.max_batch_requests,
+            target_ongoing_requests=args.target_ongoing_requests or args.max_batch_requests,
+            upscale_delay_s=args.upscale_delay_s,
             downscale_delay_s=args.downscale_delay_s,
         ),
         request_router_config=RequestRouterConfig(

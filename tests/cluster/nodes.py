@@ -19,8 +19,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+SEEN_DEAD_SOON = {"RAY_health_check_period_ms": "500", "RAY_health_check_timeout_ms": "1000"}
+"""Environment of a cluster that takes a lost node for lost within seconds."""
+
 _STARTED_WITHIN_S = 90
-_STOPPED_WITHIN_S = 5
+_STOPPED_WITHIN_S = 1
 
 
 def free_ports(number: int) -> list[int]:

@@ -3,15 +3,18 @@
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from longer.config import load_settings
 from tests.cluster.nodes import Head, free_ports, running_head
+from tests.cluster.service import NODES_HAVE_THE_PROJECT, USERS, Service, asking, scores_of
 from tests.data.test_build_survives import settings_with_events
+from tests.serving.tables import build_world
 
+pytestmark = pytest.mark.ray
 POOL = "longer.pool"
 HEAD_ID = "f" * 51 + "0" * 5  # what the provider calls the head
 _WITHIN_S = 90
@@ -19,12 +22,12 @@ _WITHIN_S = 90
 
 def autoscaling_config(port: int) -> dict:
     """As cluster.yaml: a head without CPUs, and from zero up nodes for work with and without GPUs."""
-    empty = {"node_config": {}, "min_workers": 0, "max_workers": 1}
+    empty = {"node_config": {}, "min_workers": 0, "max_workers": 2}
     commands = ["setup_commands", "head_setup_commands", "worker_setup_commands", "initialization_commands"]
     commands += ["head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files"]
     return {
         "cluster_name": "test",
-        "max_workers": 2,
+        "max_workers": 3,
         "idle_timeout_minutes": 0.1,
         "upscaling_speed": 10.0,
         "provider": {
@@ -68,14 +71,10 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(1)
 
 
-@pytest.mark.ray
-def test_a_queued_job_brings_up_the_nodes_it_asks_for_and_idleness_takes_them_down(tmp_path: Path) -> None:
-    chosen = settings_with_events(tmp_path / "run")
-    config = tmp_path / "settings.yaml"
-    config.write_text(chosen.model_dump_json(exclude={"ray"}))
-    load_settings(str(config))
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     [port] = free_ports(1)
-    autoscaling = tmp_path / "autoscaling.json"
+    autoscaling = tmp_path_factory.mktemp("autoscaling") / "config.json"
     autoscaling.write_text(json.dumps(autoscaling_config(port)))
     environment = {
         "RAY_FAKE_CLUSTER": "1",
@@ -83,14 +82,35 @@ def test_a_queued_job_brings_up_the_nodes_it_asks_for_and_idleness_takes_them_do
         "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
+        **NODES_HAVE_THE_PROJECT,
     }
     flags = ["--num-cpus=0", f"--autoscaling-config={autoscaling}"]
-    with running_head(*flags, port=port, environment=environment) as head:
-        assert pools(head) == []
-        words = ["--config", str(config), "--ray.address", head.address, "--ray.pool_label", POOL]
-        done = head.run(sys.executable, "-m", "jobs.build_sequences", *words)
-        assert done.returncode == 0, done.stderr[-3000:]
-        up = pools(head)
-        assert up, "who built it?"
-        assert set(up) == {"cpu"}, "a GPU node was started for work without GPUs"
-        wait_until(lambda: pools(head) == [], "idle nodes stay")
+    with running_head(*flags, port=port, environment=environment) as started:
+        yield started
+
+
+def test_a_queued_job_brings_up_the_nodes_it_asks_for_and_idleness_takes_them_down(head: Head, tmp_path: Path) -> None:
+    chosen = settings_with_events(tmp_path / "run")
+    config = tmp_path / "settings.yaml"
+    config.write_text(chosen.model_dump_json(exclude={"ray"}))
+    load_settings(str(config))
+    assert pools(head) == []
+    words = ["--config", str(config), "--ray.address", head.address, "--ray.pool_label", POOL]
+    done = head.run(sys.executable, "-m", "jobs.build_sequences", *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    up = pools(head)
+    assert up, "who built it?"
+    assert set(up) == {"cpu"}, "a GPU node was started for work without GPUs"
+    wait_until(lambda: pools(head) == [], "idle nodes stay")
+
+
+def test_load_on_the_service_brings_up_a_replica_and_a_node_for_it(head: Head, tmp_path: Path) -> None:
+    service = Service(head, build_world(tmp_path), *free_ports(1))
+    service.deploy("checkpoints", max_replicas=2, target_ongoing_requests=1, upscale_delay_s=1)
+    service.wait_for("RUNNING")
+    assert pools(head) == ["cpu"]
+    assert len(service.replicas()) == 1
+    expected = {user: scores_of(service.ask(user)) for user in USERS}
+    with asking(service, expected, num_clients=8):
+        wait_until(lambda: len(service.replicas()) == 2, "no replica came up")
+    assert pools(head) == ["cpu", "cpu"]

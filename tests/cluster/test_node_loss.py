@@ -13,20 +13,19 @@ from longer.config import Settings
 from longer.data.scores import max_abs_diff, read_scores
 from longer.data.tables import SequenceTable
 from longer.storage import Table
-from tests.cluster.nodes import ROOT, Head, kill_node, processes_of, running_head
+from tests.cluster.nodes import ROOT, SEEN_DEAD_SOON, Head, kill_node, processes_of, running_head
 from tests.data.test_build_survives import NUM_BUCKETS, records, settings_with_events, wait_for_records
 from tests.data.test_increments import rows_of
 from tests.serving.tables import build_world, publish_requests
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
-_SEEN_DEAD_SOON = {"RAY_health_check_period_ms": "500", "RAY_health_check_timeout_ms": "1000"}
 _WITHIN_S = 100
 
 
 @pytest.fixture
 def head() -> Iterator[Head]:
     """A head without CPUs, and two nodes of one CPU each."""
-    with running_head("--num-cpus=0", environment=_SEEN_DEAD_SOON) as started:
+    with running_head("--num-cpus=0", environment=SEEN_DEAD_SOON) as started:
         for _ in range(2):
             started.add_node("--num-cpus=1")
         yield started

@@ -1,56 +1,65 @@
 """The scoring service deployed on a running cluster by `serve deploy` of a config file shaped as serve_apps/scoring.yaml."""
 
+import subprocess
 import time
-from pathlib import Path
+from collections.abc import Iterator
 
-import httpx
 import pytest
-import yaml
 
-from tests.cluster.nodes import BIN, ROOT, Head, free_ports, running_head
-from tests.serving.tables import build_world
+from longer.serving.scorer import Scorer, ScoreRequest, ScoreResult
+from tests.cluster.nodes import SEEN_DEAD_SOON, free_ports, kill_node, processes_of, running_head
+from tests.cluster.service import CANDIDATES, NODES_HAVE_THE_PROJECT, USERS, Service, asking, scores_of
+from tests.serving.tables import build_world, checkpoint_path
 
-SERVE = str(BIN / "serve")
+pytestmark = pytest.mark.ray
 _WITHIN_S = 90
 
 
-def status(head: Head) -> dict:
-    done = head.run(SERVE, "status", "--address", head.url)
-    assert done.returncode == 0, done.stderr
-    return yaml.safe_load(done.stdout)["applications"]["scoring"]
+def num_replicas(node: subprocess.Popen) -> int:
+    return sum("ServeReplica" in command for command in processes_of(node).values())
 
 
-def wait_for(head: Head, wanted: str) -> dict:
-    deadline = time.monotonic() + _WITHIN_S
-    while (application := status(head))["status"] != wanted:
-        assert time.monotonic() < deadline, application
-    return application
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A cluster with two nodes for replicas; nothing is deployed yet."""
+    world = build_world(tmp_path_factory.mktemp("world"))
+    with running_head("--num-cpus=0", environment={**NODES_HAVE_THE_PROJECT, **SEEN_DEAD_SOON}) as head:
+        for _ in range(2):
+            head.add_node("--num-cpus=2", "--labels", "longer.pool=cpu")
+        yield Service(head, world, *free_ports(1))
 
 
-@pytest.mark.ray
-def test_a_deployed_service_scores_and_a_wrong_path_is_told_with_its_status(tmp_path: Path) -> None:
-    world = build_world(tmp_path)
-    config = yaml.safe_load((ROOT / "serve_apps/scoring.yaml").read_text())
-    [config["http_options"]["port"]] = free_ports(1)
-    [application] = config["applications"]
-    file = tmp_path / "scoring.yaml"
+def test_a_deployed_service_scores_and_a_wrong_path_is_told_with_its_status(service: Service) -> None:
+    service.deploy("nowhere")
+    assert "nowhere/model.json" in service.wait_for("DEPLOY_FAILED")["message"]
+    service.deploy("checkpoints", num_replicas=2, max_replicas=2)
+    service.wait_for("RUNNING")
+    answer = service.ask(3)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["user_state"] == {**answer.json()["user_state"], "source": "load", "num_events": 9}
 
-    def deploy(checkpoint: str) -> None:
-        application["args"] = {"checkpoint": checkpoint, "cache_bytes": 1 << 20, "pool_label": "longer.pool"}
-        file.write_text(yaml.safe_dump(config))
-        done = head.run(SERVE, "deploy", str(file), "--address", head.url)
-        assert done.returncode == 0, done.stderr
 
-    path = f"{ROOT}:{ROOT / 'platform'}"  # as on a cluster whose nodes have the project
-    with running_head("--num-cpus=0", environment={"NODES_PYTHONPATH": path}) as head:
-        head.add_node("--num-cpus=2", "--labels", "longer.pool=cpu")
-        deploy(world.path("nowhere"))
-        assert "nowhere/model.json" in wait_for(head, "DEPLOY_FAILED")["message"]
-        deploy(world.path("checkpoints"))
-        wait_for(head, "RUNNING")
-        url = f"http://127.0.0.1:{config['http_options']['port']}/v1/score"
-        answer = httpx.post(
-            url, json={"user_id": 3, "candidates": ["item1"]}, headers={"x-session-id": "3"}, timeout=30
-        )
-        assert answer.status_code == 200, answer.text
-        assert answer.json()["user_state"] == {**answer.json()["user_state"], "source": "load", "num_events": 9}
+def test_a_service_that_loses_a_node_goes_on_answering_with_the_same_scores(service: Service) -> None:
+    """Some requests may fail while the loss is not yet noticed; asked again, each is answered, and right."""
+    service.deploy("checkpoints", num_replicas=2, max_replicas=2)
+    service.wait_for("RUNNING")
+    lost, left = service.head.nodes
+    assert num_replicas(lost) == num_replicas(left) == 1
+    before = {user: scores_of(service.ask(user)) for user in USERS}
+    check_scores(service, before)
+    with asking(service, before, num_clients=2):
+        kill_node(lost)
+        deadline = time.monotonic() + _WITHIN_S
+        while len(service.replicas()) < 2:
+            assert time.monotonic() < deadline, "the lost replica did not come up elsewhere"
+            time.sleep(0.2)
+    assert num_replicas(left) == 2
+
+
+def check_scores(service: Service, answers: dict[int, list[float]]) -> None:
+    """Those of a scorer without a cache."""
+    world = service.world
+    scorer = Scorer(checkpoint_path(world), world.path("tables", "sequences"), 0, world.path("tables", "items"))
+    for user, result in zip(USERS, scorer.score([ScoreRequest(user, CANDIDATES) for user in USERS]), strict=True):
+        assert isinstance(result, ScoreResult)
+        assert answers[user] == pytest.approx(result.scores["label"], abs=1e-5)
