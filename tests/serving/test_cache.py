@@ -1,16 +1,17 @@
 """The state store against a naive model: a list of (user, version, bytes), oldest use first."""
 
+import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from longer.serving.cache import NEVER_TS, Entry, StateCache, StateVersion
+from longer.serving.cache import NEVER_TS, Entry, Known, StateCache, StateVersion
 
 USERS = st.integers(0, 5)
 VERSIONS = st.sampled_from([StateVersion("m1", "s", "appendable"), StateVersion("m2", "s", "appendable")])
 
 
 def entry(num_bytes: int, state: int = 0, last: int = 10, following: int = NEVER_TS) -> Entry[int]:
-    return Entry(state, num_bytes, last, following, "t1", b"")
+    return Entry(state, num_bytes, last, following, Known("t1", 0), np.zeros(0, np.uint64), False)
 
 
 class CacheAgainstList(RuleBasedStateMachine):
@@ -66,8 +67,9 @@ TestCacheAgainstList = CacheAgainstList.TestCase
 
 def test_a_state_never_answers_a_time_whose_events_it_lacks_or_foresees() -> None:
     held = entry(1, last=10, following=20)
-    assert [ts for ts in range(9, 23) if held.answers(ts, "t1")] == list(range(11, 21))
-    assert not held.answers(15, "t2")
+    assert [ts for ts in range(9, 23) if held.answers(ts, Known("t1", 0))] == list(range(11, 21))
+    assert not held.answers(15, Known("t2", 0))
+    assert not held.answers(15, Known("t1", 1))
 
 
 def test_the_index_needs_no_torch() -> None:

@@ -91,7 +91,7 @@ def test_no_order_of_requests_and_no_eviction_changes_a_score(
 def test_a_hit_reads_nothing(world: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = scorer_of(world)
     first = ask(scorer, (5, END_MS))[0]
-    monkeypatch.setattr(scorer.history, "read", lambda user_ids: pytest.fail("read the table"))
+    monkeypatch.setattr(scorer.history, "read", lambda *_: pytest.fail("read the table"))
     again = ask(scorer, (5, END_MS + DAY_MS))[0]
     assert (first.source, again.source) == ("load", "hit")
     assert again.num_events == 25

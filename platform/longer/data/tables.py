@@ -71,14 +71,17 @@ class SequenceTable:
 
         Reads only the row groups that can hold the users.
         """
-        wanted = self._ids(user_ids)
+        wanted = self.ids(user_ids)
+        return histories_in_order(self.find(wanted), wanted, self.schema)
+
+    def find(self, wanted: pa.Array) -> pa.Table:
+        """The rows of those of these users (`ids`) who are there, in no stated order."""
         buckets = bucket_of(stable_keys(wanted), self.num_buckets)
         parts = [self._merged(b, wanted.filter(pa.array(buckets == b))) for b in np.unique(buckets).tolist()]
-        rows = pa.concat_tables([self.schema.sequences_arrow().empty_table(), *parts]).combine_chunks()
-        row = pc.index_in(wanted, single_array(rows["user_id"]))
-        return _rows_or_empty(histories_of(rows, self.schema), row, stable_keys(wanted))
+        return pa.concat_tables([self.schema.sequences_arrow().empty_table(), *parts]).combine_chunks()
 
-    def _ids(self, user_ids: pa.Array | Iterable[int] | Iterable[str]) -> pa.Array:
+    def ids(self, user_ids: pa.Array | Iterable[int] | Iterable[str]) -> pa.Array:
+        """The ids as the table has them; a UserError if they are of another type."""
         id_type = self.schema.id_types[0]
         given = user_ids if isinstance(user_ids, pa.Array) else pa.array(user_ids)
         is_one = pa.types.is_integer if id_type == pa.int64() else pa.types.is_string
@@ -148,8 +151,9 @@ class RequestTable:
         return requests_of(read_columns(files[0]) if files else self._arrow_schema.empty_table(), self.schema)
 
 
-def _rows_or_empty(histories: Histories, row: pa.Array, user_key_N: np.ndarray) -> Histories:
-    """The histories' rows in the order of `row`; null rows are users without one."""
+def histories_in_order(rows: pa.Table, wanted: pa.Array, schema: EventSchema) -> Histories:
+    """The histories in `rows` (`sequences_arrow`) of the wanted users, in their order; empty for a user without a row."""
+    row, histories = pc.index_in(wanted, single_array(rows["user_id"])), histories_of(rows, schema)
     known_N = row.is_valid().to_numpy(zero_copy_only=False)
     rows_N = pc.fill_null(row, 0).to_numpy(zero_copy_only=False)[known_N].astype(np.int64)
     some = histories.slice_events(rows_N, histories.first_index_B[rows_N], histories.end_index_B[rows_N])
@@ -158,7 +162,7 @@ def _rows_or_empty(histories: Histories, row: pa.Array, user_key_N: np.ndarray) 
     lengths_N[known_N], first_N[known_N] = np.diff(some.offsets_B1), some.first_index_B
     prev_N[known_N] = some.prev_event_ts_B
     return Histories(
-        user_key_B=user_key_N,
+        user_key_B=stable_keys(wanted),
         offsets_B1=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths_N)]),
         first_index_B=first_N,
         prev_event_ts_B=prev_N,

@@ -9,8 +9,11 @@ from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from typing import Generic, NamedTuple, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 NEVER_TS = 2**63 - 1
-"""Stands for 'no event after': the `next_event_ts` of a state that holds all events of its table version."""
+"""Stands for 'no event after': the `next_event_ts` of a state that holds all known events of its user."""
 
 S = TypeVar("S")
 
@@ -23,24 +26,32 @@ class StateVersion(NamedTuple):
     encoding: str
 
 
+class Known(NamedTuple):
+    """What a user's history was made from: the table's version, and a number for the set of events sent online."""
+
+    table_version: str
+    online_revision: int
+
+
 @dataclass(frozen=True)
 class Entry(Generic[S]):
     """A user's state, the request times that it answers, and the events it was made from.
 
-    `history_digest` identifies the events in the state's window, `table_version` the table that they and `next_event_ts`
-    were read from.
+    `marks_L` identifies each event of the state's window, one number each, oldest first. `holds_table` says that no event of
+    the table is younger than the state, so that what comes next can only be online.
     """
 
     state: S
     num_bytes: int
     last_event_ts: int
     next_event_ts: int
-    table_version: str
-    history_digest: bytes
+    known: Known
+    marks_L: npt.NDArray[np.uint64]
+    holds_table: bool
 
-    def answers(self, request_ts: int, table_version: str) -> bool:
-        """Whether the state holds exactly the events before `request_ts` of this table version."""
-        return self.table_version == table_version and self.last_event_ts < request_ts <= self.next_event_ts
+    def answers(self, request_ts: int, known: Known) -> bool:
+        """Whether the state holds exactly the events before `request_ts` of all that is known of the user."""
+        return self.known == known and self.last_event_ts < request_ts <= self.next_event_ts
 
 
 @dataclass
@@ -53,6 +64,9 @@ class Counters:
     cold: int = 0
     evict: int = 0
     stale: int = 0
+
+    def count(self, event: str) -> None:
+        setattr(self, event, getattr(self, event) + 1)
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)

@@ -1,16 +1,28 @@
-"""Where the scorer reads what a user has done: the sequence table, at one version at a time. No torch, no Ray; local or S3."""
+"""What a user has done: the sequence table, at one version at a time, and the events sent online that it does not have yet.
 
-import hashlib
-from dataclasses import dataclass
+The history is the one that the table would hold had an increment brought those events: in its order, cut where it cuts. Of a
+user whose oldest events the table has cut, an online event no younger than the last one cut is left out: whether the table
+has counted it cannot be known any more.
+
+No torch, no Ray; local or S3. B users, E events in all of them.
+"""
+
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from longer.arrays import Histories, Int64
-from longer.data.tables import SequenceTable
+from longer.arrays import NO_EVENT_TS, Histories, Int64
+from longer.data.columns import list_columns, milliseconds, single_array
+from longer.data.sequences import KeepRule, Older, events_of, merge_sequences, order_events
+from longer.data.tables import SequenceTable, histories_in_order
 from longer.errors import UserError
+from longer.hashing import hash_int64
 from longer.schema import EventSchema
 from longer.serving.cache import NEVER_TS
+from longer.serving.online import beyond
 from longer.storage import Table
 from longer.windows import WindowRule
 
@@ -36,10 +48,46 @@ class HistorySource:
     def move_to(self, version_id: str) -> None:
         self._table = SequenceTable(self._path, self._table.schema, version_id)
 
-    def read(self, user_ids: pa.Array) -> list["UserHistory"]:
-        """One history a user, in order; empty for users who are not in the table."""
-        histories = self._table.get(user_ids)
+    def read(self, user_ids: pa.Array, online: pa.Table) -> list["UserHistory"]:
+        """One history a user, in order, with the users' `online` events; empty for users of whom nothing is known."""
+        table, wanted = self._table, self._table.ids(user_ids)
+        rows = _with_online(table.find(wanted), online, table.schema, table.rule)
+        histories = histories_in_order(rows, wanted, table.schema)
         return [UserHistory(histories, row) for row in range(len(histories))]
+
+    def tails(
+        self, user_ids: pa.Array, events: pa.Table, first_index_B: Int64, prev_event_ts_B: Int64
+    ) -> list["UserHistory"]:
+        """What comes after states that hold all of the table and end with `prev_event_ts_B`: those of `events` that are younger,
+        numbered from `first_index_B`. Reads nothing."""
+        schema = self._table.schema
+        after_E = prev_event_ts_B[pc.index_in(events["user_id"], user_ids).to_numpy()]
+        events = events.filter(pa.array(milliseconds(single_array(events["event_ts"])) > after_E))
+        order_E, start_U = order_events(events, schema)
+        ordered = events.take(pa.array(order_E))
+        fields = ordered.select([field.name for field in schema.event_fields()])
+        columns = {
+            "user_id": single_array(ordered["user_id"]).take(pa.array(start_U)),
+            "first_index": np.zeros(len(start_U), np.int64),
+            "prev_event_ts": pa.nulls(len(start_U), pa.int64()),
+            **list_columns(np.append(start_U, len(ordered)), fields),
+        }
+        tails = histories_in_order(pa.table(columns), user_ids, schema)
+        tails = replace(tails, first_index_B=first_index_B, prev_event_ts_B=prev_event_ts_B)
+        return [UserHistory(tails, row) for row in range(len(tails))]
+
+
+def _with_online(rows: pa.Table, online: pa.Table, schema: EventSchema, rule: KeepRule) -> pa.Table:
+    """Rows of the sequence table with the online events merged in that have a place there and are not there yet."""
+    if not len(online):
+        return rows
+    users = single_array(rows["user_id"])
+    row_E = pc.fill_null(pc.index_in(online["user_id"], users), -1).to_numpy()
+    cut_until_U1 = np.append(milliseconds(single_array(rows["prev_event_ts"]), missing=int(NO_EVENT_TS)), NO_EVENT_TS)
+    placed = online.filter(pa.array(milliseconds(single_array(online["event_ts"])) > cut_until_U1[row_E]))
+    theirs = events_of(rows.filter(pc.is_in(users, single_array(placed["user_id"]))), schema)
+    new = beyond(placed, theirs, schema)
+    return merge_sequences(rows, new, Older.none(schema), schema, rule) if len(new) else rows
 
 
 @dataclass(frozen=True)
@@ -51,13 +99,18 @@ class UserHistory:
 
     @property
     def first_index(self) -> int:
-        """Absolute index of the first event that the table keeps."""
+        """Absolute index of the first event here."""
         return int(self.histories.first_index_B[self.row])
 
     @property
     def num_events(self) -> int:
-        """Events that the table keeps of the user; none of one it does not know, whose state is not worth keeping."""
+        """Events that are here of the user; none of one of whom nothing is known, whose state is not worth keeping."""
         return len(self._event_ts)
+
+    @property
+    def end_index(self) -> int:
+        """Absolute index after the last event."""
+        return self.first_index + len(self._event_ts)
 
     @property
     def _event_ts(self) -> Int64:
@@ -86,17 +139,17 @@ class UserHistory:
             )
         return self.events(start, end)
 
-    def digest(self, start: int, end: int) -> bytes | None:
-        """Identifies events [start, end), feature for feature; None if the table does not hold all of them.
+    def marks(self, start: int, end: int) -> npt.NDArray[np.uint64] | None:
+        """A number for each event in [start, end) that tells it, and its gap, from any other; None if not all are here.
 
-        A state made from another table version is still exact if its events have the same digest here.
+        A state made from another table version, or before other events came, is still exact if its events have these marks.
         """
-        if start < self.first_index or end > self.first_index + len(self._event_ts):
+        if start < self.first_index or end > self.end_index:
             return None
         events = self.events(start, end)
-        digest = hashlib.blake2b(digest_size=16)
-        digest.update(np.array([start, end, events.prev_event_ts_B[0]], np.int64).tobytes())
-        digest.update(events.event_ts_E.tobytes())
+        before_E = np.concatenate([events.prev_event_ts_B, events.event_ts_E])[: end - start]
+        marks_E = hash_int64(before_E) ^ hash_int64(hash_int64(events.event_ts_E).view(np.int64))
         for values in events.features.values():
-            digest.update(np.ascontiguousarray(values).tobytes())
-        return digest.digest()
+            bits_E = values if values.dtype == np.int64 else values.view(np.int32).astype(np.int64)
+            marks_E = hash_int64(marks_E.view(np.int64)) ^ hash_int64(bits_E)
+        return marks_E

@@ -1,0 +1,183 @@
+"""Events that were sent to this replica and that the sequence table may not have yet: in memory, within bounds. No torch, no Ray.
+
+The same event is the same in every column of the log. It may be sent again: of copies, the most that one call, or the table,
+holds at once are counted. So a call may be repeated, calls may come in any order, and events may be kept after the table has
+caught up, all without counting one twice.
+"""
+
+import time
+from collections import OrderedDict
+from dataclasses import asdict, dataclass
+from itertools import count
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from longer.data.columns import milliseconds, single_array
+from longer.hashing import stable_keys
+from longer.schema import EventSchema
+
+_RECEIVED_S = "received_s"
+_USER_BYTES = 8_700
+"""Memory of a user's Python and Arrow objects besides the values, as measured over thousands of users of two events."""
+
+
+@dataclass(frozen=True)
+class EventLimits:
+    """What is kept. A user's events that arrived first go first; users who sent last stay longest."""
+
+    max_user_events: int = 1_000
+    keep_s: float = 172_800
+    max_bytes: int = 128 << 20
+
+
+@dataclass
+class EventCounters:
+    """Since the start: events received, how many of them were known, and kept ones that went for a bound or for their age."""
+
+    received: int = 0
+    known: int = 0
+    dropped: int = 0
+    expired: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Added:
+    """What a call added of one user: how many events, and the earliest one's time; `is_all` if none had to go in the same call."""
+
+    num_new: int
+    first_ts: int
+    is_all: bool
+
+
+@dataclass(frozen=True)
+class _Held:
+    """One user's events in order of arrival; another `revision` means other events."""
+
+    events: pa.Table
+    revision: int
+
+    @property
+    def oldest_s(self) -> float:
+        return self.events[_RECEIVED_S][0].as_py()
+
+    @property
+    def num_bytes(self) -> int:
+        return self.events.nbytes + _USER_BYTES
+
+
+class OnlineEvents:
+    """At most `limits` of events. Not thread-safe."""
+
+    def __init__(self, schema: EventSchema, limits: EventLimits) -> None:
+        self._schema, self._limits = schema, limits
+        self._names = ["user_id", *(field.name for field in schema.event_fields())]
+        self._users: OrderedDict[int, _Held] = OrderedDict()
+        self._revisions = count(1)
+        self.counters = EventCounters()
+        self.num_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._users)
+
+    def revision(self, user_key: int) -> int:
+        """A number that two moments share only if the user's events were the same; 0 if there are none."""
+        held = self._users.get(user_key)
+        return held.revision if held else 0
+
+    def of(self, user_keys: list[int]) -> pa.Table:
+        """All events of these users, in no stated order (`events_arrow`)."""
+        held = [found.events.select(self._names) for key in user_keys if (found := self._users.get(key))]
+        return pa.concat_tables([self._schema.events_arrow().empty_table(), *held])
+
+    def add(self, events: pa.Table) -> dict[int, Added]:
+        """Takes in events (`events_arrow`) of any users; by user key, what was new."""
+        user_keys = np.unique(stable_keys(events["user_id"])).tolist()
+        before = {key: len(held.events) for key in user_keys if (held := self._users.get(key))}
+        new = beyond(events, self.of(user_keys), self._schema)
+        self.counters.received += len(events)
+        self.counters.known += len(events) - len(new)
+        key_E = stable_keys(new["user_id"])
+        news = {key: new.filter(pa.array(key_E == key)) for key in np.unique(key_E).tolist()}
+        for key, of_user in news.items():
+            self._add(key, of_user)
+        return {
+            key: Added(
+                len(of_user),
+                int(milliseconds(single_array(of_user["event_ts"])).min()),
+                self._num_held(key) == before.get(key, 0) + len(of_user),
+            )
+            for key, of_user in news.items()
+        }
+
+    def expire(self, user_keys: list[int]) -> None:
+        """Drops what is too old of these users."""
+        from_s = time.monotonic() - self._limits.keep_s
+        for key in user_keys:
+            held = self._users.get(key)
+            if held and held.oldest_s <= from_s:
+                young = held.events.filter(pc.greater(held.events[_RECEIVED_S], from_s))
+                self.counters.expired += len(held.events) - len(young)
+                self._put(key, young)
+
+    def forget(self, user_key: int) -> bool:
+        """Drops everything of a user; whether there was anything."""
+        held = self._users.pop(user_key, None)
+        if held is None:
+            return False
+        self.num_bytes -= held.num_bytes
+        return True
+
+    def _num_held(self, user_key: int) -> int:
+        held = self._users.get(user_key)
+        return len(held.events) if held else 0
+
+    def _add(self, user_key: int, new: pa.Table) -> None:
+        arrived = new.append_column(_RECEIVED_S, pa.array(np.full(len(new), time.monotonic())))
+        held = self._users.get(user_key)
+        together = pa.concat_tables([held.events, arrived]) if held else arrived
+        excess = 0
+        if len(together) > self._limits.max_user_events:  # a quarter at once: each time costs a look at the table
+            excess = len(together) - self._limits.max_user_events * 3 // 4
+        self._put(user_key, together.slice(excess))
+        self.counters.dropped += excess
+        while self.num_bytes > self._limits.max_bytes:
+            first = next(iter(self._users))
+            self.counters.dropped += self._num_held(first)
+            self.forget(first)
+
+    def _put(self, user_key: int, events: pa.Table) -> None:
+        """Another set of events, copied so that nothing else is held on to."""
+        self.forget(user_key)
+        if len(events):
+            whole = events.take(pa.array(np.arange(len(events)))).combine_chunks()
+            self._users[user_key] = held = _Held(whole, next(self._revisions))
+            self.num_bytes += held.num_bytes
+
+
+def beyond(events: pa.Table, known: pa.Table, schema: EventSchema) -> pa.Table:
+    """The events that `known` does not hold, as multisets, in no stated order: of one that it holds less often, the difference.
+
+    Both have the columns of `events_arrow`, and may have several users.
+    """
+    names = schema.events_arrow().names
+    same_time = known.filter(pc.is_in(known["event_ts"], single_array(events["event_ts"])))
+    sides = [_counted(same_time.select(names), known=1, sent=0), _counted(events.select(names), known=0, sent=1)]
+    counts = pa.concat_tables(sides).group_by(names).aggregate([("known", "sum"), ("sent", "sum")])
+    missing = counts["sent_sum"].to_numpy() - counts["known_sum"].to_numpy()
+    rows = np.repeat(np.arange(len(counts)), np.maximum(missing, 0))
+    return counts.select(names).take(pa.array(rows)).combine_chunks()
+
+
+def _counted(events: pa.Table, known: int, sent: int) -> pa.Table:
+    """The events with how often each is on which side; -0.0 is 0.0, which sorts and scores the same."""
+    columns = {
+        name: pc.add(column, pa.scalar(0, column.type)) if pa.types.is_floating(column.type) else column
+        for name, column in zip(events.column_names, events.columns, strict=True)
+    }
+    ones = {"known": np.full(len(events), known), "sent": np.full(len(events), sent)}
+    return pa.table({**columns, **{name: pa.array(values) for name, values in ones.items()}})

@@ -1,0 +1,137 @@
+"""What is asked of the scorer and what it answers; values as sent become keys and columns here. No torch, no Ray, no HTTP.
+
+C candidates of one request.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from time import time
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from longer.arrays import Int64
+from longer.data.events import check_rows
+from longer.data.items import ItemTable, item_features
+from longer.errors import UserError
+from longer.hashing import stable_keys
+from longer.schema import EventSchema
+
+Source = Literal["hit", "append", "load", "cold"]
+Columns = Mapping[str, Sequence[Any] | pa.Array]
+
+_CLOCK_SKEW = timedelta(minutes=1)
+"""How far the clock of whoever sends events may be ahead of this one."""
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """Candidates of one user at one time. `item_features` holds, for any of the model's item features, a value a candidate;
+    what is None or not there comes from the item catalogue. `request_ts` is in milliseconds; None means now. `events` are the
+    user's newest, in columns named as in the event log; the scores see those before `request_ts`."""
+
+    user_id: int | str
+    item_ids: Sequence[int] | Sequence[str] | pa.Array
+    item_features: Columns = field(default_factory=dict)
+    request_ts: int | None = None
+    events: Columns = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """Scores of each task in the order of the candidates (probabilities of binary tasks), and the state they came from."""
+
+    scores: dict[str, npt.NDArray[np.float32]]
+    request_ts: int
+    source: Source
+    num_events: int
+    last_event_ts: int | None
+
+
+@dataclass(frozen=True)
+class EventsRequest:
+    """Newest events of one user, in columns named as in the event log."""
+
+    user_id: int | str
+    events: Columns
+
+
+@dataclass(frozen=True)
+class EventsResult:
+    """How many events came, and how many of them had not been sent here before."""
+
+    num_received: int
+    num_new: int
+
+
+class RequestReader:
+    """Values as sent to what the scorer works with; a UserError names the field at fault and repeats nothing of it."""
+
+    def __init__(self, schema: EventSchema) -> None:
+        self._schema = schema
+        self._types = {f.name: f.arrow_type for f in schema.features}
+
+    def user(self, user_id: int | str) -> pa.Array:
+        return _column("user_id", [user_id], self._schema.id_types[0])
+
+    def candidates(self, request: ScoreRequest, items: ItemTable | None) -> dict[str, npt.NDArray]:
+        """Item keys and features [C] of the candidates: features as given, else from the catalogue, else missing."""
+        schema, known = self._schema, self._schema.features_of("item")
+        if not request.item_features.keys() <= set(known):
+            raise UserError(f"candidates: unknown item feature: this model reads {', '.join(known) or 'item ids only'}")
+        item_key_C = stable_keys(_column("candidates", request.item_ids, schema.id_types[1]))
+        given = {
+            name: _column(f"candidates.{name}", values, self._types[name])
+            for name, values in request.item_features.items()
+        }
+        found = items.lookup(item_key_C) if items else self._missing(item_key_C)
+        for name, values_C in item_features(schema, given).items():
+            is_given_C = given[name].is_valid().to_numpy(zero_copy_only=False)
+            found[name] = np.where(is_given_C, values_C, found[name])
+        return {"item_id": item_key_C, **found}
+
+    def _missing(self, item_key_C: Int64) -> dict[str, npt.NDArray]:
+        categorical = self._schema.features_of("item", "categorical")
+        return {
+            name: np.zeros(len(item_key_C), np.int64 if name in categorical else np.float32)
+            for name in self._schema.features_of("item")
+        }
+
+    def events(self, user_id: pa.Array, columns: Columns) -> pa.Table | None:
+        """The events as rows of the log (`events_arrow`), each as fit for it as the import job asks; None if there are none."""
+        if not columns:
+            return None
+        fields = self._schema.event_fields()
+        known = [f.name for f in fields]
+        if not columns.keys() <= set(known):
+            raise UserError(f"events: unknown field: an event here has {', '.join(known)}")
+        num_events = max(map(len, columns.values()))
+        raw: dict[str, pa.Array] = {"user_id": pa.repeat(user_id[0], num_events)}
+        for column in fields:
+            wanted = pa.int64() if column.name == "event_ts" else column.type
+            raw[column.name] = _column(f"events.{column.name}", columns.get(column.name, [None] * num_events), wanted)
+        events, unfit = check_rows(pa.table(raw), self._schema, datetime.now(UTC) + _CLOCK_SKEW)
+        if len(unfit):
+            raise UserError(f"events: {unfit['reason'][0]}: send events as the log will have them")
+        return events.combine_chunks()
+
+
+def now_ms() -> int:
+    return int(time() * 1000)
+
+
+def _column(field_name: str, values: Sequence[Any] | pa.Array, wanted: pa.DataType) -> pa.Array:
+    """The values as an Arrow column; a UserError, without the values, if they are not of the type or not finite."""
+    try:
+        column = values.cast(wanted) if isinstance(values, pa.Array) else pa.array(values, wanted)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
+        raise UserError(f"{field_name}: expected {wanted} values") from None
+    if pa.types.is_floating(wanted):
+        if not pc.all(pc.is_finite(column), min_count=0).as_py():
+            raise UserError(f"{field_name}: expected finite {wanted} values")
+        column = pc.add(column, pa.scalar(0, wanted))  # -0.0 is 0.0: equal values are one value
+    return column

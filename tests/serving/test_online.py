@@ -1,0 +1,326 @@
+"""Whatever the table and the callers say in whatever order, a score is that of the history recomputed in plain Python.
+
+An event is a tuple in the log's canonical order: time, item, action, category, price, quantity.
+"""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longer.arrays import NO_EVENT_TS, Candidates, Histories
+from longer.config import Settings
+from longer.data.sequences import KeepRule
+from longer.errors import UserError
+from longer.hashing import stable_keys
+from longer.model.outputs import to_scores
+from longer.model.states import encode, score
+from longer.serving import online
+from longer.serving.online import EventLimits, beyond
+from longer.serving.scorer import EventsRequest, EventsResult, Scorer, ScoreRequest, ScoreResult
+from tests.data.tables import publish_sequences
+from tests.serving.tables import START_MS, build_world, checkpoint_path, publish_catalogue, tiny_settings
+
+CANDIDATES = ["item1", "item5", "never seen"]
+FIELDS = ["event_ts", "item_id", "action", "category", "price", "quantity"]
+KEEP = KeepRule(keep_events=40, stride_events=4)  # of tables.py
+USERS = (1, 2)
+HOUR_MS = 3_600_000
+
+Event = tuple[int, str, str | None, str | None, float | None, float | None]
+
+
+def event(hour: int, kind: int) -> Event:
+    missing = kind == 2
+    return (
+        START_MS + hour * HOUR_MS,
+        f"item{kind}",
+        None if missing else "buy",
+        f"category{kind % 2}",
+        None if missing else float(kind),
+        1.0,
+    )
+
+
+def in_order(events: Counter[Event]) -> list[Event]:
+    """Oldest to newest, missing values last."""
+    return sorted(events.elements(), key=lambda e: [(value is None, value or 0) for value in e])
+
+
+def columns_of(events: list[Event]) -> dict[str, list[Any]]:
+    return {name: [e[place] for e in events] for place, name in enumerate(FIELDS)}
+
+
+def log_of(tables: dict[int, Counter[Event]], schema: Any) -> pa.Table:
+    rows = [(user, *e) for user, events in tables.items() for e in in_order(events)]
+    wanted = schema.events_arrow()
+    columns = dict(zip(["user_id", *FIELDS], zip(*rows, strict=True), strict=True))
+    return pa.table({field.name: pa.array(columns[field.name], field.type) for field in wanted})
+
+
+class Recomputed:
+    """What is known of a user, and its scores by encoding them from scratch."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self._scorer = scorer
+        self.table: Counter[Event] = Counter()
+        self.sent: Counter[Event] = Counter()
+
+    def history(self) -> tuple[list[Event], int]:
+        """All events that count, and how many of them are kept no more."""
+        log = in_order(self.table)
+        num_cut = int(KEEP.first_index(np.int64(len(log))))
+        cut_until = log[num_cut - 1][0] if num_cut else NO_EVENT_TS
+        online = Counter({e: n for e, n in self.sent.items() if e[0] > cut_until})
+        events = in_order(self.table | online)
+        return events, int(KEEP.first_index(np.int64(len(events)))) if len(events) > len(log) else num_cut
+
+    def score(self, user: int, request_ts: int) -> tuple[np.ndarray, int, bool]:
+        events, num_cut = self.history()
+        seen = [e for e in events if e[0] < request_ts]
+        model = self._scorer.model
+        start = int(model.windows.history_start(len(seen))) * model.windows.merge_size
+        history = histories(user, seen, start)
+        items = stable_keys(pa.array(CANDIDATES))
+        assert self._scorer.items
+        features = {"item_id": items, **self._scorer.items.lookup(items)}
+        asked = Candidates(np.array([0, len(CANDIDATES)]), features)
+        outputs = score(model, encode(model, history), np.array([request_ts]), asked)
+        return to_scores(outputs, model.tasks)["label"], len(seen), start < num_cut
+
+
+def histories(user: int, seen: list[Event], start: int) -> Histories:
+    kept = columns_of(seen[start:])
+    keys = {name: stable_keys(pa.array(kept[name], pa.string())) for name in ("item_id", "action", "category")}
+    numbers = {name: np.array([v or 0 for v in kept[name]], np.float32) for name in ("price", "quantity")}
+    return Histories(
+        user_key_B=stable_keys(pa.array([user])),
+        offsets_B1=np.array([0, len(seen) - start]),
+        first_index_B=np.array([start]),
+        prev_event_ts_B=np.array([seen[start - 1][0] if start else NO_EVENT_TS], np.int64),
+        event_ts_E=np.array(kept["event_ts"], np.int64),
+        features={**keys, **numbers},
+    )
+
+
+HOURS = st.integers(0, 40)
+EVENTS = st.lists(st.builds(event, HOURS, st.integers(0, 2)), max_size=6)
+WHO = st.sampled_from(USERS)
+STEPS = st.one_of(
+    st.tuples(st.just("table"), WHO, EVENTS, st.booleans()),
+    st.tuples(st.just("events"), WHO, EVENTS),
+    st.tuples(st.just("score"), WHO, EVENTS, HOURS),
+    st.tuples(st.just("newest"), WHO, st.integers(1, 3)),
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return build_world(tmp_path_factory.mktemp("online"))
+
+
+def publish(world: Settings, tables: dict[int, Counter[Event]], version_id: str) -> None:
+    path, schema = world.path("tables", "sequences"), world.event_schema
+    version = publish_sequences(path, log_of(tables, schema), schema, KEEP, 3, 20, version_id)
+    publish_catalogue(world, version)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    starting=st.lists(st.builds(event, HOURS, st.integers(0, 2)), min_size=1, max_size=60),
+    steps=st.lists(STEPS, min_size=3, max_size=14),
+    cache_bytes=st.sampled_from([1 << 30, 1 << 30, 30_000]),
+)
+def test_no_interleaving_of_tables_events_and_requests_changes_a_score(
+    world: Settings, tmp_path_factory: pytest.TempPathFactory, starting: list[Event], steps: list[Any], cache_bytes: int
+) -> None:
+    mine = tiny_settings(tmp_path_factory.mktemp("run"))
+    tables = {user: Counter(starting[user::2]) for user in USERS}
+    tables[3] = Counter([event(0, 0)])  # so that the table is never empty
+    publish(mine, tables, "v0")
+    scorer = Scorer(checkpoint_path(world), mine.path("tables", "sequences"), cache_bytes, mine.path("tables", "items"))
+    known = {user: Recomputed(scorer) for user in USERS}
+    for user in USERS:
+        known[user].table = tables[user].copy()
+    newest = 41
+    for number, (what, user, *rest) in enumerate(steps, 1):
+        if what == "table":  # catches up with some of what was sent, and brings events nobody sent
+            brought, catches_up = rest
+            sent = known[user].sent if catches_up else Counter(in_order(known[user].sent)[::2])
+            tables[user] = (tables[user] | sent) + Counter(brought)
+            publish(mine, tables, f"v{number}")
+            scorer.refresh()
+            known[user].table = tables[user].copy()
+        elif what == "events":
+            known[user].sent |= Counter(rest[0])
+            [outcome] = scorer.add_events([EventsRequest(user, columns_of(rest[0]))])
+            assert isinstance(outcome, EventsResult)
+        else:
+            events, hour = ([event(newest, n) for n in range(rest[0])], newest + 1) if what == "newest" else rest
+            newest += what == "newest"
+            known[user].sent |= Counter(events)
+            request_ts = START_MS + hour * HOUR_MS
+            asked = ScoreRequest(user, CANDIDATES, request_ts=request_ts, events=columns_of(events))
+            [result] = scorer.score([asked])
+            wanted, num_events, is_cut = known[user].score(user, request_ts)
+            if isinstance(result, UserError):
+                assert is_cut, result
+                continue
+            assert isinstance(result, ScoreResult)
+            assert result.num_events == num_events
+            np.testing.assert_allclose(result.scores["label"], wanted, rtol=0, atol=1e-5)
+            assert scorer.cache.num_bytes <= cache_bytes
+
+
+def scorer_of(world: Settings, **limits: Any) -> Scorer:
+    tables = world.path("tables", "sequences"), 1 << 30, world.path("tables", "items")
+    return Scorer(checkpoint_path(world), *tables, event_limits=EventLimits(**limits))
+
+
+def ask(scorer: Scorer, user: int, hour: int, events: list[Event] | None = None) -> ScoreResult:
+    sent = columns_of(events) if events else {}
+    [result] = scorer.score([ScoreRequest(user, CANDIDATES, request_ts=START_MS + hour * HOUR_MS, events=sent)])
+    assert isinstance(result, ScoreResult), result
+    return result
+
+
+LATER = 31 * 24  # hours after START_MS; the world's log ends before
+
+
+def test_events_in_order_are_appended_without_a_look_at_the_table_and_late_ones_are_not(
+    world: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = scorer_of(world)
+    assert ask(scorer, 5, LATER).source == "load"
+    with monkeypatch.context() as patched:
+        patched.setattr(scorer.history, "read", lambda *_: pytest.fail("read the table"))
+        first = ask(scorer, 5, LATER + 2, [event(LATER, 0)])
+        assert (first.source, first.num_events) == ("append", 26)
+        again = ask(scorer, 5, LATER + 2, [event(LATER, 0)])  # a repeated call
+        assert (again.source, again.num_events) == ("hit", 26)
+        [told] = scorer.add_events([EventsRequest(5, columns_of([event(LATER, 0), event(LATER + 3, 1)]))])
+        assert told == EventsResult(2, 1)
+        assert (ask(scorer, 5, LATER + 4).source, ask(scorer, 5, LATER + 4).num_events) == ("hit", 27)
+    late = ask(scorer, 5, LATER + 4, [event(LATER - 1, 2)])
+    assert (late.source, late.num_events, scorer.cache.counters.stale) == ("load", 28, 1)
+
+
+def test_an_event_at_the_time_of_the_request_is_not_seen(world: Settings) -> None:
+    scorer = scorer_of(world)
+    now = ask(scorer, 5, LATER, [event(LATER - 1, 0), event(LATER, 1), event(LATER + 1, 1)])
+    assert (now.num_events, now.last_event_ts) == (26, START_MS + (LATER - 1) * HOUR_MS)
+    assert ask(scorer, 5, LATER + 1).num_events == 27
+
+
+def test_a_user_known_only_from_online_events_is_kept(world: Settings) -> None:
+    scorer = scorer_of(world)
+    assert ask(scorer, 10**6, LATER, [event(1, 0)]).num_events == 1
+    assert ask(scorer, 10**6, LATER).source == "hit"
+
+
+def test_copies_in_one_call_count_and_repeated_calls_do_not(world: Settings) -> None:
+    scorer, twice = scorer_of(world), [event(LATER, 0)] * 2
+    assert ask(scorer, 5, LATER + 1, twice).num_events == 27
+    assert ask(scorer, 5, LATER + 1, twice[:1]).num_events == 27
+    assert ask(scorer, 5, LATER + 1, [*twice, event(LATER, 0)]).num_events == 28
+
+
+def test_a_users_oldest_arrivals_go_first_and_the_answer_is_that_of_what_is_left(world: Settings) -> None:
+    scorer = scorer_of(world, max_user_events=8)
+    for hour in range(8):
+        ask(scorer, 5, LATER + 20, [event(LATER + hour, 0)])
+    full = ask(scorer, 5, LATER + 20)
+    assert full.num_events == 33
+    less = ask(scorer, 5, LATER + 20, [event(LATER + 8, 0)])
+    assert (less.num_events, scorer.online.counters.dropped) == (25 + 6, 3)
+    np.testing.assert_allclose(
+        less.scores["label"],
+        ask(scorer_of(world), 5, LATER + 20, [event(LATER + hour, 0) for hour in range(3, 9)]).scores["label"],
+        atol=1e-5,
+    )
+
+
+def test_the_memory_of_all_users_events_is_bounded_and_who_was_dropped_is_answered_without_them(
+    world: Settings,
+) -> None:
+    scorer = scorer_of(world, max_bytes=40_000)
+    for user in range(1, 9):
+        assert ask(scorer, user, LATER + 1, [event(LATER, 0)]).num_events == user * user + 1
+        assert scorer.online.num_bytes <= 40_000
+    assert len(scorer.online) < 8
+    assert ask(scorer, 1, LATER + 1).num_events == 1
+    together = [
+        ScoreRequest(
+            user, CANDIDATES, request_ts=START_MS + (LATER + 3) * HOUR_MS, events=columns_of([event(LATER, 1)])
+        )
+        for user in range(1, 9)
+    ]
+    for user, result in enumerate(scorer.score(together), 1):
+        assert isinstance(result, ScoreResult)
+        held = len(scorer.online.of([int(stable_keys(pa.array([user]))[0])]))
+        assert result.num_events == user * user + held
+
+
+def test_events_expire(world: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer, now_s = scorer_of(world, keep_s=10), 1000.0
+    monkeypatch.setattr(online.time, "monotonic", lambda: now_s)
+    assert ask(scorer, 5, LATER + 2, [event(LATER, 0)]).num_events == 26
+    now_s = 1005.0
+    assert ask(scorer, 5, LATER + 2, [event(LATER + 1, 0)]).num_events == 27
+    now_s = 1012.0
+    assert ask(scorer, 5, LATER + 2).num_events == 26
+    assert scorer.online.counters.expired == 1
+    now_s = 1020.0
+    assert ask(scorer, 5, LATER + 2).num_events == 25
+    assert (len(scorer.online), scorer.online.num_bytes) == (0, 0)
+
+
+def test_a_forgotten_user_has_no_state_and_no_events_here(world: Settings) -> None:
+    scorer = scorer_of(world)
+    ask(scorer, 5, LATER + 1, [event(LATER, 0)])
+    assert scorer.forget(5)
+    assert not scorer.forget(5)
+    assert (len(scorer.cache), len(scorer.online)) == (0, 0)
+    assert ask(scorer, 5, LATER + 1).num_events == 25
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"event_ts": [1], "item_id": ["a"], "secret": [1]},
+            "events: unknown field: an event here has event_ts, item_id",
+        ),
+        ({"event_ts": [START_MS], "item_id": [None]}, "events: null item_id"),
+        ({"event_ts": [START_MS], "item_id": [""]}, "events: empty item_id"),
+        ({"event_ts": [None], "item_id": ["secret"]}, "events: missing or unparsable event_ts"),
+        ({"event_ts": [2**42 * 1000], "item_id": ["secret"]}, "events: event_ts"),
+        ({"event_ts": [START_MS // 1000], "item_id": ["secret"]}, "events: event_ts"),
+        ({"event_ts": [START_MS], "item_id": [7]}, "events.item_id: expected string values"),
+        ({"event_ts": [START_MS], "item_id": ["a"], "price": [1e39]}, "events.price: expected finite float values"),
+    ],
+)
+def test_events_that_the_log_would_not_take_are_refused_whole(
+    world: Settings, columns: dict[str, list[Any]], message: str
+) -> None:
+    scorer = scorer_of(world)
+    [outcome] = scorer.add_events([EventsRequest(5, columns)])
+    assert isinstance(outcome, UserError)
+    assert str(outcome).startswith(message)
+    assert "secret" not in str(outcome).replace("secret values", "")
+    assert len(scorer.online) == 0
+
+
+@given(known=EVENTS, sent=EVENTS)
+def test_what_is_beyond_is_the_difference_of_multisets(known: list[Event], sent: list[Event], world: Settings) -> None:
+    schema = world.event_schema
+    padded = {1: Counter([event(50, 0)])}  # a log is never empty here
+    tables = [log_of({**padded, 2: Counter(events)}, schema) for events in (known, sent)]
+    difference = beyond(tables[1], tables[0], schema).select(FIELDS)
+    times = difference["event_ts"].cast(pa.int64())
+    found = Counter(zip(*[times.to_pylist(), *(c.to_pylist() for c in difference.columns[1:])], strict=True))
+    assert found == Counter(sent) - Counter(known)
