@@ -1,16 +1,33 @@
-"""What goes over HTTP: JSON bodies in, requests for the scorer out, and back. Errors are one line and repeat no value sent."""
+"""What goes over HTTP as JSON: bodies in, requests for the scorer out, and back. Errors are one line and repeat no value sent.
+
+The models are also the service's OpenAPI document.
+"""
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    WithJsonSchema,
+)
 
 from longer.errors import UserError
-from longer.serving.scorer import ScoreRequest, ScoreResult
+from longer.serving.requests import EventsRequest, EventsResult, ScoreRequest, ScoreResult
 
 _LAST_MS = 253_402_300_799_999  # the end of the year 9999
+_MAX_COLUMNS = 256
+"""Most names of features in one body: each becomes a column as long as the body has items."""
 
 
 def _milliseconds(value: Any) -> Any:
@@ -22,82 +39,262 @@ def _milliseconds(value: Any) -> Any:
     return value
 
 
-class Candidate(BaseModel):
+Id = StrictInt | StrictStr
+Value = StrictStr | StrictInt | Annotated[float, Strict(), Field(allow_inf_nan=False)] | None
+Time = Annotated[
+    int,
+    BeforeValidator(_milliseconds),
+    Field(strict=True, ge=0, le=_LAST_MS),
+    WithJsonSchema(
+        {
+            "description": "Milliseconds since 1970 UTC, or ISO 8601 with a time zone.",
+            "anyOf": [
+                {"type": "integer", "minimum": 0, "maximum": _LAST_MS},
+                {"type": "string", "format": "date-time"},
+            ],
+        }
+    ),
+]
+TopK = Annotated[int, Field(strict=True, ge=1)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Candidate(_Body):
     """An item and those of its features that the caller knows better than the catalogue."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    id: StrictInt | StrictStr
-    features: dict[str, StrictStr | float | None] = Field(default_factory=dict)
+    id: Id
+    features: dict[str, Value] = Field(default_factory=dict)
 
 
-class ScoreBody(BaseModel):
+class Event(_Body):
+    """A row of the event log; `features` holds its other columns by name."""
+
+    item_id: Id
+    event_ts: Time
+    action: StrictStr | None = None
+    features: dict[str, Value] = Field(default_factory=dict)
+
+
+class AboutRequest(_Body):
+    """A score request but for its candidates."""
+
+    user_id: Id
+    request_ts: Time | None = None
+    events: list[Event] = Field(default_factory=list)
+    top_k: TopK | None = None
+
+
+class ScoreBody(AboutRequest):
     """POST /v1/score"""
 
-    model_config = ConfigDict(extra="forbid")
+    candidates: list[Id | Candidate] = Field(min_length=1)
 
-    user_id: StrictInt | StrictStr
-    candidates: list[StrictInt | StrictStr | Candidate] = Field(min_length=1)
-    request_ts: Annotated[int, BeforeValidator(_milliseconds), Field(strict=True, ge=0, le=_LAST_MS)] | None = None
-    top_k: Annotated[int, Field(strict=True, ge=1)] | None = None
+
+class ScoreBatchBody(_Body):
+    """POST /v1/score:batch"""
+
+    requests: list[ScoreBody] = Field(min_length=1)
+
+
+class EventsBody(_Body):
+    """POST /v1/events"""
+
+    user_id: Id
+    events: list[Event] = Field(min_length=1)
+
+
+class StateAnswer(BaseModel):
+    """The state that scores came from."""
+
+    source: Literal["hit", "append", "load", "cold"]
+    num_events: int
+    last_event_ts: int | None
+
+
+class ScoreAnswer(BaseModel):
+    """Scores by task, in the order of `candidates`."""
+
+    candidates: list[int | str]
+    scores: dict[str, list[float]]
+    model_version: str
+    user_state: StateAnswer
+
+
+class ErrorAnswer(BaseModel):
+    """What is wrong and what to do, in one line."""
+
+    error: str
+
+
+class ItemErrorAnswer(ErrorAnswer):
+    """What is wrong with one request of several, and the status that it would have had alone."""
+
+    status: int
+
+
+class ScoreBatchAnswer(BaseModel):
+    """One result a request, in order."""
+
+    results: list[ScoreAnswer | ItemErrorAnswer]
+
+
+class EventsAnswer(BaseModel):
+    """Events received, and how many of them this replica had not been sent before."""
+
+    received: int
+    new: int
+
+
+class ForgetAnswer(BaseModel):
+    """Replicas that have dropped what they held of the user, and how many held anything."""
+
+    replicas: int
+    held: int
 
 
 _EXPECTED = {
     "user_id": "expected an integer or a string",
     "candidates": "expected a list of item ids, or of objects with an id and features",
     "request_ts": "expected ISO 8601 with a time zone, or milliseconds since 1970",
+    "events": "expected a list of objects with item_id, event_ts, and perhaps action and features",
+    "requests": "expected a list of objects as for /v1/score",
     "top_k": "expected a positive integer",
 }
 
 
 class BodyError(UserError):
-    """A body that does not become a request; `status` is the HTTP status that says so."""
+    """A request that is refused before it reaches the scorer; `status` is the HTTP status that says so."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
         self.status = status
 
 
-def parse_score_body(body: bytes, max_candidates: int) -> tuple[ScoreRequest, int | None]:
-    """The request and its top_k; BodyError names the field that is wrong and what it should be."""
-    try:
-        parsed = ScoreBody.model_validate_json(body)
-    except ValidationError as error:
-        raise _body_error(error) from None
-    if len(parsed.candidates) > max_candidates:
-        raise BodyError(413, f"candidates: at most {max_candidates} in a request: split them over several")
+@dataclass(frozen=True)
+class Limits:
+    """The most that one call may bring."""
+
+    max_candidates: int
+    max_events: int
+    max_users: int
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A score request and how many of its candidates to answer with."""
+
+    request: ScoreRequest
+    top_k: int | None
+
+
+B = TypeVar("B", bound=BaseModel)
+
+
+def parse_score_body(body: bytes, limits: Limits) -> Asked:
+    """The request; BodyError names the field that is wrong and what it should be."""
+    return _asked(_parsed(ScoreBody, body), limits)
+
+
+def parse_score_batch_body(body: bytes, limits: Limits) -> list[Asked]:
+    """The requests; a BodyError if the body as a whole, or any of them, is not one."""
+    parsed = _parsed(ScoreBatchBody, body)
+    if len(parsed.requests) > limits.max_users:
+        raise BodyError(413, f"requests: at most {limits.max_users} in a call: split them over several")
+    return [_asked(one, limits) for one in parsed.requests]
+
+
+def parse_events_body(body: bytes, limits: Limits) -> EventsRequest:
+    """The user and the events; BodyError names the field that is wrong and what it should be."""
+    parsed = _parsed(EventsBody, body)
+    return EventsRequest(parsed.user_id, event_columns(parsed.events, limits))
+
+
+def parse_about(content: bytes) -> AboutRequest:
+    """What goes with candidates that are sent apart, as JSON."""
+    return _parsed(AboutRequest, content)
+
+
+def event_columns(events: Sequence[Event], limits: Limits) -> dict[str, list[Any]]:
+    """The events as columns of the log; none if there are none."""
+    if len(events) > limits.max_events:
+        raise BodyError(413, f"events: at most {limits.max_events} of a user in a call: split them over several")
+    if not events:
+        return {}
+    own = {
+        "item_id": [event.item_id for event in events],
+        "event_ts": [event.event_ts for event in events],
+        "action": [event.action for event in events],
+    }
+    others = _columns("events", [event.features for event in events])
+    if own.keys() & others.keys():
+        raise BodyError(422, f"events: {_EXPECTED['events']}; features repeat none of them")
+    return {**own, **others}
+
+
+def _asked(parsed: ScoreBody, limits: Limits) -> Asked:
+    if len(parsed.candidates) > limits.max_candidates:
+        raise BodyError(413, f"candidates: at most {limits.max_candidates} in a request: split them over several")
     ids = [c.id if isinstance(c, Candidate) else c for c in parsed.candidates]
-    given = [c.features if isinstance(c, Candidate) else {} for c in parsed.candidates]
+    features = _columns("candidates", [c.features if isinstance(c, Candidate) else {} for c in parsed.candidates])
+    events = event_columns(parsed.events, limits)
+    return Asked(ScoreRequest(parsed.user_id, ids, features, parsed.request_ts, events), parsed.top_k)
+
+
+def _columns(field: str, given: list[dict[str, Any]]) -> dict[str, list[Any]]:
     names = {name for features in given for name in features}
-    item_features = {name: [features.get(name) for features in given] for name in names}
-    return ScoreRequest(parsed.user_id, ids, item_features, parsed.request_ts), parsed.top_k
+    if len(names) > _MAX_COLUMNS:
+        raise BodyError(422, f"{field}: more than {_MAX_COLUMNS} different features")
+    return {name: [features.get(name) for features in given] for name in names}
 
 
-def _body_error(error: ValidationError) -> BodyError:
+def _parsed(model: type[B], body: bytes) -> B:
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise _body_error(error, model) from None
+
+
+def _body_error(error: ValidationError, model: type[BaseModel]) -> BodyError:
     mistake = error.errors(include_input=False, include_url=False, include_context=False)[0]
     if mistake["type"] == "json_invalid":
         return BodyError(400, "body: not valid JSON")
     field = mistake["loc"][0] if mistake["loc"] else None
-    if field not in _EXPECTED:
-        known = ", ".join(_EXPECTED)
+    if field not in model.model_fields:
+        known = ", ".join(model.model_fields)
         return BodyError(422, f"body: expected an object with no other fields than {known}")
     reason = "missing" if mistake["type"] == "missing" and len(mistake["loc"]) == 1 else _EXPECTED[str(field)]
     return BodyError(422, f"{field}: {reason}")
 
 
-def score_response(request: ScoreRequest, result: ScoreResult, top_k: int | None, model_version: str) -> bytes:
-    """Scores in the order of the candidates, or of the `top_k` best by the first task, best first."""
-    chosen = np.arange(len(request.item_ids))
-    if top_k is not None:
-        chosen = np.argsort(-next(iter(result.scores.values())), kind="stable")[:top_k]
-    response = {
-        "candidates": [request.item_ids[c] for c in chosen],
-        "scores": {task: scores[chosen].tolist() for task, scores in result.scores.items()},
-        "model_version": model_version,
-        "user_state": {
-            "source": result.source,
-            "num_events": result.num_events,
-            "last_event_ts": result.last_event_ts,
-        },
+def chosen(result: ScoreResult, top_k: int | None) -> np.ndarray:
+    """Places of the candidates to answer with: all in their order, or the `top_k` best by the first task, best first."""
+    first = next(iter(result.scores.values()))
+    return np.arange(len(first)) if top_k is None else np.argsort(-first, kind="stable")[:top_k]
+
+
+def about_result(result: ScoreResult, model_version: str) -> dict[str, Any]:
+    """What an answer says besides the scores."""
+    state = {"source": result.source, "num_events": result.num_events, "last_event_ts": result.last_event_ts}
+    return {"model_version": model_version, "user_state": state}
+
+
+def score_answer(asked: Asked, result: ScoreResult, model_version: str) -> dict[str, Any]:
+    """A `ScoreAnswer`."""
+    places = chosen(result, asked.top_k)
+    return {
+        "candidates": [asked.request.item_ids[c] for c in places],
+        "scores": {task: scores[places].tolist() for task, scores in result.scores.items()},
+        **about_result(result, model_version),
     }
-    return json.dumps(response).encode()
+
+
+def events_answer(result: EventsResult) -> dict[str, Any]:
+    """An `EventsAnswer`."""
+    return {"received": result.num_received, "new": result.num_new}
+
+
+def as_json(content: dict[str, Any]) -> bytes:
+    return json.dumps(content).encode()

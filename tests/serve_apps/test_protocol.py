@@ -7,22 +7,32 @@ import numpy as np
 import pytest
 
 from longer.serving.scorer import ScoreRequest, ScoreResult
-from serve_apps.protocol import BodyError, parse_score_body, score_response
+from serve_apps.protocol import (
+    Asked,
+    BodyError,
+    Limits,
+    parse_events_body,
+    parse_score_batch_body,
+    parse_score_body,
+    score_answer,
+)
+
+LIMITS = Limits(max_candidates=3, max_events=2, max_users=2)
 
 
-def parse(body: Any, max_candidates: int = 3) -> tuple[ScoreRequest, int | None]:
-    return parse_score_body(json.dumps(body).encode(), max_candidates)
+def parse(body: Any) -> Asked:
+    return parse_score_body(json.dumps(body).encode(), LIMITS)
 
 
 def test_ids_and_objects_mix() -> None:
-    request, top_k = parse({"user_id": 7, "candidates": [1, {"id": 2, "features": {"price": 3, "brand": "b"}}]})
-    assert request == ScoreRequest(7, [1, 2], {"price": [None, 3], "brand": [None, "b"]})
-    assert top_k is None
+    asked = parse({"user_id": 7, "candidates": [1, {"id": 2, "features": {"price": 3, "brand": "b"}}]})
+    assert asked.request == ScoreRequest(7, [1, 2], {"price": [None, 3], "brand": [None, "b"]})
+    assert asked.top_k is None
 
 
 @pytest.mark.parametrize("when", ["2024-01-01T00:00:00Z", "2024-01-01T02:00:00+02:00", 1_704_067_200_000])
 def test_times_are_iso_or_milliseconds(when: Any) -> None:
-    assert parse({"user_id": "u", "candidates": ["a"], "request_ts": when})[0].request_ts == 1_704_067_200_000
+    assert parse({"user_id": "u", "candidates": ["a"], "request_ts": when}).request.request_ts == 1_704_067_200_000
 
 
 @pytest.mark.parametrize(
@@ -42,13 +52,34 @@ def test_times_are_iso_or_milliseconds(when: Any) -> None:
         ({"user_id": 7, "candidates": [1], "request_ts": "secret"}, 422, "request_ts: expected ISO 8601"),
         ({"user_id": 7, "candidates": [1], "request_ts": "2024-01-01T00:00:00"}, 422, "request_ts: expected ISO 8601"),
         ({"user_id": 7, "candidates": [1], "request_ts": 10**30}, 422, "request_ts: expected ISO 8601"),
+        ({"user_id": 7, "candidates": [1], "events": [{"item_id": 1, "event_ts": 2}] * 3}, 413, "events: at most 2"),
+        (
+            {"user_id": 7, "candidates": [1], "events": [{"item_id": "secret"}]},
+            422,
+            "events: expected a list of objects",
+        ),
+        (
+            {
+                "user_id": 7,
+                "candidates": [1],
+                "events": [{"item_id": 1, "event_ts": 2, "features": {"action": "secret"}}],
+            },
+            422,
+            "events: expected a list of objects",
+        ),
+        (
+            {"user_id": 7, "candidates": [{"id": 1, "features": {f"secret{n}": 1 for n in range(300)}}]},
+            422,
+            "candidates: more than 256 different features",
+        ),
+        ({"user_id": 7, "candidates": [{"id": 1, "features": {"a": True}}]}, 422, "candidates: expected a list"),
         ({"user_id": 7, "candidates": [1], "top_k": 0}, 422, "top_k: expected a positive integer"),
     ],
 )
 def test_a_bad_body_has_one_line_without_its_values(body: Any, status: int, reason: str) -> None:
     sent = body if isinstance(body, bytes) else json.dumps(body).encode()
     with pytest.raises(BodyError) as caught:
-        parse_score_body(sent, 3)
+        parse_score_body(sent, LIMITS)
     assert caught.value.status == status
     assert str(caught.value).startswith(reason)
     assert "secret" not in str(caught.value)
@@ -58,8 +89,24 @@ def test_a_bad_body_has_one_line_without_its_values(body: Any, status: int, reas
 def test_top_k_are_the_best_by_the_first_task_and_tasks_stay_aligned() -> None:
     scores = {"click": np.array([0.1, 0.9, 0.5], np.float32), "buy": np.array([1, 2, 3], np.float32)}
     result = ScoreResult(scores, 5, "hit", 12, 4)
-    response = json.loads(score_response(ScoreRequest(7, [10, 20, 30]), result, 2, "m1"))
+    response = score_answer(Asked(ScoreRequest(7, [10, 20, 30]), 2), result, "m1")
     assert response["candidates"] == [20, 30]
     assert response["scores"]["buy"] == [2, 3]
     assert np.float32(response["scores"]["click"][0]) == np.float32(0.9)
     assert response["user_state"] == {"source": "hit", "num_events": 12, "last_event_ts": 4}
+
+
+def test_events_become_columns_of_the_log_and_what_an_event_lacks_is_null() -> None:
+    events = [{"item_id": 1, "event_ts": 5, "action": "buy"}, {"item_id": 2, "event_ts": 6, "features": {"price": 1.5}}]
+    asked = parse_events_body(json.dumps({"user_id": "u", "events": events}).encode(), LIMITS)
+    assert asked.user_id == "u"
+    assert asked.events == {"item_id": [1, 2], "event_ts": [5, 6], "action": ["buy", None], "price": [None, 1.5]}
+
+
+def test_a_batch_is_refused_whole_if_one_of_its_requests_is_none() -> None:
+    good = {"user_id": 7, "candidates": [1]}
+    assert len(parse_score_batch_body(json.dumps({"requests": [good, good]}).encode(), LIMITS)) == 2
+    for requests, status in (([good] * 3, 413), ([good, {**good, "candidates": []}], 422), ([], 422)):
+        with pytest.raises(BodyError) as caught:
+            parse_score_batch_body(json.dumps({"requests": requests}).encode(), LIMITS)
+        assert caught.value.status == status

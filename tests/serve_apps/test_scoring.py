@@ -16,10 +16,12 @@ from ray.serve.schema import ServeDeploySchema
 from jobs.serve import free_port
 from longer.errors import UserError
 from longer.serving.scorer import Scorer, ScoreRequest, ScoreResult
-from serve_apps.scoring import ScoringArgs, _resolved, build_app
+from serve_apps.arguments import resolved
+from serve_apps.scoring import ScoringArgs, build_app
 from tests.serving.tables import DAY_MS, START_MS, build_world, checkpoint_path
 
 CONFIG = Path(__file__).parents[2] / "serve_apps" / "scoring.yaml"
+EVENT = {"item_id": "item2", "action": "buy", "features": {"category": "category2", "price": 2, "quantity": 1}}
 ITEMS = ["item1", "item5", "never seen"]
 END_MS = START_MS + 31 * DAY_MS
 
@@ -42,15 +44,15 @@ def test_a_wrong_path_is_one_line_and_exit_code_2_before_any_replica_starts(
     [line] = capsys.readouterr().err.splitlines()
     assert "nowhere/model.json" in line
     with pytest.raises(UserError, match=r"nowhere: no published version .* jobs.build_sequences"):
-        _resolved(ScoringArgs(checkpoint=checkpoint_path(world), sequences="nowhere"))
+        resolved(ScoringArgs(checkpoint=checkpoint_path(world), sequences="nowhere"))
     with pytest.raises(UserError, match=r"nowhere: version \w+ is not in this table"):
-        _resolved(ScoringArgs(checkpoint=world.path("checkpoints"), items="nowhere"))
+        resolved(ScoringArgs(checkpoint=world.path("checkpoints"), items="nowhere"))
 
 
 def test_tables_beside_the_checkpoints_are_found_so_that_no_candidate_loses_its_features(tmp_path: Path) -> None:
     world = build_world(tmp_path)
     for checkpoint in (world.path("checkpoints"), checkpoint_path(world)):
-        found = _resolved(ScoringArgs(checkpoint=checkpoint))
+        found = resolved(ScoringArgs(checkpoint=checkpoint))
         assert found.checkpoint == checkpoint_path(world)
         assert found.sequences == world.path("tables", "sequences")
         assert found.items == world.path("tables", "items")
@@ -69,6 +71,8 @@ def service(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         num_cpus=0.5,
         max_candidates=10,
         max_body_bytes=2000,
+        max_events=5,
+        max_users=3,
     )
     port = free_port("127.0.0.1", 8399)
     try:
@@ -123,6 +127,9 @@ def test_a_cold_user_and_an_unknown_item_get_scores_and_top_k_cuts(service: tupl
         ({"candidates": ["a" * 3000]}, 413, "body: at most 2000 bytes"),
         ({"candidates": [1]}, 422, "candidates: expected string values"),
         ({"candidates": ["a"], "request_ts": "yesterday"}, 422, "request_ts: expected ISO 8601"),
+        ({"candidates": ["a"], "events": [{**EVENT, "event_ts": START_MS}] * 6}, 413, "events: at most 5"),
+        ({"candidates": ["a"], "events": [{**EVENT, "event_ts": 2**43}]}, 422, "events: event_ts"),
+        ({"candidates": ["a"], "events": [{"item_id": "a"}]}, 422, "events: expected a list of objects with item_id"),
     ],
 )
 def test_mistakes_are_answered_with_their_reason(
@@ -157,3 +164,112 @@ def test_what_is_served_and_how_it_does_can_be_asked(service: tuple[str, Scorer]
     cache = httpx.get(f"{url}/v1/stats").json()["cache"]
     assert cache["hit"] >= 0
     assert 0 < cache["bytes"] <= cache["budget_bytes"]
+
+
+def held_by(url: str) -> dict[str, dict]:
+    """Every replica's own account of itself."""
+    stats = (httpx.get(f"{url}/v1/stats", headers={"x-session-id": str(n)}).json() for n in range(40))
+    return {one["replica"]: one for one in stats}
+
+
+def two_sessions(url: str) -> tuple[str, str]:
+    """Sessions of two replicas."""
+    owners = {
+        httpx.get(f"{url}/healthz", headers={"x-session-id": s}).headers["x-replica"]: s for s in map(str, range(40))
+    }
+    first, second = owners.values()
+    return first, second
+
+
+@pytest.mark.ray
+def test_events_sent_online_are_seen_by_the_scores_that_follow_and_counted_once(service: tuple[str, Scorer]) -> None:
+    url, scorer = service
+    sent = {"user_id": 4, "events": [{**EVENT, "event_ts": END_MS}]}
+    for new in (1, 0):
+        told = httpx.post(f"{url}/v1/events", json=sent, headers={"x-session-id": "4"})
+        assert (told.status_code, told.json()) == (200, {"received": 1, "new": new})
+    later = {**EVENT, "event_ts": END_MS + 5}
+    answer = post(url, 4, {"candidates": ITEMS, "request_ts": END_MS + 9, "events": [later]}).json()
+    assert answer["user_state"]["num_events"] == 18
+    columns = {"item_id": ["item2"] * 2, "action": ["buy"] * 2, "event_ts": [END_MS, END_MS + 5]}
+    columns |= {name: [value] * 2 for name, value in EVENT["features"].items()}
+    [expected] = scorer.score([ScoreRequest(4, ITEMS, request_ts=END_MS + 9, events=columns)])
+    assert isinstance(expected, ScoreResult)
+    np.testing.assert_allclose(answer["scores"]["label"], expected.scores["label"], rtol=0, atol=1e-5)
+    assert post(url, 4, {"candidates": ITEMS, "request_ts": END_MS + 5}).json()["user_state"]["num_events"] == 17
+    scorer.forget(4)
+
+
+@pytest.mark.ray
+def test_several_users_in_one_call_have_the_scores_and_mistakes_that_they_would_have_alone(
+    service: tuple[str, Scorer],
+) -> None:
+    url, _ = service
+    requests = [
+        {"user_id": 6, "candidates": ITEMS, "request_ts": END_MS},
+        {"user_id": "six", "candidates": ITEMS},
+        {"user_id": 7, "candidates": ITEMS[:2], "request_ts": END_MS, "top_k": 1},
+    ]
+    answer = httpx.post(f"{url}/v1/score:batch", json={"requests": requests})
+    assert answer.status_code == 200
+    first, wrong, last = answer.json()["results"]
+    assert wrong == {"error": "user_id: expected int64 values", "status": 422}
+    for result, asked in ((first, requests[0]), (last, requests[2])):
+        alone = httpx.post(f"{url}/v1/score", json=asked).json()
+        np.testing.assert_allclose(result["scores"]["label"], alone["scores"]["label"], rtol=0, atol=1e-5)
+        assert result["candidates"] == alone["candidates"]
+    many = httpx.post(f"{url}/v1/score:batch", json={"requests": requests[:1] * 4})
+    assert (many.status_code, many.json()["error"][:22]) == (413, "requests: at most 3 in")
+
+
+@pytest.mark.ray
+def test_a_deleted_user_is_forgotten_by_every_replica_whichever_is_asked(service: tuple[str, Scorer]) -> None:
+    url, _ = service
+    for session in two_sessions(url):
+        body = {"candidates": ITEMS, "request_ts": END_MS + 9, "events": [{**EVENT, "event_ts": END_MS}]}
+        assert post(url, 3, body, session).json()["user_state"]["num_events"] == 10
+    before = held_by(url)
+    deleted = httpx.delete(f"{url}/v1/users/3", timeout=30)
+    assert (deleted.status_code, deleted.json()) == (200, {"replicas": 2, "held": 2})
+    after = held_by(url)
+    for replica in before:
+        assert after[replica]["cache"]["states"] == before[replica]["cache"]["states"] - 1
+        assert after[replica]["online_events"]["users"] == before[replica]["online_events"]["users"] - 1
+    for session in two_sessions(url):
+        answer = post(url, 3, {"candidates": ITEMS, "request_ts": END_MS + 9}, session).json()
+        assert (answer["user_state"]["source"], answer["user_state"]["num_events"]) == ("load", 9)
+    assert httpx.delete(f"{url}/v1/users/three").status_code == 422
+
+
+@pytest.mark.ray
+def test_requests_that_came_astray_are_counted(service: tuple[str, Scorer]) -> None:
+    url, _ = service
+
+    def lost() -> dict[str, int]:
+        counts = [one["lost_affinity"] for one in held_by(url).values()]
+        return {reason: sum(one[reason] for one in counts) for reason in counts[0]}
+
+    before = lost()
+    assert post(url, 5, {"candidates": ITEMS}).status_code == 200
+    assert lost() == before
+    assert httpx.post(f"{url}/v1/score", json={"user_id": 5, "candidates": ITEMS}).status_code == 200
+    assert lost() == {**before, "no_session": before["no_session"] + 1}
+
+
+def test_the_ring_is_the_routers() -> None:
+    from ray.serve._private.common import DeploymentID, ReplicaID
+    from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
+
+    from serve_apps.affinity import ROUTER, Ring
+
+    names = ["abc", "def", "ghi"]
+    router = ConsistentHashRouter.__new__(ConsistentHashRouter)
+    router._num_virtual_nodes = ROUTER.request_router_kwargs["num_virtual_nodes"]
+    router._num_fallback_replicas = 0
+    router._deployment_id = DeploymentID("scoring")
+    router._rebuild_ring(frozenset(ReplicaID(name, DeploymentID("scoring")) for name in names))
+    ring = Ring(names)
+    sessions = [f"user {n}" for n in range(500)]
+    owners = [ring.owner(session) for session in sessions]
+    assert owners == [router._lookup_ranked_replicas(session)[0].unique_id for session in sessions]
+    assert set(owners) == set(names)

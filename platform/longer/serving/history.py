@@ -23,8 +23,18 @@ from longer.hashing import hash_int64
 from longer.schema import EventSchema
 from longer.serving.cache import NEVER_TS
 from longer.serving.online import beyond
-from longer.storage import Table
+from longer.storage import Table, Version
 from longer.windows import WindowRule
+
+
+def check_kept(sequences: Version, windows: WindowRule) -> None:
+    """A UserError if the table keeps fewer events than the model's history window may hold."""
+    kept, needed = sequences.manifest["settings"]["keep_events"], windows.max_history_events
+    if kept < needed:
+        raise UserError(
+            f"{sequences.path}: keeps {kept} events a user, but the model's history window needs {needed}: "
+            "raise sequences.keep_events and build it again"
+        )
 
 
 class HistorySource:
@@ -37,6 +47,10 @@ class HistorySource:
     @property
     def version_id(self) -> str:
         return self._table.version.id
+
+    @property
+    def version(self) -> Version:
+        return self._table.version
 
     def newer_version(self) -> str | None:
         """The table's served version if it is another than this source's; a pinned source never moves."""

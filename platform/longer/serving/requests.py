@@ -127,6 +127,8 @@ def now_ms() -> int:
 def _column(field_name: str, values: Sequence[Any] | pa.Array, wanted: pa.DataType) -> pa.Array:
     """The values as an Arrow column; a UserError, without the values, if they are not of the type or not finite."""
     try:
+        if isinstance(values, pa.Array) and not _is_like(values.type, wanted):
+            raise TypeError
         column = values.cast(wanted) if isinstance(values, pa.Array) else pa.array(values, wanted)
     except (pa.ArrowException, TypeError, ValueError, OverflowError):
         raise UserError(f"{field_name}: expected {wanted} values") from None
@@ -135,3 +137,10 @@ def _column(field_name: str, values: Sequence[Any] | pa.Array, wanted: pa.DataTy
             raise UserError(f"{field_name}: expected finite {wanted} values")
         column = pc.add(column, pa.scalar(0, wanted))  # -0.0 is 0.0: equal values are one value
     return column
+
+
+def _is_like(given: pa.DataType, wanted: pa.DataType) -> bool:
+    """Whether a column of one type may stand for one of the other: a cast alone would make ids of any numbers."""
+    if wanted == pa.string():
+        return pa.types.is_string(given) or pa.types.is_large_string(given)
+    return pa.types.is_integer(given) or (pa.types.is_floating(wanted) and pa.types.is_floating(given))

@@ -12,15 +12,17 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from longer.arrays import NO_EVENT_TS, Candidates
 from longer.data.items import ItemTable, items_version
 from longer.errors import UserError
 from longer.hashing import stable_keys
+from longer.model.longer import Longer
 from longer.model.outputs import to_scores
 from longer.model.states import UserState, score
 from longer.serving.cache import StateCache, StateVersion
-from longer.serving.history import HistorySource
+from longer.serving.history import HistorySource, check_kept
 from longer.serving.online import EventLimits, OnlineEvents
 from longer.serving.requests import (
     EventsRequest,
@@ -31,7 +33,7 @@ from longer.serving.requests import (
     now_ms,
 )
 from longer.serving.resolver import Pending, StateResolver
-from longer.training.checkpoints import load_model
+from longer.training.checkpoints import CheckpointInfo, load_model
 
 P = TypeVar("P", bound=Pending)
 
@@ -58,15 +60,28 @@ class Scorer:
         device: str = "cpu",
         event_limits: EventLimits | None = None,
     ) -> None:
-        self.model, self.info = load_model(checkpoint, device)
-        self.history = HistorySource(sequences, self.info.schema, sequences_version)
-        self._items_path = items
-        self.items = self._items_of(self.history.version_id)
+        self._device = device
+        model, info = load_model(checkpoint, device)
+        self.history = HistorySource(sequences, info.schema, sequences_version)
+        self._items_path, self._reader = items, RequestReader(info.schema)
         self.cache: StateCache[UserState] = StateCache(cache_bytes)
-        self.online = OnlineEvents(self.info.schema, event_limits or EventLimits())
-        self.version = StateVersion(self.info.model_version, self.info.schema.hash(), self.info.model.encoding)
-        self._reader = RequestReader(self.info.schema)
-        self._states = StateResolver(self.model, self.version, self.history, self.online, self.cache)
+        self.online = OnlineEvents(info.schema, event_limits or EventLimits())
+        self.adopt(model, info)
+        self.items = self._items_of(self.history.version_id)
+
+    def load_checkpoint(self, path: str) -> tuple[Longer, CheckpointInfo]:
+        """Another model for these tables, to `adopt`; a UserError if it is broken or does not fit them. For any thread."""
+        model, info = load_model(path, self._device, self.info.schema)
+        check_kept(self.history.version, model.windows)
+        if not all(bool(torch.isfinite(weights).all()) for weights in model.parameters()):
+            raise UserError(f"{path}/model.safetensors: weights that are not finite: train again")
+        return model, info
+
+    def adopt(self, model: Longer, info: CheckpointInfo) -> None:
+        """Scores with this model from now on. States of others stay until they are asked for, which is a miss, or have to go."""
+        self.model, self.info = model, info
+        version = StateVersion(info.model_version, info.schema.hash(), info.model.encoding)
+        self._states = StateResolver(model, version, self.history, self.online, self.cache)
 
     def refresh(self) -> bool:
         """Goes over to newer served sequences with their catalogue; UserError, and no change, until both are there."""

@@ -1,0 +1,31 @@
+"""Which replica a session belongs to: the ring of Serve's ConsistentHashRouter, so that a replica can tell what came astray."""
+
+import bisect
+from collections.abc import Iterable
+
+import mmh3
+from ray.serve.config import RequestRouterConfig
+from ray.serve.experimental.consistent_hash_router import CONSISTENT_HASH_SEED
+
+_NUM_VIRTUAL_NODES = 100
+
+ROUTER = RequestRouterConfig(
+    request_router_class="ray.serve.experimental.consistent_hash_router.ConsistentHashRouter",
+    request_router_kwargs={"num_virtual_nodes": _NUM_VIRTUAL_NODES, "num_fallback_replicas": 2},
+)
+
+
+class Ring:
+    """The owner of each session among these replicas, as the router chooses it while the owner has room."""
+
+    def __init__(self, replica_ids: Iterable[str]) -> None:
+        points = [(_hash(f"{one}:{node}"), one) for one in replica_ids for node in range(_NUM_VIRTUAL_NODES)]
+        points.sort(key=lambda point: point[0])
+        self._hashes, self._owners = [point[0] for point in points], [point[1] for point in points]
+
+    def owner(self, session: str) -> str:
+        return self._owners[bisect.bisect_right(self._hashes, _hash(session)) % len(self._owners)]
+
+
+def _hash(key: str) -> int:
+    return mmh3.hash64(key.encode(), seed=CONSISTENT_HASH_SEED, signed=False)[0]

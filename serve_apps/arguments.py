@@ -1,0 +1,132 @@
+"""The application's arguments, and the tables that they lead to."""
+
+import os
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from longer.data.items import items_version
+from longer.data.tables import open_version
+from longer.errors import UserError
+from longer.serving.history import check_kept
+from longer.serving.online import EventLimits
+from longer.storage import Table, read_bytes
+from longer.training.checkpoints import load_model
+from serve_apps.protocol import Limits
+
+TOKEN_VARIABLE = "LONGER_SCORING_TOKEN"
+
+
+class ScoringArgs(BaseModel):
+    """Arguments of the application; on the command line as NAME=VALUE, in a Serve config under `args`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    checkpoint: str = Field(description="A checkpoint, or the checkpoints table: then its served version.")
+    sequences: str | None = Field(
+        None, description="Path of the sequence table; null: tables/sequences beside checkpoints."
+    )
+    sequences_version: str | None = Field(None, description="Version to stay at; null follows the one served.")
+    items: str | None = Field(None, description="Path of the item catalogue; null: tables/items beside checkpoints.")
+    num_replicas: int = Field(1, ge=1, description="Fewest replicas.")
+    max_replicas: int = Field(1, ge=1, description="Most replicas that autoscaling may reach.")
+    target_ongoing_requests: float | None = Field(
+        None, gt=0, description="Requests in a replica above which autoscaling adds one; null: max_batch_requests."
+    )
+    upscale_delay_s: float = Field(30, ge=0, description="Time above the target before a replica is added.")
+    downscale_delay_s: float = Field(
+        1800, ge=0, description="Quiet time before a replica goes, and its states with it."
+    )
+    cache_bytes: int = Field(256 << 20, ge=0, description="Budget of a replica's user states, in bytes.")
+    max_candidates: int = Field(2_000, ge=1, description="Most candidates of one request.")
+    max_users: int = Field(100, ge=1, description="Most requests of one call to /v1/score:batch.")
+    max_events: int = Field(200, ge=1, description="Most events of one user in a call.")
+    max_user_events: int = Field(
+        1_000, ge=1, description="Events kept of one user beside the table; past it, those that came first go first."
+    )
+    events_keep_s: float = Field(
+        172_800, gt=0, description="Seconds that events are kept: longer than the table takes to catch up."
+    )
+    events_bytes: int = Field(
+        128 << 20, ge=0, description="Budget of a replica's online events, in bytes, about 9 kB a user."
+    )
+    max_body_bytes: int = Field(1 << 20, ge=1, description="Largest body of a request, in bytes.")
+    max_batch_requests: int = Field(16, ge=1, description="Requests scored together.")
+    batch_wait_ms: float = Field(1.0, ge=0, description="How long the first request of a batch waits for company.")
+    max_queued_requests: int = Field(
+        256, ge=1, description="Requests that an HTTP proxy lets wait for replicas; more are answered 503 at once."
+    )
+    timeout_s: float = Field(
+        10, gt=0, description="Longest time a request may take; a caller may ask for a shorter one."
+    )
+    token_file: str | None = Field(
+        None,
+        description="File whose content every call must bring as bearer token; null: the variable LONGER_SCORING_TOKEN of the "
+        "replicas' environment, and no token if that is not set.",
+    )
+    refresh_s: float = Field(60, gt=0, description="Seconds between looks for a newer version of the sequence table.")
+    num_cpus: float = Field(1, ge=0, description="CPUs that Ray reserves for a replica.")
+    num_gpus: float = Field(0, ge=0, description="GPUs of a replica; 0 scores on the CPU.")
+    torch_threads: int = Field(1, ge=1, description="Threads of one torch operation.")
+    pool_label: str | None = Field(
+        None, description="Label whose value, 'gpu' or 'cpu', says which nodes are for these replicas; null: any."
+    )
+
+    @model_validator(mode="after")
+    def _replicas_fit(self) -> Self:
+        if self.num_replicas > self.max_replicas:
+            raise ValueError(
+                f"num_replicas={self.num_replicas} exceeds max_replicas={self.max_replicas}: raise the latter"
+            )
+        if self.max_events > self.max_user_events:
+            raise ValueError(f"max_events={self.max_events} exceeds max_user_events={self.max_user_events}: lower it")
+        return self
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.max_candidates, self.max_events, self.max_users)
+
+    @property
+    def event_limits(self) -> EventLimits:
+        return EventLimits(self.max_user_events, self.events_keep_s, self.events_bytes)
+
+    def token(self) -> str | None:
+        """The bearer token, None if none is asked for; a UserError if its file is missing or empty."""
+        if self.token_file is None:
+            return os.environ.get(TOKEN_VARIABLE) or None
+        try:
+            token = read_bytes(self.token_file).decode().strip()
+        except (OSError, UnicodeDecodeError):
+            raise UserError(f"token_file={self.token_file}: cannot be read as text: write the token there") from None
+        if not token:
+            raise UserError(f"token_file={self.token_file}: empty: write the token there")
+        return token
+
+
+class Rollout(BaseModel):
+    """The deployment's `user_config`: what running replicas go over to, without a restart."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    checkpoint: str = Field(
+        description="A checkpoint of the same event_schema; not the checkpoints table, which moves on."
+    )
+
+
+def resolved(args: ScoringArgs) -> ScoringArgs:
+    """The arguments with every path found and checked: a mistake is told at once, before any replica starts.
+
+    Without the catalogue, candidates given by id would silently lose their features and get other scores.
+    """
+    served = Table(args.checkpoint).current()
+    checkpoint = served.path if served else args.checkpoint
+    info = load_model(checkpoint)[1]
+    root = args.checkpoint.rstrip("/").rpartition("checkpoints")[0] or "./"
+    sequences = args.sequences or f"{root}tables/sequences"
+    items = (args.items or f"{root}tables/items") if info.schema.features_of("item") else None
+    version = open_version(sequences, info.schema, args.sequences_version, "jobs.build_sequences")
+    if items:
+        open_version(items, info.schema, items_version(version.id, info.schema), "jobs.build_sequences")
+    check_kept(version, info.model.windows)
+    args.token()
+    return args.model_copy(update={"checkpoint": checkpoint, "sequences": sequences, "items": items})

@@ -1,0 +1,110 @@
+"""What keeps a service up and its secrets in: token, deadline, a bounded queue, quiet logs."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import ray
+
+from longer.errors import UserError
+from serve_apps.arguments import ScoringArgs
+from tests.serve_apps.services import running
+from tests.serving.tables import START_MS, build_world
+
+TOKEN = "correct-horse-battery"
+USER = 730_550_112_233
+ITEM = "item-of-nobodys-business"
+BEARER = {"authorization": f"Bearer {TOKEN}"}
+BODY = {"user_id": USER, "candidates": [ITEM]}
+
+
+@pytest.fixture(scope="module")
+def url(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A service that asks for a token, has little room, and waits a while for company before it scores."""
+    folder = tmp_path_factory.mktemp("protection")
+    (folder / "token").write_text(f"{TOKEN}\n")
+    limits = {"max_batch_requests": 2, "max_queued_requests": 1, "batch_wait_ms": 100}
+    with running(build_world(folder), token_file=str(folder / "token"), **limits) as service:
+        yield service
+
+
+@pytest.mark.ray
+def test_without_the_token_nothing_is_told_but_that_the_service_lives(url: str) -> None:
+    for headers in ({}, {"authorization": TOKEN}, {"authorization": f"Bearer {TOKEN}x"}, {"authorization": "Bearer"}):
+        for method, path in (
+            ("POST", "score"),
+            ("POST", "score:batch"),
+            ("POST", "events"),
+            ("DELETE", "users/5"),
+            ("GET", "model"),
+            ("GET", "stats"),
+        ):
+            response = httpx.request(method, f"{url}/v1/{path}", headers=headers, timeout=30)
+            assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
+            assert TOKEN not in response.text
+    assert httpx.get(f"{url}/healthz").status_code == httpx.get(f"{url}/readyz").status_code == 200
+    assert httpx.post(f"{url}/v1/score", json=BODY, headers=BEARER).status_code == 200
+
+
+@pytest.mark.ray
+def test_a_request_is_answered_by_its_deadline_and_a_bad_deadline_is_told(url: str) -> None:
+    def ask(timeout_ms: str) -> httpx.Response:
+        return httpx.post(f"{url}/v1/score", json=BODY, headers={**BEARER, "x-timeout-ms": timeout_ms}, timeout=30)
+
+    late = ask("20")
+    assert (late.status_code, late.json()["error"][:20]) == (504, "not answered in time")
+    assert ask("20000").status_code == 200
+    for bad in ("0", "-1", "soon", "1e3", "\u00b2"):
+        assert ask(bad.encode().decode("latin-1")).status_code == 422
+
+
+@pytest.mark.ray
+def test_what_does_not_fit_the_queue_is_told_when_to_come_back_and_nothing_is_lost(url: str) -> None:
+    async def flood(num_requests: int) -> list[httpx.Response]:
+        async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=num_requests)) as http:
+            calls = (http.post(f"{url}/v1/score", json=BODY, headers=BEARER) for _ in range(num_requests))
+            return await asyncio.gather(*calls)
+
+    responses = asyncio.run(flood(80))
+    counts = Counter(response.status_code for response in responses)
+    assert counts.keys() == {200, 503}, counts
+    assert all(response.headers["retry-after"] == "1" for response in responses if response.status_code == 503)
+    assert httpx.post(f"{url}/v1/score", json=BODY, headers=BEARER).status_code == 200
+
+
+@pytest.mark.ray
+def test_nothing_that_was_sent_is_in_a_log(url: str) -> None:
+    event = {"item_id": ITEM, "event_ts": START_MS}
+    for method, path, body in (
+        ("POST", "score", {**BODY, "events": [event]}),
+        ("POST", "score", {**BODY, "candidates": [{"id": ITEM, "features": {"price": ITEM}}]}),
+        ("POST", "events", {"user_id": USER, "events": [event, {**event, "item_id": ""}]}),
+        ("DELETE", f"users/{USER}", None),
+    ):
+        response = httpx.request(method, f"{url}/v1/{path}", json=body, headers=BEARER, timeout=30)
+        assert response.status_code in (200, 422), response.text
+        if response.status_code == 422:
+            assert ITEM not in response.text
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    found = [
+        (file.name, secret)
+        for file in logs.rglob("*")
+        if file.is_file()
+        for secret in (TOKEN, str(USER), ITEM)
+        if secret.encode() in file.read_bytes()
+    ]
+    assert found == []
+
+
+def test_a_token_file_that_is_not_there_or_empty_stops_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LONGER_SCORING_TOKEN", TOKEN)
+    assert ScoringArgs(checkpoint="x").token() == TOKEN
+    (tmp_path / "empty").write_text(" \n")
+    for name, reason in (("nowhere", "cannot be read"), ("empty", "empty: write the token there")):
+        with pytest.raises(UserError, match=reason):
+            ScoringArgs(checkpoint="x", token_file=str(tmp_path / name)).token()
