@@ -20,6 +20,33 @@ _ERRORS = {
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
+_HEADERS = {
+    "x-session-id": (
+        "The user's id: requests of one session reach the replica that holds its state.",
+        {"type": "string"},
+    ),
+    "x-timeout-ms": (
+        "How long an answer is worth waiting for, in milliseconds.",
+        {"type": "integer", "minimum": 1, "maximum": 999_999_999},
+    ),
+}
+
+
+def about_call(*headers: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What a call may or must bring: these headers, a token if the service asks for one, and a body."""
+    parameters = [
+        {"name": name, "in": "header", "required": False, "description": _HEADERS[name][0], "schema": _HEADERS[name][1]}
+        for name in headers
+    ]
+    return {"parameters": parameters, "security": [{}, {"bearer": []}], **(body or {})}
+
+
+def with_security(document: dict[str, Any]) -> dict[str, Any]:
+    """The document with the scheme that its calls refer to."""
+    document.setdefault("components", {})["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+    return document
+
+
 def errors(*more: int) -> dict[int | str, dict[str, Any]]:
     """The errors that every call may be answered with, and `more`."""
     return {status: {"model": ErrorAnswer, "description": _ERRORS[status]} for status in (400, 401, 422, 504, *more)}

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import resource
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from serve_apps.affinity import Ring
 from serve_apps.arguments import Rollout, ScoringArgs
 from serve_apps.arrow_body import ARROW, arrow_answer, parse_arrow_body
 from serve_apps.metrics import ReplicaMetrics
-from serve_apps.openapi import body_of, errors, responds
+from serve_apps.openapi import about_call, body_of, errors, responds, with_security
 from serve_apps.protocol import (
     BodyError,
     EventsAnswer,
@@ -46,7 +47,13 @@ _RING_WITHIN_S = 5.0
 _UNREADABLE = "the sequence table cannot be read at the moment: try again later"
 _logger = logging.getLogger("ray.serve")
 
-api = FastAPI(title="longer scoring", version="1")
+
+class _Api(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        return with_security(super().openapi())
+
+
+api = _Api(title="longer scoring", version="1")
 
 Answer = tuple[bytes, str]
 JSON = "application/json"
@@ -198,7 +205,7 @@ class ScoringReplica:
 
     @api.post(
         "/v1/score",
-        openapi_extra=body_of(ScoreBody, ARROW),
+        openapi_extra=about_call(SESSION_HEADER, TIMEOUT_HEADER, body=body_of(ScoreBody, ARROW)),
         responses={**responds(ScoreAnswer, ARROW), **errors(413, 415, 503)},
     )
     async def score(self, request: Request) -> Response:
@@ -219,7 +226,7 @@ class ScoringReplica:
 
     @api.post(
         "/v1/score:batch",
-        openapi_extra=body_of(ScoreBatchBody),
+        openapi_extra=about_call(TIMEOUT_HEADER, body=body_of(ScoreBatchBody)),
         responses={**responds(ScoreBatchAnswer), **errors(413, 415)},
     )
     async def score_batch(self, request: Request) -> Response:
@@ -240,7 +247,11 @@ class ScoringReplica:
 
     # -- users --------------------------------------------------------------------------------------------------------
 
-    @api.post("/v1/events", openapi_extra=body_of(EventsBody), responses={**responds(EventsAnswer), **errors(413, 415)})
+    @api.post(
+        "/v1/events",
+        openapi_extra=about_call(SESSION_HEADER, TIMEOUT_HEADER, body=body_of(EventsBody)),
+        responses={**responds(EventsAnswer), **errors(413, 415)},
+    )
     async def events(self, request: Request) -> Response:
         """Takes in a user's newest events. They are known to the replica that answers, until the table has them."""
         return await self._answer(request, "events", self._answer_events)
@@ -253,7 +264,11 @@ class ScoringReplica:
             raise outcome
         return as_json(events_answer(outcome)), JSON
 
-    @api.delete("/v1/users/{user_id:path}", responses={**responds(ForgetAnswer), **errors(503)})
+    @api.delete(
+        "/v1/users/{user_id:path}",
+        openapi_extra=about_call(TIMEOUT_HEADER),
+        responses={**responds(ForgetAnswer), **errors(503)},
+    )
     async def forget_user(self, request: Request, user_id: str) -> Response:
         """Drops states and online events of the user on every replica that runs; the sequence table is not touched."""
         return await self._answer(request, "users", lambda _: self._answer_forget(user_id))
@@ -271,7 +286,7 @@ class ScoringReplica:
 
     # -- what is served -----------------------------------------------------------------------------------------------
 
-    @api.get("/v1/model", responses=errors())
+    @api.get("/v1/model", openapi_extra=about_call(SESSION_HEADER, TIMEOUT_HEADER), responses=errors())
     async def model(self, request: Request) -> Response:
         """The model that answers, and what it reads."""
         return await self._answer(request, "model", self._answer_model)
@@ -291,7 +306,7 @@ class ScoringReplica:
         }
         return as_json(about), JSON
 
-    @api.get("/v1/stats", responses=errors())
+    @api.get("/v1/stats", openapi_extra=about_call(SESSION_HEADER, TIMEOUT_HEADER), responses=errors())
     async def stats(self, request: Request) -> Response:
         """What this replica holds and has done."""
         return await self._answer(request, "stats", self._answer_stats)
@@ -305,6 +320,7 @@ class ScoringReplica:
             "cache": {**cache.counters.as_dict(), **states},
             "online_events": {**online.counters.as_dict(), **events},
             "lost_affinity": dict(self._metrics.lost_affinity),
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
         return as_json(about), JSON
 

@@ -11,6 +11,12 @@ from tests.s3.proxy import Proxy, proxy_before
 from tests.s3.server import running_bucket
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--malformed", type=int, default=1000, help="Malformed requests to a service; 10000 is the full size."
+    )
+
+
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A bucket of an S3 server on a free loopback port, reached over HTTP through the usual environment variables."""

@@ -1,0 +1,154 @@
+"""The service against what callers should not send: it stays up, says what is wrong, and does not grow.
+
+`--malformed 10000` is the full size.
+"""
+
+import json
+import random
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+import pyarrow as pa
+import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis import Case, GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi import checks
+
+from serve_apps.arrow_body import ARROW
+from tests.serve_apps.services import running
+from tests.serve_apps.test_arrow_body import stream
+from tests.serving.tables import START_MS, build_world
+
+CHECKS = [
+    not_a_server_error,
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_schema_conformance,
+    checks.negative_data_rejection,
+]
+NUM_CLIENTS = 4
+MOST_GROWTH_BYTES = 100 << 20
+GOOD = {"user_id": 9, "candidates": ["item1", {"id": "item2", "features": {"price": 1.5}}], "top_k": 1}
+EVENT = {"item_id": "item3", "event_ts": START_MS, "action": "buy", "features": {"price": 2}}
+
+
+@pytest.fixture(scope="module")
+def url(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    limits = {"cache_bytes": 4 << 20, "events_bytes": 4 << 20, "max_body_bytes": 1 << 16}
+    with running(build_world(tmp_path_factory.mktemp("malformed")), **limits) as service:
+        yield service
+
+
+def peak_bytes(url: str) -> int:
+    return httpx.get(f"{url}/v1/stats", timeout=30).json()["peak_memory_bytes"]
+
+
+def assert_well(url: str) -> None:
+    answer = httpx.post(f"{url}/v1/score", json=GOOD, timeout=30)
+    assert answer.status_code == 200, answer.text
+    stats = httpx.get(f"{url}/v1/stats", timeout=30).json()
+    for held in (stats["cache"], stats["online_events"]):
+        assert held["bytes"] <= held["budget_bytes"]
+
+
+@pytest.mark.ray
+def test_the_service_does_what_its_openapi_document_says(url: str, request: pytest.FixtureRequest) -> None:
+    operations = [found.ok() for found in schemathesis.openapi.from_url(f"{url}/openapi.json").get_all_operations()]
+    assert len(operations) == 8
+    num_each = max(request.config.getoption("--malformed") // (4 * len(operations)), 5)
+    with requests.Session() as session:
+        for operation in operations:
+            for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
+                if mode is GenerationMode.NEGATIVE and not operation.body:
+                    continue
+
+                @settings(max_examples=num_each, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+                @given(case=operation.as_strategy(generation_mode=mode))
+                def keeps_to_it(case: Case) -> None:
+                    case.call_and_validate(checks=CHECKS, session=session, timeout=30)
+
+                keeps_to_it()
+    assert_well(url)
+
+
+def damaged(rng: random.Random) -> tuple[str, str, bytes]:
+    """A path, a content type and a body that was good before."""
+    path, good = rng.choice(
+        [("score", GOOD), ("score:batch", {"requests": [GOOD] * 3}), ("events", {"user_id": 9, "events": [EVENT] * 2})]
+    )
+    content_type, body = "application/json", bytearray(json.dumps(good).encode())
+    if path == "score" and rng.random() < 0.5:
+        columns = {"id": [f"item{n}" for n in range(50)], "price": np.arange(50, dtype=np.float32)}
+        content_type, body = ARROW, bytearray(stream(columns, {"user_id": 9}))
+    how = rng.randrange(6)
+    if how == 0:
+        body = body[: rng.randrange(len(body))]
+    elif how == 1:
+        body = bytearray(rng.randbytes(rng.randrange(2000)))
+    elif how == 2:
+        content_type = rng.choice(["text/plain", ARROW, "application/json", "", "application/json; charset=utf-16"])
+    elif how == 3:
+        at = rng.randrange(len(body))
+        body[at:at] = rng.choice([b"[" * 5000, b'"', b"\x00", b"\xff" * 99, b"9" * 5000, b"-1e999", b"NaN", b"null"])
+    else:
+        for _ in range(rng.randrange(1, 6)):
+            body[rng.randrange(len(body))] = rng.randrange(256)
+    return path, content_type, bytes(body)
+
+
+@pytest.mark.ray
+def test_damaged_bodies_have_their_reason_and_leave_nothing_behind(url: str, request: pytest.FixtureRequest) -> None:
+    num_requests = request.config.getoption("--malformed")
+    assert_well(url)
+
+    def client(seed: int) -> Counter[int]:
+        rng, counts = random.Random(seed), Counter[int]()
+        with httpx.Client(timeout=30) as http:
+            for _ in range(num_requests // NUM_CLIENTS):
+                path, content_type, body = damaged(rng)
+                answer = http.post(f"{url}/v1/{path}", content=body, headers={"content-type": content_type})
+                counts[answer.status_code] += 1
+                assert answer.status_code in (200, 400, 413, 415, 422), (path, content_type, body, answer.text)
+                if answer.status_code != 200:
+                    assert "\n" not in answer.json()["error"]
+        return counts
+
+    with ThreadPoolExecutor(NUM_CLIENTS) as pool:
+        list(pool.map(client, range(NUM_CLIENTS)))  # what the allocator and the libraries take at first
+        before, started = peak_bytes(url), time.monotonic()
+        counts = sum(pool.map(client, range(NUM_CLIENTS, 2 * NUM_CLIENTS)), Counter[int]())
+    growth = peak_bytes(url) - before
+    print(f"{counts.total()} in {time.monotonic() - started:.1f} s: {dict(counts)}, {growth >> 20} MB more at the peak")
+    assert counts[200] < counts.total() / 2
+    assert growth < MOST_GROWTH_BYTES
+    assert_well(url)
+
+
+@pytest.mark.ray
+def test_bytes_that_are_no_http_end_their_own_connection_only(url: str) -> None:
+    address, rng = urlsplit(url), random.Random(0)
+    for number in range(50):
+        with socket.create_connection((address.hostname, address.port), timeout=10) as connection:
+            head = b"" if number % 2 else b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: 999999\r\n\r\n"
+            connection.sendall(head + rng.randbytes(rng.randrange(1, 5000)))
+    assert_well(url)
+
+
+@pytest.mark.ray
+def test_many_names_of_features_in_a_small_body_do_not_become_many_columns(url: str) -> None:
+    before = peak_bytes(url)
+    names = iter(range(10**9))
+    few_bytes = [{"id": "a", "features": {f"{next(names):x}": 1 for _ in range(5)}} for _ in range(900)]
+    answer = httpx.post(f"{url}/v1/score", json={**GOOD, "candidates": few_bytes}, timeout=30)
+    assert answer.status_code == 422, answer.text
+    assert peak_bytes(url) - before < MOST_GROWTH_BYTES
+    assert len(pa.py_buffer(answer.content)) < 200
