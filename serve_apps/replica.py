@@ -1,8 +1,6 @@
 """One scorer with its cache behind HTTP. Everything that touches the scorer runs in its one worker thread."""
 
 import asyncio
-import hashlib
-import hmac
 import logging
 import resource
 import time
@@ -14,10 +12,11 @@ import torch
 from fastapi import FastAPI, Request, Response
 from ray import serve
 from ray.serve.exceptions import RayServeException
-from starlette.requests import ClientDisconnect
+from ray.serve.handle import DeploymentHandle
 
-from longer.errors import StorageError, UserError, one_line
+from longer.errors import UserError, one_line
 from longer.serving.scorer import EventsRequest, EventsResult, Scorer, ScoreRequest, ScoreResult
+from serve_apps.access import SESSION_HEADER, TIMEOUT_HEADER, Gate, content_type_of, id_of, reason_of, status_of
 from serve_apps.affinity import Ring
 from serve_apps.arguments import Rollout, ScoringArgs
 from serve_apps.arrow_body import ARROW, arrow_answer, parse_arrow_body
@@ -40,11 +39,9 @@ from serve_apps.protocol import (
     score_answer,
 )
 
-SESSION_HEADER, TIMEOUT_HEADER = "x-session-id", "x-timeout-ms"
 RETRY_AFTER_S = 1
 _READY_WITHIN_S = 2.0
 _RING_WITHIN_S = 5.0
-_UNREADABLE = "the sequence table cannot be read at the moment: try again later"
 _logger = logging.getLogger("ray.serve")
 
 
@@ -59,37 +56,6 @@ Answer = tuple[bytes, str]
 JSON = "application/json"
 
 
-# Above the class that uses them: Serve pickles the application's functions, with their globals, as it decorates the class.
-def _status(error: UserError) -> int:
-    if isinstance(error, StorageError):
-        return 503
-    return error.status if isinstance(error, BodyError) else 422
-
-
-def _reason(error: UserError) -> str:
-    """A table's path is for the log, not for callers."""
-    if isinstance(error, StorageError):
-        _logger.error("%s", error)
-        return _UNREADABLE
-    return str(error)
-
-
-def _content_type_of(request: Request, *known: str) -> str:
-    """The body's content type, the first of `known` if none is stated; a BodyError if it is none of them."""
-    stated = request.headers.get("content-type", known[0]).partition(";")[0].strip().lower()
-    if stated not in known:
-        raise BodyError(415, f"content-type: expected {' or '.join(known)}")
-    return stated
-
-
-def _id_of(text: str, user_id_type: str) -> int | str:
-    if user_id_type == "string" and text:
-        return text
-    if user_id_type == "string" or not (text.isascii() and text.removeprefix("-").isdigit() and len(text) < 21):
-        raise BodyError(422, f"user_id: expected {user_id_type}")
-    return int(text)
-
-
 @serve.deployment
 @serve.ingress(api)
 class ScoringReplica:
@@ -97,8 +63,7 @@ class ScoringReplica:
 
     def __init__(self, args: ScoringArgs) -> None:
         self._args = args
-        token = args.token()
-        self._token_digest = hashlib.sha256(token.encode()).digest() if token else None
+        self._gate = Gate(args.token(), args.timeout_s, args.max_body_bytes)
         self._worker = ThreadPoolExecutor(
             1, "scorer", initializer=torch.set_num_threads, initargs=(args.torch_threads,)
         )
@@ -107,6 +72,7 @@ class ScoringReplica:
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._ring: Ring | None = None
         self._refused_rollout = False
+        self._peers: DeploymentHandle | None = None
         for batch in (self._score_batch, self._events_batch):
             batch.set_max_batch_size(args.max_batch_requests)
             batch.set_batch_wait_timeout_s(args.batch_wait_ms / 1000)
@@ -189,9 +155,12 @@ class ScoringReplica:
 
     async def _everywhere(self, method: str, *args: Any) -> list[Any]:
         """What each replica returns, or the error instead, of all that run as far as this one has been told."""
-        context = serve.get_replica_context()
-        handle = serve.get_deployment_handle(context.deployment, context.app_name)
-        return await handle.broadcast(method, *args).results_async(timeout_s=_RING_WITHIN_S, return_exceptions=True)
+        if self._peers is None:  # not when this one starts: there is nothing to ask yet
+            context = serve.get_replica_context()
+            self._peers = serve.get_deployment_handle(context.deployment, context.app_name)
+        return await self._peers.broadcast(method, *args).results_async(
+            timeout_s=_RING_WITHIN_S, return_exceptions=True
+        )
 
     async def replica_id(self) -> str:
         """Called by other replicas."""
@@ -214,9 +183,9 @@ class ScoringReplica:
 
     async def _answer_score(self, request: Request) -> Answer:
         self._count_affinity(request)
-        content_type = _content_type_of(request, JSON, ARROW)
+        content_type = content_type_of(request, JSON, ARROW)
         parse = parse_arrow_body if content_type == ARROW else parse_score_body
-        asked = parse(await self._body(request), self._args.limits)
+        asked = parse(await self._gate.body(request), self._args.limits)
         outcome, version = await self._score_batch(asked.request)
         if isinstance(outcome, UserError):
             raise outcome
@@ -234,11 +203,11 @@ class ScoringReplica:
         return await self._answer(request, "score:batch", self._answer_batch)
 
     async def _answer_batch(self, request: Request) -> Answer:
-        _content_type_of(request, JSON)
-        several = parse_score_batch_body(await self._body(request), self._args.limits)
+        content_type_of(request, JSON)
+        several = parse_score_batch_body(await self._gate.body(request), self._args.limits)
         outcomes = await asyncio.gather(*(self._score_batch(asked.request) for asked in several))
         results = [
-            {"error": _reason(outcome), "status": _status(outcome)}
+            {"error": reason_of(outcome), "status": status_of(outcome)}
             if isinstance(outcome, UserError)
             else score_answer(asked, outcome, version)
             for asked, (outcome, version) in zip(several, outcomes, strict=True)
@@ -257,9 +226,9 @@ class ScoringReplica:
         return await self._answer(request, "events", self._answer_events)
 
     async def _answer_events(self, request: Request) -> Answer:
-        _content_type_of(request, JSON)
+        content_type_of(request, JSON)
         self._count_affinity(request)
-        outcome = await self._events_batch(parse_events_body(await self._body(request), self._args.limits))
+        outcome = await self._events_batch(parse_events_body(await self._gate.body(request), self._args.limits))
         if isinstance(outcome, UserError):
             raise outcome
         return as_json(events_answer(outcome)), JSON
@@ -274,7 +243,7 @@ class ScoringReplica:
         return await self._answer(request, "users", lambda _: self._answer_forget(user_id))
 
     async def _answer_forget(self, text: str) -> Answer:
-        user_id = _id_of(text, self._scorer.info.schema.user_id)
+        user_id = id_of(text, self._scorer.info.schema.user_id)
         held = await self.forget(user_id)
         try:
             others = await self._everywhere("forget", user_id)
@@ -344,38 +313,20 @@ class ScoringReplica:
         """The work's answer, or what went wrong: a line and a status, and never a value that was sent."""
         started, media_type, headers = time.perf_counter(), JSON, {}
         try:
-            self._check_token(request)
-            async with asyncio.timeout(self._time_left_s(request)):
+            self._gate.check_token(request)
+            async with asyncio.timeout(self._gate.time_left_s(request)):
                 content, media_type = await work(request)
             status = 200
         except TimeoutError:
             content, status = as_json({"error": "not answered in time: allow more, or send fewer candidates"}), 504
         except UserError as error:
-            content, status = as_json({"error": _reason(error)}), _status(error)
+            content, status = as_json({"error": reason_of(error)}), status_of(error)
             if status == 503:
                 headers["retry-after"] = str(RETRY_AFTER_S)
             if status == 401:
                 headers["www-authenticate"] = "Bearer"
         self._metrics.record(route, (time.perf_counter() - started) * 1000, status)
         return self._response(content, status, media_type, headers)
-
-    def _check_token(self, request: Request) -> None:
-        """Digests are compared, in constant time, so that neither content nor length of the token shows."""
-        if self._token_digest is None:
-            return
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        digest = hashlib.sha256(given.strip().encode()).digest()
-        if not hmac.compare_digest(digest, self._token_digest) or scheme.lower() != "bearer":
-            raise BodyError(401, "authorization: send this service's token as `Authorization: Bearer TOKEN`")
-
-    def _time_left_s(self, request: Request) -> float:
-        """The time that the caller gives, or the longest allowed."""
-        given = request.headers.get(TIMEOUT_HEADER)
-        if given is None:
-            return self._args.timeout_s
-        if not (given.isascii() and given.isdigit() and 0 < int(given) < 10**9):
-            raise BodyError(422, f"{TIMEOUT_HEADER}: expected a positive integer, in milliseconds")
-        return min(int(given) / 1000, self._args.timeout_s)
 
     def _count_affinity(self, request: Request) -> None:
         """A request without a session goes anywhere; one of a session that is another replica's found that one full or gone."""
@@ -384,18 +335,6 @@ class ScoringReplica:
             self._metrics.lost_affinity["no_session"] += 1
         elif self._ring and self._ring.owner(session) != self._replica:
             self._metrics.lost_affinity["other_replica"] += 1
-
-    async def _body(self, request: Request) -> bytes:
-        """The whole body; BodyError as soon as it is too large or when its sender has gone."""
-        body, limit = bytearray(), self._args.max_body_bytes
-        try:
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
-                    raise BodyError(413, f"body: at most {limit} bytes: send fewer candidates in a request")
-        except ClientDisconnect:
-            raise BodyError(400, "body: the connection closed before its end") from None
-        return bytes(body)
 
     def _response(
         self, content: bytes, status: int = 200, media_type: str = JSON, headers: dict[str, str] | None = None

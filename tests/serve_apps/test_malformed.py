@@ -74,7 +74,10 @@ def test_the_service_does_what_its_openapi_document_says(url: str, request: pyte
                 @settings(max_examples=num_each, deadline=None, database=None, suppress_health_check=list(HealthCheck))
                 @given(case=operation.as_strategy(generation_mode=mode))
                 def keeps_to_it(case: Case) -> None:
-                    case.call_and_validate(checks=CHECKS, session=session, timeout=30)
+                    response = case.call(session=session, timeout=30)
+                    if response.status_code == 504 and "x-timeout-ms" in (case.headers or {}):
+                        return  # it asked for an answer sooner than there could be one
+                    case.validate_response(response, checks=CHECKS)
 
                 keeps_to_it()
     assert_well(url)

@@ -5,13 +5,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longer.config import Settings
 from longer.errors import StorageError, UserError
+from longer.model.longer import Longer
 from longer.serving.scorer import Scorer, ScoreRequest, ScoreResult
 from longer.storage import Table
+from longer.training.checkpoints import save_model
 from tests.serving.tables import (
     DAY_MS,
     NUM_USERS,
@@ -19,6 +22,7 @@ from tests.serving.tables import (
     build_world,
     checkpoint_path,
     publish_catalogue,
+    publish_random_model,
     publish_sequences,
     random_events,
 )
@@ -229,6 +233,38 @@ def test_a_new_table_version_appends_its_events_and_drops_states_whose_past_has_
     assert scorer.cache.counters.stale == 1
     for result, one in zip(results, asked, strict=True):
         assert_same(result, ask(scorer_of(world), one)[0])
+
+
+def test_states_of_another_model_are_misses_and_a_checkpoint_that_cannot_serve_is_refused(tmp_path: Path) -> None:
+    world = build_world(tmp_path)
+    scorer, first_path = scorer_of(world), checkpoint_path(world)
+    before = ask(scorer, (6, END_MS))[0]
+    second_path = publish_random_model(world, seed=1).path
+    scorer.adopt(*scorer.load_checkpoint(second_path))
+    after = ask(scorer, (6, END_MS))[0]
+    assert (after.source, scorer.cache.counters.stale) == ("load", 1)
+    assert_same(after, ask(scorer_of(world), (6, END_MS))[0])
+    assert np.abs(after.scores["label"] - before.scores["label"]).max() > 1e-3
+    scorer.adopt(*scorer.load_checkpoint(first_path))
+    assert_same(ask(scorer, (6, END_MS))[0], before)
+
+    model, info = scorer.load_checkpoint(second_path)
+    with torch.no_grad():
+        model.norm_head.weight[0] = np.nan
+    save_model(str(tmp_path / "nan"), model, info.model, info.schema, info.tasks)
+    longer = world.model.model_copy(update={"history_events": 64})
+    save_model(str(tmp_path / "longer"), Longer(longer, info.schema, info.tasks), longer, info.schema, info.tasks)
+    schema = info.schema.model_copy(update={"features": info.schema.features[:1]})
+    save_model(str(tmp_path / "schema"), Longer(info.model, schema, info.tasks), info.model, schema, info.tasks)
+    for name, reason in (
+        ("nan", "not finite"),
+        ("longer", "keeps 40 events"),
+        ("schema", "event_schema"),
+        ("x", "no such"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            scorer.load_checkpoint(str(tmp_path / name))
+    assert ask(scorer, (6, END_MS))[0].source == "hit"
 
 
 def test_tables_and_checkpoint_may_lie_on_s3(s3: str) -> None:

@@ -1,0 +1,84 @@
+"""Who may ask, for how long and how much; and what a caller is told when something is wrong."""
+
+import hashlib
+import hmac
+import logging
+
+from fastapi import Request
+from starlette.requests import ClientDisconnect
+
+from longer.errors import StorageError, UserError
+from serve_apps.protocol import BodyError
+
+SESSION_HEADER, TIMEOUT_HEADER = "x-session-id", "x-timeout-ms"
+_logger = logging.getLogger("ray.serve")
+
+
+class Gate:
+    """The token, the longest time and the largest body of a service."""
+
+    def __init__(self, token: str | None, timeout_s: float, max_body_bytes: int) -> None:
+        self._token_digest = hashlib.sha256(token.encode()).digest() if token else None
+        self._timeout_s, self._max_body_bytes = timeout_s, max_body_bytes
+
+    def check_token(self, request: Request) -> None:
+        """BodyError 401 without the token. Digests are compared, in constant time, so that neither content nor length shows."""
+        if self._token_digest is None:
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        digest = hashlib.sha256(given.strip().encode()).digest()
+        if not hmac.compare_digest(digest, self._token_digest) or scheme.lower() != "bearer":
+            raise BodyError(401, "authorization: send this service's token as `Authorization: Bearer TOKEN`")
+
+    def time_left_s(self, request: Request) -> float:
+        """The time that the caller gives, or the longest allowed."""
+        given = request.headers.get(TIMEOUT_HEADER)
+        if given is None:
+            return self._timeout_s
+        if not (given.isascii() and given.isdigit() and len(given) < 10 and int(given)):
+            raise BodyError(422, f"{TIMEOUT_HEADER}: expected a positive integer, in milliseconds")
+        return min(int(given) / 1000, self._timeout_s)
+
+    async def body(self, request: Request) -> bytes:
+        """The whole body; BodyError as soon as it is too large or when its sender has gone."""
+        body, limit = bytearray(), self._max_body_bytes
+        try:
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise BodyError(413, f"body: at most {limit} bytes: send fewer candidates in a request")
+        except ClientDisconnect:
+            raise BodyError(400, "body: the connection closed before its end") from None
+        return bytes(body)
+
+
+def content_type_of(request: Request, *known: str) -> str:
+    """The body's content type, the first of `known` if none is stated; a BodyError if it is none of them."""
+    stated = request.headers.get("content-type", known[0]).partition(";")[0].strip().lower()
+    if stated not in known:
+        raise BodyError(415, f"content-type: expected {' or '.join(known)}")
+    return stated
+
+
+def id_of(text: str, user_id_type: str) -> int | str:
+    """A user id in a path."""
+    if user_id_type == "string" and text:
+        return text
+    if user_id_type == "string" or not (text.isascii() and text.removeprefix("-").isdigit() and len(text) < 21):
+        raise BodyError(422, f"user_id: expected {user_id_type}")
+    return int(text)
+
+
+def status_of(error: UserError) -> int:
+    """The HTTP status that goes with an error."""
+    if isinstance(error, StorageError):
+        return 503
+    return error.status if isinstance(error, BodyError) else 422
+
+
+def reason_of(error: UserError) -> str:
+    """What the caller is told. A table's path is for the log, not for callers."""
+    if isinstance(error, StorageError):
+        _logger.error("%s", error)
+        return "the sequence table cannot be read at the moment: try again later"
+    return str(error)
