@@ -1,6 +1,7 @@
 """Which replica a session belongs to: the ring of Serve's ConsistentHashRouter, so that a replica can tell what came astray."""
 
 import bisect
+from collections import Counter
 from collections.abc import Iterable
 
 import mmh3
@@ -25,6 +26,25 @@ class Ring:
 
     def owner(self, session: str) -> str:
         return self._owners[bisect.bisect_right(self._hashes, _hash(session)) % len(self._owners)]
+
+
+class Affinity:
+    """Counts requests that came astray to the replica `own`: without a session, or of one that is another replica's, which then
+    was full or had not been there. The second needs the ring, so it is told by the replicas last seen."""
+
+    def __init__(self, own: str) -> None:
+        self._own = own
+        self.ring: Ring | None = None
+        self.lost: Counter[str] = Counter(no_session=0, other_replica=0)
+
+    def see(self, replica_ids: Iterable[str]) -> None:
+        self.ring = Ring({*replica_ids, self._own})
+
+    def count(self, session: str | None) -> None:
+        if not session:
+            self.lost["no_session"] += 1
+        elif self.ring and self.ring.owner(session) != self._own:
+            self.lost["other_replica"] += 1
 
 
 def _hash(key: str) -> int:

@@ -14,9 +14,8 @@ _LATENCY_EDGES_MS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
 class ReplicaMetrics:
     """What one replica did; `record` after every request."""
 
-    def __init__(self, cache: StateCache[Any], online: OnlineEvents) -> None:
-        self._cache, self._online = cache, online
-        self.lost_affinity: Counts[str] = Counts(no_session=0, other_replica=0)
+    def __init__(self, cache: StateCache[Any], online: OnlineEvents, lost_affinity: Counts[str]) -> None:
+        self._cache, self._online, self._lost_affinity = cache, online, lost_affinity
         self._exported: Counts[tuple[str, str]] = Counts()
         self._counters = {
             "state": Counter("longer_user_states", "Requests by what the cache held, and states dropped.", ("event",)),
@@ -43,7 +42,7 @@ class ReplicaMetrics:
         sources = {
             "state": self._cache.counters.as_dict(),
             "online": self._online.counters.as_dict(),
-            "lost": self.lost_affinity,
+            "lost": self._lost_affinity,
         }
         for name, counts in sources.items():
             for event, count in counts.items():

@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle
 from longer.errors import UserError, one_line
 from longer.serving.scorer import EventsRequest, EventsResult, Scorer, ScoreRequest, ScoreResult
 from serve_apps.access import SESSION_HEADER, TIMEOUT_HEADER, Gate, content_type_of, id_of, reason_of, status_of
-from serve_apps.affinity import Ring
+from serve_apps.affinity import Affinity
 from serve_apps.arguments import Rollout, ScoringArgs
 from serve_apps.arrow_body import ARROW, arrow_answer, parse_arrow_body
 from serve_apps.metrics import ReplicaMetrics
@@ -70,13 +70,13 @@ class ScoringReplica:
         self._scorer = self._worker.submit(self._load).result()
         self._refreshed_s = time.monotonic()
         self._replica = serve.get_replica_context().replica_id.unique_id
-        self._ring: Ring | None = None
+        self._affinity = Affinity(self._replica)
         self._refused_rollout = False
         self._peers: DeploymentHandle | None = None
         for batch in (self._score_batch, self._events_batch):
             batch.set_max_batch_size(args.max_batch_requests)
             batch.set_batch_wait_timeout_s(args.batch_wait_ms / 1000)
-        self._metrics = ReplicaMetrics(self._scorer.cache, self._scorer.online)
+        self._metrics = ReplicaMetrics(self._scorer.cache, self._scorer.online, self._affinity.lost)
 
     def _load(self) -> Scorer:
         args = self._args
@@ -131,7 +131,7 @@ class ScoringReplica:
     async def check_health(self) -> None:
         """Called by Serve: a replica whose worker hangs is replaced. Now and then looks for newer sequences and at the ring."""
         is_due = time.monotonic() - self._refreshed_s >= self._args.refresh_s
-        if self._ring is None or is_due:
+        if self._affinity.ring is None or is_due:
             self._upkeep = asyncio.create_task(self._look_at_ring())
         if is_due:
             self._refreshed_s = time.monotonic()
@@ -151,7 +151,7 @@ class ScoringReplica:
             names = await self._everywhere("replica_id")
         except (RayServeException, TimeoutError):
             return  # so the ring stays what it was: it only serves a count
-        self._ring = Ring({name for name in names if isinstance(name, str)} | {self._replica})
+        self._affinity.see(name for name in names if isinstance(name, str))
 
     async def _everywhere(self, method: str, *args: Any) -> list[Any]:
         """What each replica returns, or the error instead, of all that run as far as this one has been told."""
@@ -182,7 +182,7 @@ class ScoringReplica:
         return await self._answer(request, "score", self._answer_score)
 
     async def _answer_score(self, request: Request) -> Answer:
-        self._count_affinity(request)
+        self._affinity.count(request.headers.get(SESSION_HEADER))
         content_type = content_type_of(request, JSON, ARROW)
         parse = parse_arrow_body if content_type == ARROW else parse_score_body
         asked = parse(await self._gate.body(request), self._args.limits)
@@ -227,7 +227,7 @@ class ScoringReplica:
 
     async def _answer_events(self, request: Request) -> Answer:
         content_type_of(request, JSON)
-        self._count_affinity(request)
+        self._affinity.count(request.headers.get(SESSION_HEADER))
         outcome = await self._events_batch(parse_events_body(await self._gate.body(request), self._args.limits))
         if isinstance(outcome, UserError):
             raise outcome
@@ -288,7 +288,7 @@ class ScoringReplica:
             "replica": self._replica,
             "cache": {**cache.counters.as_dict(), **states},
             "online_events": {**online.counters.as_dict(), **events},
-            "lost_affinity": dict(self._metrics.lost_affinity),
+            "lost_affinity": dict(self._affinity.lost),
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
         return as_json(about), JSON
@@ -327,14 +327,6 @@ class ScoringReplica:
                 headers["www-authenticate"] = "Bearer"
         self._metrics.record(route, (time.perf_counter() - started) * 1000, status)
         return self._response(content, status, media_type, headers)
-
-    def _count_affinity(self, request: Request) -> None:
-        """A request without a session goes anywhere; one of a session that is another replica's found that one full or gone."""
-        session = request.headers.get(SESSION_HEADER)
-        if not session:
-            self._metrics.lost_affinity["no_session"] += 1
-        elif self._ring and self._ring.owner(session) != self._replica:
-            self._metrics.lost_affinity["other_replica"] += 1
 
     def _response(
         self, content: bytes, status: int = 200, media_type: str = JSON, headers: dict[str, str] | None = None

@@ -254,22 +254,3 @@ def test_requests_that_came_astray_are_counted(service: tuple[str, Scorer]) -> N
     assert lost() == before
     assert httpx.post(f"{url}/v1/score", json={"user_id": 5, "candidates": ITEMS}).status_code == 200
     assert lost() == {**before, "no_session": before["no_session"] + 1}
-
-
-def test_the_ring_is_the_routers() -> None:
-    from ray.serve._private.common import DeploymentID, ReplicaID
-    from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
-
-    from serve_apps.affinity import ROUTER, Ring
-
-    names = ["abc", "def", "ghi"]
-    router = ConsistentHashRouter.__new__(ConsistentHashRouter)
-    router._num_virtual_nodes = ROUTER.request_router_kwargs["num_virtual_nodes"]
-    router._num_fallback_replicas = 0
-    router._deployment_id = DeploymentID("scoring")
-    router._rebuild_ring(frozenset(ReplicaID(name, DeploymentID("scoring")) for name in names))
-    ring = Ring(names)
-    sessions = [f"user {n}" for n in range(500)]
-    owners = [ring.owner(session) for session in sessions]
-    assert owners == [router._lookup_ranked_replicas(session)[0].unique_id for session in sessions]
-    assert set(owners) == set(names)
