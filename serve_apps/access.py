@@ -5,6 +5,7 @@ import hmac
 import logging
 
 from fastapi import Request
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.requests import ClientDisconnect
 
 from longer.errors import StorageError, UserError
@@ -12,6 +13,15 @@ from serve_apps.protocol import BodyError
 
 SESSION_HEADER, TIMEOUT_HEADER = "x-session-id", "x-timeout-ms"
 _logger = logging.getLogger("ray.serve")
+
+
+class AnyText(PathConvertor):
+    """What is left of a path, line breaks too: a user id may be any text."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("any_text", AnyText())
 
 
 class Gate:

@@ -234,7 +234,7 @@ class ScoringReplica:
         return as_json(events_answer(outcome)), JSON
 
     @api.delete(
-        "/v1/users/{user_id:path}",
+        "/v1/users/{user_id:any_text}",
         openapi_extra=about_call(TIMEOUT_HEADER),
         responses={**responds(ForgetAnswer), **errors(503)},
     )
