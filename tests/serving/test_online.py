@@ -23,7 +23,7 @@ from longer.serving import online
 from longer.serving.online import EventLimits, beyond
 from longer.serving.scorer import EventsRequest, EventsResult, Scorer, ScoreRequest, ScoreResult
 from tests.data.tables import publish_sequences
-from tests.serving.tables import START_MS, build_world, checkpoint_path, publish_catalogue, tiny_settings
+from tests.serving.tables import START_MS, build_world, checkpoint_path, publish_catalogue, random_events, tiny_settings
 
 CANDIDATES = ["item1", "item5", "never seen"]
 FIELDS = ["event_ts", "item_id", "action", "category", "price", "quantity"]
@@ -214,6 +214,15 @@ def test_an_event_at_the_time_of_the_request_is_not_seen(world: Settings) -> Non
     now = ask(scorer, 5, LATER, [event(LATER - 1, 0), event(LATER, 1), event(LATER + 1, 1)])
     assert (now.num_events, now.last_event_ts) == (26, START_MS + (LATER - 1) * HOUR_MS)
     assert ask(scorer, 5, LATER + 1).num_events == 27
+
+
+def test_an_event_no_younger_than_the_last_one_cut_from_the_table_is_left_out(world: Settings) -> None:
+    events = random_events(world.event_schema, seed=0)
+    times = events.filter(pa.compute.equal(events["user_id"], 9))["event_ts"].cast(pa.int64()).to_pylist()
+    cut_until = times[int(KeepRule(40, 4).first_index(np.int64(81))) - 1]
+    for ts, num_events in ((cut_until - 1, 81), (cut_until, 81), (cut_until + 1, 82)):
+        late = (ts, *event(0, 0)[1:])
+        assert ask(scorer_of(world), 9, LATER, [late]).num_events == num_events
 
 
 def test_a_user_known_only_from_online_events_is_kept(world: Settings) -> None:
