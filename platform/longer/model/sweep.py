@@ -32,6 +32,11 @@ class Asked:
     last_event_ts_R: Tensor
 
     @property
+    def num_groups(self) -> int:
+        """Groups of the longest context."""
+        return self.context.keys[0].shape[1]
+
+    @property
     def user_vectors_RD(self) -> Tensor:
         """Each user's own global token as the last layer reads it, [R, D]: it has gathered the whole history window."""
         assert self.tail.x_RTD is not None
