@@ -153,7 +153,7 @@ def _forget(context: Context, gone_B: Tensor, first_B: Tensor) -> Context:
     """The context as if users `gone_B` had nothing yet, with windows that start at `first_B`."""
     return replace(
         context,
-        **{
-            name: torch.where(gone_B, first_B, getattr(context, name)) for name in ("first_B", "query_first_B", "end_B")
-        },
+        first_B=torch.where(gone_B, first_B, context.first_B),
+        query_first_B=torch.where(gone_B, first_B, context.query_first_B),
+        end_B=torch.where(gone_B, first_B, context.end_B),
     )

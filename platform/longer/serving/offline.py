@@ -139,15 +139,13 @@ def best_items(asked: Asked, items: dict[str, Tensor], top_k: int, budget: Budge
 
     A block's scores join the best so far and are forgotten, so the scores of all items are never held.
     """
-    device = asked.last_event_ts_R.device
-    best_RkT, number_Rk = None, None
+    num_requests, num_tasks, device = len(asked.row_R), len(budget.model.tasks), asked.last_event_ts_R.device
+    best_RkT = torch.empty(num_requests, 0, num_tasks, device=device)
+    number_Rk = torch.empty(num_requests, 0, dtype=torch.int64, device=device)
     for begin, outputs_RIT in score_all(asked, items, budget):
-        number_RI = torch.arange(begin, begin + outputs_RIT.shape[1], device=device).expand(len(outputs_RIT), -1)
-        if best_RkT is not None and number_Rk is not None:
-            outputs_RIT = torch.cat([best_RkT, outputs_RIT], dim=1)
-            number_RI = torch.cat([number_Rk, number_RI], dim=1)
+        number_RI = torch.arange(begin, begin + outputs_RIT.shape[1], device=device).expand(num_requests, -1)
+        outputs_RIT = torch.cat([best_RkT, outputs_RIT], dim=1)
         order_Rk = outputs_RIT[..., 0].sort(dim=1, descending=True, stable=True).indices[:, :top_k]
-        number_Rk = number_RI.gather(1, order_Rk)
-        best_RkT = outputs_RIT.gather(1, order_Rk[..., None].expand(-1, -1, outputs_RIT.shape[-1]))
-    assert best_RkT is not None and number_Rk is not None
+        number_Rk = torch.cat([number_Rk, number_RI], dim=1).gather(1, order_Rk)
+        best_RkT = outputs_RIT.gather(1, order_Rk[..., None].expand(-1, -1, num_tasks))
     return number_Rk.cpu().numpy(), best_RkT.float().cpu().numpy()
