@@ -2,7 +2,7 @@
 
 python -m jobs.batch_score --config my.yaml                                                      # a split
 python -m jobs.batch_score --config my.yaml --batch_score.users U --batch_score.candidates C     # every user x every candidate
-python -m jobs.batch_score --config my.yaml --batch_score.catalogue true --batch_score.top_k 100 # everybody's best items
+python -m jobs.batch_score --config my.yaml --batch_score.catalogue --batch_score.top_k 100      # everybody's best items
 """
 
 from longer.config import Settings
