@@ -5,6 +5,7 @@ interrupted run keeps its finished buckets, a dead actor or node costs its bucke
 """
 
 import json
+import resource
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray.data
+import torch
 
 from longer.batch_settings import ScorerPool
 from longer.config import RaySettings, Settings
@@ -62,7 +64,7 @@ class BucketScorer:
     def write_bucket(self, bucket: int) -> Record:
         """Writes one bucket's file; its record, of no file if nobody is asked about in it."""
         started = time.perf_counter()
-        record: Record = {"bucket": bucket, "num_requests": 0, "num_users": 0, "num_scores": 0}
+        record: Record = {"bucket": bucket, "begun_at": time.time(), "num_requests": 0, "num_users": 0, "num_scores": 0}
         numbers = chosen_numbers(self._reader.num_requests(bucket), self._plan.check_requests)
         check = OnlineCheck(self._plan, self._scorer, self._answers.items, numbers)
         file = f"bucket={bucket:04d}/part-0.parquet"
@@ -70,10 +72,17 @@ class BucketScorer:
         record |= {
             "file": asdict(written) if written else None,
             "seconds": time.perf_counter() - started,
+            "peak_bytes": self._peak_bytes(),
             "max_abs_diff": check.max_abs_diff,
             "num_compared": check.num_compared,
         }
         return remember(self._version_path, record)
+
+    def _peak_bytes(self) -> int:
+        """The most memory that this actor has held so far: of its GPU, or else of its process."""
+        if self._plan.device == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def _parts(self, bucket: int, check: OnlineCheck, record: Record) -> Iterator[pa.Table]:
         """The rows of each chunk, which is read while the one before it is scored; counts them, and compares some."""
@@ -108,11 +117,18 @@ def _run(plan: Plan, pool: ScorerPool, where: RaySettings, job: str) -> Version:
     missing = [bucket for bucket in buckets if bucket not in done]
     if done:
         say(job, f"{len(buckets) - len(missing)} of {len(buckets)} buckets are there from an interrupted run")
-    started = time.perf_counter()
+    started, started_at = time.perf_counter(), time.time()
     fresh = _score_buckets(plan, pool, where, version_path, missing, job) if missing else []
     seconds = time.perf_counter() - started
+    start_s = min((record["begun_at"] for record in fresh), default=started_at) - started_at
     records = [done[bucket] for bucket in buckets if bucket in done] + fresh
-    manifest = {**plan.manifest, **_totals(records, pool), "seconds": seconds, **_rates(fresh, seconds)}
+    manifest = {
+        **plan.manifest,
+        **_totals(records, pool),
+        "seconds": seconds,
+        "start_s": start_s,  # of them, until the first actor was there with its model
+        **_rates(fresh, seconds),
+    }
     files = [DataFile(**record["file"]) for record in records if record["file"]]
     version = table.publish(plan.version_id, manifest, files)
     remove_tree(scratch(version_path))
@@ -182,6 +198,7 @@ def _totals(records: list[Record], pool: ScorerPool) -> dict[str, Any]:
         "num_rows": num_scores,
         "device": pool.device,
         "device_s": device_s,
+        "peak_bytes": max((record["peak_bytes"] for record in records), default=0),
         "device_s_per_million_scores": device_s / num_scores * 1e6 if num_scores else None,
         "online_check": {
             "requests": compared,
