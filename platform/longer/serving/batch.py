@@ -86,11 +86,16 @@ class BucketScorer:
 
     def _parts(self, bucket: int, check: OnlineCheck, record: Record) -> Iterator[pa.Table]:
         """The rows of each chunk, which is read while the one before it is scored; counts them, and compares some."""
+        last_user = None
         for chunk in prefetch(self._reader.chunks(bucket), 1):
             rows = self._answers.rows(chunk)
             check.see(chunk, rows)
             record["num_requests"] += len(rows)
-            record["num_users"] += len(np.unique(chunk.questions.row_R))
+            begun_before = (
+                chunk.user_id_R[0] == last_user
+            )  # the chunk goes on with the user that the last one ended with
+            record["num_users"] += len(np.unique(chunk.questions.row_R)) - begun_before
+            last_user = chunk.user_id_R[-1]
             record["num_scores"] += self._answers.num_scores(chunk)
             yield rows
 
