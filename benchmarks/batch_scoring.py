@@ -8,7 +8,7 @@ alike, with a model of random weights:
     bare model loop   the model alone over tensors that are in memory, requests packed onto shared histories as in training; and
                       the job's own scoring function over chunks in memory. The faster of the two is the limit.
     best items        users x the whole catalogue with top_k, and the memory that took against the size of the score matrix
-    linear in users   a quarter, a half and all of the users x 200 candidates
+    linear in users   a quarter, a half and all of the users x 1,000 candidates
 
 Rates leave out the start of Ray and of the actors, which is given beside them. Prints Markdown; last, one JSON line: the job's
 scores per second, and its ratios to `from scratch` and to the bare loop.
@@ -18,7 +18,9 @@ import argparse
 import json
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -49,10 +51,11 @@ from longer.storage import Table, Version, fingerprint, remove_tree
 from longer.training.checkpoints import load_model, save_model
 from longer.training.loader import SplitData, concat_requests, score_packs
 
+JOB, SCRATCH = "**the job**", "each request from scratch (`map_batches`)"
 NUM_DAYS = 60
 TEST_SHARE = 0.1
 PACK_REQUESTS = 64
-NUM_CANDIDATES = 200
+NUM_CANDIDATES = 1_000
 EVENTS_PER_BUCKET = 1 << 20
 """As `jobs.build_sequences` chooses for large tables."""
 
@@ -63,18 +66,23 @@ def main() -> None:
     settings = _settings(asked)
     start_ray(settings.ray)
     _make_world(settings, asked.seed)
-    scored = _fresh(settings, settings.batch_score)
-    job = scored.manifest["num_rows"] / (scored.manifest["seconds"] - scored.manifest["start_s"])
-    scratch = _from_scratch(settings, asked.scratch_requests)
-    bare = _bare_loops(settings, asked.device)
+    rates = defaultdict[str, list[float]](list)
+    loops = _bare_loops(settings, asked.device)
+    for _ in range(asked.runs):  # all in turn, so that a change in the machine's mood meets all of them
+        scored = _fresh(settings, settings.batch_score)
+        rates[JOB].append(scored.manifest["num_rows"] / (scored.manifest["seconds"] - scored.manifest["start_s"]))
+        rates[SCRATCH].append(_from_scratch(settings, asked.scratch_requests))
+        for name, loop in loops.items():
+            rates[name].append(scored.manifest["num_rows"] / _seconds(loop, asked.device))
     best = _fresh(
         settings,
         BatchSettings(**_pool(asked), catalogue=True, top_k=100, users=_users_file(settings, asked.top_k_users)),
     )
     linear = {n: _candidates_run(settings, asked, n) for n in (asked.users // 4, asked.users // 2, asked.users)}
-    print("\n".join(_page(asked, settings, scored, job, scratch, bare, best, linear)))
-    limit = max(bare.values())
-    print(json.dumps({"scores_per_s": job, "vs_from_scratch": job / scratch, "vs_bare_loop": job / limit}))
+    medians = {name: median(of_runs) for name, of_runs in rates.items()}
+    vs_scratch, vs_bare = medians[JOB] / medians[SCRATCH], medians[JOB] / max(medians[name] for name in loops)
+    print("\n".join(_page(asked, settings, scored, rates, vs_scratch, vs_bare, best, linear)))
+    print(json.dumps({"scores_per_s": medians[JOB], "vs_from_scratch": vs_scratch, "vs_bare_loop": vs_bare}))
 
 
 def _options() -> argparse.Namespace:
@@ -95,6 +103,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--batch-bytes", type=int, default=256 << 20, help="batch_score.batch_bytes (default 256 MiB)")
     parser.add_argument("--data", default="runs/benchmark_batch_scoring", help="folder for tables, which stay")
+    parser.add_argument("--runs", type=int, default=3, help="rounds over the arms; rates are medians (default 3)")
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()
 
@@ -111,7 +120,7 @@ def _settings(asked: argparse.Namespace) -> Settings:
     model = {**sizes, "stride_groups": asked.query_groups // 2, "num_self_layers": asked.self_layers}
     return load_settings(
         overrides={
-            "root": f"{asked.data}/{fingerprint(sorted(vars(asked).items()))}",
+            "root": f"{asked.data}/{fingerprint(sorted((k, v) for k, v in vars(asked).items() if k != 'runs'))}",
             "seed": asked.seed,
             "event_schema": {"features": [{"name": "category", "kind": "categorical", "of": "item"}]},
             "generate": {
@@ -213,8 +222,8 @@ def _from_scratch(settings: Settings, num_requests: int) -> float:
     return len(written["item_id"].combine_chunks().flatten()) / seconds
 
 
-def _bare_loops(settings: Settings, device: str) -> dict[str, float]:
-    """Scores per second of the model over what is in memory: as in training, and as in the job. The second of two rounds."""
+def _bare_loops(settings: Settings, device: str) -> dict[str, Callable[[], None]]:
+    """Scores all test requests over what is in memory: as in training, and as in the job. Both have run once."""
     plan = plan_scores(settings)
     model, _ = load_model(plan.checkpoint.path, device)
     requests = RequestTable(settings.path("tables", "requests"), plan.schema)
@@ -223,7 +232,6 @@ def _bare_loops(settings: Settings, device: str) -> dict[str, float]:
     chunks = [chunk for bucket in sequences.buckets for chunk in reader.chunks(bucket)]
     batches = list(_packed(model, chunks, device))
     budget = Budget(model, settings.batch_score.batch_bytes)
-    num_scores = sum(len(chunk.requests.item_id_C) for chunk in chunks if chunk.requests)
 
     @torch.inference_mode()
     def packed() -> None:
@@ -235,10 +243,10 @@ def _bare_loops(settings: Settings, device: str) -> dict[str, float]:
             assert chunk.requests
             score_lists(chunk.questions, chunk.requests.candidates, budget)
 
-    return {
-        "requests packed as in training": num_scores / _seconds(packed, device),
-        "the job's scoring of chunks": num_scores / _seconds(appended, device),
-    }
+    loops = {"requests packed as in training": packed, "the job's scoring of chunks": appended}
+    for loop in loops.values():
+        loop()
+    return {f"bare loop: {name}": loop for name, loop in loops.items()}
 
 
 def _packed(model: Longer, chunks: list[Chunk], device: str) -> Iterator[BatchTensors]:
@@ -258,26 +266,24 @@ def _packed(model: Longer, chunks: list[Chunk], device: str) -> Iterator[BatchTe
 
 
 def _seconds(work: Callable[[], None], device: str) -> float:
-    for _ in range(2):
-        started = time.perf_counter()
-        work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-    return seconds
+    started = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 def _page(
     asked: argparse.Namespace,
     settings: Settings,
     scored: Version,
-    job: float,
-    scratch: float,
-    bare: dict[str, float],
+    rates: dict[str, list[float]],
+    vs_scratch: float,
+    vs_bare: float,
     best: Version,
     linear: dict[int, Version],
 ) -> list[str]:
-    told, limit, sizes = scored.manifest, max(bare.values()), settings.model
+    told, sizes, job = scored.manifest, settings.model, median(rates[JOB])
     device = torch.cuda.get_device_name() if asked.device == "cuda" else f"one core of {cpu_model()}"
     lines = [
         "# Offline scoring, from Parquet to Parquet\n",
@@ -286,14 +292,15 @@ def _page(
         f"- commit {commit()}; torch {torch.__version__}, ray {ray.__version__}, pyarrow {pa.__version__}",
         f"- L = {sizes.history_events}, K = {sizes.merge_size}, D = {sizes.width}, k = {sizes.query_groups}, "
         f"{sizes.num_self_layers} self layers; {told['num_users']} users, {told['num_requests']} requests, "
-        f"{told['num_rows']} scores; one run\n",
+        f"{told['num_rows']} scores; medians of {asked.runs} runs\n",
         "| | scores/s | of the job |",
         "|---|---|---|",
-        f"| **the job** | {job:,.0f} | 1 |",
-        f"| each request from scratch (`map_batches`) | {scratch:,.0f} | {scratch / job:.3f} |",
-        *(f"| bare loop: {name} | {rate:,.0f} | {rate / job:.3f} |" for name, rate in bare.items()),
+        *(
+            f"| {name} | {median(runs):,.0f} ({min(runs):,.0f} to {max(runs):,.0f}) | {median(runs) / job:.3f} |"
+            for name, runs in rates.items()
+        ),
         "",
-        f"The job is {job / scratch:.1f} times as fast as from scratch and reaches {job / limit:.0%} of the bare loop. Before "
+        f"The job is {vs_scratch:.1f} times as fast as from scratch and reaches {vs_bare:.0%} of the faster bare loop. Before "
         f"that, {told['start_s']:.1f} s until its actor is up; {told['device_s_per_million_scores']:.2f} device-seconds a million "
         f"scores. {told['online_check']['requests']} requests through the serving path too: largest difference "
         f"{told['online_check']['max_abs_diff']:.1e}.\n",
