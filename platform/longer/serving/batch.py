@@ -68,7 +68,7 @@ class BucketScorer:
         numbers = chosen_numbers(self._reader.num_requests(bucket), self._plan.check_requests)
         check = OnlineCheck(self._plan, self._scorer, self._answers.items, numbers)
         file = f"bucket={bucket:04d}/part-0.parquet"
-        written = write_rows(self._version_path, file, prefetch(self._parts(bucket, check, record), 1))
+        written = write_rows(self._version_path, file, self._parts(bucket, check, record))
         record |= {
             "file": asdict(written) if written else None,
             "seconds": time.perf_counter() - started,
@@ -85,7 +85,10 @@ class BucketScorer:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def _parts(self, bucket: int, check: OnlineCheck, record: Record) -> Iterator[pa.Table]:
-        """The rows of each chunk, which is read while the one before it is scored; counts them, and compares some."""
+        """The rows of each chunk, which is read while the one before it is scored; counts them, and compares some.
+
+        Scored in the actor's own thread: others get memory for large tensors anew each time, which costs a tenth.
+        """
         last_user = None
         for chunk in prefetch(self._reader.chunks(bucket), 1):
             rows = self._answers.rows(chunk)

@@ -4,8 +4,8 @@ import json
 import os
 import uuid
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -24,7 +24,7 @@ def scratch(version_path: str) -> str:
 
 
 def write_rows(version_path: str, file: str, parts: Iterable[pa.Table]) -> DataFile | None:
-    """Writes the parts as data file `file` of a version, one row group in memory at a time; None, and no file, without rows.
+    """Writes the parts as data file `file` of a version, two row groups in memory at a time; None, and no file, without rows.
 
     The file appears whole: on S3 as uploads do, on a disk by a rename, so that a killed writer, or one of an earlier run that
     has not died yet, never leaves half of one.
@@ -35,9 +35,16 @@ def write_rows(version_path: str, file: str, parts: Iterable[pa.Table]) -> DataF
         return None
     on_s3 = version_path.startswith("s3://")
     folder, name = (version_path, file) if on_s3 else (scratch(version_path), f"{uuid.uuid4().hex}.parquet")
-    with checked_output(folder, name) as sink, pq.ParquetWriter(sink, first.schema, compression="zstd") as writer:
-        for rows in chain([first], groups):
-            writer.write_table(rows, row_group_size=len(rows))
+    with (
+        checked_output(folder, name) as sink,
+        pq.ParquetWriter(sink, first.schema, compression="zstd") as writer,
+        ThreadPoolExecutor(1) as thread,  # the parts are made meanwhile, in the thread that asks for them
+    ):
+        writing = thread.submit(writer.write_table, first, row_group_size=len(first))
+        for rows in groups:
+            writing.result()
+            writing = thread.submit(writer.write_table, rows, row_group_size=len(rows))
+        writing.result()
     if not on_s3:
         make_parents(f"{version_path}/{file}")
         os.replace(f"{folder}/{name}", f"{version_path}/{file}")
