@@ -1,4 +1,9 @@
-"""Scores a split with the served checkpoint, offline: python -m jobs.batch_score --config configs/quickstart.yaml"""
+"""Scores offline with the served checkpoint: a split of the requests table, or users and items.
+
+python -m jobs.batch_score --config my.yaml                                                      # a split
+python -m jobs.batch_score --config my.yaml --batch_score.users U --batch_score.candidates C     # every user x every candidate
+python -m jobs.batch_score --config my.yaml --batch_score.catalogue --batch_score.top_k 100      # everybody's best items
+"""
 
 from longer.config import Settings
 from longer.progress import say
@@ -8,14 +13,18 @@ from longer.storage import Version
 
 
 def run(settings: Settings) -> Version:
-    """The record of the published scores: rows, rows a second, and the largest difference from the scores served online."""
-    version = check_against_online(settings, batch_score(settings))
+    """The published scores; of a split, the record of rows, rows a second, and the largest difference from scores served online."""
+    scored = batch_score(settings)
+    if settings.batch_score.of_users:
+        return scored
+    version = check_against_online(settings, scored)
     check = version.manifest
-    say(
-        "batch_score",
-        f"largest difference from online scores: {check['max_abs_diff_vs_online']}, "
-        f"{check['compared_requests']} requests compared",
-    )
+    if check["compared_requests"]:
+        say(
+            "batch_score",
+            f"largest difference from scores served over HTTP: {check['max_abs_diff_vs_online']:.1e}, "
+            f"{check['compared_requests']} requests compared",
+        )
     return version
 
 

@@ -28,6 +28,12 @@ MISTAKES = {
     '--train.tasks [{"name":"label"},{"name":"label"}]': ("names a task twice",),
     "--root ": ("root", "at least 1 character"),
     "--import_events.time_unit s": ("import_events", "dataset: generic", "complete_journey importer knows its own"),
+    "--batch_score.catalogue": ("catalogue without top_k", "set top_k"),
+    "--batch_score.users some.parquet": ("users is for users' scores", "add candidates or catalogue"),
+    "--batch_score.top_k 5": ("top_k is for users' scores", "add candidates or catalogue"),
+    "--batch_score.concurrency [3,2]": ("concurrency=(3, 2)", "swap them"),
+    "--batch_score.num_gpus_per_scorer 1.5": ("num_gpus_per_scorer=1.5", "whole ones"),
+    "--export_embeddings.request_ts 2025-01-01": ("export_embeddings.request_ts", "timezone"),
     "--import_events.dataset taobao": ("import_events", "source is not given", "files of taobao"),
 }
 GENERIC_MISTAKES = {

@@ -10,7 +10,6 @@ from typing import Any, Literal, Self
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     NonNegativeInt,
     PositiveInt,
@@ -20,14 +19,12 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from longer.batch_settings import BatchSettings, ExportSettings
 from longer.errors import UserError
 from longer.schema import EventSchema
+from longer.section import Section
 from longer.settings_file import read_yaml
 from longer.windows import WindowRule
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ImportSettings(Section):
@@ -304,14 +301,6 @@ class ServeSettings(Section):
     check_requests: int = Field(400, ge=1, description="Test requests that the quickstart sends.")
 
 
-class BatchSettings(Section):
-    """Offline scoring with Ray Data."""
-
-    split: str = Field("test", description="Split of the requests table to score.")
-    num_scorers: int = Field(2, ge=1, description="Actors that score buckets, each with its own copy of the model.")
-    num_gpus_per_scorer: float = Field(0.0, ge=0, description="GPUs of each actor; 0 scores on the CPU.")
-
-
 class VerifySettings(Section):
     """Which tables are verified: those under `root`, or one's own in the contract's layout."""
 
@@ -392,6 +381,7 @@ class Settings(BaseSettings):
     evaluate: EvaluateSettings = Field(EvaluateSettings(), description="jobs.evaluate")
     serve: ServeSettings = Field(ServeSettings(), description="jobs.serve and serve_apps.scoring")
     batch_score: BatchSettings = Field(BatchSettings(), description="jobs.batch_score")
+    export_embeddings: ExportSettings = Field(ExportSettings(), description="jobs.export_embeddings")
     verify: VerifySettings = Field(VerifySettings(), description="jobs.verify")
     ray: RaySettings = Field(RaySettings(), description="Where the jobs run.")
 

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -11,17 +11,24 @@ T = TypeVar("T")
 _SECONDS_BETWEEN_LINES = 5.0
 
 
-def track(items: Iterable[T], total: int, stage: str, unit: str) -> Iterator[T]:
-    """Yields the items while telling which stage this is, how far it is and how fast it goes."""
+def track(items: Iterable[T], total: int, stage: str, unit: str, note: Callable[[], str] | None = None) -> Iterator[T]:
+    """Yields the items while telling which stage this is, how far it is, how fast it goes, and what `note` adds to that."""
     if sys.stderr.isatty():
-        yield from tqdm(items, total=total, desc=stage, unit=f" {unit}", dynamic_ncols=True)
+        bar = tqdm(items, total=total, desc=stage, unit=f" {unit}", dynamic_ncols=True)
+        for item in bar:
+            yield item
+            if note:
+                bar.set_postfix_str(note())
         return
     started = last = time.perf_counter()
     for done, item in enumerate(items, 1):
         yield item
         now = time.perf_counter()
         if done == total or now - last >= _SECONDS_BETWEEN_LINES:
-            print(f"{stage}: {done}/{total} {unit}, {done / (now - started):.1f} {unit}/s", file=sys.stderr, flush=True)
+            rate = done / (now - started)
+            parts = [f"{stage}: {done}/{total} {unit}", f"{rate:.1f} {unit}/s", *([note()] if note else [])]
+            parts += [f"about {(total - done) / rate:.0f} s left"] if done < total else []
+            print(", ".join(parts), file=sys.stderr, flush=True)
             last = now
 
 

@@ -42,7 +42,7 @@ def requests_of(settings: Settings) -> dict[str, tuple[Request, int]]:
     return {
         "a bucket of a table": (Request({"CPU": 1}, place(0)), 1),
         "a training worker": (Request(scaling._resources_per_worker_not_none, place(asked.use_gpu)), asked.num_workers),
-        "a scorer": (Request({"CPU": 1, "GPU": num_gpus}, place(num_gpus)), settings.batch_score.num_scorers),
+        "a scorer": (Request({"CPU": 1, "GPU": num_gpus}, place(num_gpus)), settings.batch_score.concurrency[0]),
     }
 
 

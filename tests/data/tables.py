@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from longer.data.build_plan import BuildPlan
+from longer.data.events import iso_time
 from longer.data.ray_sequences import Build
 from longer.data.sequences import KeepRule, Older, build_sequences
 from longer.schema import EventSchema
@@ -42,5 +43,5 @@ def publish_sequences(
         if start < end
     ]
     remove_tree(build.scratch)
-    manifest = {"schema_hash": schema.hash(), "settings": settings}
+    manifest = {"schema_hash": schema.hash(), "settings": settings, "watermark": iso_time(block["last_ts"])}
     return table.publish(version_id, manifest, [DataFile(**file) for record in records for file in record["files"]])

@@ -14,6 +14,8 @@ from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import UserError
 from longer.serving.batch import BucketScorer
 from longer.serving.batch import batch_score as score_split
+from longer.serving.batch_output import done_buckets
+from longer.serving.batch_plan import plan_scores
 from longer.serving.check import choose_requests
 from longer.serving.scorer import Scorer, ScoreRequest, ScoreResult
 from longer.storage import Table, checked_output
@@ -66,11 +68,13 @@ def test_batch_scores_equal_online_ones_and_a_rerun_finds_them(
     assert record["rows_per_s"] > 0
     scored = Table(world.path("batch_scores")).require("jobs.batch_score")
     assert scored.manifest["inputs"] == inputs.ids
+    assert scored.manifest["online_check"]["requests"] > 0
+    assert 0 < scored.manifest["online_check"]["max_abs_diff"] <= 1e-5
     assert scored.manifest["model_version"] == inputs.checkpoint.manifest["model_version"]
 
     capsys.readouterr()
     assert score_split(world) == scored
-    assert "already scored, nothing changed" in capsys.readouterr().err
+    assert "already there, nothing changed" in capsys.readouterr().err
 
     damaged = Path(scored.files()[0])
     whole = damaged.read_bytes()
@@ -80,15 +84,16 @@ def test_batch_scores_equal_online_ones_and_a_rerun_finds_them(
     assert again.files() == scored.files()
 
 
-def test_a_bucket_of_an_interrupted_run_is_kept_and_is_what_would_be_written(world: Settings, tmp_path: Path) -> None:
-    inputs = Inputs.served(world)
-    scorer = BucketScorer(world, inputs.checkpoint.path, inputs.ids, str(tmp_path))
+def test_a_bucket_written_twice_is_the_same_bytes(world: Settings, tmp_path: Path) -> None:
+    scorer = BucketScorer(plan_scores(world), str(tmp_path))
     written = scorer.write_bucket(0)
-    assert written["num_rows"] > 0
-    assert not written["kept"]
-    before = (tmp_path / written["path"]).stat().st_mtime_ns
-    assert scorer.write_bucket(0) == {**written, "kept": True}
-    assert (tmp_path / written["path"]).stat().st_mtime_ns == before
+    assert written["num_scores"] > 0
+    assert done_buckets(str(tmp_path)) == {0: written}
+    before = (tmp_path / written["file"]["path"]).read_bytes()
+    assert scorer.write_bucket(0)["file"] == written["file"]
+    assert (tmp_path / written["file"]["path"]).read_bytes() == before
+    (tmp_path / written["file"]["path"]).write_bytes(before[:-1])
+    assert done_buckets(str(tmp_path)) == {}, "a damaged file counts as done"
 
 
 def test_windows_that_reach_before_the_table_are_refused_not_filled_with_another_users_events(world: Settings) -> None:

@@ -36,11 +36,15 @@ class Context:
 
 @dataclass(frozen=True)
 class Tail:
-    """Keys and values, a pair of [R, T, H, Z] a layer, of each request's partial newest group (if any) and user globals."""
+    """Keys and values, a pair of [R, T, H, Z] a layer, of each request's partial newest group (if any) and user globals.
+
+    `x_RTD` are the tokens as the last layer reads them; user states do not keep it.
+    """
 
     keys: list[Tensor]
     values: list[Tensor]
     exists_RT: Tensor
+    x_RTD: Tensor | None = None
 
 
 def take_rows(table_R: Tensor, rows: Tensor) -> Tensor:

@@ -216,7 +216,7 @@ class Longer(nn.Module):
                 seen_RTT.flatten(0, 1),
             )
             x_RTD = block.finish(x_RTD, attended_PD.view_as(x_RTD))
-        return Tail(keys, values, exists_RT)
+        return Tail(keys, values, exists_RT, x_RTD)
 
     def candidates(
         self,

@@ -1,138 +1,245 @@
-"""Scores a split of the request table offline with Ray Data: one row a bucket, a pool of actors that each hold the model.
+"""Offline runs on Ray Data: one row a bucket of users, a pool of actors that each hold the model.
 
-Each bucket becomes one file, written whole or not at all, under a version whose id is decided by everything that goes into
-it. So an interrupted run keeps its finished buckets, and a finished run is found.
+Each bucket becomes one file, whole or not at all, under a version whose id is decided by everything that goes into it. So an
+interrupted run keeps its finished buckets, a dead actor or node costs its bucket only, and a finished run is found.
 """
 
-import hashlib
-import io
+import json
+import resource
 import time
+from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.data
 import torch
 
-from longer.arrays import RequestBatch
-from longer.config import Settings
-from longer.data.scores import check_difference, read_scores, score_rows
+from longer.batch_settings import ScorerPool
+from longer.config import RaySettings, Settings
+from longer.data.id_lists import spread
+from longer.data.scores import check_difference, read_scores
 from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import UserError
-from longer.model.inputs import to_tensors
-from longer.model.outputs import to_scores
 from longer.progress import say, track
-from longer.storage import TABLE_FORMAT, DataFile, Table, Version, exists, fingerprint, read_bytes, write_bytes
+from longer.serving.batch_answers import Answers
+from longer.serving.batch_check import OnlineCheck, chosen_numbers
+from longer.serving.batch_input import Reader
+from longer.serving.batch_output import Record, done_buckets, remember, scratch, write_rows
+from longer.serving.batch_plan import Plan, plan_scores, plan_vectors
+from longer.serving.offline import Budget
+from longer.serving.scorer import Scorer
+from longer.storage import TABLE_FORMAT, DataFile, Table, Version, fingerprint, remove_tree
 from longer.training.checkpoints import load_model
-from longer.training.inputs import Inputs
-from longer.training.loader import read_split, score_split
+from longer.training.loader import prefetch
+
+_CACHE_BYTES = 64 << 20
 
 
 class BucketScorer:
-    """Writes the scores of the buckets it is given; one instance an actor, which loads the model once."""
+    """Writes the answers of the buckets it is given; one instance an actor, which loads the model once."""
 
-    def __init__(self, settings: Settings, checkpoint_path: str, ids: dict[str, str], version_path: str) -> None:
-        schema = self._schema = settings.event_schema
-        self._split, self._version_path = settings.batch_score.split, version_path
-        self._device = "cuda" if settings.batch_score.num_gpus_per_scorer else "cpu"
-        self._model, _ = load_model(checkpoint_path, self._device, schema)
-        self._sequences = SequenceTable(settings.path("tables", "sequences"), schema, ids["sequences"])
-        self._requests = RequestTable(settings.path("tables", "requests"), schema, ids["requests"])
+    def __init__(self, plan: Plan, version_path: str) -> None:
+        self._plan, self._version_path = plan, version_path
+        sequences = f"{plan.root}/tables/sequences"
+        self._scorer = Scorer(
+            plan.checkpoint.path, sequences, _CACHE_BYTES, plan.items_path, plan.sequences.id, plan.device
+        )
+        self._answers = Answers.of(plan, Budget(self._scorer.model, plan.batch_bytes))
+        requests = plan.inputs.get("requests")
+        self._reader = Reader(
+            plan=plan,
+            sequences=SequenceTable(sequences, plan.schema, plan.sequences.id),
+            requests=RequestTable(f"{plan.root}/tables/requests", plan.schema, requests) if requests else None,
+            users_folder=_users_folder(version_path),
+            windows=self._scorer.model.windows,
+            outputs_a_request=self._answers.values_a_user,
+        )
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist([self.write_bucket(bucket) for bucket in rows["bucket"].to_pylist()])
+        records = [self.write_bucket(bucket) for bucket in rows["bucket"].to_pylist()]
+        return pa.table({"record": [json.dumps(record) for record in records]})
 
-    def write_bucket(self, bucket: int) -> dict[str, Any]:
-        """Writes one bucket's file unless an earlier attempt has; its record, of 0 rows and no file if it has no requests."""
+    def write_bucket(self, bucket: int) -> Record:
+        """Writes one bucket's file; its record, of no file if nobody is asked about in it."""
+        started = time.perf_counter()
+        record: Record = {"bucket": bucket, "begun_at": time.time(), "num_requests": 0, "num_users": 0, "num_scores": 0}
+        numbers = chosen_numbers(self._reader.num_requests(bucket), self._plan.check_requests)
+        check = OnlineCheck(self._plan, self._scorer, self._answers.items, numbers)
         file = f"bucket={bucket:04d}/part-0.parquet"
-        path = f"{self._version_path}/{file}"
-        content = read_bytes(path) if exists(path) else b""
-        kept = _is_readable(content)
-        content = content if kept else self._score_bucket(bucket)
-        items = pq.read_table(io.BytesIO(content), columns=["item_id"])["item_id"].combine_chunks()
-        if len(items) and not kept:
-            write_bytes(path, content)
-        return {
-            "path": file,
-            "num_bytes": len(content),
-            "sha256": hashlib.sha256(content).hexdigest(),
-            "num_rows": len(items),
-            "num_candidates": len(items.flatten()),
-            "kept": kept,
+        written = write_rows(self._version_path, file, self._parts(bucket, check, record))
+        record |= {
+            "file": asdict(written) if written else None,
+            "seconds": time.perf_counter() - started,
+            "peak_bytes": self._peak_bytes(),
+            "max_abs_diff": check.max_abs_diff,
+            "num_compared": check.num_compared,
         }
+        return remember(self._version_path, record)
 
-    def _score_bucket(self, bucket: int) -> bytes:
-        data = read_split(self._sequences, self._requests, self._split, self._model.windows, [bucket])
-        output_CT = score_split(data, self._forward, len(self._model.tasks))
-        rows = score_rows(data.requests, to_scores(output_CT, self._model.tasks), self._schema)
-        sink = io.BytesIO()
-        pq.write_table(rows, sink, compression="zstd")
-        return sink.getvalue()
+    def _peak_bytes(self) -> int:
+        """The most memory that this actor has held so far: of its GPU, or else of its process."""
+        if self._plan.device == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    @torch.inference_mode()
-    def _forward(self, batch: RequestBatch) -> np.ndarray:
-        return self._model(to_tensors(batch, self._device)).float().cpu().numpy()
+    def _parts(self, bucket: int, check: OnlineCheck, record: Record) -> Iterator[pa.Table]:
+        """The rows of each chunk, which is read while the one before it is scored; counts them, and compares some.
 
-
-def _is_readable(content: bytes) -> bool:
-    """Whether these bytes are a whole file of scores: a damaged one is scored again."""
-    try:
-        pq.read_table(io.BytesIO(content))
-    except (pa.ArrowException, OSError):
-        return False
-    return True
+        Scored in the actor's own thread: others get memory for large tensors anew each time, which costs a tenth.
+        """
+        last_user = None
+        for chunk in prefetch(self._reader.chunks(bucket), 1):
+            rows = self._answers.rows(chunk)
+            check.see(chunk, rows)
+            record["num_requests"] += len(rows)
+            begun_before = (
+                chunk.user_id_R[0] == last_user
+            )  # the chunk goes on with the user that the last one ended with
+            record["num_users"] += len(np.unique(chunk.questions.row_R)) - begun_before
+            last_user = chunk.user_id_R[-1]
+            record["num_scores"] += self._answers.num_scores(chunk)
+            yield rows
 
 
 def batch_score(settings: Settings) -> Version:
-    """The published scores of the settings' split by the served checkpoint; a finished run is found and nothing changes."""
-    inputs, asked = Inputs.served(settings), settings.batch_score
-    if not inputs.requests.manifest["num_requests"].get(asked.split):
-        splits = ", ".join(inputs.requests.manifest["num_requests"])
-        raise UserError(f"batch_score.split={asked.split}: no requests in it: choose one of {splits} that has some")
-    table = Table(settings.path("batch_scores"))
-    version_id = fingerprint("batch_scores", TABLE_FORMAT, inputs.ids, asked.split)
-    if published := table.reuse(version_id):
-        say("batch_score", f"version {version_id} is already scored, nothing changed")
+    """The published scores of what the settings ask, by the served checkpoint; a finished run is found and nothing changes."""
+    return _run(plan_scores(settings), settings.batch_score, settings.ray, "batch_score")
+
+
+def export_vectors(settings: Settings) -> Version:
+    """The published vectors of the users, by the served checkpoint; a finished run is found and nothing changes."""
+    return _run(plan_vectors(settings), settings.export_embeddings, settings.ray, "export_embeddings")
+
+
+def _run(plan: Plan, pool: ScorerPool, where: RaySettings, job: str) -> Version:
+    table = Table(plan.table_path)
+    if published := table.reuse(plan.version_id):
+        remove_tree(scratch(published.path))  # if a run was killed before it could
+        say(job, f"version {plan.version_id} is already there, nothing changed")
         return published
-    version_path = table.resume(version_id)
-    started = time.perf_counter()
-    records = _score_buckets(settings, inputs, version_path)
+    version_path = table.resume(plan.version_id)
+    load_model(plan.checkpoint.path, expected_schema=plan.schema)  # a mistake is told here once, not by every actor
+    buckets, done = _buckets(plan, version_path), done_buckets(version_path)
+    missing = [bucket for bucket in buckets if bucket not in done]
+    if done:
+        say(job, f"{len(buckets) - len(missing)} of {len(buckets)} buckets are there from an interrupted run")
+    started, started_at = time.perf_counter(), time.time()
+    fresh = _score_buckets(plan, pool, where, version_path, missing, job) if missing else []
     seconds = time.perf_counter() - started
-    fresh = sum(record["num_candidates"] for record in records if not record["kept"])
+    start_s = min((record["begun_at"] for record in fresh), default=started_at) - started_at
+    records = [done[bucket] for bucket in buckets if bucket in done] + fresh
     manifest = {
-        "schema_hash": settings.event_schema.hash(),
-        "inputs": inputs.ids,
-        "model_version": inputs.checkpoint.manifest["model_version"],
-        "split": asked.split,
-        "num_requests": sum(record["num_rows"] for record in records),
-        "num_rows": sum(record["num_candidates"] for record in records),
+        **plan.manifest,
+        **_totals(records, pool),
         "seconds": seconds,
-        "rows_per_s": fresh / seconds,
+        "start_s": start_s,  # of them, until the first actor was there with its model
+        **_rates(fresh, seconds),
     }
-    files = [DataFile(r["path"], r["num_bytes"], r["sha256"]) for r in records if r["num_rows"]]
-    version = table.publish(version_id, manifest, files)
-    say(
-        "batch_score", f"version {version_id}: {manifest['num_rows']} candidates, {manifest['rows_per_s']:.0f} a second"
-    )
+    files = [DataFile(**record["file"]) for record in records if record["file"]]
+    version = table.publish(plan.version_id, manifest, files)
+    remove_tree(scratch(version_path))
+    say(job, f"version {version.id}: {_in_words(manifest)}")
     return version
 
 
-def _score_buckets(settings: Settings, inputs: Inputs, version_path: str) -> list[dict[str, Any]]:
-    """Records of every bucket, as the actors finish them."""
-    num_buckets, asked = inputs.requests.manifest["num_buckets"], settings.batch_score
-    buckets = ray.data.from_items([{"bucket": b} for b in range(num_buckets)], override_num_blocks=num_buckets)
-    written = buckets.map_batches(
+def _buckets(plan: Plan, version_path: str) -> list[int]:
+    """The buckets in which somebody is asked about, those with most first, so that none is waited for at the end."""
+    if plan.users:
+        num_buckets = plan.sequences.manifest["settings"]["num_buckets"]
+        count_P = spread(plan.users, num_buckets, _users_folder(version_path))
+        if not count_P.any():
+            raise UserError(f"{plan.users.setting}={plan.users.path}: names no user: leave it out to ask about all")
+        return [int(bucket) for bucket in np.argsort(-count_P, kind="stable") if count_P[bucket]]
+    if plan.kind == "requests":
+        requests = RequestTable(f"{plan.root}/tables/requests", plan.schema, plan.inputs["requests"]).version
+        prefix = f"split={plan.split}/bucket="
+        files = [file for file in requests.data_files() if file.path.startswith(prefix)]
+        largest_first = sorted(files, key=lambda file: (-file.num_bytes, file.path))
+        return list(dict.fromkeys(int(file.path.removeprefix(prefix)[:4]) for file in largest_first))
+    return SequenceTable(f"{plan.root}/tables/sequences", plan.schema, plan.sequences.id).buckets
+
+
+def _users_folder(version_path: str) -> str:
+    return f"{scratch(version_path)}/users"
+
+
+def _score_buckets(
+    plan: Plan, pool: ScorerPool, where: RaySettings, version_path: str, buckets: list[int], job: str
+) -> list[Record]:
+    """Records of the buckets, as the actors finish them. An actor that dies is started again, and so is its bucket."""
+    fewest, most = (min(number, len(buckets)) for number in pool.concurrency)
+    rows = ray.data.from_items([{"bucket": bucket} for bucket in buckets], override_num_blocks=len(buckets))
+    written = rows.map_batches(
         BucketScorer,
-        fn_constructor_args=(settings, inputs.checkpoint.path, inputs.ids, version_path),
+        fn_constructor_args=(plan, version_path),
         batch_size=1,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=min(asked.num_scorers, num_buckets)),
+        compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=most),
         num_cpus=1,
-        num_gpus=asked.num_gpus_per_scorer or None,
-        label_selector=settings.ray.place(asked.num_gpus_per_scorer),
+        num_gpus=pool.num_gpus_per_scorer or None,
+        label_selector=where.place(pool.num_gpus_per_scorer),
     )
-    return list(track(written.iter_rows(), num_buckets, "batch score", "buckets"))
+    records: list[Record] = []
+    started = time.perf_counter()
+
+    def note() -> str:
+        totals, rates = _totals(records, pool), _rates(records, time.perf_counter() - started)
+        return f"{rates['rows_per_s']:.0f} scores/s, {rates['users_per_s']:.1f} users/s{_cost_in_words(totals)}"
+
+    def finished() -> Iterator[Record]:
+        for row in written.iter_rows():
+            records.append(json.loads(row["record"]))
+            yield records[-1]
+
+    return list(track(finished(), len(buckets), job.replace("_", " "), "buckets", note))
+
+
+def _totals(records: list[Record], pool: ScorerPool) -> dict[str, Any]:
+    """Of all buckets, whichever run has done them; a device is a GPU, its share that an actor has, or a CPU."""
+    num_scores, compared = (sum(record[name] for record in records) for name in ("num_scores", "num_compared"))
+    device_s = sum(record["seconds"] for record in records) * (pool.num_gpus_per_scorer or 1)
+    return {
+        "num_requests": sum(record["num_requests"] for record in records),
+        "num_users": sum(record["num_users"] for record in records),
+        "num_rows": num_scores,
+        "device": pool.device,
+        "device_s": device_s,
+        "peak_bytes": max((record["peak_bytes"] for record in records), default=0),
+        "device_s_per_million_scores": device_s / num_scores * 1e6 if num_scores else None,
+        "online_check": {
+            "requests": compared,
+            "max_abs_diff": max((record["max_abs_diff"] for record in records), default=0.0) if compared else None,
+        },
+    }
+
+
+def _rates(fresh: list[Record], seconds: float) -> dict[str, float]:
+    """Of the buckets that this run has done."""
+    return {
+        "rows_per_s": sum(record["num_scores"] for record in fresh) / seconds,
+        "users_per_s": sum(record["num_users"] for record in fresh) / seconds,
+    }
+
+
+def _in_words(manifest: dict[str, Any]) -> str:
+    check = manifest["online_check"]
+    told = f"{manifest['num_users']} users"
+    if manifest["num_rows"]:
+        told += f", {manifest['num_rows']} scores, {manifest['rows_per_s']:.0f} a second{_cost_in_words(manifest)}"
+    if check["requests"]:
+        told += f"; {check['requests']} requests scored by the serving path too, largest difference {check['max_abs_diff']:.1e}"
+    return told
+
+
+def _cost_in_words(totals: dict[str, Any]) -> str:
+    cost = totals["device_s_per_million_scores"]
+    return (
+        ""
+        if cost is None
+        else f", {cost:.3g} {totals['device'].replace('cuda', 'GPU').replace('cpu', 'CPU')}-s a million scores"
+    )
 
 
 def check_against_online(settings: Settings, scored: Version) -> Version:

@@ -1,0 +1,15 @@
+"""Writes the users' vectors, one row a user: python -m jobs.export_embeddings --config configs/quickstart.yaml"""
+
+from longer.config import Settings
+from longer.runner import run_job
+from longer.serving.batch import export_vectors
+from longer.storage import Version
+
+
+def run(settings: Settings) -> Version:
+    """The published vectors of the served checkpoint."""
+    return export_vectors(settings)
+
+
+if __name__ == "__main__":
+    run_job(__doc__, run)

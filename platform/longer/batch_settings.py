@@ -1,0 +1,100 @@
+"""Settings of the jobs that score offline: what is asked of whom, and on how many actors."""
+
+import os
+from typing import Self
+
+from pydantic import AwareDatetime, Field, PositiveInt, field_validator, model_validator
+
+from longer.section import Section
+
+
+class ScorerPool(Section):
+    """The actors that hold the model; each takes one bucket of users after the other."""
+
+    concurrency: tuple[PositiveInt, PositiveInt] = Field(
+        (2, 2),
+        description="Fewest and most actors, each with its own copy of the model; more start while buckets wait.",
+    )
+    num_gpus_per_scorer: float = Field(
+        0.0, ge=0, description="GPUs of each actor, a whole number or a part of one; 0 scores on a CPU."
+    )
+    batch_bytes: int = Field(
+        256 << 20,
+        ge=1 << 20,
+        description="Memory of an actor for what the model computes at once: users' contexts, and blocks of candidates. "
+        "Gigabytes on a GPU.",
+    )
+
+    @model_validator(mode="after")
+    def _pool_can_start(self) -> Self:
+        fewest, most = self.concurrency
+        if fewest > most:
+            raise ValueError(f"concurrency={self.concurrency}: the fewest actors are more than the most: swap them")
+        if self.num_gpus_per_scorer > 1 and self.num_gpus_per_scorer % 1:
+            raise ValueError(
+                f"num_gpus_per_scorer={self.num_gpus_per_scorer} is neither whole nor below 1: "
+                "an actor has a part of one GPU or whole ones"
+            )
+        return self
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.num_gpus_per_scorer else "cpu"
+
+
+class UserSettings(ScorerPool):
+    """Which users, and as of when."""
+
+    users: str | None = Field(
+        None,
+        description="Parquet file, or folder of such, whose column user_id names users; one named twice counts once. "
+        "null: all users of the sequence table.",
+    )
+    request_ts: AwareDatetime | None = Field(
+        None,
+        description="The moment of which all users are asked, with a time zone: each history is the events strictly before it. "
+        "null: one millisecond after the sequence table's watermark, so after every event.",
+    )
+
+    @field_validator("users", "candidates", check_fields=False)
+    @classmethod
+    def _same_for_workers(cls, path: str | None) -> str | None:
+        return path if path is None or "://" in path else os.path.abspath(path)
+
+
+class BatchSettings(UserSettings):
+    """Offline scoring: a split of the requests table, or users times candidates, or users' best items of the catalogue."""
+
+    split: str = Field("test", description="Split of the requests table to score, if no items are named here.")
+    candidates: str | None = Field(
+        None,
+        description="Parquet file, or folder of such, whose column item_id names the items that every user is asked about.",
+    )
+    catalogue: bool = Field(False, description="Ask every user about all items of the catalogue; needs top_k.")
+    top_k: int | None = Field(
+        None, ge=1, description="Keep each user's best items only, by the first task; null keeps all scores."
+    )
+    check_requests: int = Field(
+        4, ge=1, description="Requests of each bucket that the serving path scores too, to compare."
+    )
+
+    @model_validator(mode="after")
+    def _one_question(self) -> Self:
+        if self.candidates and self.catalogue:
+            raise ValueError("candidates and catalogue both say what the users are asked about: drop one")
+        if self.catalogue and self.top_k is None:
+            raise ValueError("catalogue without top_k would write every score of every item: set top_k")
+        if not self.of_users:
+            for name in ("users", "request_ts", "top_k"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} is for users' scores: add candidates or catalogue, or drop it")
+        return self
+
+    @property
+    def of_users(self) -> bool:
+        """Whether users are asked about named items, rather than a split of the requests table scored."""
+        return self.catalogue or self.candidates is not None
+
+
+class ExportSettings(UserSettings):
+    """Users' vectors."""

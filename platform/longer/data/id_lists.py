@@ -1,0 +1,99 @@
+"""Ids that a user of a job names in Parquet files: read in pieces, checked, and spread over the buckets of users. No Ray."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from longer.arrays import Int64
+from longer.data.columns import single_array
+from longer.errors import UserError, one_line
+from longer.hashing import bucket_of, stable_keys
+from longer.storage import arrow_filesystem, checked_output, checksum, filesystem, fingerprint, open_input
+
+_PIECE_IDS = 1 << 20
+_ROW_GROUP_IDS = 1 << 16
+
+
+@dataclass(frozen=True)
+class IdList:
+    """The ids in `column` of a Parquet file, or of the Parquet files of a folder, local or S3; `setting` names it in mistakes."""
+
+    path: str
+    column: str
+    type: pa.DataType
+    setting: str
+
+    @cached_property
+    def files(self) -> dict[str, int]:
+        """Full paths and sizes, sorted; a UserError if there are none."""
+        fs, bare = filesystem(self.path)
+        scheme = "s3://" if self.path.startswith("s3://") else ""
+        found = {name: info["size"] for name, info in sorted(fs.find(bare, detail=True).items())}
+        files = {scheme + name: size for name, size in found.items() if name.endswith(".parquet") or name == bare}
+        if not files:
+            raise UserError(
+                f"{self.setting}={self.path}: no Parquet file there: name a file or a folder that holds some"
+            )
+        return files
+
+    def digest(self) -> str:
+        """Identifies the files' content, whatever their names."""
+        return fingerprint(sorted(checksum(path) for path in self.files))
+
+    def pieces(self) -> Iterator[pa.Array]:
+        """The ids in order, about a million at a time; a UserError names a file that does not hold them."""
+        for path, size in self.files.items():
+            try:
+                with pq.ParquetFile(open_input(path, size)) as file:
+                    if self.column not in file.schema_arrow.names:
+                        raise UserError(
+                            f"{path}: no column {self.column}: {self.setting} needs one: rename the ids' column"
+                        )
+                    for batch in file.iter_batches(_PIECE_IDS, columns=[self.column]):
+                        yield self._checked(path, batch.column(0))
+            except (pa.ArrowException, OSError) as error:
+                raise UserError(f"{path}: not a readable Parquet file ({one_line(error)}): write it again") from None
+
+    def distinct(self) -> pa.Array:
+        """Every id once, in the order of their first mention."""
+        pieces = [piece.unique() for piece in self.pieces()]
+        return single_array(pa.chunked_array(pieces, self.type)).unique()
+
+    def _checked(self, path: str, ids: pa.Array) -> pa.Array:
+        is_one = (
+            pa.types.is_integer
+            if self.type == pa.int64()
+            else lambda t: pa.types.is_string(t) or pa.types.is_large_string(t)
+        )
+        if not is_one(ids.type):
+            raise UserError(
+                f"{path}: {self.column} is {ids.type}, the tables' is {self.type}: see event_schema.{self.column}"
+            )
+        if ids.null_count:
+            raise UserError(f"{path}: {ids.null_count} rows without {self.column}: leave them out")
+        return ids.cast(self.type)
+
+
+def spread(ids: IdList, num_buckets: int, folder: str) -> Int64:
+    """Writes the users' ids to `folder`, each piece sorted by bucket; how many each bucket has, [P]."""
+    count_P = np.zeros(num_buckets, np.int64)
+    for number, piece in enumerate(ids.pieces()):
+        bucket = bucket_of(stable_keys(piece), num_buckets)
+        order = np.argsort(bucket, kind="stable")
+        rows = pa.table({"bucket": pa.array(bucket[order]), ids.column: piece.take(pa.array(order))})
+        with checked_output(folder, f"part-{number:05d}.parquet") as sink:
+            pq.write_table(rows, sink, compression="zstd", row_group_size=_ROW_GROUP_IDS)
+        count_P += np.bincount(bucket, minlength=num_buckets)
+    return count_P
+
+
+def read_spread(folder: str, bucket: int, column: str) -> pa.Array:
+    """The ids that `spread` has written for a bucket, ascending, each once. Reads only row groups that can hold some."""
+    fs, bare = arrow_filesystem(folder)
+    rows = pq.read_table(bare, filesystem=fs, columns=[column], filters=[("bucket", "=", bucket)], partitioning=None)
+    ids = single_array(rows[column]).unique()
+    return ids.take(pa.compute.sort_indices(ids))

@@ -1,0 +1,87 @@
+"""Online equals offline: some requests of every run go through the serving path's own scorer, and the scores are compared."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from longer.arrays import Int64
+from longer.data.scores import MAX_DIFFERENCE, score_column
+from longer.errors import UserError
+from longer.serving.batch_input import Chunk, Items
+from longer.serving.batch_plan import Plan
+from longer.serving.scorer import Scorer, ScoreRequest
+
+_MOST_CANDIDATES = 200
+"""Candidates of a request that are compared, spread evenly."""
+
+
+@dataclass
+class OnlineCheck:
+    """Compares a bucket's rows as they come, requests `numbers` of the bucket; keeps the largest difference."""
+
+    plan: Plan
+    scorer: Scorer
+    items: Items | None
+    numbers: Int64
+    max_abs_diff: float = 0.0
+    num_compared: int = 0
+
+    def see(self, chunk: Chunk, rows: pa.Table) -> None:
+        """ArithmeticError if the serving path scores one of the chosen requests otherwise than its row says."""
+        here = self.numbers[(self.numbers >= chunk.first) & (self.numbers < chunk.first + len(rows))] - chunk.first
+        for r in here.tolist():
+            row = rows.slice(r, 1)
+            if ids := row["item_id"][0].as_py():
+                self._compare(chunk, r, row, ids)
+                self.num_compared += 1
+
+    def _compare(self, chunk: Chunk, r: int, row: pa.Table, ids: list[Any]) -> None:
+        some = _spread(len(ids))
+        features = {} if chunk.rows is None else self._features(chunk.rows.slice(r, 1), some)
+        online = self._online(chunk, r, [ids[i] for i in some], features)
+        for task, scores in online.items():
+            offline = np.array(row[score_column(task)][0].as_py(), np.float32)
+            self._note(np.abs(scores.astype(np.float64) - offline[some]))
+        if self.plan.top_k and self.items:
+            self._note(self._better_left_out(chunk, r, row, set(ids)))
+
+    def _better_left_out(self, chunk: Chunk, r: int, row: pa.Table, kept: set[Any]) -> np.ndarray:
+        """By how much items that are not among a user's best score more than the last that is."""
+        ids = self.items.item_id_I.take(pa.array(_spread(len(self.items.item_id_I)))).to_pylist()  # type: ignore[union-attr]
+        others = [item for item in ids if item not in kept]
+        if not others:
+            return np.zeros(1)
+        task, scores = next(iter(self._online(chunk, r, others, {}).items()))
+        return np.maximum(scores.astype(np.float64) - row[score_column(task)][0].as_py()[-1], 0)
+
+    def _online(self, chunk: Chunk, r: int, ids: list[Any], features: dict[str, list[Any]]) -> dict[str, np.ndarray]:
+        user_id, request_ts = chunk.user_id_R[r].as_py(), int(chunk.questions.request_ts_R[r])
+        [result] = self.scorer.score([ScoreRequest(user_id, ids, features, request_ts)])
+        if isinstance(result, UserError):
+            raise result
+        return result.scores
+
+    def _features(self, request: pa.Table, some: Int64) -> dict[str, list[Any]]:
+        values = {name: request[name][0].as_py() for name in self.plan.schema.features_of("item")}
+        return {name: [of_item[i] for i in some] for name, of_item in values.items()}
+
+    def _note(self, gaps: np.ndarray) -> None:
+        worst = float(np.nan_to_num(gaps, nan=np.inf).max())
+        self.max_abs_diff = max(self.max_abs_diff, worst)
+        if worst > MAX_DIFFERENCE:
+            raise ArithmeticError(
+                f"scores of one request differ by {worst:.1e} between the offline and the serving path, "
+                f"more than {MAX_DIFFERENCE}"
+            )
+
+
+def chosen_numbers(num_requests: int, num_chosen: int) -> Int64:
+    """Numbers of the requests that are compared, spread evenly; the same ones every time."""
+    chosen = min(num_requests, num_chosen)
+    return np.arange(chosen) * num_requests // max(1, chosen)
+
+
+def _spread(num: int) -> Int64:
+    return chosen_numbers(num, _MOST_CANDIDATES)

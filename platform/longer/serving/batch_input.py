@@ -1,0 +1,190 @@
+"""A bucket's questions in chunks of bounded size: requests as their table holds them, or users at one moment.
+
+A chunk reads the histories of its own users only, so neither a bucket of users nor its requests are ever held whole.
+
+B users, R requests, C candidates in all of them, I items.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from longer.arrays import Histories, Int64
+from longer.data.batches import Requests, rows_of_requests
+from longer.data.columns import changes, open_parquet, read_columns, requests_of, single_array
+from longer.data.id_lists import read_spread
+from longer.data.items import ItemTable, read_items
+from longer.data.layout import bucket_files
+from longer.data.tables import RequestTable, SequenceTable
+from longer.errors import UserError
+from longer.hashing import stable_keys
+from longer.serving.batch_plan import Plan
+from longer.serving.offline import Questions
+from longer.windows import WindowRule
+
+_CHUNK_REQUESTS = 4096
+_CHUNK_EVENTS = 1 << 20
+_CHUNK_VALUES = 1 << 20
+"""Candidates read, or scores kept, of a chunk; one request may have more."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Questions with whose they are; `first` is the first one's number in the bucket. Requests bring their rows along."""
+
+    first: int
+    questions: Questions
+    user_id_R: pa.Array
+    requests: Requests | None = None
+    rows: pa.Table | None = None
+
+
+@dataclass(frozen=True)
+class Items:
+    """I items: raw ids, and keys and features as the model reads them."""
+
+    item_id_I: pa.Array
+    features: dict[str, np.ndarray]
+
+    @staticmethod
+    def of(plan: Plan) -> "Items":
+        """The plan's candidates, or all of its catalogue."""
+        ids = plan.candidates.distinct() if plan.candidates else None
+        if plan.items_path is None:
+            assert ids is not None
+            return Items(ids, {"item_id": stable_keys(ids)})
+        if ids is None:
+            ids = single_array(read_items(plan.items_path, plan.sequences.id, plan.schema)["item_id"])
+        keys = stable_keys(ids)
+        catalogue = ItemTable(plan.items_path, plan.schema, plan.inputs["items"])
+        return Items(ids, {"item_id": keys, **catalogue.lookup(keys)})
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The questions of a plan, bucket by bucket. `outputs_a_request`: what a user's answer holds, which bounds a chunk."""
+
+    plan: Plan
+    sequences: SequenceTable
+    requests: RequestTable | None
+    users_folder: str
+    windows: WindowRule
+    outputs_a_request: int
+
+    def num_requests(self, bucket: int) -> int:
+        if self.requests:
+            return sum(file.metadata.num_rows for file in self._request_files(bucket))
+        return len(self._users(bucket))
+
+    def chunks(self, bucket: int) -> Iterator[Chunk]:
+        """All questions of a bucket, in the order of its table, or users ascending."""
+        return self._request_chunks(bucket) if self.requests else self._user_chunks(bucket)
+
+    def _request_files(self, bucket: int) -> Iterator[pq.ParquetFile]:
+        assert self.requests
+        prefix, version = f"split={self.plan.split}/bucket={bucket:04d}/", self.requests.version
+        for file in version.data_files():
+            if file.path.startswith(prefix):
+                yield open_parquet(version.path_of(file), file.num_bytes)
+
+    def _request_chunks(self, bucket: int) -> Iterator[Chunk]:
+        schema, counts, first = self.plan.schema, _event_counts(self.sequences, bucket), 0
+        names = schema.requests_arrow().names
+        for file in self._request_files(bucket):
+            for batch in file.iter_batches(_rows_at_once(file.metadata), columns=names):
+                for begin, end in _runs(batch["user_id"], counts, _CHUNK_REQUESTS):
+                    rows = pa.table(batch.slice(begin, end - begin))
+                    requests = requests_of(rows, schema)
+                    histories = self.sequences.get(requests.user_id_R.unique())
+                    row_R = rows_of_requests(histories, requests)
+                    questions = Questions(histories, row_R, requests.history_end_R, requests.request_ts_R)
+                    self._check(questions)
+                    yield Chunk(first, questions, requests.user_id_R, requests, rows)
+                    first += len(rows)
+
+    def _user_chunks(self, bucket: int) -> Iterator[Chunk]:
+        users, counts = self._users(bucket), _event_counts(self.sequences, bucket)
+        assert self.plan.request_ts is not None
+        at_once = min(_CHUNK_REQUESTS, max(1, _CHUNK_VALUES // self.outputs_a_request))
+        for begin, end in _runs(users, counts, at_once):
+            some = users[begin:end]
+            histories = self.sequences.get(some)
+            ts_R = np.full(len(some), self.plan.request_ts, np.int64)
+            questions = Questions(histories, np.arange(len(some)), _ends_before(histories, self.plan.request_ts), ts_R)
+            self._check(questions)
+            yield Chunk(begin, questions, some)
+
+    def _users(self, bucket: int) -> pa.Array:
+        if self.plan.users:
+            return read_spread(self.users_folder, bucket, "user_id")
+        return single_array(_event_counts(self.sequences, bucket)["user_id"])
+
+    def _check(self, questions: Questions) -> None:
+        """A UserError if a history window is not all in the sequence table, or a request has more events than that."""
+        histories, row_R, end_R = questions.histories, questions.row_R, questions.history_end_R
+        start_R = self.windows.history_start(end_R) * self.windows.merge_size
+        path, model = (
+            self.sequences.version.path,
+            f"model.history_events={self.windows.history_groups * self.windows.merge_size}",
+        )
+        if num_cut := int((start_R < histories.first_index_B[row_R]).sum()):
+            asked = f"{self.plan.split} requests" if self.requests else "users at this request_ts"
+            raise UserError(
+                f"{model}: the history windows of {num_cut} {asked} start before the events that {path} keeps: "
+                "build sequences and requests again with these settings, ask for a later time, or lower history_events"
+            )
+        if num_beyond := int((end_R > histories.end_index_B[row_R]).sum()):
+            raise UserError(
+                f"{num_beyond} {self.plan.split} requests have more history than {path} holds of their users: run "
+                "`python -m jobs.verify`, which names them"
+            )
+
+
+def _event_counts(sequences: SequenceTable, bucket: int) -> pa.Table:
+    """`user_id`, ascending, and about how many events the table keeps of each user of a bucket; no event is read but news."""
+    files = bucket_files(sequences.version).get(bucket)
+    if files is None:
+        return pa.table({"user_id": pa.array([], sequences.schema.id_types[0]), "num_events": pa.array([], pa.int64())})
+    kept = read_columns(sequences.version.path_of(files.rows), ["user_id", "first_index", "num_events_total"])
+    counts = pa.table(
+        {"user_id": kept["user_id"], "num_events": pc.subtract(kept["num_events_total"], kept["first_index"])}
+    )
+    if not files.news:
+        return counts.combine_chunks()
+    news = read_columns(sequences.version.path_of(files.news), ["user_id", "event_ts"])
+    more = pa.table({"user_id": news["user_id"], "num_events": pc.list_value_length(news["event_ts"]).cast(pa.int64())})
+    both = pa.concat_tables([counts, more]).group_by("user_id").aggregate([("num_events", "sum")])
+    return both.rename_columns(["user_id", "num_events"]).sort_by("user_id").combine_chunks()
+
+
+def _runs(user_ids: pa.Array, counts: pa.Table, max_rows: int) -> Iterator[tuple[int, int]]:
+    """Where to cut rows so that each part has at most `max_rows`, and its users about `_CHUNK_EVENTS` events or one user."""
+    if not len(user_ids):
+        return
+    place = pc.index_in(user_ids, single_array(counts["user_id"]))
+    events_R = pc.fill_null(single_array(counts["num_events"]).take(place), 0).to_numpy(zero_copy_only=False)
+    new_user_R = changes(pc.fill_null(place, -1).to_numpy(zero_copy_only=False))
+    part_R = np.cumsum(np.where(new_user_R, events_R, 0)) // _CHUNK_EVENTS
+    starts = np.flatnonzero(changes(part_R)).tolist()
+    for begin, end in zip(starts, [*starts[1:], len(user_ids)], strict=True):
+        for first in range(begin, end, max_rows):
+            yield first, min(first + max_rows, end)
+
+
+def _rows_at_once(metadata: pq.FileMetaData) -> int:
+    """Requests that have about `_CHUNK_VALUES` candidates, by the file's averages."""
+    columns = [metadata.schema.column(c).path.split(".")[0] for c in range(metadata.num_columns)]
+    item_column = columns.index("item_id")
+    groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
+    most = max((g.column(item_column).num_values / max(1, g.num_rows) for g in groups), default=1.0)
+    return int(min(_CHUNK_REQUESTS, max(1, _CHUNK_VALUES // max(1.0, most))))
+
+
+def _ends_before(histories: Histories, request_ts: int) -> Int64:
+    """Absolute index after each user's last event strictly before a moment, [B]."""
+    before = np.append(0, np.cumsum(histories.event_ts_E < request_ts))
+    return histories.first_index_B + np.diff(before[histories.offsets_B1])

@@ -1,0 +1,83 @@
+"""A bucket's file, written in row groups as they come and there as a whole or not at all; beside it the record that it is done."""
+
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from longer.storage import DataFile, checked_output, filesystem, make_parents, read_bytes, write_bytes
+
+Record = dict[str, Any]
+"""What is known of a bucket that is done: JSON, kept in the scratch folder until the version is published."""
+
+_ROW_GROUP_BYTES = 16 << 20
+
+
+def scratch(version_path: str) -> str:
+    return f"{version_path}/_scratch"
+
+
+def write_rows(version_path: str, file: str, parts: Iterable[pa.Table]) -> DataFile | None:
+    """Writes the parts as data file `file` of a version, two row groups in memory at a time; None, and no file, without rows.
+
+    The file appears whole: on S3 as uploads do, on a disk by a rename, so that a killed writer, or one of an earlier run that
+    has not died yet, never leaves half of one.
+    """
+    groups = _row_groups(parts)
+    first = next(groups, None)
+    if first is None:
+        return None
+    on_s3 = version_path.startswith("s3://")
+    folder, name = (version_path, file) if on_s3 else (scratch(version_path), f"{uuid.uuid4().hex}.parquet")
+    with (
+        checked_output(folder, name) as sink,
+        pq.ParquetWriter(sink, first.schema, compression="zstd") as writer,
+        ThreadPoolExecutor(1) as thread,  # the parts are made meanwhile, in the thread that asks for them
+    ):
+        writing = thread.submit(writer.write_table, first, row_group_size=len(first))
+        for rows in groups:
+            writing.result()
+            writing = thread.submit(writer.write_table, rows, row_group_size=len(rows))
+        writing.result()
+    if not on_s3:
+        make_parents(f"{version_path}/{file}")
+        os.replace(f"{folder}/{name}", f"{version_path}/{file}")
+    return replace(sink.data_file, path=file)
+
+
+def _row_groups(parts: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The parts' rows in tables of about `_ROW_GROUP_BYTES`."""
+    waiting: list[pa.Table] = []
+    for part in parts:
+        waiting.append(part)
+        if sum(rows.nbytes for rows in waiting) >= _ROW_GROUP_BYTES:
+            yield pa.concat_tables(waiting)
+            waiting = []
+    if sum(len(rows) for rows in waiting):
+        yield pa.concat_tables(waiting)
+
+
+def remember(version_path: str, record: Record) -> Record:
+    """Says that a bucket is done; its file is there."""
+    write_bytes(f"{scratch(version_path)}/bucket-{record['bucket']:04d}.json", json.dumps(record).encode())
+    return record
+
+
+def done_buckets(version_path: str) -> dict[int, Record]:
+    """Records of the buckets that an interrupted run has finished and whose files are there."""
+    fs, bare = filesystem(version_path)
+    scheme = "s3://" if version_path.startswith("s3://") else ""
+    found = {name.removeprefix(bare): info["size"] for name, info in fs.find(bare, detail=True).items()}
+    names = [name for name in found if name.startswith("/_scratch/bucket-")]
+    records = [json.loads(read_bytes(f"{scheme}{bare}{name}")) for name in names]
+    return {
+        record["bucket"]: record
+        for record in records
+        if record["file"] is None or found.get(f"/{record['file']['path']}") == record["file"]["num_bytes"]
+    }

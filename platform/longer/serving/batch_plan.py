@@ -1,0 +1,155 @@
+"""What an offline run is asked and what decides its content: versions of model and tables, users, items, and the moment."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from typing import Any, Literal
+
+from longer.batch_settings import BatchSettings, UserSettings
+from longer.config import Settings
+from longer.data.events import iso_time
+from longer.data.id_lists import IdList
+from longer.data.items import items_version
+from longer.data.tables import open_version
+from longer.errors import UserError
+from longer.schema import EventSchema
+from longer.storage import TABLE_FORMAT, Version, fingerprint
+from longer.training.inputs import Inputs
+
+Kind = Literal["requests", "lists", "top_k", "vectors"]
+_TABLES: dict[Kind, str] = {
+    "requests": "batch_scores",
+    "lists": "candidate_scores",
+    "top_k": "top_items",
+    "vectors": "user_vectors",
+}
+"""Under the root, one table a kind of question: their rows differ."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run, as its actors need it. `inputs` are the versions and digests of all that is read."""
+
+    kind: Kind
+    schema: EventSchema
+    root: str
+    checkpoint: Version
+    sequences: Version
+    inputs: dict[str, str]
+    split: str | None = None
+    request_ts: int | None = None
+    users: IdList | None = None
+    candidates: IdList | None = None
+    top_k: int | None = None
+    check_requests: int = 0
+    batch_bytes: int = 0
+    device: str = "cpu"
+
+    @property
+    def table_path(self) -> str:
+        return f"{self.root}/{_TABLES[self.kind]}"
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What decides the rows, apart from the inputs."""
+        ts = None if self.request_ts is None else iso_time(self.request_ts)
+        chosen = {"split": self.split, "request_ts": ts, "top_k": self.top_k}
+        return {"kind": self.kind, **{name: value for name, value in chosen.items() if value is not None}}
+
+    @cached_property
+    def version_id(self) -> str:
+        return fingerprint("offline", TABLE_FORMAT, self.content, self.inputs)
+
+    @property
+    def items_path(self) -> str | None:
+        """The item catalogue; none is built for a schema without item features."""
+        return f"{self.root}/tables/items" if self.schema.features_of("item") else None
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return {
+            "schema_hash": self.schema.hash(),
+            "inputs": self.inputs,
+            "model_version": self.checkpoint.manifest["model_version"],
+            "settings": self.content,
+            **({"split": self.split} if self.split else {}),
+        }
+
+
+def plan_scores(settings: Settings) -> Plan:
+    """What `batch_score` asks; a UserError names a table, file or split that is not there."""
+    asked, schema = settings.batch_score, settings.event_schema
+    if asked.of_users:
+        return _plan_users(settings, asked, "top_k" if asked.top_k else "lists")
+    inputs = Inputs.served(settings)
+    if not inputs.requests.manifest["num_requests"].get(asked.split):
+        splits = ", ".join(inputs.requests.manifest["num_requests"])
+        raise UserError(f"batch_score.split={asked.split}: no requests in it: choose one of {splits} that has some")
+    return Plan(
+        kind="requests",
+        schema=schema,
+        root=settings.path(),
+        checkpoint=inputs.checkpoint,
+        sequences=inputs.sequences,
+        inputs=inputs.ids,
+        split=asked.split,
+        check_requests=asked.check_requests,
+        batch_bytes=asked.batch_bytes,
+        device=asked.device,
+    )
+
+
+def plan_vectors(settings: Settings) -> Plan:
+    """What `export_embeddings` asks."""
+    plan = _plan_users(settings, settings.export_embeddings, "vectors")
+    if not settings.model.num_self_layers:
+        raise UserError(
+            "model.num_self_layers=0: the user's token of such a model is never read after it has seen the history: "
+            "train one with self layers"
+        )
+    return plan
+
+
+def _plan_users(settings: Settings, asked: UserSettings, kind: Kind) -> Plan:
+    schema, section = settings.event_schema, "export_embeddings" if kind == "vectors" else "batch_score"
+    checkpoint = open_version(settings.path("checkpoints"), schema, None, "jobs.train")
+    sequences = open_version(settings.path("tables", "sequences"), schema, None, "jobs.build_sequences")
+    inputs = {"checkpoint": checkpoint.id, "sequences": sequences.id}
+    user_type, item_type = schema.id_types
+    users = IdList(asked.users, "user_id", user_type, f"{section}.users") if asked.users else None
+    inputs |= {"users": users.digest()} if users else {}
+    candidates = None
+    if isinstance(asked, BatchSettings):
+        if asked.candidates:
+            candidates = IdList(asked.candidates, "item_id", item_type, "batch_score.candidates")
+            inputs |= {"candidates": candidates.digest()}
+        elif not schema.features_of("item"):
+            raise UserError(
+                "batch_score.catalogue: no catalogue is built for an event_schema without item features: "
+                "name the items with batch_score.candidates"
+            )
+        if schema.features_of("item"):
+            inputs |= {"items": items_version(sequences.id, schema)}
+            open_version(settings.path("tables", "items"), schema, inputs["items"], "jobs.build_sequences")
+    return Plan(
+        kind=kind,
+        schema=schema,
+        root=settings.path(),
+        checkpoint=checkpoint,
+        sequences=sequences,
+        inputs=inputs,
+        request_ts=_moment(asked, sequences),
+        users=users,
+        candidates=candidates,
+        top_k=asked.top_k if isinstance(asked, BatchSettings) else None,
+        check_requests=asked.check_requests if isinstance(asked, BatchSettings) else 0,
+        batch_bytes=asked.batch_bytes,
+        device=asked.device,
+    )
+
+
+def _moment(asked: UserSettings, sequences: Version) -> int:
+    """In milliseconds: the settings' or just after the newest event."""
+    if asked.request_ts:
+        return round(asked.request_ts.timestamp() * 1000)
+    return round(datetime.fromisoformat(sequences.manifest["watermark"]).timestamp() * 1000) + 1

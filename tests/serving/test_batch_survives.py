@@ -1,0 +1,144 @@
+"""An offline run that loses its driver or an actor ends with the same table, and does no bucket twice."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import batch_score, build_sequences
+from longer.batch_settings import BatchSettings
+from longer.config import Settings
+from longer.serving import batch
+from longer.serving.batch import BucketScorer
+from longer.serving.batch_check import OnlineCheck
+from longer.serving.batch_input import Chunk
+from longer.serving.batch_output import Record
+from longer.storage import Version
+from tests.data.test_build_survives import settings_with_events
+from tests.serving.tables import MODEL, publish_random_model
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+NUM_CANDIDATES = 500
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """300 users in more than a hundred buckets, each asked about 500 items."""
+    folder = tmp_path_factory.mktemp("survives")
+    settings = settings_with_events(folder)
+    settings = Settings(**{**settings.model_dump(), "model": MODEL})
+    build_sequences.run(settings)
+    publish_random_model(settings)
+    pq.write_table(pa.table({"item_id": list(range(NUM_CANDIDATES))}), folder / "candidates.parquet")
+    return settings
+
+
+def asking(world: Settings, request_ts: str) -> Settings:
+    """The same world at another moment is another version, so that each test has its own."""
+    asked = BatchSettings(candidates=f"{world.root}/candidates.parquet", request_ts=request_ts)
+    return world.model_copy(update={"batch_score": asked})
+
+
+def records(root: str) -> dict[Path, int]:
+    """What an unfinished run has done, with the time it was written."""
+    return {path: path.stat().st_mtime_ns for path in Path(root).glob("candidate_scores/*/_scratch/bucket-*.json")}
+
+
+def undisturbed(asked: Settings) -> Version:
+    """The same run in a table of its own."""
+    plan_path = Path(asked.root, "candidate_scores")
+    plan_path.rename(aside := plan_path.with_name(f"disturbed-{time.monotonic_ns()}"))
+    try:
+        return batch_score.run(asked)
+    finally:
+        plan_path.rename(plan_path.with_name(f"undisturbed-{time.monotonic_ns()}"))
+        aside.rename(plan_path)
+
+
+def checksums(version: Version) -> dict[str, str]:
+    return {file.path: file.sha256 for file in version.data_files()}
+
+
+def test_a_run_killed_half_way_does_the_missing_buckets_only(world: Settings, tmp_path: Path) -> None:
+    """Starts a job of its own, on a Ray of its own, and kills both: some twenty seconds."""
+    asked = asking(world, "2030-01-01T00:00:00Z")
+    config = tmp_path / "settings.yaml"
+    config.write_text(asked.model_dump_json(exclude={"ray"}))
+    command = [sys.executable, "-m", "jobs.batch_score", "--config", str(config), "--ray.num_cpus", "2"]
+    job = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 90
+    while len(records(asked.root)) < 20:
+        assert time.monotonic() < deadline, "the run never got that far"
+        assert job.poll() is None, "the job has ended"
+        time.sleep(0.005)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    time.sleep(0.5)  # its actors go after it
+    before = records(asked.root)
+    files = {path: path.stat().st_mtime_ns for path in Path(asked.root).rglob("candidate_scores/*/bucket=*/*.parquet")}
+    version = batch_score.run(asked)
+    assert 20 <= len(before) < len(version.data_files()), "the run was not interrupted in its midst"
+    kept = {
+        path: path.stat().st_mtime_ns for path in files if f"bucket-{path.parent.name[-4:]}" in {p.stem for p in before}
+    }
+    assert len(kept) >= 20
+    assert kept == {path: files[path] for path in kept}, "a bucket that was done was scored again"
+    assert checksums(version) == checksums(undisturbed(asked))
+
+
+class Dying(BucketScorer):
+    """The first time that it has rows of a bucket's second half, it kills its worker."""
+
+    def write_bucket(self, bucket: int) -> Record:
+        with Path(f"{self._version_path}.attempts").open("a") as attempts:
+            attempts.write(f"{bucket}\n")
+        return super().write_bucket(bucket)
+
+    def _parts(self, bucket: int, check: OnlineCheck, record: Record) -> Iterator[pa.Table]:
+        for rows in super()._parts(bucket, check, record):
+            yield rows
+            mark = Path(f"{self._version_path}.died")
+            if bucket % 10 == 7 and not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_actor_costs_its_bucket_only(world: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = asking(world, "2030-01-02T00:00:00Z")
+    monkeypatch.setattr(batch, "BucketScorer", Dying)
+    version = batch_score.run(asked)
+    monkeypatch.undo()
+    assert Path(f"{version.path}.died").exists(), "no actor was killed"
+    attempts = Path(f"{version.path}.attempts").read_text().split()
+    assert len(attempts) == len(version.data_files()) + 1, "buckets of other actors were done twice"
+    assert checksums(version) == checksums(undisturbed(asked))
+
+
+class Failing(BucketScorer):
+    """Finds, in some bucket, that the serving path says something else."""
+
+    def _parts(self, bucket: int, check: OnlineCheck, record: Record) -> Iterator[pa.Table]:
+        original = check.see
+
+        def see(chunk: Chunk, rows: pa.Table) -> None:
+            original(chunk, rows)
+            if bucket % 10 == 7:
+                raise ArithmeticError("scores of one request differ")
+
+        check.see = see  # type: ignore[method-assign]
+        return super()._parts(bucket, check, record)
+
+
+def test_a_difference_from_the_serving_path_publishes_nothing(world: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = asking(world, "2030-01-03T00:00:00Z")
+    monkeypatch.setattr(batch, "BucketScorer", Failing)
+    with pytest.raises(Exception, match="scores of one request differ"):
+        batch_score.run(asked)
+    assert not list(Path(asked.root, "candidate_scores").glob(f"{batch.plan_scores(asked).version_id}/_MANIFEST.json"))

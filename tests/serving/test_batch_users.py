@@ -1,0 +1,213 @@
+"""Users times candidates, users' best items, users' vectors: what is published is what the model says of each user."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from longer.arrays import Candidates
+from longer.batch_settings import BatchSettings, ExportSettings
+from longer.config import Settings
+from longer.data.columns import read_columns
+from longer.data.items import ItemTable, items_version
+from longer.data.tables import SequenceTable
+from longer.errors import UserError
+from longer.hashing import stable_keys
+from longer.model.sweep import Sweep
+from longer.serving import batch_input
+from longer.serving.batch import BucketScorer, batch_score, export_vectors
+from longer.serving.batch_check import OnlineCheck
+from longer.serving.batch_plan import plan_scores
+from longer.serving.offline import Questions
+from longer.storage import Table, Version
+from longer.training.checkpoints import load_model
+from tests.serving.tables import (
+    DAY_MS,
+    NUM_BUCKETS,
+    NUM_ITEMS,
+    NUM_USERS,
+    START_MS,
+    build_world,
+    checkpoint_path,
+    publish_requests,
+)
+from tests.serving.test_offline import forward
+
+MIDDAY = "2023-12-11T12:00:00Z"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    settings = build_world(tmp_path_factory.mktemp("users"))
+    publish_requests(settings, Table(settings.path("tables", "sequences")).require("jobs.build_sequences"))
+    return settings
+
+
+def asking(world: Settings, **chosen: object) -> Settings:
+    return world.model_copy(update={"batch_score": BatchSettings(**chosen)})
+
+
+def ids_file(folder: Path, **column: list) -> str:
+    path = folder / f"{next(iter(column))}.parquet"
+    pq.write_table(pa.table(column), path)
+    return str(path)
+
+
+def rows_of(version: Version) -> pa.Table:
+    return pa.concat_tables([read_columns(file) for file in version.files()]).sort_by("user_id")
+
+
+def questions_of(world: Settings, users: list[int], request_ts: int) -> Questions:
+    histories = SequenceTable(world.path("tables", "sequences"), world.event_schema).get(users)
+    ends = [
+        int(first + (histories.event_ts_E[begin:end] < request_ts).sum())
+        for first, begin, end in zip(
+            histories.first_index_B, histories.offsets_B1[:-1], histories.offsets_B1[1:], strict=True
+        )
+    ]
+    return Questions(histories, np.arange(len(users)), np.array(ends), np.full(len(users), request_ts))
+
+
+def expected_scores(world: Settings, users: list[int], items: list[str], request_ts: int) -> np.ndarray:
+    """[users, items] of the training forward pass, item features from the catalogue."""
+    model, _ = load_model(checkpoint_path(world))
+    keys, schema = stable_keys(pa.array(items * len(users))), world.event_schema
+    sequences = Table(world.path("tables", "sequences")).require("jobs.build_sequences").id
+    features = ItemTable(world.path("tables", "items"), schema, items_version(sequences, schema)).lookup(keys)
+    candidates = Candidates(np.arange(len(users) + 1) * len(items), {"item_id": keys, **features})
+    outputs = forward(model, questions_of(world, users, request_ts), candidates)[:, 0]
+    return torch.from_numpy(outputs).sigmoid().numpy().reshape(len(users), len(items))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_every_user_meets_every_candidate_once_strangers_included(world: Settings, tmp_path: Path) -> None:
+    users = ids_file(tmp_path, user_id=[5, 3, 5, 777, 9])
+    candidates = ids_file(tmp_path, item_id=["item4", "nowhere", "item0", "item4"])
+    asked = asking(world, users=users, candidates=candidates, request_ts=MIDDAY)
+    version = batch_score(asked)
+    rows = rows_of(version)
+    assert rows["user_id"].to_pylist() == [3, 5, 9, 777]
+    assert rows["item_id"].to_pylist() == [["item4", "nowhere", "item0"]] * 4
+    moment = rows["request_ts"].cast(pa.int64())[0].as_py()
+    assert moment == START_MS + (moment - START_MS) // DAY_MS * DAY_MS + DAY_MS // 2
+    expected = expected_scores(world, [3, 5, 9, 777], ["item4", "nowhere", "item0"], moment)
+    np.testing.assert_allclose(np.array(rows["score_label"].to_pylist()), expected, atol=1e-5)
+    assert np.ptp(expected, axis=0).max() > 0.01, "users are not told apart"
+    assert version.manifest["num_rows"] == 12
+    assert version.manifest["online_check"]["requests"] == 4
+    assert version.manifest["online_check"]["max_abs_diff"] <= 1e-5
+    assert version.manifest["device_s_per_million_scores"] > 0
+    assert not Path(version.path, "_scratch").exists()
+    assert batch_score(asked) == version
+    other = ids_file(tmp_path, user_id=[5, 3])
+    assert batch_score(asking(world, users=other, candidates=candidates, request_ts=MIDDAY)).id != version.id
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_the_best_of_the_catalogue_for_all_users_after_their_last_event(world: Settings) -> None:
+    version = batch_score(asking(world, catalogue=True, top_k=5))
+    rows = rows_of(version)
+    everyone, items = list(range(1, NUM_USERS + 1)), [f"item{i}" for i in range(NUM_ITEMS)]
+    assert rows["user_id"].to_pylist() == everyone
+    watermark = SequenceTable(world.path("tables", "sequences"), world.event_schema).version.manifest["watermark"]
+    moment = int(np.datetime64(watermark.removesuffix("+00:00"), "ms").astype(np.int64)) + 1
+    expected = expected_scores(world, everyone, items, moment)
+    for user, row in enumerate(rows.to_pylist()):
+        best = np.argsort(-expected[user], kind="stable")[:5]
+        np.testing.assert_allclose(row["score_label"], expected[user][best], atol=1e-5)
+        np.testing.assert_allclose(
+            expected[user][[items.index(i) for i in row["item_id"]]], row["score_label"], atol=1e-5
+        )
+    assert version.manifest["num_rows"] == NUM_USERS * NUM_ITEMS
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_vectors_are_the_users_own_tokens_at_the_moment(world: Settings) -> None:
+    exported = export_vectors(world.model_copy(update={"export_embeddings": ExportSettings(request_ts=MIDDAY)}))
+    rows, model = rows_of(exported), load_model(checkpoint_path(world))[0]
+    everyone = list(range(1, NUM_USERS + 1))
+    assert rows["user_id"].to_pylist() == everyone
+    questions = questions_of(world, everyone, int(rows["request_ts"].cast(pa.int64())[0].as_py()))
+    assert rows["num_events"].to_pylist() == questions.history_end_R.tolist()
+    vectors = np.array(rows["vector"].to_pylist(), np.float32)
+    for user in range(NUM_USERS):
+        end = questions.history_end_R[user : user + 1]
+        start = model.windows.history_start(end) * model.windows.merge_size
+        sweep = Sweep(model, questions.histories.slice_events(np.array([user]), start, end))
+        sweep.advance(end)
+        expected = sweep.ask(np.zeros(1, np.int64), end, questions.request_ts_R[:1]).user_vectors_RD.numpy()
+        np.testing.assert_allclose(vectors[user : user + 1], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_cut_anywhere_give_the_same_rows(
+    world: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = BucketScorer(plan_scores(world), str(tmp_path / "whole")).write_bucket(1)
+    monkeypatch.setattr(batch_input, "_CHUNK_REQUESTS", 3)
+    monkeypatch.setattr(batch_input, "_CHUNK_EVENTS", 10)
+    cut = BucketScorer(plan_scores(world), str(tmp_path / "cut")).write_bucket(1)
+    rows = [read_columns(f"{tmp_path}/{name}/{whole['file']['path']}") for name in ("whole", "cut")]
+    same = [name for name in rows[0].column_names if name != "score_label"]
+    assert rows[0].select(same).equals(rows[1].select(same))
+    scores = [part["score_label"].combine_chunks().flatten().to_numpy() for part in rows]
+    np.testing.assert_allclose(*scores, atol=1e-6)
+    counts = ("num_requests", "num_users", "num_scores", "num_compared")
+    assert [whole[name] for name in counts] == [cut[name] for name in counts]
+
+
+def test_a_score_that_the_serving_path_does_not_give_fails_the_run(world: Settings, tmp_path: Path) -> None:
+    for settings in (world, asking(world, catalogue=True, top_k=3)):
+        scorer = BucketScorer(plan_scores(settings), str(tmp_path))
+        chunk = next(iter(scorer._reader.chunks(0)))
+        rows = scorer._answers.rows(chunk)
+        check = OnlineCheck(scorer._plan, scorer._scorer, scorer._answers.items, np.array([0]))
+        check.see(chunk, rows)
+        assert check.num_compared == 1
+        scores = pa.chunked_array([[[score + 1e-4 for score in row] for row in rows["score_label"].to_pylist()]])
+        wrong = rows.set_column(rows.column_names.index("score_label"), "score_label", scores)
+        with pytest.raises(ArithmeticError, match="between the offline and the serving path"):
+            check.see(chunk, wrong)
+    worst_kept = rows["item_id"].to_pylist()[0][::-1]
+    expected = expected_scores(world, [chunk.user_id_R[0].as_py()], worst_kept, int(chunk.questions.request_ts_R[0]))
+    assert (np.diff(expected[0]) > 0).all()
+    only_last = rows.slice(0, 1)
+    for name in ("item_id", "score_label"):
+        kept = pa.chunked_array([[rows[name][0].as_py()[-1:]]], rows[name].type)
+        only_last = only_last.set_column(rows.column_names.index(name), name, kept)
+    with pytest.raises(ArithmeticError):  # two items that score higher are left out
+        check.see(chunk, only_last)
+
+
+def test_ids_that_cannot_be_read_are_one_line(world: Settings, tmp_path: Path) -> None:
+    good = ids_file(tmp_path, item_id=["item1"])
+    mistakes = {
+        "no Parquet file there": str(tmp_path / "nowhere"),
+        "no column user_id": good,
+        "user_id is string, the tables' is int64": ids_file(tmp_path, user_id=["1"]),
+    }
+    for said, path in mistakes.items():
+        with pytest.raises(UserError, match=said):
+            batch_score(asking(world, users=path, candidates=good))
+    with pytest.raises(UserError, match="1 rows without user_id"):
+        batch_score(asking(world, users=ids_file(tmp_path, user_id=[1, None]), candidates=good))
+    (tmp_path / "user_id.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(UserError, match="not a readable Parquet file"):
+        batch_score(asking(world, users=str(tmp_path / "user_id.parquet"), candidates=good))
+
+
+def test_a_moment_that_the_table_no_longer_covers_is_refused(world: Settings, tmp_path: Path) -> None:
+    past = asking(world, catalogue=True, top_k=1, request_ts="2023-11-20T00:00:00Z")
+    scorer = BucketScorer(plan_scores(past), str(tmp_path))
+
+    def score_all_buckets() -> None:
+        for bucket in range(NUM_BUCKETS):
+            scorer.write_bucket(bucket)
+
+    with pytest.raises(UserError, match=r"the history windows of \d+ users at this request_ts start before"):
+        score_all_buckets()

@@ -1,0 +1,126 @@
+"""Scores of many requests in bounded memory are those of the training forward pass, whatever the bounds."""
+
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longer.arrays import Candidates, Float32, Histories, RequestBatch
+from longer.data.batches import plan_packs
+from longer.model.inputs import feature_tensors, to_tensors
+from longer.model.longer import Longer
+from longer.model.sweep import Asked
+from longer.serving.offline import Budget, Questions, best_items, score_all, score_lists, waves
+from tests.model.generate import random_candidates, random_features, random_histories, small_model
+
+MODEL = small_model(dtype=torch.float32)
+SEEDS = st.integers(0, 2**32 - 1)
+LENGTHS = st.lists(st.integers(0, 90), min_size=1, max_size=5)
+BYTES = st.sampled_from([2, 100_000, 1 << 30])
+
+
+def random_questions(rng: np.random.Generator, lengths: list[int], num_requests: int) -> Questions:
+    row_R = rng.integers(0, len(lengths), num_requests)
+    end_R = rng.integers(0, np.array(lengths)[row_R] + 1)
+    ts_R = 1_900_000_000_000 + rng.integers(0, 10**9, num_requests)
+    return Questions(random_histories(rng, lengths), row_R, end_R, ts_R)
+
+
+def forward(model: Longer, questions: Questions, candidates: Candidates) -> Float32:
+    """[C, T] of the training forward pass, each request on a history of its own."""
+    start_R = model.windows.history_start(questions.history_end_R) * model.windows.merge_size
+    histories: Histories = questions.histories.slice_events(questions.row_R, start_R, questions.history_end_R)
+    each = np.arange(len(questions))
+    batch = RequestBatch(histories, each, questions.history_end_R, questions.request_ts_R, candidates, each)
+    with torch.inference_mode():
+        return model(to_tensors(batch)).numpy()
+
+
+@given(seed=SEEDS, lengths=LENGTHS, num_requests=st.integers(1, 12), num_bytes=BYTES)
+@settings(max_examples=20, deadline=None)
+def test_lists_of_candidates_equal_the_forward_pass_within_any_budget(
+    seed: int, lengths: list[int], num_requests: int, num_bytes: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    questions = random_questions(rng, lengths, num_requests)
+    candidates = random_candidates(rng, rng.integers(0, 7, num_requests).tolist())
+    scored = score_lists(questions, candidates, Budget(MODEL, num_bytes))
+    np.testing.assert_allclose(scored, forward(MODEL, questions, candidates), rtol=1e-5, atol=1e-5)
+
+
+@given(seed=SEEDS, lengths=LENGTHS, num_items=st.integers(1, 12), top_k=st.integers(1, 30), num_bytes=BYTES)
+@settings(max_examples=20, deadline=None)
+def test_the_best_items_are_those_of_the_whole_score_matrix(
+    seed: int, lengths: list[int], num_items: int, top_k: int, num_bytes: int
+) -> None:
+    """Items come with their twins, so that there are ties, which go by the items' order."""
+    rng, num_users = np.random.default_rng(seed), len(lengths)
+    questions = random_questions(rng, lengths, num_users)
+    features = random_features(rng, num_items, 12, ("item_id", "category"), ("weight",))
+    features = {name: np.tile(values, 2) for name, values in features.items()}
+    everyone = {name: np.tile(values, num_users) for name, values in features.items()}
+    candidates = Candidates(np.arange(num_users + 1) * 2 * num_items, everyone)
+    matrix_RIT = forward(MODEL, questions, candidates).reshape(num_users, 2 * num_items, 2)
+    items, budget, seen = (
+        feature_tensors(Candidates(np.zeros(1, np.int64), features)),
+        Budget(MODEL, num_bytes),
+        0,
+    )
+    for rows, asked in waves(questions, budget):
+        numbers, outputs = best_items(asked, items, top_k, budget)
+        assert numbers.shape[1] == min(top_k, 2 * num_items)
+        best = -np.sort(-matrix_RIT[rows, :, 0], axis=1)[:, :top_k]
+        np.testing.assert_allclose(outputs[..., 0], best, rtol=1e-5, atol=1e-5)
+        kept = np.take_along_axis(matrix_RIT[rows], numbers[..., None], axis=1)
+        np.testing.assert_allclose(outputs, kept, rtol=1e-5, atol=1e-5)
+        assert all(len(set(row)) == len(row) for row in numbers.tolist())
+        whole = np.concatenate([part for _, part in score_all(asked, items, budget)], axis=1)[..., 0]
+        np.testing.assert_array_equal(numbers, np.argsort(-whole, axis=1, kind="stable")[:, :top_k])
+        seen += len(rows)
+    assert seen == num_users
+
+
+def test_a_users_history_is_encoded_once_for_all_requests_in_time_order() -> None:
+    """Events embedded: those of the window once and every later one once; besides, each request's newest group."""
+    rng, embedded = np.random.default_rng(0), 0
+    questions = Questions(
+        random_histories(rng, [80]), np.zeros(40, np.int64), np.arange(41, 81)[::-1].copy(), np.full(40, 2 * 10**12)
+    )
+    original = MODEL.embedding.events
+
+    def counting(events: object) -> torch.Tensor:
+        nonlocal embedded
+        out = original(events)  # type: ignore[arg-type]
+        embedded += len(out)
+        return out
+
+    with patch.object(MODEL.embedding, "events", counting):
+        score_lists(questions, random_candidates(rng, [3] * 40), Budget(MODEL, 1 << 30))
+    first = int(MODEL.windows.history_start(41)) * MODEL.windows.merge_size
+    windows = plan_packs(questions.row_R, questions.history_end_R, MODEL.windows, 40)
+    partial = int((questions.history_end_R % MODEL.windows.merge_size).sum())
+    assert len(windows) > 3, "the windows never moved"
+    again = len(windows) * MODEL.windows.merge_size  # the partial group where one wave ends is read by the next
+    assert embedded - partial <= (80 - first) + again
+
+
+@pytest.mark.parametrize("num_candidates", [100, 20_000])
+def test_one_users_many_candidates_never_exceed_a_block(num_candidates: int) -> None:
+    rng, blocks = np.random.default_rng(0), []
+    questions = Questions(random_histories(rng, [500]), np.zeros(1, np.int64), np.array([500]), np.array([2 * 10**12]))
+    budget = Budget(MODEL, 1 << 20)
+    original = Asked.outputs
+
+    def counting(asked: Asked, *args: object) -> torch.Tensor:
+        out = original(asked, *args)  # type: ignore[arg-type]
+        blocks.append(len(out))
+        return out
+
+    candidates = random_candidates(rng, [num_candidates])
+    with patch.object(Asked, "outputs", counting):
+        scored = score_lists(questions, candidates, budget)
+    assert sum(blocks) == len(scored) == num_candidates
+    assert max(blocks) <= budget.candidates(MODEL.windows.history_groups)
