@@ -5,6 +5,7 @@ import os
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -75,7 +76,10 @@ def done_buckets(version_path: str) -> dict[int, Record]:
     scheme = "s3://" if version_path.startswith("s3://") else ""
     found = {name.removeprefix(bare): info["size"] for name, info in fs.find(bare, detail=True).items()}
     names = [name for name in found if name.startswith("/_scratch/bucket-")]
-    records = [json.loads(read_bytes(f"{scheme}{bare}{name}")) for name in names]
+    records = []
+    for name in names:
+        with suppress(ValueError):  # torn by a crash of the machine
+            records.append(json.loads(read_bytes(f"{scheme}{bare}{name}")))
     return {
         record["bucket"]: record
         for record in records
