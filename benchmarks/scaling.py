@@ -179,9 +179,10 @@ def updated(document: str, by_name: dict[str, str]) -> str:
     """The document with its marked parts written anew; ValueError names a part that it does not have."""
     for name, text in by_name.items():
         marked = re.compile(rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end -->)", re.S)
-        if not marked.search(document):
+        found = marked.search(document)
+        if not found:
             raise ValueError(f"the document has no part '{name}'")
-        document = marked.sub(lambda found, text=text: f"{found[1]}\n{text}\n\n{found[2]}", document)
+        document = f"{document[: found.end(1)]}\n{text}\n\n{document[found.start(2) :]}"
     return document
 
 
