@@ -112,7 +112,7 @@ class Plan:
         return self.m.train_users.value * self.m.train_mean_events.value / (self.m.train_step_ms.value / 1e3)
 
     def encode_s(self) -> float:
-        """Of one window, as part of a training step: above what encoding alone costs."""
+        """Of one window, as its part of a training step, which does more than encode but shares its launches among many users."""
         return self.window_events / self.trained_events_per_s()
 
     def training_gpu_hours(self) -> float:
