@@ -10,7 +10,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -41,6 +41,18 @@ LIMITED = (
     "ray: groupby.map_groups",
 )
 """Without the forms that hold all lists at once and have lost at a tenth of the size, whatever they would need here."""
+GOALS: tuple[tuple[str, str, Callable[[dict[str, float]], float], float, bool], ...] = (
+    ("time over the fastest Polars'", "at most", lambda s: 1 / s["vs_polars"], 1.25, False),
+    ("the fastest DuckDB's time over ours", "at least", lambda s: s["vs_duckdb"], 1.5, True),
+    ("`map_groups`' time over ours", "at least", lambda s: s["vs_ray_map_groups"], 10, True),
+    ("time over the fastest copy's", "at most", lambda s: s["vs_copy_floor"], 2, False),
+    ("under the limit, the fastest Polars' time over ours", "at least", lambda s: s["limited_vs_polars"], 1.5, True),
+    ("under the limit, the fastest DuckDB's time over ours", "at least", lambda s: s["limited_vs_duckdb"], 1.5, True),
+    ("time for ten times the events", "at most", lambda s: s["growth_10x"], 11, False),
+    ("peak memory for it", "at most", lambda s: s["peak_bytes_200m"] / s["peak_bytes_20m"], 1.3, False),
+    ("full build over one more day", "at least", lambda s: s["incremental_speedup"], 10, True),
+)
+"""What this platform set out for: a ratio of the last line, and its bound."""
 VERSIONED = ("ray", "pyarrow", "polars", "duckdb", "numpy")
 
 
@@ -80,7 +92,8 @@ def main() -> None:
         limit_bytes = int(options.memory_gb * 1e9)
         stages.append(_stage(data, options.limited_events, options.events // EVENTS_PER_USER, limit_bytes))
         _run(stages[1], _chosen(LIMITED, options), 1, data, options.timeout_s)
-    text = "\n".join([*_page(stages, options), "", json.dumps(_summary(stages, options))])
+    summary = _summary(stages, options)
+    text = "\n".join([*_page(stages, options), "", *_goals(summary), "", json.dumps(summary)])
     print(text)
     if options.output:
         Path(options.output).write_text(text + "\n")
@@ -211,6 +224,21 @@ def _table(stage: Stage) -> list[str]:
             f"| {name} | {seconds:.1f}{spread} | {num_events / seconds:,.0f} | {peak} | {startup:.1f} | "
             f"{stage.output_bytes[name] / 1e6:,.0f} | {len(runs)} |"
         )
+    return lines
+
+
+def _goals(summary: dict[str, float | None]) -> list[str]:
+    """Each goal with its figure, met or missed; what was not measured has none."""
+    known = {name: value for name, value in summary.items() if value is not None}
+    lines = ["## Goals", "", "| ratio | goal | measured | |", "|---|---|---|---|"]
+    for title, bound, ratio, limit, at_least in GOALS:
+        try:
+            value = ratio(known)
+        except KeyError:
+            lines.append(f"| {title} | {bound} {limit:g} | – | not measured, or a side has no time |")
+            continue
+        is_met = value >= limit if at_least else value <= limit
+        lines.append(f"| {title} | {bound} {limit:g} | {value:.2f} | {'met' if is_met else '**missed**'} |")
     return lines
 
 
