@@ -235,7 +235,7 @@ def _goals(summary: dict[str, float | None]) -> list[str]:
         try:
             value = ratio(known)
         except KeyError:
-            lines.append(f"| {title} | {bound} {limit:g} | – | not measured, or a side has no time |")
+            lines.append(f"| {title} | {bound} {limit:g} | | not measured, or a side has no time |")
             continue
         is_met = value >= limit if at_least else value <= limit
         lines.append(f"| {title} | {bound} {limit:g} | {value:.2f} | {'met' if is_met else '**missed**'} |")
