@@ -18,4 +18,8 @@ install=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check -
 if [ -n "${TORCH_INDEX:-}" ]; then
   "${install[@]}" --index-url "$TORCH_INDEX" torch
 fi
-"${install[@]}" boto3 "$project[examples]" # boto3 is the launcher's way to AWS
+sources=$(mktemp -d) # a build leaves folders beside what it builds, and reads old ones
+trap 'rm -rf "$sources"' EXIT
+cp -r "$project"/{pyproject.toml,README.md,LICENSE,platform} "$sources"
+rm -rf "$sources"/platform/*.egg-info
+"${install[@]}" boto3 "$sources[examples]" # boto3 is the launcher's way to AWS

@@ -89,6 +89,10 @@ def home() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+def left_by_builds() -> set[Path]:
+    return {*ROOT.glob("build"), *ROOT.glob("platform/*.egg-info")}
+
+
 @pytest.mark.slow
 def test_setup_commands_run_in_order_for_a_new_user_and_install_what_is_pinned(
     home: Path, prepared: dict[str, Any], s3: str
@@ -104,9 +108,12 @@ def test_setup_commands_run_in_order_for_a_new_user_and_install_what_is_pinned(
         return done.stdout
 
     assert prepared["head_setup_commands"] == prepared["setup_commands"], "Ray's defaults are in"
+    before = left_by_builds()
     outputs = [run(command.replace("BUCKET", s3.removeprefix("s3://"))) for command in prepared["setup_commands"]]
-    assert "sudo apt-get install -qq --yes python3-venv" in outputs[0]
-    assert "sudo chmod 1777 /mnt/scratch" in outputs[1]
+    assert left_by_builds() == before, "installing left folders in the checkout"
+    assert "sudo apt-get update -qq" in outputs[0]
+    assert {"gcc", "g++", "libc6-dev", "python3-dev", "python3-venv"} <= set(outputs[1].split()), "Triton compiles"
+    assert "sudo chmod 1777 /mnt/scratch" in outputs[2]
     assert (home / ".bashrc").read_text() == 'export PATH="$HOME/venv/bin:$PATH"\n# first line\n'
     installed = set(run("~/venv/bin/python -m pip freeze --exclude longer").splitlines())
     pinned = set((ROOT / "constraints.txt").read_text().splitlines())
