@@ -25,6 +25,7 @@ meanwhile may bring a state back, and the sequence table is what it was.
 """
 
 import sys
+from typing import Any
 
 import ray
 from ray import serve
@@ -42,6 +43,11 @@ __all__ = ["ScoringArgs", "build_app"]
 _HEALTH_CHECK_S = 10.0
 
 
+def replica_options(args: ScoringArgs) -> dict[str, Any]:
+    """Ray's options of a replica."""
+    return RaySettings(pool_label=args.pool_label).options(args.num_cpus, args.num_gpus)
+
+
 def build_app(args: ScoringArgs) -> serve.Application:
     """The Serve application; replicas come and go slowly, since each change remaps users away from their states.
 
@@ -56,11 +62,7 @@ def build_app(args: ScoringArgs) -> serve.Application:
         sys.exit(2)  # `serve run` would show a traceback
     return ScoringReplica.options(
         name="scoring",
-        ray_actor_options={
-            "num_cpus": args.num_cpus,
-            "num_gpus": args.num_gpus,
-            "label_selector": RaySettings(pool_label=args.pool_label).place(args.num_gpus),
-        },
+        ray_actor_options=replica_options(args),
         max_ongoing_requests=4 * args.max_batch_requests,
         max_queued_requests=args.max_queued_requests,
         backpressure_config=BackpressureConfig(retry_after_s=RETRY_AFTER_S),

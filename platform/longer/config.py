@@ -349,6 +349,11 @@ class RaySettings(Section):
         """Ray's `label_selector` of a task or actor that asks for so many GPUs."""
         return {self.pool_label: "gpu" if num_gpus else "cpu"} if self.pool_label else {}
 
+    def options(self, num_cpus: float, num_gpus: float = 0) -> dict[str, Any]:
+        """Ray's options of a task or actor that asks for so much, `label_selector` included."""
+        gpus = {"num_gpus": num_gpus} if num_gpus else {}
+        return {"num_cpus": num_cpus, **gpus, "label_selector": self.place(num_gpus)}
+
 
 class Settings(BaseSettings):
     """The whole platform's settings; each job reads its own section and those before it."""

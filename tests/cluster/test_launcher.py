@@ -16,14 +16,48 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config  # private, and pinned with Ray
 from ray.scripts.scripts import start
+from ray.serve.schema import ServeDeploySchema
 
 from longer.cli import parse_settings
+from serve_apps.scoring import ScoringArgs
+from tests.cluster.instances import INSTANCE_TYPES
 from tests.cluster.nodes import ROOT
-from tests.cluster.requests import NodeType, requests_of
+from tests.cluster.requests import (
+    JOBS,
+    NodeType,
+    Request,
+    assert_on_nodes_for_it,
+    memory_for_work,
+    request_of_replicas,
+    requests_of,
+)
 
 CONFIG = yaml.safe_load((ROOT / "cluster.yaml").read_text())
 START = [command for kind in ("head", "worker") for command in CONFIG[f"{kind}_start_ray_commands"]]
-ON_GPUS = "--ray.pool_label longer.pool --train.use_gpu --batch_score.num_gpus_per_scorer 1"
+DOCUMENTATION = (ROOT / "docs/cluster.md").read_text()
+ON_CPUS = "--ray.pool_label longer.pool"
+ON_GPUS = f"{ON_CPUS} --train.use_gpu --batch_score.num_gpus_per_scorer 1 --export_embeddings.num_gpus_per_scorer 1"
+KINDS = {
+    name: NodeType(
+        {
+            **kind["resources"],
+            "memory": memory_for_work(INSTANCE_TYPES[kind["node_config"]["InstanceType"]].memory_bytes),
+        },
+        kind["labels"],
+        kind.get("max_workers", 1),
+    )
+    for name, kind in CONFIG["available_node_types"].items()
+}
+
+# What Ray's node provider calls on the head, and what S3's clients of the project call, each with what it is done to.
+LAUNCHING = {(f"ec2:{action}", "*") for action in ("RunInstances", "TerminateInstances", "CreateTags", "Describe*")} | {
+    ("iam:PassRole", "arn:aws:iam::*:role/longer-worker"),
+    ("ssm:GetParameters", "arn:aws:ssm:*::parameter/aws/service/deeplearning/*"),
+}
+ON_BUCKET = {(f"s3:{action}", "arn:aws:s3:::BUCKET") for action in ("ListBucket", "GetBucketLocation")} | {
+    (f"s3:{action}", "arn:aws:s3:::BUCKET/*")
+    for action in ("GetObject", "PutObject", "DeleteObject", "AbortMultipartUpload")
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +67,55 @@ def prepared() -> dict[str, Any]:
     return config
 
 
-@pytest.mark.parametrize("flags", ["--ray.pool_label longer.pool", ON_GPUS], ids=["CPU", "GPU"])
-def test_all_that_jobs_ask_for_fits_some_kind_of_node_and_no_task_fits_the_head(flags: str) -> None:
-    kinds = {
-        name: NodeType(kind["resources"], kind["labels"], kind.get("max_workers", 1))
-        for name, kind in CONFIG["available_node_types"].items()
-    }
-    settings, _ = parse_settings("a job", ["--config", str(ROOT / "configs/quickstart.yaml"), *flags.split()])
-    for what, (request, number) in requests_of(settings).items():
-        assert not kinds["head"].holds(request), what
-        assert max(kind.holds(request) for kind in kinds.values()) >= number, f"no kind of node holds {what}"
-    assert sum(kind.most for name, kind in kinds.items() if name != "head") == CONFIG["max_workers"]
+@pytest.mark.parametrize("flags", [ON_CPUS, ON_GPUS], ids=["CPU", "GPU"])
+@pytest.mark.parametrize("module", JOBS)
+def test_all_that_a_job_asks_for_fits_some_kind_of_node_and_not_the_head(module: str, flags: str) -> None:
+    settings, _ = parse_settings(module, ["--config", str(ROOT / "configs/quickstart.yaml"), *flags.split()])
+    for what, (request, number) in requests_of(module, settings).items():
+        assert_fits(request, number, what)
+
+
+def test_the_service_of_the_documentation_fits_and_names_a_path_that_nodes_see(tmp_path: Path) -> None:
+    command = re.search(r"^\$ (sed 's#runs/quickstart#s3:.*?) > /tmp/scoring\.yaml$", DOCUMENTATION, re.S | re.M)
+    done = subprocess.run(["bash", "-c", command[1]], cwd=ROOT, capture_output=True, text=True, check=True)
+    config = ServeDeploySchema.model_validate(yaml.safe_load(done.stdout))
+    args = ScoringArgs.model_validate(config.applications[0].args)
+    assert args.checkpoint == "s3://my-bucket/run/checkpoints"
+    assert args.num_gpus == 1
+    assert_fits(*request_of_replicas(args), "a replica")
+    assert f"--port-forward {config.http_options.port} " in DOCUMENTATION, "nothing asks the service"
+
+
+def assert_fits(request: Request, number: int, what: str) -> None:
+    assert_on_nodes_for_it(request, what)
+    assert not KINDS["head"].holds(request), f"{what} runs beside Ray's own services"
+    assert max(kind.holds(request) for kind in KINDS.values()) >= number, f"no kind of node holds {what}"
+
+
+def test_nodes_are_of_instance_types_that_have_what_they_tell_ray() -> None:
+    for name, kind in CONFIG["available_node_types"].items():
+        instance = INSTANCE_TYPES[kind["node_config"]["InstanceType"]]
+        has = {"CPU": instance.num_cpus, "GPU": instance.num_gpus}
+        assert kind["labels"]["longer.pool"] == name
+        if name == "head":
+            assert kind["resources"] == {"CPU": 0}
+        else:
+            assert kind["resources"] == {kind: number for kind, number in has.items() if number}, name
+            assert bool(instance.num_gpus) == (name == "gpu")
+            assert instance.nvme_bytes > instance.memory_bytes, "objects spill there"
+            assert KINDS[name].bytes_per_cpu >= 2 << 30
+
+
+def test_nodes_come_from_zero_go_when_idle_and_only_those_without_states_may_be_taken() -> None:
+    kinds = dict(CONFIG["available_node_types"])
+    assert sum(kind.get("max_workers", 0) for kind in kinds.values()) == CONFIG["max_workers"]
+    assert not kinds.pop("head")["node_config"].get("InstanceMarketOptions"), "all jobs' drivers run there"
+    assert {name: kind["min_workers"] for name, kind in kinds.items()} == {"cpu": 0, "gpu": 0}
+    spot = {name: kind["node_config"].get("InstanceMarketOptions") for name, kind in kinds.items()}
+    assert spot == {"cpu": {"MarketType": "spot"}, "gpu": None}, "a replica takes its users' states with it"
+    idle_s = {name: kind.get("idle_timeout_s", 60 * CONFIG["idle_timeout_minutes"]) for name, kind in kinds.items()}
+    minutes = re.search(r"go after (\d+) and (\d+) idle\s+minutes", DOCUMENTATION)
+    assert idle_s == {"cpu": 60 * int(minutes[1]), "gpu": 60 * int(minutes[2])}
 
 
 def test_only_the_bucket_and_the_key_pair_are_to_be_filled_in() -> None:
@@ -71,9 +143,15 @@ def test_policies_name_the_profiles_roles_that_the_nodes_have() -> None:
     profiles = {name: kind["node_config"]["IamInstanceProfile"]["Name"] for name, kind in kinds.items()}
     assert profiles == {"head": "longer-head", "cpu": "longer-worker", "gpu": "longer-worker"}
     head, worker = (json.loads((ROOT / f"deploy/aws/{kind}-policy.json").read_text()) for kind in ("head", "worker"))
-    [passed] = [s["Resource"] for s in head["Statement"] if s["Action"] == "iam:PassRole"]
-    assert passed.endswith(":role/longer-worker"), "the head could not launch workers"
-    assert [s for s in worker["Statement"] if not any(a.startswith("s3:") for a in s["Action"])] == []
+    assert allowed(worker) == ON_BUCKET, "no more and no less than S3"
+    assert allowed(head) == ON_BUCKET | LAUNCHING
+
+
+def allowed(policy: dict[str, Any]) -> set[tuple[str, str]]:
+    """Each action with what it may be done to."""
+    assert {statement["Effect"] for statement in policy["Statement"]} == {"Allow"}
+    pairs = [(actions, s["Resource"]) for s in policy["Statement"] for actions in [s["Action"]]]
+    return {(a, on) for actions, on in pairs for a in ([actions] if isinstance(actions, str) else actions)}
 
 
 @pytest.fixture

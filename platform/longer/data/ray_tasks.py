@@ -12,9 +12,9 @@ from longer.progress import track
 _MOST_IN_FLIGHT = 256  # waiting costs time for each
 
 
-def data_nodes() -> dict[str, str] | None:
-    """Ray's `label_selector` of tasks on tables: they run where Ray Data's do, on the nodes that `runner.start_ray` chose."""
-    return DataContext.get_current().execution_options.label_selector
+def task_options() -> dict[str, Any]:
+    """Ray's options of a task on tables: it asks for what Ray Data's do, on the nodes that `runner.start_ray` chose for them."""
+    return {"num_cpus": 1, "label_selector": DataContext.get_current().execution_options.label_selector}
 
 
 def each(function: Callable[[Any], Any], arguments: Iterable[Any], total: int, stage: str, unit: str) -> list[Any]:
@@ -23,7 +23,7 @@ def each(function: Callable[[Any], Any], arguments: Iterable[Any], total: int, s
     Arguments are made as tasks are submitted, so a long list of large ones need never exist.
     """
     task: Any = ray.remote(lambda argument: function(argument)).options(  # no bound methods
-        scheduling_strategy="SPREAD", label_selector=data_nodes()
+        scheduling_strategy="SPREAD", **task_options()
     )
     waiting = iter(enumerate(arguments))
     pending: dict[Any, int] = {}

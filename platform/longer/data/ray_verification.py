@@ -8,7 +8,7 @@ import ray
 
 from longer.arrays import Int64
 from longer.data.findings import BucketReport, Findings
-from longer.data.ray_tasks import data_nodes
+from longer.data.ray_tasks import task_options
 from longer.data.verification import repeated
 from longer.data.verified_files import Source, TableFile
 from longer.data.verified_manifests import check_manifests
@@ -22,7 +22,7 @@ def verify_tables(sequences: Source, requests: Source | None, verifier: BucketVe
     """What is wrong in all buckets of both tables, and in what their manifests say of them."""
     buckets = sorted({file.bucket for source in (sequences, requests) if source for file in source.files})
     num_parts = min(len(buckets), _MAX_ID_PARTS)
-    task: Any = ray.remote(_verify_bucket).options(num_returns=1 + num_parts, label_selector=data_nodes())
+    task: Any = ray.remote(_verify_bucket).options(num_returns=1 + num_parts, **task_options())
     started = {
         bucket: task.remote(
             verifier, bucket, sequences.bucket(bucket), requests.bucket(bucket) if requests else (), num_parts
@@ -34,7 +34,7 @@ def verify_tables(sequences: Source, requests: Source | None, verifier: BucketVe
         part = ray.get(started[bucket][0])
         of_buckets[bucket] = part.checked
         report.merge(part)
-    count_twice: Any = ray.remote(_repeated_ids).options(label_selector=data_nodes())
+    count_twice: Any = ray.remote(_repeated_ids).options(**task_options())
     parts = [count_twice.remote(*(refs[1 + part] for refs in started.values())) for part in range(num_parts)]
     for ids in ray.get(parts):
         report.found.add("duplicate_request", np.ones(len(ids), bool), lambda row, ids=ids: f"request {ids[row]}")  # type: ignore[misc]

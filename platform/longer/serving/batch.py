@@ -165,6 +165,11 @@ def _users_folder(version_path: str) -> str:
     return f"{scratch(version_path)}/users"
 
 
+def scorer_options(pool: ScorerPool, where: RaySettings) -> dict[str, Any]:
+    """Ray's options of an actor of the pool."""
+    return where.options(num_cpus=1, num_gpus=pool.num_gpus_per_scorer)
+
+
 def _score_buckets(
     plan: Plan, pool: ScorerPool, where: RaySettings, version_path: str, buckets: list[int], job: str
 ) -> list[Record]:
@@ -177,9 +182,7 @@ def _score_buckets(
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=most),
-        num_cpus=1,
-        num_gpus=pool.num_gpus_per_scorer or None,
-        label_selector=where.place(pool.num_gpus_per_scorer),
+        **scorer_options(pool, where),
     )
     records: list[Record] = []
     started = time.perf_counter()

@@ -19,7 +19,7 @@ import ray
 import torch
 
 from longer.arrays import Int64, RequestBatch
-from longer.config import Settings, TaskSettings
+from longer.config import RaySettings, Settings, TaskSettings
 from longer.data.batches import Requests
 from longer.data.scores import score_rows
 from longer.data.tables import RequestTable, SequenceTable
@@ -148,11 +148,16 @@ def _outputs(model: Longer, batch: RequestBatch) -> npt.NDArray[np.float32]:
     return model(to_tensors(batch)).numpy()
 
 
-def _score_buckets(settings: Settings, scorer: BucketScorer, num_buckets: int) -> Iterator[BucketScores]:
-    """One task a bucket, one thread a task, as many at a time as there are cores."""
+def task_options(where: RaySettings) -> dict[str, Any]:
+    """Ray's options of a task that scores a bucket: one thread each, and on a local Ray as many at a time as there are cores."""
     cores = len(os.sched_getaffinity(0))
-    logical = max(1, int(ray.cluster_resources()["CPU"]) // cores) if settings.ray.cluster is None else 1
-    task = ray.remote(num_cpus=logical, label_selector=settings.ray.place(num_gpus=0))(BucketScorer.score)
+    logical = max(1, int(ray.cluster_resources()["CPU"]) // cores) if where.cluster is None else 1
+    return where.options(num_cpus=logical)
+
+
+def _score_buckets(settings: Settings, scorer: BucketScorer, num_buckets: int) -> Iterator[BucketScores]:
+    """One task a bucket."""
+    task = ray.remote(**task_options(settings.ray))(BucketScorer.score)
     pending = [task.remote(scorer, bucket) for bucket in range(num_buckets)]
 
     def completed() -> Iterator[BucketScores]:

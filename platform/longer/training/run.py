@@ -51,6 +51,16 @@ def train(settings: Settings) -> Version:
     return version
 
 
+def worker_options(settings: Settings) -> ScalingConfig:
+    """How many workers there are, and what each asks Ray for."""
+    asked = settings.train
+    return ScalingConfig(
+        num_workers=asked.num_workers,
+        use_gpu=asked.use_gpu,
+        label_selector=settings.ray.place(asked.use_gpu),  # type: ignore[call-arg]
+    )
+
+
 def _fit(settings: Settings, versions: dict[str, str], run_id: str) -> Result:
     asked = settings.train
     _check_cluster(settings)
@@ -63,11 +73,7 @@ def _fit(settings: Settings, versions: dict[str, str], run_id: str) -> Result:
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"settings": settings, "versions": versions, "lines": lines},
-            scaling_config=ScalingConfig(
-                num_workers=asked.num_workers,
-                use_gpu=asked.use_gpu,
-                label_selector=settings.ray.place(asked.use_gpu),  # type: ignore[call-arg]
-            ),
+            scaling_config=worker_options(settings),
             run_config=RunConfig(
                 name=run_id,
                 storage_path=bare if on_s3 else os.path.abspath(storage),
