@@ -1,7 +1,9 @@
 """deploy/kuberay and deploy/Containerfile: fields, entrypoints and resources that fit each other, the jobs and this Ray."""
 
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,14 +17,24 @@ from longer.config import Settings
 from serve_apps.scoring import ScoringArgs
 from tests.cluster.kuberay import ClusterSpec, PodSpec, RayCluster, RayJob, RayService
 from tests.cluster.nodes import ROOT
-from tests.cluster.requests import NodeType, request_of_replicas, requests_of
+from tests.cluster.requests import (
+    JOBS,
+    NodeType,
+    assert_on_nodes_for_it,
+    memory_for_work,
+    request_of_replicas,
+    requests_of,
+)
 
 FOLDER = ROOT / "deploy/kuberay"
-JOBS = sorted((FOLDER / "jobs").glob("*.yaml"))
+JOB_FILES = sorted((FOLDER / "jobs").glob("*.yaml"))
+DOCUMENTATION = (ROOT / "docs/cluster.md").read_text()
 CLUSTER = RayCluster.model_validate(yaml.safe_load((FOLDER / "cluster.yaml").read_text()))
 SERVICE = RayService.model_validate(yaml.safe_load((FOLDER / "service.yaml").read_text()))
 SPECS = {"cluster": CLUSTER.spec, "service": SERVICE.spec.rayClusterConfig}
+SETTINGS = {document["kind"]: document for document in yaml.safe_load_all((FOLDER / "settings.yaml").read_text())}
 _RESOURCES = {"cpu": "CPU", "nvidia.com/gpu": "GPU"}
+_UNITS = {"Mi": 1 << 20, "Gi": 1 << 30}
 
 
 def kinds_of(spec: ClusterSpec) -> dict[str, NodeType]:
@@ -34,6 +46,7 @@ def kinds_of(spec: ClusterSpec) -> dict[str, NodeType]:
     ]:
         limits = group.template.spec.containers[0].resources.limits
         resources = {_RESOURCES[key]: float(value) for key, value in limits.items() if key in _RESOURCES}
+        resources["memory"] = memory_for_work(int(limits["memory"][:-2]) * _UNITS[limits["memory"][-2:]])
         if "num-cpus" in group.rayStartParams:
             resources["CPU"] = float(group.rayStartParams["num-cpus"])
         kinds[name] = NodeType(resources, group.labels, most)
@@ -52,8 +65,7 @@ def settings_of(path: Path) -> tuple[str, Settings]:
 def test_a_cluster_has_this_ray_a_token_and_consistent_groups(name: str) -> None:
     spec = SPECS[name]
     assert spec.rayVersion == ray.__version__
-    settings = list(yaml.safe_load_all((FOLDER / "settings.yaml").read_text()))
-    named = {document["kind"]: document["metadata"]["name"] for document in settings}
+    named = {kind: document["metadata"]["name"] for kind, document in SETTINGS.items()}
     known = {option for parameter in start.params for option in parameter.opts}
     pods: list[PodSpec] = []
     for group in (spec.headGroupSpec, *spec.workerGroupSpecs):
@@ -66,30 +78,49 @@ def test_a_cluster_has_this_ray_a_token_and_consistent_groups(name: str) -> None
         assert pod.serviceAccountName == named["ServiceAccount"]
         assert {mount.name for mount in container.volumeMounts} == {volume.name for volume in pod.volumes}
         assert container.image == ("longer:cuda" if "nvidia.com/gpu" in container.resources.limits else "longer:cpu")
+        tainted = {"nvidia.com/gpu"} & set(container.resources.limits)
+        assert {(t.key, t.operator, t.effect) for t in pod.tolerations} == {
+            (key, "Exists", "NoSchedule") for key in tainted
+        }, "clouds taint their GPU nodes so"
     for worker in spec.workerGroupSpecs:
+        kind = kinds_of(spec)[worker.groupName]
         assert worker.minReplicas <= worker.replicas <= worker.maxReplicas
-        assert worker.labels["longer.pool"] == (
-            "gpu" if kinds_of(spec)[worker.groupName].resources.get("GPU") else "cpu"
-        )
+        assert worker.labels["longer.pool"] == ("gpu" if kind.resources.get("GPU") else "cpu")
+        assert kind.bytes_per_cpu >= 2 << 30
+    assert kinds_of(spec)["head"].resources["memory"] >= 8 << 30, "drivers and Ray's own services"
+
+
+def test_the_token_the_bucket_and_the_role_are_where_all_look_for_them() -> None:
+    """The secret that is made by hand, the variables that entrypoints read, and the role with the bucket's policy."""
+    for text in ((FOLDER / "settings.yaml").read_text(), DOCUMENTATION):
+        [secret] = re.findall(r"kubectl create secret generic (\S+) --from-literal=auth_token=", text)
+        assert {spec.authOptions.secretName for spec in SPECS.values()} == {secret}
+    read = {name for path in JOB_FILES for name in re.findall(r"\$(\w+)", path.read_text())}
+    assert read == {"LONGER_ROOT"}
+    assert SETTINGS["ConfigMap"]["data"] == {"LONGER_ROOT": "s3://BUCKET/run", "AWS_DEFAULT_REGION": "us-east-1"}
+    role = SETTINGS["ServiceAccount"]["metadata"]["annotations"]["eks.amazonaws.com/role-arn"]
+    assert role.endswith(":role/longer-worker")
+    assert yaml.safe_load(SERVICE.spec.serveConfigV2)["applications"][0]["args"]["checkpoint"] == (
+        SETTINGS["ConfigMap"]["data"]["LONGER_ROOT"] + "/checkpoints"
+    )
 
 
 def test_there_is_a_rayjob_for_each_job_but_those_of_one_machine() -> None:
-    modules = {f"jobs.{path.stem}" for path in (ROOT / "jobs").glob("[a-z]*.py")}
-    of_one_machine = {"jobs.pipeline", "jobs.serve", "jobs.serve_check"}
-    assert {settings_of(path)[0] for path in JOBS} == modules - of_one_machine
-    for path in JOBS:
+    assert sorted(settings_of(path)[0] for path in JOB_FILES) == JOBS
+    for path in JOB_FILES:
         job = RayJob.model_validate(yaml.safe_load(path.read_text()))
         assert job.metadata.name == path.stem
         assert job.spec.clusterSelector["ray.io/cluster"] == CLUSTER.metadata.name
 
 
-@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", JOB_FILES, ids=lambda path: path.stem)
 def test_a_jobs_settings_are_valid_and_what_it_asks_for_fits_the_cluster(path: Path) -> None:
-    _, settings = settings_of(path)
+    module, settings = settings_of(path)
     assert settings.root == "s3://bucket/run"
     assert settings.ray.pool_label == "longer.pool"
     kinds = kinds_of(CLUSTER.spec)
-    for what, (request, number) in requests_of(settings).items():
+    for what, (request, number) in requests_of(module, settings).items():
+        assert_on_nodes_for_it(request, what)
         assert not kinds["head"].holds(request), what
         assert max(kind.holds(request) for kind in kinds.values()) >= number, f"no group holds {what}"
 
@@ -100,7 +131,10 @@ def test_serve_and_the_builder_accept_the_services_config_and_its_replicas_fit()
     assert application.import_path == "serve_apps.scoring:build_app"
     args = ScoringArgs.model_validate(application.args)
     request, number = request_of_replicas(args)
-    assert max(kind.holds(request) for kind in kinds_of(SERVICE.spec.rayClusterConfig).values()) >= number
+    assert_on_nodes_for_it(request, "a replica")
+    kinds = kinds_of(SERVICE.spec.rayClusterConfig)
+    assert not kinds["head"].holds(request)
+    assert max(kind.holds(request) for kind in kinds.values()) >= number
     [group] = SERVICE.spec.rayClusterConfig.workerGroupSpecs
     ports = {port.name: port.containerPort for port in group.template.spec.containers[0].ports}
     assert ports["serve"] == config.http_options.port == 8000, "KubeRay's probe and service look there"
@@ -120,7 +154,54 @@ def test_the_image_is_built_in_stages_pinned_and_runs_as_the_pods_user() -> None
     [user] = [line.split()[1] for line in lines if line.startswith("USER")]
     for spec in SPECS.values():
         assert {spec.headGroupSpec.template.spec.securityContext.runAsUser} == {int(user)}
+    final = " ".join(lines[lines.index("FROM ${PYTHON_IMAGE}") :])
+    for package in ("wget", "gcc", "g++", "libc6-dev"):
+        assert re.search(rf"apt-get install [^&]*\s{re.escape(package)}\s", final), "KubeRay probes, Triton compiles"
+    assert "COPY --from=build /opt/venv /opt/venv" in final
+    copied = dict(re.findall(r"COPY (\w+) (/opt/longer/\w+)", final))
+    assert copied == {folder: f"/opt/longer/{folder}" for folder in ("jobs", "serve_apps", "configs")}
+    [environment] = [dict(word.split("=", 1) for word in line.split()[1:]) for line in lines if line.startswith("ENV")]
+    assert environment["PATH"].startswith("/opt/venv/bin:")
+    assert environment["PYTHONPATH"] == "/opt/longer"
     for line in lines:
         if line.startswith("COPY ") and "--from" not in line:
             for source in line.split()[1:-1]:
                 assert (ROOT / source).exists(), f"{source} is not in the project"
+
+
+_KUBECTL = """#!/bin/bash
+case "$*" in
+  apply*) echo "$*" >> "$LOG" ;;
+  *rayjob/train*jobStatus*) [ -e "$LOG.seen" ] && echo "$ENDS_AS"; touch "$LOG.seen" ;;
+  *rayjob/train*jobDeploymentStatus*) echo "$DEPLOYED" ;;
+  *rayjob/train*message*) echo "out of luck" ;;
+  *jobStatus*) echo SUCCEEDED ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("ends_as", "deployed", "started"),
+    [
+        ("SUCCEEDED", "Running", ["verify", "train", "evaluate"]),
+        ("FAILED", "Running", ["verify", "train"]),
+        ("STOPPED", "Running", ["verify", "train"]),
+        ("", "Failed", ["verify", "train"]),
+    ],
+)
+def test_jobs_run_one_after_the_other_and_the_first_failure_is_the_last(
+    ends_as: str, deployed: str, started: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "kubectl").write_text(_KUBECTL)
+    (tmp_path / "kubectl").chmod(0o755)
+    told = {"LOG": str(tmp_path / "log"), "ENDS_AS": ends_as, "DEPLOYED": deployed, "SECONDS_BETWEEN_LOOKS": "0.01"}
+    done = subprocess.run(
+        [FOLDER / "run.sh", "verify", "train", "evaluate"],
+        env={**told, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert [Path(line.split()[-1]).stem for line in (tmp_path / "log").read_text().splitlines()] == started
+    assert (done.returncode, done.stderr) == ((0, "") if ends_as == "SUCCEEDED" else (1, "train: out of luck\n"))
