@@ -87,7 +87,9 @@ def test_a_cluster_has_this_ray_a_token_and_consistent_groups(name: str) -> None
         assert worker.minReplicas <= worker.replicas <= worker.maxReplicas
         assert worker.labels["longer.pool"] == ("gpu" if kind.resources.get("GPU") else "cpu")
         assert kind.bytes_per_cpu >= 2 << 30
-    assert kinds_of(spec)["head"].resources["memory"] >= 8 << 30, "drivers and Ray's own services"
+    head = kinds_of(spec)["head"]
+    assert (head.resources["CPU"], head.labels) == (0, {"longer.pool": "head"})
+    assert head.resources["memory"] >= 8 << 30, "drivers and Ray's own services"
 
 
 def test_the_token_the_bucket_and_the_role_are_where_all_look_for_them() -> None:

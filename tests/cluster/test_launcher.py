@@ -75,7 +75,7 @@ def test_all_that_a_job_asks_for_fits_some_kind_of_node_and_not_the_head(module:
         assert_fits(request, number, what)
 
 
-def test_the_service_of_the_documentation_fits_and_names_a_path_that_nodes_see(tmp_path: Path) -> None:
+def test_the_service_of_the_documentation_fits_and_names_a_path_that_nodes_see() -> None:
     command = re.search(r"^\$ (sed 's#runs/quickstart#s3:.*?) > /tmp/scoring\.yaml$", DOCUMENTATION, re.S | re.M)
     done = subprocess.run(["bash", "-c", command[1]], cwd=ROOT, capture_output=True, text=True, check=True)
     config = ServeDeploySchema.model_validate(yaml.safe_load(done.stdout))
@@ -135,6 +135,7 @@ def test_start_commands_use_flags_that_ray_start_has_and_a_token() -> None:
         assert flags <= known
         assert {"--object-spilling-directory", "--metrics-export-port"} <= flags
         assert "RAY_AUTH_MODE=token" in command
+    assert "--num-cpus=0 " in started[0], "the head's flag, not its node type, is what Ray goes by"
     assert "~/.ray/auth_token" in CONFIG["file_mounts"]
 
 
