@@ -8,7 +8,7 @@ from typing import Any
 from ray.data import DataContext
 from ray.train import ScalingConfig
 
-from longer.config import Settings
+from longer.config import RaySettings, Settings
 from longer.data import ray_tasks
 from longer.runner import _set_up_ray_data
 from longer.serving.batch import scorer_options
@@ -65,15 +65,16 @@ def memory_for_work(of_a_node_bytes: float) -> float:
 
 def requests_of(module: str, settings: Settings) -> dict[str, tuple[Request, int]]:
     """By kind of work that a job starts: what one asks for, and how many run at a time at least."""
+    where = settings.ray.model_copy(update={"address": "auto"})  # which `ray job submit` tells
     if module in _OF_TABLES:
-        with _ray_data_of(settings):
+        with _ray_data_of(where):
             return {"a task on tables": (_request(ray_tasks.task_options()), 1)}
     if module == "jobs.train":
         return {"a training worker": (_of_a_worker(worker_options(settings)), settings.train.num_workers)}
     if module == "jobs.evaluate":
-        return {"a bucket's evaluation": (_request(evaluate.task_options(settings.ray)), 1)}
+        return {"a bucket's evaluation": (_request(evaluate.task_options(where)), 1)}
     pool = {"jobs.batch_score": settings.batch_score, "jobs.export_embeddings": settings.export_embeddings}[module]
-    request = _request(scorer_options(pool, settings.ray), _PROCESS_BYTES + pool.batch_bytes)
+    request = _request(scorer_options(pool, where), _PROCESS_BYTES + pool.batch_bytes)
     return {"a scorer": (request, pool.concurrency[0])}
 
 
@@ -102,11 +103,11 @@ def _of_a_worker(scaling: ScalingConfig) -> Request:
 
 
 @contextmanager
-def _ray_data_of(settings: Settings) -> Iterator[None]:
+def _ray_data_of(where: RaySettings) -> Iterator[None]:
     """As `runner.start_ray` leaves Ray Data, whose tasks are placed by its context; as it was, after."""
     options = DataContext.get_current().execution_options
     before = options.label_selector
-    _set_up_ray_data(settings.ray)
+    _set_up_ray_data(where)
     try:
         yield
     finally:
