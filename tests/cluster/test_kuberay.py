@@ -107,6 +107,15 @@ def test_the_token_the_bucket_and_the_role_are_where_all_look_for_them() -> None
     )
 
 
+def test_the_documentation_says_how_large_a_node_the_pods_need() -> None:
+    for group in CLUSTER.spec.workerGroupSpecs:
+        limits = group.template.spec.containers[0].resources.limits
+        told = re.search(rf"{group.groupName.upper()} workers ask for (\d+) CPUs, (\d+) GiB", DOCUMENTATION)
+        assert (told[1], f"{told[2]}Gi") == (limits["cpu"], limits["memory"])
+        disk = limits.get("ephemeral-storage")
+        assert disk is None or f"{disk.removesuffix('Gi')} GiB of ephemeral storage" in DOCUMENTATION
+
+
 def test_there_is_a_rayjob_for_each_job_but_those_of_one_machine() -> None:
     assert sorted(settings_of(path)[0] for path in JOB_FILES) == JOBS
     for path in JOB_FILES:
