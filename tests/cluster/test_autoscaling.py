@@ -11,6 +11,7 @@ import pytest
 from longer.config import load_settings
 from tests.cluster.nodes import Head, free_ports, running_head
 from tests.cluster.service import NODES_HAVE_THE_PROJECT, USERS, Service, asking, scores_of
+from tests.data.import_logs import settings_of, write_day
 from tests.data.test_build_survives import settings_with_events
 from tests.serving.tables import build_world
 
@@ -102,6 +103,19 @@ def test_a_queued_job_brings_up_the_nodes_it_asks_for_and_idleness_takes_them_do
     assert up, "who built it?"
     assert set(up) == {"cpu"}, "a GPU node was started for work without GPUs"
     wait_until(lambda: pools(head) == [], "idle nodes stay")
+
+
+def test_an_import_of_many_small_files_brings_up_the_nodes_it_asks_for(head: Head, tmp_path: Path) -> None:
+    for number in range(40):
+        write_day(tmp_path / "log", number)
+    config = tmp_path / "settings.yaml"
+    config.write_text(settings_of(tmp_path / "run", tmp_path / "log").model_dump_json(exclude={"ray"}))
+    wait_until(lambda: pools(head) == [], "nodes of the test before stay")
+    words = ["--config", str(config), "--ray.address", head.address, "--ray.pool_label", POOL]
+    done = head.run(sys.executable, "-m", "jobs.import_events", *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "800 events, 0 quarantined" in done.stdout
+    assert set(pools(head)) == {"cpu"}
 
 
 def test_load_on_the_service_brings_up_a_replica_and_a_node_for_it(head: Head, tmp_path: Path) -> None:
