@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from longer.config import RaySettings
 from longer.errors import UserError
 from longer.runner import user_error_in
 
@@ -78,6 +80,25 @@ def seen():
 print([platform.system(), platform.__file__], list(ray.get(seen.remote())))
 ray.shutdown()
 """
+
+
+@pytest.mark.ray
+@pytest.mark.ray
+def test_a_local_job_starts_a_ray_of_its_own_beside_a_cluster_that_runs_here() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # sockets lie under it, whose paths must be short
+        started = Path(folder) / "ray/ray_current_cluster"  # what `ray start --head` leaves
+        started.parent.mkdir()
+        started.write_text("127.0.0.1:1")
+        done = run_python("-c", _SCRIPT, HOME=folder, RAY_TMPDIR=folder)
+    assert done.returncode == 0, done.stderr
+
+
+def test_ray_address_of_the_environment_counts_unless_the_settings_name_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert RaySettings().cluster is None
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert RaySettings().cluster == "10.0.0.1:6379"
+    assert RaySettings(address="10.0.0.2:6379").cluster == "10.0.0.2:6379"
 
 
 @pytest.mark.ray

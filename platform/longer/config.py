@@ -328,7 +328,8 @@ class RaySettings(Section):
     """Which Ray the jobs run on."""
 
     address: str | None = Field(
-        None, description="A running cluster's address ('auto' under `ray job submit`); null starts a local one."
+        None,
+        description="A running cluster's address, or 'auto'; null: the environment's RAY_ADDRESS, or else a local Ray of the job's own.",
     )
     num_cpus: int = Field(
         4, ge=1, description="Logical CPUs of a local Ray; more than cores lets light actors share them."

@@ -62,6 +62,7 @@ def start_ray(settings: RaySettings) -> None:
     if settings.cluster is None:
         os.environ["PYTHONPATH"] = _worker_path()  # inherited; a runtime_env would waste the workers that Ray prestarts
         ray.init(
+            address="local",  # without it, Ray would connect to one that `ray start` has started here
             num_cpus=settings.num_cpus,
             object_store_memory=settings.object_store_bytes,
             include_dashboard=False,
