@@ -195,11 +195,13 @@ def test_the_package_of_the_checkout_runs_not_the_one_installed_here(
     assert f"{checkout}: no platform/longer here" in capsys.readouterr().err
 
 
-_STAYS = """.env .netrc .pypirc my-key.pem sub/.env sub/data/a.txt a.csv jobs/a.csv configs/b.safetensors checkpoints/a.py
-mlruns/a.yaml configs/.env jobs/.hidden.py configs/.aws/credentials.yaml configs/secrets.yaml jobs/id_rsa jobs/id_ed25519 configs/key.pem
-configs/service-account.json runs/a.py .venv/a.py .secrets/a.yaml data/a.yaml jobs/__pycache__/a.pyc jobs/a.parquet
-platform/longer/.env platform/longer/data/.env platform/longer/key.pem platform/longer/a.parquet tests/a.py docs/a.md
-notes.txt"""
+_STAYS = """
+.env .netrc .pypirc my-key.pem sub/.env sub/data/a.txt a.csv jobs/a.csv configs/b.safetensors checkpoints/a.py
+mlruns/a.yaml configs/.env jobs/.hidden.py configs/.aws/credentials.yaml configs/secrets.yaml jobs/id_rsa
+jobs/id_ed25519 configs/key.pem configs/service-account.json runs/a.py .venv/a.py .secrets/a.yaml data/a.yaml
+jobs/__pycache__/a.pyc jobs/a.parquet platform/longer/.env platform/longer/data/.env platform/longer/key.pem
+platform/longer/a.parquet tests/a.py docs/a.md notes.txt
+"""
 _TRAVELS = ["configs/mine.yaml", "configs/datasets/a.yaml", "jobs/train.py", "jobs/more/mine.py", "serve_apps/a.py"]
 
 
