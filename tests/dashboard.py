@@ -64,7 +64,8 @@ class Dashboard:
         self.num_tails += 1
         socket = web.WebSocketResponse()
         await socket.prepare(request)
-        await socket.send_str(self.log)
+        for line in self.log.splitlines(keepends=True):
+            await socket.send_str(line)
         self.at_tail(self)
         await socket.close()
         return socket

@@ -53,8 +53,8 @@ def autoscaling_config(port: int) -> dict:
 
 _NODES = """
 import json, ray
-ray.init("auto", log_to_driver=False)  # the autoscaler's own lines would come between
-print(json.dumps([node["Labels"].get("longer.pool") for node in ray.nodes() if node["Alive"]]))
+ray.init("auto", log_to_driver=False)
+print("pools", json.dumps([node["Labels"].get("longer.pool") for node in ray.nodes() if node["Alive"]]))
 """
 
 
@@ -62,7 +62,10 @@ def pools(head: Head) -> list[str]:
     """The pool label of each living node but the head, which has none."""
     done = head.run(sys.executable, "-c", _NODES, RAY_ADDRESS=head.address)
     assert done.returncode == 0, done.stderr
-    return sorted(pool for pool in json.loads(done.stdout.splitlines()[-1]) if pool)
+    [line] = [
+        line for line in done.stdout.splitlines() if line.startswith("pools ")
+    ]  # Ray's own may come before and after
+    return sorted(pool for pool in json.loads(line.removeprefix("pools ")) if pool)
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -114,7 +117,7 @@ def test_an_import_of_many_small_files_brings_up_the_nodes_it_asks_for(head: Hea
     words = ["--config", str(config), "--ray.address", head.address, "--ray.pool_label", POOL]
     done = head.run(sys.executable, "-m", "jobs.import_events", *words)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "800 events, 0 quarantined" in done.stdout
+    assert "800 events, 0 quarantined" in done.stderr
     assert set(pools(head)) == {"cpu"}
 
 
