@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from longer.config import RaySettings
 from longer.errors import UserError
 from longer.runner import user_error_in
 
@@ -42,11 +44,27 @@ def test_a_mistake_is_one_line_and_exit_code_2(args: list[str], line: str) -> No
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("root", [["--root", "runs/mine"], []])
-def test_a_submitted_job_does_not_write_beside_its_code_where_it_would_be_lost(root: list[str]) -> None:
-    done = run_python("-m", "jobs.import_events", *root, RAY_JOB_CONFIG_JSON_ENV_VAR="{}")
+@pytest.mark.parametrize("root", ["", "runs/mine", "../out", "../../../../../shared/run", "configs/../../out"])
+def test_a_submitted_job_has_no_relative_root(root: str) -> None:
+    done = run_python("-m", "jobs.import_events", *(["--root", root] if root else []), RAY_JOB_CONFIG_JSON_ENV_VAR="{}")
     assert done.returncode == 2
-    assert done.stderr.startswith(f"root={(root or ['', 'runs/default'])[1]}: what a submitted job writes")
+    assert done.stderr.startswith("root: a submitted job runs in a folder of Ray's")
+    assert f"(got '{root or 'runs/default'}')" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_submitted_job_takes_a_root_on_s3_and_an_absolute_one(tmp_path: Path) -> None:
+    for root in ("s3://bucket/run", str(tmp_path)):
+        chosen = ["--root", root, "--import_events.source", "nowhere"]
+        done = run_python("-m", "jobs.import_events", *chosen, RAY_JOB_CONFIG_JSON_ENV_VAR="{}")
+        assert done.stderr.startswith("import_events.source: nowhere")
+
+
+@pytest.mark.parametrize("root", [f"{ROOT}/runs", f"{ROOT}/../{ROOT.name}/out", "/tmp/ray/s/working_dir_files/out"])
+def test_a_submitted_job_does_not_write_beside_its_code_where_it_would_be_lost(root: str) -> None:
+    done = run_python("-m", "jobs.import_events", "--root", root, RAY_JOB_CONFIG_JSON_ENV_VAR="{}")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"root={root}: what a submitted job writes")
 
 
 def test_help_names_every_setting_of_the_job() -> None:
@@ -78,6 +96,25 @@ def seen():
 print([platform.system(), platform.__file__], list(ray.get(seen.remote())))
 ray.shutdown()
 """
+
+
+@pytest.mark.ray
+@pytest.mark.ray
+def test_a_local_job_starts_a_ray_of_its_own_beside_a_cluster_that_runs_here() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # sockets lie under it, whose paths must be short
+        started = Path(folder) / "ray/ray_current_cluster"  # what `ray start --head` leaves
+        started.parent.mkdir()
+        started.write_text("127.0.0.1:1")
+        done = run_python("-c", _SCRIPT, HOME=folder, RAY_TMPDIR=folder)
+    assert done.returncode == 0, done.stderr
+
+
+def test_ray_address_of_the_environment_counts_unless_the_settings_name_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert RaySettings().cluster is None
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert RaySettings().cluster == "10.0.0.1:6379"
+    assert RaySettings(address="10.0.0.2:6379").cluster == "10.0.0.2:6379"
 
 
 @pytest.mark.ray

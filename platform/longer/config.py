@@ -26,6 +26,9 @@ from longer.section import Section
 from longer.settings_file import read_yaml
 from longer.windows import WindowRule
 
+SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Name of an environment variable that `ray job submit` sets for a job."""
+
 
 class ImportSettings(Section):
     """From a public or own log to the events table."""
@@ -328,7 +331,8 @@ class RaySettings(Section):
     """Which Ray the jobs run on."""
 
     address: str | None = Field(
-        None, description="A running cluster's address ('auto' under `ray job submit`); null starts a local one."
+        None,
+        description="A running cluster's address or 'auto'; null: RAY_ADDRESS of the environment, or else a Ray of the job's own.",
     )
     num_cpus: int = Field(
         4, ge=1, description="Logical CPUs of a local Ray; more than cores lets light actors share them."
@@ -394,7 +398,14 @@ class Settings(BaseSettings):
     @classmethod
     def _same_for_workers(cls, root: str) -> str:
         """Ray's workers run in folders of their own, where a relative path would lead elsewhere."""
-        return root if "://" in root else os.path.abspath(root)
+        if "://" in root or os.path.isabs(root):
+            return root
+        if SUBMITTED in os.environ:
+            raise ValueError(
+                "a submitted job runs in a folder of Ray's, which is lost with all beside it: use s3://, or an absolute path "
+                "that every node sees"
+            )
+        return os.path.abspath(root)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

@@ -10,10 +10,10 @@ from typing import Any
 
 import longer
 from longer.cli import parse_settings
-from longer.config import RaySettings, Settings
+from longer.config import SUBMITTED, RaySettings, Settings
 from longer.errors import UserError
 
-_SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`, whose runtime environment then holds
+_FOLDERS_OF_JOBS = "working_dir_files"  # where Ray keeps them
 _USER_ERROR_LINE = re.compile(r"^longer\.errors\.(?:User|Storage)Error: (.+)$", re.MULTILINE)
 
 
@@ -39,11 +39,13 @@ def run_job(
 
 
 def _check_root(settings: Settings) -> None:
-    """A submitted job runs in a folder of Ray's, which is removed after it with all that is in it."""
-    if _SUBMITTED in os.environ and Path(settings.root).is_relative_to(Path.cwd()):
+    """A submitted job runs in a folder of Ray's, removed with all in it; `Settings` refuses relative roots."""
+    root = Path(settings.root).resolve()
+    here = "://" not in settings.root
+    if SUBMITTED in os.environ and here and (root.is_relative_to(Path.cwd()) or _FOLDERS_OF_JOBS in root.parts):
         raise UserError(
-            f"root={os.path.relpath(settings.root)}: what a submitted job writes beside its code is lost: use s3://, or an "
-            "absolute path that every node sees"
+            f"root={settings.root}: what a submitted job writes beside its code is lost: use s3://, or an absolute path "
+            "that every node sees"
         )
 
 
@@ -62,6 +64,7 @@ def start_ray(settings: RaySettings) -> None:
     if settings.cluster is None:
         os.environ["PYTHONPATH"] = _worker_path()  # inherited; a runtime_env would waste the workers that Ray prestarts
         ray.init(
+            address="local",  # without it, Ray would connect to one that `ray start` has started here
             num_cpus=settings.num_cpus,
             object_store_memory=settings.object_store_bytes,
             include_dashboard=False,
@@ -69,7 +72,7 @@ def start_ray(settings: RaySettings) -> None:
             log_to_driver=False,  # workers' own lines come by `training.relay`; the rest is in Ray's log folder
         )
     else:
-        environment = {} if _SUBMITTED in os.environ else {"py_modules": [str(Path(longer.__file__).parent)]}
+        environment = {} if SUBMITTED in os.environ else {"py_modules": [str(Path(longer.__file__).parent)]}
         ray.init(address=settings.cluster, logging_level=logging.WARNING, log_to_driver=False, runtime_env=environment)
 
 

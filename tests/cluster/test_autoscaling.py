@@ -11,6 +11,7 @@ import pytest
 from longer.config import load_settings
 from tests.cluster.nodes import Head, free_ports, running_head
 from tests.cluster.service import NODES_HAVE_THE_PROJECT, USERS, Service, asking, scores_of
+from tests.data.import_logs import settings_of, write_day
 from tests.data.test_build_survives import settings_with_events
 from tests.serving.tables import build_world
 
@@ -52,8 +53,8 @@ def autoscaling_config(port: int) -> dict:
 
 _NODES = """
 import json, ray
-ray.init("auto", log_to_driver=False)  # the autoscaler's own lines would come between
-print(json.dumps([node["Labels"].get("longer.pool") for node in ray.nodes() if node["Alive"]]))
+ray.init("auto", log_to_driver=False)
+print("pools", json.dumps([node["Labels"].get("longer.pool") for node in ray.nodes() if node["Alive"]]))
 """
 
 
@@ -61,7 +62,10 @@ def pools(head: Head) -> list[str]:
     """The pool label of each living node but the head, which has none."""
     done = head.run(sys.executable, "-c", _NODES, RAY_ADDRESS=head.address)
     assert done.returncode == 0, done.stderr
-    return sorted(pool for pool in json.loads(done.stdout.splitlines()[-1]) if pool)
+    [line] = [
+        line for line in done.stdout.splitlines() if line.startswith("pools ")
+    ]  # Ray's own may come before and after
+    return sorted(pool for pool in json.loads(line.removeprefix("pools ")) if pool)
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -102,6 +106,19 @@ def test_a_queued_job_brings_up_the_nodes_it_asks_for_and_idleness_takes_them_do
     assert up, "who built it?"
     assert set(up) == {"cpu"}, "a GPU node was started for work without GPUs"
     wait_until(lambda: pools(head) == [], "idle nodes stay")
+
+
+def test_an_import_of_many_small_files_brings_up_the_nodes_it_asks_for(head: Head, tmp_path: Path) -> None:
+    for number in range(40):
+        write_day(tmp_path / "log", number)
+    config = tmp_path / "settings.yaml"
+    config.write_text(settings_of(tmp_path / "run", tmp_path / "log").model_dump_json(exclude={"ray"}))
+    wait_until(lambda: pools(head) == [], "nodes of the test before stay")
+    words = ["--config", str(config), "--ray.address", head.address, "--ray.pool_label", POOL]
+    done = head.run(sys.executable, "-m", "jobs.import_events", *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "800 events, 0 quarantined" in done.stderr
+    assert set(pools(head)) == {"cpu"}
 
 
 def test_load_on_the_service_brings_up_a_replica_and_a_node_for_it(head: Head, tmp_path: Path) -> None:

@@ -80,7 +80,19 @@ def project(tmp_path: Path) -> Path:
     (tmp_path / "jobs").mkdir()
     for name in (".gitignore", ".rayignore"):
         shutil.copy(ROOT / name, tmp_path)
-    for path in ("runs/a", ".venv/a", "data/a", ".secrets/a", "tests/a", "configs/mine.yaml", "configs/a.parquet"):
+    shutil.copytree(ROOT / "platform/longer", tmp_path / "platform/longer")
+    stays = [
+        "runs/a",
+        ".venv/a",
+        "data/a",
+        ".secrets/a",
+        "tests/a",
+        "configs/a.parquet",
+        ".env",
+        "jobs/.env",
+        "my-key.pem",
+    ]
+    for path in ("configs/mine.yaml", *stays):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).touch()
     return tmp_path
@@ -95,7 +107,7 @@ def test_data_results_and_environments_do_not_travel(head: Head, project: Path) 
     done = submit(head, "jobs.show", cwd=project)
     assert done.returncode == 0, done.stdout
     lines = sorted(line for line in done.stdout.splitlines() if line.startswith("has") and "pycache" not in line)
-    assert [line for line in lines if not line.startswith("has . .")] == [
+    assert [line for line in lines if "./platform/longer" not in line] == [
         "has ./configs mine.yaml",
         "has ./jobs show.py",
     ]

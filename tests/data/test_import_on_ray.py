@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import ray
 import s3fs
 
 from jobs import build_sequences, import_events
@@ -32,6 +33,16 @@ def always_on_ray(monkeypatch: pytest.MonkeyPatch, local_ray: None) -> None:
     monkeypatch.setattr(ray_events, "_FEW_PARTS", 0)
 
 
+def test_an_import_queues_its_tasks_on_a_cluster_that_has_no_cpus_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 1.0})
+    small, large = (Part("a", "a", "", num_bytes) for num_bytes in (1, 256 << 20))
+    assert ray_events.num_tasks([small] * 20) == 20
+    assert ray_events.num_tasks([small] * 100) == 32
+    assert ray_events.num_tasks([small] * 6400) == 200
+    assert ray_events.num_tasks([large] * 100) == 100
+    assert ray_events.num_tasks([large] + [small] * 399) == 32
+
+
 class KilledOnce(PartImporter):
     """Its process dies as the second day's file has just been written, the first time."""
 
@@ -51,6 +62,7 @@ def test_the_table_is_the_same_in_one_process_in_few_tasks_and_in_many(
 ) -> None:
     for number in range(6):
         write_day(tmp_path / "log", number, user_id=[None] * number + [1] * (20 - number))
+    monkeypatch.setattr(ray_events, "_FEW_TASKS", 2)
     tasks = [import_events.run(settings_of(tmp_path / "tasks", tmp_path / "log"))]
     monkeypatch.setattr(ray_events, "_TASK_BYTES", 1)
     tasks.append(import_events.run(settings_of(tmp_path / "many", tmp_path / "log")))

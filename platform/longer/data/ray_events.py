@@ -28,6 +28,9 @@ from longer.storage import DataFile, checked_output, remove_tree
 
 _TASK_BYTES = 64 << 20
 """Bytes of parts that are worth a task, which takes a second where a worker has to start first."""
+_TASK_PARTS = 32
+"""Parts that are worth a task however small they are: a store takes a tenth of a second to open each."""
+_FEW_TASKS = 32
 _FEW_PARTS = 32
 _MANY_ROWS = 100
 """Rows of which one must parse: in fewer, all may be bad ones."""
@@ -84,16 +87,19 @@ def fits_one_task(parts: Sequence[Part]) -> bool:
     return len(parts) <= _FEW_PARTS and sum(part.num_bytes for part in parts) <= _TASK_BYTES
 
 
+def num_tasks(parts: Sequence[Part]) -> int:
+    """Tasks of an import, whatever is up now: a cluster that starts from no CPUs grows by the tasks that wait."""
+    by_size = sum(part.num_bytes for part in parts) // _TASK_BYTES
+    return min(len(parts), max(_FEW_TASKS, len(parts) // _TASK_PARTS, by_size))
+
+
 def write_events(parts: Sequence[Part], importer: PartImporter) -> list[PartReport]:
     """Reports of all parts; their files are below the importer's paths when this returns. A small log is imported right here."""
     if fits_one_task(parts):
         return [importer.import_part(part) for part in track(parts, len(parts), "import events", "parts")]
-    import ray
     import ray.data
 
-    num_cpus = int(ray.cluster_resources()["CPU"])
-    num_blocks = min(len(parts), max(num_cpus, sum(part.num_bytes for part in parts) // _TASK_BYTES))
-    items = ray.data.from_items([asdict(part) for part in parts], override_num_blocks=num_blocks)
+    items = ray.data.from_items([asdict(part) for part in parts], override_num_blocks=num_tasks(parts))
     imported = items.map_batches(importer, batch_format="pyarrow", batch_size=None)
     rows = track(imported.iter_rows(), len(parts), "import events", "parts")
     return sorted((PartReport.from_row(row) for row in rows), key=lambda report: (report.name, report.number))
