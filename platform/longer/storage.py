@@ -146,11 +146,9 @@ class Version:
 
     def is_whole(self) -> bool:
         """Whether every file that the manifest lists is there, at its size."""
-        fs, table = filesystem(self.table_path)
-        listed = {f"{table}/{file.version}/{file.path}": file.num_bytes for file in self.data_files()}
-        folders = {file.version for file in self.data_files()}
-        sizes = {name: info["size"] for v in folders for name, info in fs.find(f"{table}/{v}", detail=True).items()}
-        return all(sizes.get(name) == num_bytes for name, num_bytes in listed.items())
+        files = self.data_files()
+        sizes = {version: file_sizes(f"{self.table_path}/{version}") for version in {file.version for file in files}}
+        return all(sizes[file.version].get(file.path) == file.num_bytes for file in files)
 
 
 class Table:
@@ -305,6 +303,12 @@ class CheckedOutput:
         return DataFile(self._path, self._num_bytes, self._hash.hexdigest())
 
 
+def file_sizes(folder: str) -> dict[str, int]:
+    """The size of each file below a folder, by its path in it; none if there is no such folder."""
+    fs, bare = filesystem(folder)
+    return {path.removeprefix(f"{bare}/"): info["size"] for path, info in fs.find(bare, detail=True).items()}
+
+
 def make_parents(path: str) -> None:
     """Makes the folders above a local file; object stores have none."""
     if not path.startswith("s3://"):
@@ -342,12 +346,7 @@ def _make_folder(path: str) -> None:
 
 
 def _read_back(path: str) -> list[DataFile]:
-    fs, bare = filesystem(path)
-    found = {name: info["size"] for name, info in fs.find(bare, detail=True).items() if not name.endswith(_MANIFEST)}
-    scheme = "s3://" if path.startswith("s3://") else ""
+    found = {file: size for file, size in file_sizes(path).items() if not file.endswith(_MANIFEST)}
     with ThreadPoolExecutor(8) as pool:
-        checksums = pool.map(lambda name: checksum(scheme + name), found)
-    return [
-        DataFile(name.removeprefix(bare).lstrip("/"), size, sha256)
-        for (name, size), sha256 in zip(found.items(), checksums, strict=True)
-    ]
+        checksums = pool.map(lambda file: checksum(f"{path}/{file}"), found)
+    return [DataFile(file, size, sha256) for (file, size), sha256 in zip(found.items(), checksums, strict=True)]

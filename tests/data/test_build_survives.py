@@ -11,8 +11,8 @@ import pytest
 
 from jobs import build_sequences
 from longer.config import Settings
-from longer.data.build_plan import Record
 from longer.data.ray_sequences import Build
+from longer.data.records import Record
 from longer.data.tables import SequenceTable
 from tests.data.logs import generated_log, naive_sequences
 from tests.data.test_increments import STRIDE, add_events, rows_of, settings_of

@@ -15,11 +15,11 @@ import pytest
 from jobs import batch_score, build_sequences
 from longer.batch_settings import BatchSettings
 from longer.config import Settings
+from longer.data.records import Record
 from longer.serving import batch
 from longer.serving.batch import BucketScorer
 from longer.serving.batch_check import OnlineCheck
 from longer.serving.batch_input import Chunk
-from longer.serving.batch_output import Record
 from longer.storage import Version
 from tests.data.test_build_survives import settings_with_events
 from tests.serving.tables import MODEL, publish_random_model

@@ -8,12 +8,10 @@ from typing import Any
 from longer.config import Settings
 from longer.data.events import iso_time
 from longer.data.layout import BucketFiles, bucket_files
+from longer.data.records import Record
 from longer.data.sequences import KeepRule
 from longer.errors import UserError
 from longer.storage import TABLE_FORMAT, DataFile, Table, Version, fingerprint
-
-Record = dict[str, Any]
-"""What is known of a block that was read, or of a bucket that was written: JSON, kept beside the data."""
 
 _COUNTS = ("num_users", "num_events", "num_events_kept")
 _FEWEST_BUCKETS = 16

@@ -10,6 +10,7 @@ from longer.data.catalogue import first_seen
 from longer.data.items import items_version, read_items
 from longer.data.ray_sequences import readable_files
 from longer.data.ray_tasks import each
+from longer.data.records import scratch
 from longer.data.segments import Piece, plan_blocks, read_block, read_table, write_table
 from longer.data.sequences import plain
 from longer.schema import EventSchema
@@ -33,12 +34,12 @@ def publish_items(
         files -= read_by(base, events)
     version_path = table.begin(version_id)
     parts = [] if base is None or last is None else [read_items(items_path, base.id, schema)]
-    items = _first_seen_in(sorted(files), schema, f"{version_path}/_scratch", parts)
+    items = _first_seen_in(sorted(files), schema, scratch(version_path), parts)
     with checked_output(version_path, "part-0.parquet") as sink:
         pq.write_table(items, sink, compression="zstd")
     manifest = {"schema_hash": schema.hash(), "inputs": {"sequences": sequences.id}, "num_rows": len(items)}
     version = table.publish(version_id, manifest, [sink.data_file])
-    remove_tree(f"{version_path}/_scratch")
+    remove_tree(scratch(version_path))
     return version
 
 

@@ -4,10 +4,8 @@ Each block and bucket leaves a record beside its data, so a job that was killed 
 process holds is one block or one bucket. Measured against Ray Data's shuffles in `benchmarks.sequences`.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -18,10 +16,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from longer.arrays import Int64
-from longer.data.build_plan import BuildPlan, Record
+from longer.data.build_plan import BuildPlan
 from longer.data.columns import flat_list, read_columns
 from longer.data.layout import BucketFiles, news_arrow, news_path, rows_path
 from longer.data.ray_tasks import each
+from longer.data.records import SCRATCH, Record, finished, remember, scratch
 from longer.data.segments import (
     Piece,
     look_at,
@@ -47,7 +46,7 @@ from longer.errors import UserError
 from longer.hashing import stable_keys
 from longer.progress import say, track
 from longer.schema import EventSchema
-from longer.storage import DataFile, checked_output, filesystem, write_bytes
+from longer.storage import DataFile, checked_output
 
 POINT_READ_COLUMNS = ["user_id", "first_index", "num_events_total"]
 """Columns with row-group statistics; those of list values would only swell the footer that a point read fetches."""
@@ -65,7 +64,7 @@ class Build:
 
     @property
     def scratch(self) -> str:
-        return f"{self.version_path}/_scratch"
+        return scratch(self.version_path)
 
     def cut_block(self, block: tuple[int, list[Piece]]) -> Record:
         """Writes a block's segments; what they hold."""
@@ -159,8 +158,7 @@ class Build:
         return self._remember(f"bucket-{number:04d}", record)
 
     def _remember(self, name: str, record: Record) -> Record:
-        write_bytes(f"{self.scratch}/{name}.json", json.dumps(record).encode())
-        return record
+        return remember(self.version_path, name, record)
 
 
 def readable_files(files: list[str], schema: EventSchema, skip_unreadable: bool) -> dict[str, list[int]]:
@@ -191,7 +189,7 @@ def write_sequences(build: Build, files: dict[str, list[int]]) -> tuple[list[Rec
 
     `files` gives the rows of each file's row groups. What an interrupted run of the same build has finished is not done again.
     """
-    done = _records(build)
+    done = finished(build.version_path, _files_of)
     plan = plan_blocks(files)
     if not plan:
         return [], []
@@ -229,27 +227,11 @@ def _resume(
     return [both[name.format(number)] for number in numbers]
 
 
-def _records(build: Build) -> dict[str, Record]:
-    """What an interrupted run has finished, by name: records that are whole, of data that is there in full."""
-    fs, bare = filesystem(build.version_path)
-    sizes = {path.removeprefix(f"{bare}/"): info["size"] for path, info in fs.find(bare, detail=True).items()}
-    names = [path for path in sizes if path.startswith("_scratch/") and path.endswith(".json")]
-    with ThreadPoolExecutor(_NUM_FOOTER_THREADS) as pool:
-        contents = pool.map(lambda name: fs.cat_file(f"{bare}/{name}"), names)
-    found = {}
-    for name, content in zip(names, contents, strict=True):
-        with suppress(ValueError):  # torn by a crash of the machine
-            record = json.loads(content)
-            data = name.removesuffix("json") + "arrow"
-            whole = {data: record["starts"][-1]} if "starts" in record else _sizes_of(record)
-            if all(sizes.get(path) == num_bytes for path, num_bytes in whole.items()):
-                found[name.removeprefix("_scratch/").removesuffix(".json")] = record
-    return found
-
-
-def _sizes_of(bucket: Record) -> dict[str, int]:
-    """The files that a bucket's task has written; not those of the base."""
-    return {file["path"]: file["num_bytes"] for file in bucket["files"] if not file["version"]}
+def _files_of(name: str, record: Record) -> dict[str, int]:
+    """What a block's or a bucket's task has written, with sizes; files of the base are not its own."""
+    if "starts" in record:
+        return {f"{SCRATCH}/{name}.arrow": record["starts"][-1]}
+    return {file["path"]: file["num_bytes"] for file in record["files"] if not file["version"]}
 
 
 def _not_before(events: pa.Table, time_ms: int) -> pa.Table:

@@ -19,6 +19,7 @@ import torch
 from longer.batch_settings import ScorerPool
 from longer.config import RaySettings, Settings
 from longer.data.id_lists import spread
+from longer.data.records import Record, scratch
 from longer.data.scores import check_difference, read_scores
 from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import UserError
@@ -26,7 +27,7 @@ from longer.progress import say, track
 from longer.serving.batch_answers import Answers
 from longer.serving.batch_check import OnlineCheck, chosen_numbers
 from longer.serving.batch_input import Reader
-from longer.serving.batch_output import Record, done_buckets, remember, scratch, write_rows
+from longer.serving.batch_output import done_buckets, remember_bucket, write_rows
 from longer.serving.batch_plan import Plan, plan_scores, plan_vectors
 from longer.serving.offline import Budget
 from longer.serving.scorer import Scorer
@@ -76,7 +77,7 @@ class BucketScorer:
             "max_abs_diff": check.max_abs_diff,
             "num_compared": check.num_compared,
         }
-        return remember(self._version_path, record)
+        return remember_bucket(self._version_path, record)
 
     def _peak_bytes(self) -> int:
         """The most memory that this actor has held so far: of its GPU, or else of its process."""

@@ -78,7 +78,7 @@ class Reader:
     def num_requests(self, bucket: int) -> int:
         if self.requests:
             return sum(file.metadata.num_rows for file in self._request_files(bucket))
-        return len(self._users(bucket))
+        return len(self._named(bucket) if self.plan.users else _event_counts(self.sequences, bucket))
 
     def chunks(self, bucket: int) -> Iterator[Chunk]:
         """All questions of a bucket, in the order of its table, or users ascending."""
@@ -107,7 +107,8 @@ class Reader:
                     first += len(rows)
 
     def _user_chunks(self, bucket: int) -> Iterator[Chunk]:
-        users, counts = self._users(bucket), _event_counts(self.sequences, bucket)
+        counts = _event_counts(self.sequences, bucket)
+        users = self._named(bucket) if self.plan.users else single_array(counts["user_id"])
         assert self.plan.request_ts is not None
         at_once = min(_CHUNK_REQUESTS, max(1, _CHUNK_VALUES // self.outputs_a_request))
         for begin, end in _runs(users, counts, at_once):
@@ -118,10 +119,8 @@ class Reader:
             self._check(questions)
             yield Chunk(begin, questions, some)
 
-    def _users(self, bucket: int) -> pa.Array:
-        if self.plan.users:
-            return read_spread(self.users_folder, bucket, "user_id")
-        return single_array(_event_counts(self.sequences, bucket)["user_id"])
+    def _named(self, bucket: int) -> pa.Array:
+        return read_spread(self.users_folder, bucket, "user_id")
 
     def _check(self, questions: Questions) -> None:
         """A UserError if a history window is not all in the sequence table, or a request has more events than that."""

@@ -1,27 +1,18 @@
 """A bucket's file, written in row groups as they come and there as a whole or not at all; beside it the record that it is done."""
 
-import json
 import os
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from longer.storage import DataFile, checked_output, filesystem, make_parents, read_bytes, write_bytes
-
-Record = dict[str, Any]
-"""What is known of a bucket that is done: JSON, kept in the scratch folder until the version is published."""
+from longer.data.records import Record, finished, remember, scratch
+from longer.storage import DataFile, checked_output, make_parents
 
 _ROW_GROUP_BYTES = 16 << 20
-
-
-def scratch(version_path: str) -> str:
-    return f"{version_path}/_scratch"
 
 
 def write_rows(version_path: str, file: str, parts: Iterable[pa.Table]) -> DataFile | None:
@@ -64,24 +55,15 @@ def _row_groups(parts: Iterable[pa.Table]) -> Iterator[pa.Table]:
         yield pa.concat_tables(waiting)
 
 
-def remember(version_path: str, record: Record) -> Record:
+def remember_bucket(version_path: str, record: Record) -> Record:
     """Says that a bucket is done; its file is there."""
-    write_bytes(f"{scratch(version_path)}/bucket-{record['bucket']:04d}.json", json.dumps(record).encode())
-    return record
+    return remember(version_path, f"bucket-{record['bucket']:04d}", record)
 
 
 def done_buckets(version_path: str) -> dict[int, Record]:
     """Records of the buckets that an interrupted run has finished and whose files are there."""
-    fs, bare = filesystem(version_path)
-    scheme = "s3://" if version_path.startswith("s3://") else ""
-    found = {name.removeprefix(bare): info["size"] for name, info in fs.find(bare, detail=True).items()}
-    names = [name for name in found if name.startswith("/_scratch/bucket-")]
-    records = []
-    for name in names:
-        with suppress(ValueError):  # torn by a crash of the machine
-            records.append(json.loads(read_bytes(f"{scheme}{bare}{name}")))
-    return {
-        record["bucket"]: record
-        for record in records
-        if record["file"] is None or found.get(f"/{record['file']['path']}") == record["file"]["num_bytes"]
-    }
+    return {record["bucket"]: record for record in finished(version_path, _files_of).values()}
+
+
+def _files_of(_: str, record: Record) -> dict[str, int]:
+    return {record["file"]["path"]: record["file"]["num_bytes"]} if record["file"] else {}
