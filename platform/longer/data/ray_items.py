@@ -43,13 +43,13 @@ def publish_items(
     return version
 
 
-def _first_seen_in(files: list[str], schema: EventSchema, scratch: str, parts: list[pa.Table]) -> pa.Table:
+def _first_seen_in(files: list[str], schema: EventSchema, folder: str, parts: list[pa.Table]) -> pa.Table:
     """Of all events in the files: a few blocks' catalogues at a time, so that memory is set by the number of items."""
 
     def of_block(numbered: tuple[int, list[Piece]]) -> str:
         number, pieces = numbered
         events = read_block(pieces, schema).select(["item_id", "event_ts", *schema.features_of("item")])
-        return _write(f"{scratch}/0-{number:05d}.arrow", first_seen(plain(events), schema))
+        return _write(f"{folder}/0-{number:05d}.arrow", first_seen(plain(events), schema))
 
     def of_parts(named: tuple[str, list[str]]) -> str:
         path, paths = named
@@ -61,7 +61,7 @@ def _first_seen_in(files: list[str], schema: EventSchema, scratch: str, parts: l
         if len(paths) <= _TABLES_AT_ONCE:
             break
         starts = range(0, len(paths), _TABLES_AT_ONCE)
-        named = [(f"{scratch}/{level}-{start:05d}.arrow", paths[start : start + _TABLES_AT_ONCE]) for start in starts]
+        named = [(f"{folder}/{level}-{start:05d}.arrow", paths[start : start + _TABLES_AT_ONCE]) for start in starts]
         paths = each(of_parts, named, len(named), "merge items", "parts")
     return first_seen(pa.concat_tables([*parts, *(read_table(path) for path in paths)]), schema)
 

@@ -17,6 +17,14 @@ def task_options() -> dict[str, Any]:
     return {"num_cpus": 1, "label_selector": DataContext.get_current().execution_options.label_selector}
 
 
+def as_they_finish(tasks: Iterable[ray.ObjectRef]) -> Iterator[ray.ObjectRef]:
+    """Each of these as its task is done."""
+    left = list(tasks)
+    while left:
+        (done,), left = ray.wait(left, num_returns=1)
+        yield done
+
+
 def each(function: Callable[[Any], Any], arguments: Iterable[Any], total: int, stage: str, unit: str) -> list[Any]:
     """The results in the order of the arguments. A task whose worker or node dies runs again, on another node if need be.
 

@@ -1,6 +1,5 @@
 """Verification with Ray: one task a bucket; then request ids, divided by their value, are looked for twice over all buckets."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -8,7 +7,7 @@ import ray
 
 from longer.arrays import Int64
 from longer.data.findings import BucketReport, Findings
-from longer.data.ray_tasks import task_options
+from longer.data.ray_tasks import as_they_finish, task_options
 from longer.data.verification import repeated
 from longer.data.verified_files import Source, TableFile
 from longer.data.verified_manifests import check_manifests
@@ -30,9 +29,10 @@ def verify_tables(sequences: Source, requests: Source | None, verifier: BucketVe
         for bucket in buckets
     }
     report, of_buckets = BucketReport(Findings(verifier.max_shown), Findings(verifier.max_shown)), {}
-    for bucket in track(_as_they_come(started), len(buckets), "verify", "buckets"):
-        part = ray.get(started[bucket][0])
-        of_buckets[bucket] = part.checked
+    bucket_of = {refs[0]: bucket for bucket, refs in started.items()}
+    for done in track(as_they_finish(bucket_of), len(buckets), "verify", "buckets"):
+        part = ray.get(done)
+        of_buckets[bucket_of[done]] = part.checked
         report.merge(part)
     count_twice: Any = ray.remote(_repeated_ids).options(**task_options())
     parts = [count_twice.remote(*(refs[1 + part] for refs in started.values())) for part in range(num_parts)]
@@ -56,11 +56,3 @@ def _verify_bucket(
 
 def _repeated_ids(*ids: Int64) -> Int64:
     return repeated(np.concatenate(ids))
-
-
-def _as_they_come(started: dict[int, list[ray.ObjectRef]]) -> Iterable[int]:
-    """The buckets as their reports are done."""
-    pending = {refs[0]: bucket for bucket, refs in started.items()}
-    while pending:
-        (done,), _ = ray.wait(list(pending), num_returns=1)
-        yield pending.pop(done)

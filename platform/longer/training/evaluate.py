@@ -21,6 +21,7 @@ import torch
 from longer.arrays import Int64, RequestBatch
 from longer.config import RaySettings, Settings, TaskSettings
 from longer.data.batches import Requests
+from longer.data.ray_tasks import as_they_finish
 from longer.data.scores import score_rows
 from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import UserError
@@ -158,15 +159,8 @@ def task_options(where: RaySettings) -> dict[str, Any]:
 def _score_buckets(settings: Settings, scorer: BucketScorer, num_buckets: int) -> Iterator[BucketScores]:
     """One task a bucket."""
     task = ray.remote(**task_options(settings.ray))(BucketScorer.score)
-    pending = [task.remote(scorer, bucket) for bucket in range(num_buckets)]
-
-    def completed() -> Iterator[BucketScores]:
-        left = pending
-        while left:
-            done, left = ray.wait(left, num_returns=1)
-            yield ray.get(done[0])
-
-    return track(completed(), num_buckets, "evaluate", "buckets")
+    scored = as_they_finish([task.remote(scorer, bucket) for bucket in range(num_buckets)])
+    return track(map(ray.get, scored), num_buckets, "evaluate", "buckets")
 
 
 def _metrics(settings: Settings, parts: list[BucketScores]) -> dict[str, Any]:
