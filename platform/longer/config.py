@@ -20,6 +20,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from longer.batch_settings import BatchSettings, ExportSettings
+from longer.encoder_settings import EncoderSettings, LongerEncoder, Sim
 from longer.errors import UserError
 from longer.schema import EventSchema
 from longer.section import Section
@@ -177,13 +178,25 @@ class RequestSettings(Section):
 
 
 class ModelSettings(Section):
-    """LONGER (arXiv 2505.04421) in the appendable encoding."""
+    """LONGER (arXiv 2505.04421), every part by a switch, or another encoder of the same histories."""
 
-    encoding: Literal["appendable"] = Field("appendable", description="How time and position enter; see the contract.")
+    encoder: EncoderSettings = Field(
+        LongerEncoder(), description="What reads the history: longer, or what it is compared with."
+    )
+    encoding: Literal["appendable", "paper"] = Field(
+        "appendable",
+        description="How time and position enter: appendable states, or as in the paper (time before the request on every event, "
+        "learned positions from the newest), where a state would serve one request only.",
+    )
     history_events: int = Field(1024, ge=1, description="L: events in the history window.")
     merge_size: int = Field(4, ge=1, description="K: adjacent events merged into one token by concatenation.")
     event_width: int = Field(16, ge=2, description="d: width of an event; tokens are K*d wide.")
-    query_groups: int = Field(64, ge=1, description="k: newest group tokens that are queries.")
+    queries: Literal["recent", "uniform", "learnable", "recent_uniform"] = Field(
+        "recent",
+        description="Which k tokens are queries: the newest groups, groups spread evenly over the window, learned tokens, or half "
+        "newest and half spread over the rest. Only with 'recent' can a state be appended to.",
+    )
+    query_groups: int = Field(64, ge=1, description="k: tokens that are queries; which ones, `queries` says.")
     stride_groups: int = Field(32, ge=1, description="s: groups between moves of the windows; divides k and L/K.")
     num_heads: int = Field(4, ge=1, description="H: attention heads; K*d/H must be even (rotation turns pairs).")
     num_self_layers: int = Field(2, ge=0, description="N: self-causal layers after the cross-causal one.")
@@ -191,6 +204,7 @@ class ModelSettings(Section):
         True, description="InnerTrans: a transformer block inside each group before merging."
     )
     num_cls_tokens: int = Field(2, ge=0, description="Learned global tokens, besides the user's own.")
+    num_user_tokens: int = Field(1, ge=1, description="Global tokens that are the user's own.")
     feed_forward_ratio: int = Field(4, ge=1, description="Width of the feed-forward layer over the token's.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability on attention and feed-forward outputs.")
     item_rows: int = Field(131_072, ge=2, description="Rows of the hashed item embedding table.")
@@ -226,7 +240,17 @@ class ModelSettings(Section):
                 f"width merge_size*event_width={self.width} does not divide into num_heads={self.num_heads} heads of even "
                 "width: change event_width or num_heads"
             )
+        if self.encoder.kind != "longer" and self.merge_size != 1:
+            raise ValueError(
+                f"merge_size={self.merge_size}: encoder {self.encoder.kind} reads every event: set merge_size to 1 and give "
+                "event_width the whole width"
+            )
         return self
+
+    @property
+    def is_appendable(self) -> bool:
+        """Whether user states exist: LONGER in the appendable encoding, with the newest groups as queries."""
+        return self.encoder.kind == "longer" and self.encoding == "appendable" and self.queries == "recent"
 
     @property
     def width(self) -> int:
@@ -262,6 +286,10 @@ class TrainSettings(Section):
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay of the dense layers.")
     warmup_share: float = Field(0.05, ge=0, lt=1, description="Share of steps with a linearly rising learning rate.")
     clip_norm: float = Field(1.0, gt=0, description="Gradient norm above which gradients are scaled down.")
+    recompute: bool = Field(
+        False,
+        description="Activations of each layer are computed again for its gradient: less memory, about a third more work.",
+    )
     precision: Literal["float32", "bf16"] = Field("float32", description="bf16: autocast, float32 master weights.")
     validate_every_steps: int = Field(100, ge=1, description="Steps between validations, each with a checkpoint.")
     max_validation_requests: int = Field(
@@ -418,6 +446,14 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"train.tasks names {sorted(unknown)}, which event_schema.tasks lacks: add the label column or drop the task"
             )
+        sim = self.model.encoder
+        if isinstance(sim, Sim) and sim.search == "hard":
+            known = self.event_schema.features_of("item", "categorical")
+            if sim.field not in known:
+                raise ValueError(
+                    f"model.encoder.field={sim.field}: event_schema has no categorical item feature of that name (it has "
+                    f"{', '.join(known) or 'none'}): name one, or set search to soft"
+                )
         needed = self.model.windows.max_history_events
         if self.sequences.keep_events < needed:
             raise ValueError(

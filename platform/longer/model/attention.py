@@ -10,6 +10,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from longer.model.fuse import fused_on_cuda
 
@@ -65,6 +66,7 @@ class Block(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
         self.rotation = Rotation(width // num_heads)
+        self.recompute = False
 
     def queries(self, x_TD: Tensor, position_T: Tensor) -> Tensor:
         """[..., H, Z], rotated."""
@@ -92,9 +94,14 @@ class Block(nn.Module):
         key, value = self.key_value(self.norm_attention(x_TD)).chunk(2, dim=-1)
         return rotate(self._heads(key), cos, sin), self._heads(value)
 
-    @fused_on_cuda
     def finish(self, x_TD: Tensor, attended_TD: Tensor) -> Tensor:
         """The rest of the layer, given what the queries gathered."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._finish, x_TD, attended_TD, use_reentrant=False)
+        return self._finish(x_TD, attended_TD)
+
+    @fused_on_cuda
+    def _finish(self, x_TD: Tensor, attended_TD: Tensor) -> Tensor:
         x_TD = x_TD + self.dropout(self.output(attended_TD))
         return x_TD + self.dropout(self.feed_forward(self.norm_feed_forward(x_TD)))
 

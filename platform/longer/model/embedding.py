@@ -94,7 +94,8 @@ class Embedding(nn.Module):
         super().__init__()
         d, width = settings.event_width, settings.width
         self.merge_size = settings.merge_size
-        self.num_globals = settings.num_cls_tokens + 1
+        self.num_user_tokens = settings.num_user_tokens
+        self.num_globals = settings.num_cls_tokens + settings.num_user_tokens
         self.item = HashedTable(settings.item_rows, d)
         self.event_categories = nn.ModuleDict(
             {
@@ -112,21 +113,22 @@ class Embedding(nn.Module):
         self.norm = nn.LayerNorm(d)
         self.inner = InnerTrans(d) if settings.inner_transformer else None
         self.merge = nn.Linear(width, width)
-        self.user = HashedTable(settings.user_rows, width)
+        self.user = HashedTable(settings.user_rows, settings.num_user_tokens * width)
         self.cls_MD = nn.Parameter(torch.randn(settings.num_cls_tokens, width) * 0.05)
         self.request_gap = Gap(width)
         self.request_hour = HourOfWeek(width)
 
     def events(self, events: EventTensors) -> Tensor:
         """[E, d]: everything that was fixed when each event happened."""
-        return self._events(events.features, events.event_ts_E, events.previous_ts_E())
+        return self.vectors(events.features, events.event_ts_E, events.previous_ts_E())
 
-    def _events(self, features: Mapping[str, Tensor], event_ts_E: Tensor, previous_ts_E: Tensor) -> Tensor:
+    def vectors(self, features: Mapping[str, Tensor], event_ts_E: Tensor, previous_ts_E: Tensor) -> Tensor:
+        """The same from their parts, in any shape."""
         x_Ed = self._item(features)
         for name, table in self.event_categories.items():
             x_Ed = x_Ed + table(features[name])
-        for name, linear in self.event_numbers.items():
-            x_Ed = x_Ed + linear(self._squash(features[name]))
+        for name in self.event_numbers:
+            x_Ed = x_Ed + self.event_number(name, features[name])
         x_Ed = x_Ed + self.gap(event_ts_E, previous_ts_E) + self.hour(event_ts_E)
         return self.norm(x_Ed)
 
@@ -142,7 +144,7 @@ class Embedding(nn.Module):
         exists_NK = slots_K < size_N[:, None]
         event_NK = torch.where(exists_NK, start_N[:, None] + slots_K, 0)
         read = {name: values[event_NK] for name, values in features.items()}
-        x_NKd = self._events(read, event_ts_E[event_NK], previous_ts_E[event_NK])
+        x_NKd = self.vectors(read, event_ts_E[event_NK], previous_ts_E[event_NK])
         return self.groups(x_NKd * exists_NK[..., None], exists_NK)
 
     def groups(self, x_NKd: Tensor, exists_NK: Tensor | None = None) -> Tensor:
@@ -161,13 +163,17 @@ class Embedding(nn.Module):
         return self.merge(x_Cd.repeat(1, self.merge_size))
 
     def user_globals(self, user_key_R: Tensor) -> Tensor:
-        """[R, M, D]: the learned CLS tokens, then the user's own."""
+        """[R, M, D]: the learned CLS tokens, then the user's own ones."""
         cls_RMD = self.cls_MD.expand(len(user_key_R), -1, -1)
-        return torch.cat([cls_RMD, self.user(user_key_R)[:, None]], dim=1)
+        return torch.cat([cls_RMD, self.user(user_key_R).unflatten(1, (self.num_user_tokens, -1))], dim=1)
 
     def requests(self, request_ts_R: Tensor, last_event_ts_R: Tensor) -> Tensor:
         """[R, D]: what is known of a request when it is scored."""
         return self.request_gap(request_ts_R, last_event_ts_R) + self.request_hour(request_ts_R)
+
+    def event_number(self, name: str, values: Tensor) -> Tensor:
+        """[..., d]: a numeric feature of events."""
+        return self.event_numbers[name](self._squash(values))
 
     def _item(self, features: Mapping[str, Tensor]) -> Tensor:
         x_d = self.item(features["item_id"])

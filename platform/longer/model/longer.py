@@ -15,60 +15,44 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from longer.config import ModelSettings, TaskSettings
 from longer.model.attention import Block, attend_groups, attend_shared
 from longer.model.context import Context, Tail, offsets_of, ranges, splice, take_rows
-from longer.model.embedding import Embedding, HashedTable
 from longer.model.flat import flat_forward
-from longer.model.fuse import fused_on_cuda, has_kernels
+from longer.model.fuse import has_kernels
 from longer.model.inputs import BatchTensors, EventTensors, RequestTensors
-from longer.model.interactions import InteractionIndex, num_features
+from longer.model.interactions import InteractionIndex
+from longer.model.ranker import Ranker
 from longer.model.shared_attention import Readers, attend
+from longer.model.variants import Variant, variant_forward
 from longer.model.visibility import CANDIDATE, GLOBAL, GROUP, visible
-from longer.schema import EventSchema
 
 
-class Longer(nn.Module):
-    """Scores candidates against user histories. Weights come from torch's global generator: seed it first."""
+class Longer(Ranker):
+    """LONGER with every part by a switch. Weights come from torch's global generator: seed it first."""
 
-    def __init__(self, settings: ModelSettings, schema: EventSchema, tasks: tuple[TaskSettings, ...]):
-        super().__init__()
-        self.settings, self.schema, self.tasks = settings, schema, tasks
-        self.windows = settings.windows
-        width = settings.width
-        self.embedding = Embedding(settings, schema)
+    def _make_encoder(self) -> None:
+        settings = self.settings
         self.blocks = nn.ModuleList(
-            Block(width, settings.num_heads, settings.feed_forward_ratio, settings.dropout)
+            Block(settings.width, settings.num_heads, settings.feed_forward_ratio, settings.dropout)
             for _ in range(settings.num_self_layers + 1)
         )
-        self.interaction_fields = ("item_id", *schema.features_of("item", "categorical"))
-        num_interactions = (
-            num_features(len(self.interaction_fields), settings.count_events) if settings.interactions else 0
-        )
-        if settings.interactions:
-            self.interaction_token = nn.Sequential(
-                nn.Linear(num_interactions, width), nn.GELU(), nn.Linear(width, width)
-            )
-        self.norm_head = nn.LayerNorm(width)
-        self.head = nn.Sequential(
-            nn.Linear(width + num_interactions, 2 * width), nn.GELU(), nn.Linear(2 * width, len(tasks))
-        )
-        self.item_bias = HashedTable(settings.item_rows, len(tasks), std=0.01)
+        if not settings.is_appendable:
+            self.variant = Variant(settings)
 
     @property
     def layers(self) -> list[Block]:
         return cast("list[Block]", list(self.blocks))
 
-    def embedding_parameters(self) -> list[nn.Parameter]:
-        return [cast(nn.Parameter, m.weight) for m in self.modules() if isinstance(m, nn.Embedding)]
-
-    def dense_parameters(self) -> list[nn.Parameter]:
-        tables = {id(p) for p in self.embedding_parameters()}
-        return [p for p in self.parameters() if id(p) not in tables]
+    @property
+    def has_flat_pass(self) -> bool:
+        """Whether the flat pass on CUDA computes this model."""
+        return self.settings.is_appendable
 
     def forward(self, batch: BatchTensors) -> Tensor:
         """[C, tasks]: logits of binary tasks, values of regression tasks, for every candidate of every request."""
         histories, windows = batch.histories, self.windows
+        if not self.settings.is_appendable:
+            return variant_forward(self, batch)
         if has_kernels(self.norm_head.weight) and len(histories.event_ts_E):
             return flat_forward(self, batch.source, histories.event_ts_E.device)
         x_Ed = self.embedding.events(histories)
@@ -230,7 +214,7 @@ class Longer(nn.Module):
         request_C = batch.request_of_candidate_C
         row_C = batch.row_R[request_C]
         request_RD = self.embedding.requests(batch.request_ts_R, last_event_ts_R)
-        features_CF = None if index is None else self._interactions(index, batch, row_C, request_C, request_RD.dtype)
+        features_CF = None if index is None else self.interactions(index, batch, row_C, request_C, request_RD.dtype)
         x_CD = self.enter(request_RD, request_C, features_CF, batch.candidates)
         full_C = (batch.history_end_R // self.windows.merge_size)[request_C]
         position_C = self.windows.num_groups(batch.history_end_R)[request_C]
@@ -273,21 +257,6 @@ class Longer(nn.Module):
             x_CD = block.finish(x_CD, attended_CD)
         return self.leave(x_CD, features_CF, batch.candidates["item_id"])
 
-    @fused_on_cuda
-    def enter(
-        self, request_RD: Tensor, request_C: Tensor, features_CF: Tensor | None, candidates: dict[str, Tensor]
-    ) -> Tensor:
-        """[C, D]: candidates as tokens, each with what is known of its request and of itself in the history."""
-        x_CD = self.embedding.candidates(candidates) + take_rows(request_RD, request_C)
-        return x_CD if features_CF is None else x_CD + self.interaction_token(features_CF)
-
-    @fused_on_cuda
-    def leave(self, x_CD: Tensor, features_CF: Tensor | None, item_key_C: Tensor) -> Tensor:
-        """[C, tasks]: outputs from what the candidates have gathered."""
-        x_CD = self.norm_head(x_CD)
-        head_CD = x_CD if features_CF is None else torch.cat([x_CD, features_CF.to(x_CD.dtype)], dim=-1)
-        return self.head(head_CD) + self.item_bias(item_key_C)
-
     def candidates_see_tail(self, exists_RT: Tensor) -> Tensor:
         """[R, T]: the tail tokens that a request's candidates see."""
         kind_T, index_1 = self.tail_kinds(exists_RT.device), exists_RT.new_zeros(1, dtype=torch.int64)
@@ -303,21 +272,6 @@ class Longer(nn.Module):
         """[T]: a tail is the partial newest group, then the user globals."""
         place_T = torch.arange(1 + self.embedding.num_globals, device=device)
         return torch.where(place_T == 0, GROUP, GLOBAL)
-
-    def _interactions(
-        self, index: InteractionIndex, batch: RequestTensors, row_C: Tensor, request_C: Tensor, dtype: torch.dtype
-    ) -> Tensor:
-        windows = self.windows
-        begin_R = windows.history_start(batch.history_end_R) * windows.merge_size
-        return index.features(
-            row_C,
-            begin_R[request_C],
-            batch.history_end_R[request_C],
-            batch.request_ts_R[request_C],
-            torch.stack([batch.candidates[name] for name in self.interaction_fields], dim=-1),
-            self.settings.count_events,
-            dtype,
-        )
 
     # -- events to groups ---------------------------------------------------------------------------------------------
 

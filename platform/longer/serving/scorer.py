@@ -33,7 +33,7 @@ from longer.serving.requests import (
     now_ms,
 )
 from longer.serving.resolver import Pending, StateResolver
-from longer.training.checkpoints import CheckpointInfo, load_model
+from longer.training.checkpoints import CheckpointInfo, load_appendable
 
 P = TypeVar("P", bound=Pending)
 
@@ -61,7 +61,7 @@ class Scorer:
         event_limits: EventLimits | None = None,
     ) -> None:
         self._device = device
-        model, info = load_model(checkpoint, device)
+        model, info = load_appendable(checkpoint, device)
         self.history = HistorySource(sequences, info.schema, sequences_version)
         self._items_path, self._reader = items, RequestReader(info.schema)
         self.cache: StateCache[UserState] = StateCache(cache_bytes)
@@ -71,7 +71,7 @@ class Scorer:
 
     def load_checkpoint(self, path: str) -> tuple[Longer, CheckpointInfo]:
         """Another model for these tables, to `adopt`; a UserError if it is broken or does not fit them. For any thread."""
-        model, info = load_model(path, self._device, self.info.schema)
+        model, info = load_appendable(path, self._device, self.info.schema)
         check_kept(self.history.version, model.windows)
         if not all(bool(torch.isfinite(weights).all()) for weights in model.parameters()):
             raise UserError(f"{path}/model.safetensors: weights that are not finite: train again")

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import safetensors.torch
@@ -18,8 +18,12 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from longer.config import ModelSettings, TaskSettings
+from longer.encoder_settings import UserEmbedding
 from longer.errors import UserError
+from longer.model.encoders.factory import make_model, upstream_settings
+from longer.model.encoders.ranker import EncoderRanker
 from longer.model.longer import Longer
+from longer.model.ranker import Ranker
 from longer.schema import EventSchema
 from longer.storage import read_bytes, write_bytes
 from longer.training.cursor import Position
@@ -49,7 +53,7 @@ class TrainerState:
 
 
 def save_model(
-    directory: str, model: Longer, settings: ModelSettings, schema: EventSchema, tasks: tuple[TaskSettings, ...]
+    directory: str, model: Ranker, settings: ModelSettings, schema: EventSchema, tasks: tuple[TaskSettings, ...]
 ) -> str:
     """Writes model.safetensors, then model.json; returns the model version, a hash of the weights and of the settings."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -67,7 +71,7 @@ def save_model(
 
 def load_model(
     path: str, device: str = "cpu", expected_schema: EventSchema | None = None
-) -> tuple[Longer, CheckpointInfo]:
+) -> tuple[Ranker, CheckpointInfo]:
     """The model under `path`, local or s3://, in eval mode; a UserError names what is missing, changed or does not fit."""
     about = _read_json(path, "model.json")
     info = _info(path, about)
@@ -78,7 +82,7 @@ def load_model(
         )
     weights = _read_tensors(path, "model.safetensors")
     with torch.random.fork_rng(devices=[]):
-        model = Longer(info.model, info.schema, info.tasks)
+        model = make_model(info.model, info.schema, info.tasks)
     _check_same_tensors(path, model.state_dict(), weights)
     stated = {name: about[name] for name in ("schema_hash", "event_schema", "model", "tasks")}
     if _model_version(weights, stated) != info.model_version:
@@ -89,7 +93,42 @@ def load_model(
     return model.to(device).eval(), info
 
 
-def save_trainer(directory: str, model: Longer, optimizer: torch.optim.Optimizer, state: TrainerState) -> None:
+def load_appendable(
+    path: str, device: str = "cpu", expected_schema: EventSchema | None = None
+) -> tuple[Longer, CheckpointInfo]:
+    """The same for whoever keeps user states; a UserError if this model has none that outlive a request."""
+    model, info = load_model(path, device, expected_schema)
+    if not isinstance(model, Longer) or not info.model.is_appendable:
+        chosen = {name: getattr(info.model, name) for name in ("encoding", "queries")}
+        raise UserError(
+            f"{path}/model.json: encoder {info.model.encoder.kind} with {chosen} has no user state that can be appended to: serve "
+            "a model with encoder longer, encoding appendable and queries recent; this one can be scored by jobs.batch_score"
+        )
+    return model, info
+
+
+def load_upstream(model: Ranker, settings: ModelSettings) -> None:
+    """Puts the trained user tower that `settings.encoder.upstream` names into a fresh model, if its encoder reads one."""
+    encoder = settings.encoder
+    if not isinstance(encoder, UserEmbedding):
+        return
+    if encoder.upstream is None:
+        raise UserError(
+            "model.encoder.upstream is not given: train a model with encoder user_tower and without interactions first, and name "
+            "its checkpoint's folder"
+        )
+    tower, info = load_model(encoder.upstream)
+    wanted = upstream_settings(settings)
+    if info.model != wanted:
+        names = [name for name in ModelSettings.model_fields if getattr(info.model, name) != getattr(wanted, name)]
+        raise UserError(
+            f"{encoder.upstream}/model.json: its {', '.join(names)} differ from what model.encoder asks for: train the user tower "
+            "with the same model settings, but for encoder user_tower and interactions false"
+        )
+    cast(EncoderRanker, model).upstream.load_state_dict(tower.state_dict())
+
+
+def save_trainer(directory: str, model: Ranker, optimizer: torch.optim.Optimizer, state: TrainerState) -> None:
     """Writes the optimizer's moments under their parameters' names, and the state."""
     tensors = {
         f"{name}/{key}": value.detach().cpu().contiguous()
@@ -106,7 +145,7 @@ def save_trainer(directory: str, model: Longer, optimizer: torch.optim.Optimizer
     write_bytes(f"{directory}/trainer.json", _json(about))
 
 
-def load_trainer(path: str, model: Longer, optimizer: torch.optim.Optimizer) -> TrainerState:
+def load_trainer(path: str, model: Ranker, optimizer: torch.optim.Optimizer) -> TrainerState:
     """Puts the moments back into `optimizer` and returns the state that was saved with them."""
     for name, tensor in _read_tensors(path, "trainer.safetensors").items():
         parameter_name, key = name.rsplit("/", 1)

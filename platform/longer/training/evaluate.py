@@ -26,8 +26,8 @@ from longer.data.scores import score_rows
 from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import UserError
 from longer.model.inputs import to_tensors
-from longer.model.longer import Longer
 from longer.model.outputs import to_scores
+from longer.model.ranker import Ranker
 from longer.progress import say, track
 from longer.schema import EventSchema
 from longer.storage import TABLE_FORMAT, Table, Version, checked_output, fingerprint, write_bytes
@@ -139,13 +139,13 @@ class BucketScorer:
 
 
 @functools.lru_cache(maxsize=1)
-def _model(path: str, schema: EventSchema) -> tuple[Longer, CheckpointInfo]:
+def _model(path: str, schema: EventSchema) -> tuple[Ranker, CheckpointInfo]:
     """Loaded once a worker process, which scores many buckets."""
     return load_model(path, expected_schema=schema)
 
 
 @torch.inference_mode()
-def _outputs(model: Longer, batch: RequestBatch) -> npt.NDArray[np.float32]:
+def _outputs(model: Ranker, batch: RequestBatch) -> npt.NDArray[np.float32]:
     return model(to_tensors(batch)).numpy()
 
 

@@ -18,8 +18,15 @@ from ray.train.torch import get_device, prepare_model
 from longer.arrays import RequestBatch
 from longer.config import Settings
 from longer.data.tables import RequestTable, SequenceTable
-from longer.model.longer import Longer
-from longer.training.checkpoints import TrainerState, load_model, load_trainer, save_model, save_trainer
+from longer.model.encoders.factory import make_model
+from longer.training.checkpoints import (
+    TrainerState,
+    load_model,
+    load_trainer,
+    load_upstream,
+    save_model,
+    save_trainer,
+)
 from longer.training.cursor import DataCursor, Position, divide
 from longer.training.loader import prefetch, read_split, score_packs
 from longer.training.steps import Stepper, gather, make_optimizer, selection_score, set_learning_rate, task_metrics
@@ -103,7 +110,9 @@ class Run:
         settings = self.settings
         device, checkpoint = get_device(), ray.train.get_checkpoint()
         torch.manual_seed(settings.seed)
-        model = Longer(settings.model, settings.event_schema, settings.train.tasks).to(device)
+        model = make_model(settings.model, settings.event_schema, settings.train.tasks)
+        load_upstream(model, settings.model)
+        model.to(device).set_recompute(settings.train.recompute)
         optimizer = make_optimizer(model, settings.train)
         if checkpoint:
             with checkpoint.as_directory() as directory:

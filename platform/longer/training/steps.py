@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from longer.arrays import RequestBatch
 from longer.config import TaskSettings, TrainSettings
 from longer.model.inputs import to_tensors
-from longer.model.longer import Longer
+from longer.model.ranker import Ranker
 from longer.training.metrics import binary_metrics
 
 _FINAL_LEARNING_RATE_SHARE = 0.05
 
 
-def make_optimizer(model: Longer, settings: TrainSettings) -> torch.optim.AdamW:
+def make_optimizer(model: Ranker, settings: TrainSettings) -> torch.optim.AdamW:
     """AdamW in two groups: dense layers decay, embedding tables learn at their own rate and do not."""
     groups = [
         {"params": model.dense_parameters(), "lr": settings.learning_rate, "weight_decay": settings.weight_decay},
@@ -59,7 +59,7 @@ def loss_sum(output_CT: Tensor, labels: dict[str, Tensor], tasks: tuple[TaskSett
 class Stepper:
     """Applies steps to a model that may be wrapped for data parallelism, whose wrapper then averages gradients."""
 
-    model: Longer
+    model: Ranker
     parallel: nn.Module
     optimizer: torch.optim.Optimizer
     settings: TrainSettings

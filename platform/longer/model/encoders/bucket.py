@@ -1,0 +1,117 @@
+"""What an encoder is given: histories of similar length, padded, and their candidates in tiles of one history each.
+
+B histories, L events (padded), N tiles, A candidates of a tile (padded), D width.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longer.arrays import Int64
+from longer.model.inputs import BatchTensors
+from longer.model.padded import LANES, length_classes, on, pad_ranges
+from longer.windows import WindowRule
+
+_TILE_CANDIDATES = 64
+_MAX_CELLS = 1 << 25
+"""Candidate-event and event-event pairs that are computed together: what bounds memory."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Padded histories `x_BLD`, candidates `x_NAD`; a tile's candidates read history `row_N`, each its own part of it.
+
+    A candidate sees the events in slots [begin, end) of its history: those of its request's window. `end_NA - 1` is thus the
+    newest. Padded candidates see what candidate 0 sees and are thrown away; padded events are seen by nobody.
+    """
+
+    batch: BatchTensors
+    event_BL: Tensor
+    length_B: Tensor
+    x_BLD: Tensor
+    row_N: Tensor
+    candidate_NA: Tensor
+    x_NAD: Tensor
+    begin_NA: Tensor
+    end_NA: Tensor
+    request_ts_NA: Tensor
+
+    @property
+    def seen_NAL(self) -> Tensor:
+        slot_L = torch.arange(self.x_BLD.shape[1], device=self.row_N.device)
+        return (slot_L >= self.begin_NA[..., None]) & (slot_L < self.end_NA[..., None])
+
+    def of_events(self, x_E: Tensor) -> Tensor:
+        """[B, L, ...]: what belongs to each event; anything where there is none."""
+        if len(x_E):
+            return x_E[self.event_BL]
+        return x_E.sum() * 0 + x_E.new_zeros(*self.event_BL.shape, *x_E.shape[1:])  # stays in the graph of the weights
+
+    @property
+    def event_ts_BL(self) -> Tensor:
+        return self.of_events(self.batch.histories.event_ts_E)
+
+    @property
+    def x_NLD(self) -> Tensor:
+        """Each tile's history."""
+        return self.x_BLD.index_select(0, self.row_N)
+
+    def event_feature_BL(self, name: str) -> Tensor:
+        return self.of_events(self.batch.histories.features[name])
+
+    def candidate_feature_NA(self, name: str) -> Tensor:
+        return self.batch.candidates[name][self.candidate_NA]
+
+
+def buckets(
+    batch: BatchTensors, windows: WindowRule, x_ED: Tensor, x_CD: Tensor, recent_events: int | None
+) -> Iterator[tuple[Bucket, Tensor, Int64]]:
+    """Buckets that hold every candidate once: for each, which of its [N, A] candidates are there, and their numbers.
+
+    Histories that no event is in come in buckets of one padded event that nobody sees.
+    """
+    source, device = batch.source, x_CD.device
+    first_index_B, offsets_B1 = source.histories.first_index_B, source.histories.offsets_B1
+    request_begin_R = windows.history_start(source.history_end_R) * windows.merge_size
+    if recent_events is not None:
+        request_begin_R = np.maximum(request_begin_R, source.history_end_R - recent_events)
+    request_C = np.repeat(np.arange(source.num_requests), np.diff(source.candidates.offsets_R1))
+    row_C = source.row_R[request_C]
+    begin_C = (request_begin_R - first_index_B[source.row_R])[request_C]
+    end_C = (source.history_end_R - first_index_B[source.row_R])[request_C]
+    ends_B1 = np.searchsorted(row_C, np.arange(len(source.histories) + 1))
+    length_B = np.diff(offsets_B1)
+    # Events before the oldest that anybody sees are not read at all.
+    oldest_B = length_B.copy()
+    np.minimum.at(oldest_B, row_C, begin_C)
+    read_B = length_B - oldest_B
+    if not len(x_ED):
+        x_ED = x_ED.sum() * 0 + x_ED.new_zeros(1, x_ED.shape[1])
+    for rows in length_classes(read_B, _MAX_CELLS // _cells_per_slot(read_B)):
+        event_BL, exists_BL = pad_ranges((offsets_B1[:-1] + oldest_B)[rows], offsets_B1[1:][rows], multiple=LANES)
+        if not event_BL.shape[1]:
+            event_BL, exists_BL = np.zeros((len(rows), LANES), np.int64), np.zeros((len(rows), LANES), bool)
+        tile_begin = np.concatenate([np.arange(ends_B1[r], ends_B1[r + 1], _TILE_CANDIDATES) for r in rows])
+        row_N = np.repeat(np.arange(len(rows)), -(-np.diff(ends_B1)[rows] // _TILE_CANDIDATES))
+        if not len(row_N):
+            continue
+        tile_end = np.minimum(tile_begin + _TILE_CANDIDATES, ends_B1[rows[row_N] + 1])
+        candidate_NA, asked_NA = pad_ranges(tile_begin.astype(np.int64), tile_end)
+        candidate_NA = np.where(asked_NA, candidate_NA, candidate_NA[:, :1])
+        shift_N1 = oldest_B[rows[row_N]][:, None]
+        event, length, row, candidate, asked, begin, end = on(
+            device, np.where(exists_BL, event_BL, 0), read_B[rows], row_N, candidate_NA, asked_NA,
+            begin_C[candidate_NA] - shift_N1, end_C[candidate_NA] - shift_N1,
+        )  # fmt: skip
+        request_ts = batch.request_ts_R[batch.request_of_candidate_C[candidate]]
+        x_BLD = x_ED[event] * on(device, exists_BL)[0][..., None]
+        bucket = Bucket(batch, event, length, x_BLD, row, candidate, x_CD[candidate], begin, end, request_ts)
+        yield bucket, asked, candidate_NA[asked_NA]
+
+
+def _cells_per_slot(read_B: Int64) -> int:
+    """Pairs that a slot of a history may be in."""
+    return max(_TILE_CANDIDATES, min(int(read_B.max(initial=0)), 512))

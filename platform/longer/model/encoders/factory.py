@@ -1,0 +1,47 @@
+"""The encoder, and the model, that the settings ask for."""
+
+from longer.config import ModelSettings, TaskSettings
+from longer.encoder_settings import Din, FullTransformer, Hstu, Sim, SumPooling, Twin, UserEmbedding, UserTower
+from longer.model.encoders.pooling import DinEncoder, SumPoolingEncoder
+from longer.model.encoders.ranker import EncoderRanker, SequenceEncoder
+from longer.model.encoders.search import SimEncoder, TwinEncoder
+from longer.model.encoders.transformer import HstuEncoder, TransformerEncoder, UserEmbeddingEncoder, UserTowerEncoder
+from longer.model.longer import Longer
+from longer.model.ranker import Ranker
+from longer.schema import EventSchema
+
+
+def make_model(settings: ModelSettings, schema: EventSchema, tasks: tuple[TaskSettings, ...]) -> Ranker:
+    """LONGER, or the encoder chosen by `settings.encoder`, with fresh weights from torch's global generator."""
+    return (Longer if settings.encoder.kind == "longer" else EncoderRanker)(settings, schema, tasks)
+
+
+def make_encoder(
+    settings: ModelSettings, schema: EventSchema, tasks: tuple[TaskSettings, ...]
+) -> SequenceEncoder | None:
+    """What reads the history for an `EncoderRanker`; None where nothing does."""
+    match settings.encoder:
+        case SumPooling():
+            return SumPoolingEncoder(settings)
+        case Din() as encoder:
+            return DinEncoder(settings, encoder)
+        case Sim() as encoder:
+            return SimEncoder(settings, encoder)
+        case Twin() as encoder:
+            return TwinEncoder(settings, encoder, schema)
+        case FullTransformer(num_layers=num_layers):
+            return TransformerEncoder(settings, num_layers)
+        case Hstu(num_layers=num_layers):
+            return HstuEncoder(settings, num_layers)
+        case UserTower(num_layers=num_layers):
+            return UserTowerEncoder(settings, num_layers)
+        case UserEmbedding():
+            return UserEmbeddingEncoder(settings, EncoderRanker(upstream_settings(settings), schema, tasks))
+    return None
+
+
+def upstream_settings(settings: ModelSettings) -> ModelSettings:
+    """Those of the user tower whose vectors a model with the encoder `user_embedding` reads."""
+    assert isinstance(settings.encoder, UserEmbedding)
+    tower = UserTower(num_layers=settings.encoder.num_layers)
+    return settings.model_copy(update={"encoder": tower, "interactions": False})

@@ -1,0 +1,105 @@
+"""What every model shares: embeddings, heads, and the candidate x history features, around an encoder of the history.
+
+B histories, R requests, C candidates in all requests, D width, F interaction features.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from longer.config import ModelSettings, TaskSettings
+from longer.model.attention import Block
+from longer.model.context import take_rows
+from longer.model.embedding import Embedding, HashedTable
+from longer.model.fuse import fused_on_cuda
+from longer.model.inputs import BatchTensors, RequestTensors
+from longer.model.interactions import InteractionIndex, num_features
+from longer.schema import EventSchema
+
+
+class Ranker(nn.Module):
+    """Scores candidates against user histories. Weights come from torch's global generator: seed it first."""
+
+    def __init__(self, settings: ModelSettings, schema: EventSchema, tasks: tuple[TaskSettings, ...]):
+        super().__init__()
+        self.settings, self.schema, self.tasks = settings, schema, tasks
+        self.windows = settings.windows
+        width = settings.width
+        self.embedding = Embedding(settings, schema)
+        self._make_encoder()
+        self.interaction_fields = ("item_id", *schema.features_of("item", "categorical"))
+        num_interactions = (
+            num_features(len(self.interaction_fields), settings.count_events) if settings.interactions else 0
+        )
+        if settings.interactions:
+            self.interaction_token = nn.Sequential(
+                nn.Linear(num_interactions, width), nn.GELU(), nn.Linear(width, width)
+            )
+        self.norm_head = nn.LayerNorm(width)
+        self.head = nn.Sequential(
+            nn.Linear(width + num_interactions, 2 * width), nn.GELU(), nn.Linear(2 * width, len(tasks))
+        )
+        self.item_bias = HashedTable(settings.item_rows, len(tasks), std=0.01)
+
+    def _make_encoder(self) -> None:
+        """Adds the modules that read the history."""
+        raise NotImplementedError
+
+    def forward(self, batch: BatchTensors) -> Tensor:
+        """[C, tasks]: logits of binary tasks, values of regression tasks, for every candidate of every request."""
+        raise NotImplementedError
+
+    def embedding_parameters(self) -> list[nn.Parameter]:
+        """Those of tables that are trained."""
+        tables = [cast(nn.Parameter, m.weight) for m in self.modules() if isinstance(m, nn.Embedding)]
+        return [p for p in tables if p.requires_grad]
+
+    def dense_parameters(self) -> list[nn.Parameter]:
+        """All others that are trained."""
+        tables = {id(p) for p in self.embedding_parameters()}
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in tables]
+
+    def set_recompute(self, recompute: bool) -> None:
+        """Whether layers forget their activations and compute them again in the backward pass."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.recompute = recompute
+
+    @fused_on_cuda
+    def enter(
+        self, request_RD: Tensor, request_C: Tensor, features_CF: Tensor | None, candidates: dict[str, Tensor]
+    ) -> Tensor:
+        """[C, D]: candidates as tokens, each with what is known of its request and of itself in the history."""
+        x_CD = self.embedding.candidates(candidates) + take_rows(request_RD, request_C)
+        return x_CD if features_CF is None else x_CD + self.interaction_token(features_CF)
+
+    @fused_on_cuda
+    def leave(self, x_CD: Tensor, features_CF: Tensor | None, item_key_C: Tensor) -> Tensor:
+        """[C, tasks]: outputs from what the candidates have gathered."""
+        x_CD = self.norm_head(x_CD)
+        head_CD = x_CD if features_CF is None else torch.cat([x_CD, features_CF.to(x_CD.dtype)], dim=-1)
+        return self.head(head_CD) + self.item_bias(item_key_C)
+
+    def interactions(
+        self, index: InteractionIndex, batch: RequestTensors, row_C: Tensor, request_C: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """[C, F]: counts and ages of each candidate's item and categories in its request's history window."""
+        windows = self.windows
+        begin_R = windows.history_start(batch.history_end_R) * windows.merge_size
+        return index.features(
+            row_C,
+            begin_R[request_C],
+            batch.history_end_R[request_C],
+            batch.request_ts_R[request_C],
+            torch.stack([batch.candidates[name] for name in self.interaction_fields], dim=-1),
+            self.settings.count_events,
+            dtype,
+        )
+
+    def batch_interactions(self, batch: BatchTensors, request_C: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """The same for a whole batch; None where they are switched off."""
+        if not self.settings.interactions:
+            return None
+        index = InteractionIndex.build(batch.histories, self.interaction_fields)
+        return self.interactions(index, batch, batch.row_R[request_C], request_C, dtype)
