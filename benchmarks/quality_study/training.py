@@ -1,0 +1,160 @@
+"""One arm, trained and measured: the trainer's own steps over the same packs, in one process and without Ray.
+
+C candidates.
+"""
+
+import copy
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.quality_study.arms import Arm, Base, model_settings
+from benchmarks.quality_study.data import Log
+from longer.arrays import Int64
+from longer.config import ModelSettings, TaskSettings, TrainSettings
+from longer.model.encoders.factory import make_model, upstream_settings
+from longer.model.encoders.ranker import EncoderRanker
+from longer.model.inputs import to_tensors
+from longer.model.ranker import Ranker
+from longer.training.baselines import count_in_history, item_counts, popularity
+from longer.training.cursor import DataCursor, Position
+from longer.training.loader import SplitData, prefetch, score_split
+from longer.training.metrics import auc, binary_metrics
+from longer.training.steps import Stepper, make_optimizer, set_learning_rate
+
+_PACK_REQUESTS = 16
+_COUNTED_CANDIDATES = 64
+TASKS = (TaskSettings(),)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much every arm is trained and tested: the newest training requests, and test requests spread over users and time."""
+
+    train_requests: int
+    epochs: int
+    requests_per_step: int
+    test_requests: int
+    device: torch.device
+
+    def train_settings(self) -> TrainSettings:
+        precision = "bf16" if self.device.type == "cuda" else "float32"
+        return TrainSettings(epochs=self.epochs, requests_per_step=self.requests_per_step, precision=precision)
+
+
+def run(arm: Arm, base: Base, log: Log, budget: Budget) -> dict[str, Any]:
+    """The arm's record: its settings, sizes, metrics on validation and test, and what it cost."""
+    settings = model_settings(arm, base)
+    torch.manual_seed(arm.seed)
+    model, upstream_seconds = make_model(settings, log.schema, TASKS), 0.0
+    if arm.encoder == "user_embedding":
+        started = time.perf_counter()
+        tower = make_model(upstream_settings(settings), log.schema, TASKS)
+        _train(tower, log, budget, arm.seed)
+        upstream_seconds = time.perf_counter() - started
+        assert isinstance(model, EncoderRanker)
+        model.upstream.load_state_dict(tower.state_dict())
+    started = time.perf_counter()
+    stepper, num_steps, loss = _train(model, log, budget, arm.seed)
+    train_seconds = time.perf_counter() - started
+    started = time.perf_counter()
+    scores = {split: _scored(stepper, log, split, settings, budget.test_requests) for split in ("valid", "test")}
+    return {
+        "key": arm.key,
+        "arm": arm.name,
+        "log": arm.log,
+        "group": arm.group,
+        "seed": arm.seed,
+        "encoder": arm.encoder,
+        "features": arm.features,
+        "length": arm.length or base.length,
+        "window_events": settings.history_events,
+        "stride_events": settings.windows.stride_events,
+        "model": settings.model_dump(mode="json"),
+        **{split: _metrics(*scored, base.long_from) for split, scored in scores.items()},
+        "final_loss": loss,
+        "dense_parameters": sum(p.numel() for p in model.dense_parameters()),
+        "forward_flops": _forward_flops(model, log, settings),
+        "steps": num_steps,
+        "train_requests": min(budget.train_requests, len(log.requests["train"])),
+        "epochs": budget.epochs,
+        "train_s": train_seconds,
+        "upstream_s": upstream_seconds,
+        "test_s": time.perf_counter() - started,
+    }
+
+
+def _train(model: Ranker, log: Log, budget: Budget, seed: int) -> tuple[Stepper, int, float]:
+    """The trained model in its stepper, its number of steps, and the mean loss of the last tenth of them."""
+    asked, device = budget.train_settings(), budget.device
+    data = log.split("train", model.windows).newest(budget.train_requests)
+    packs = data.packs(_PACK_REQUESTS)
+    candidates_P = data.num_candidates(packs)
+    cursor = DataCursor(f"{log.name}/{seed}", np.diff(packs.offsets_P1), data.cost(packs), budget.requests_per_step)
+    model.to(device).train()
+    stepper = Stepper(model, model, make_optimizer(model, asked), asked, device, num_workers=1)
+    num_steps, losses = budget.epochs * cursor.steps_per_epoch, []
+    positions = (Position(e, s) for e in range(budget.epochs) for s in range(cursor.steps_per_epoch))
+    chosen = (cursor.packs_of_step(position) for position in positions)
+    batches = ((data.batch(packs.take(some)), int(candidates_P[some].sum())) for some in chosen)
+    for step, (batch, num_candidates) in enumerate(prefetch(batches, 4)):
+        set_learning_rate(stepper.optimizer, step, num_steps, asked.warmup_share)
+        torch.manual_seed((seed << 32) + step)
+        loss, _ = stepper.step(batch, 1.0, num_candidates)
+        losses.append(loss / num_candidates)
+    return stepper, num_steps, float(torch.stack(losses[-max(1, num_steps // 10) :]).mean())
+
+
+def _scored(stepper: Stepper, log: Log, split: str, settings: ModelSettings, most: int) -> tuple[SplitData, np.ndarray]:
+    data = log.split(split, settings.windows).spread(most)
+    return data, score_split(data, stepper.outputs, 1)[:, 0]
+
+
+def _metrics(data: SplitData, output_C: np.ndarray, long_from: int) -> dict[str, float]:
+    """Of all rows, and of those whose history is long."""
+    requests, label_C = data.requests, data.requests.labels["label"]
+    long_C = np.repeat(requests.history_end_R, np.diff(requests.candidates.offsets_R1)) >= long_from
+    return {
+        **binary_metrics(output_C, label_C, data.row_C).as_dict(),
+        "long_auc": auc(output_C[long_C], label_C[long_C]),
+        "rows": len(label_C),
+        "long_rows": int(long_C.sum()),
+    }
+
+
+def baselines(log: Log, budget: Budget, settings: ModelSettings, long_from: int) -> dict[str, dict[str, float]]:
+    """AUC of popularity and of the user's own counts, on the test rows of every arm."""
+    data = log.split("test", settings.windows).spread(budget.test_requests)
+    requests, label_C = data.requests, data.requests.labels["label"]
+    item_C: Int64 = requests.candidates.features["item_id"]
+    end_C = np.repeat(requests.history_end_R, np.diff(requests.candidates.offsets_R1))
+    lasts = (20, 100, 1000, None)
+    counts = count_in_history(log.histories, data.row_C, end_C, item_C, lasts)
+    scores = {"popularity": popularity([item_counts(log.histories, log.valid_from_ms)], item_C)}
+    scores |= {f"count_last_{n}" if n else "count_all": count for n, count in zip(lasts, counts, strict=True)}
+    is_long = end_C >= long_from
+    return {
+        name: {"auc": auc(score, label_C), "long_auc": auc(score[is_long], label_C[is_long])}
+        for name, score in scores.items()
+    }
+
+
+@torch.no_grad()
+def _forward_flops(model: Ranker, log: Log, settings: ModelSettings) -> dict[str, float]:
+    """Counted on a CPU, in plain torch: one request of the longest history in the test split that has a common number of candidates."""
+    data = log.split("test", settings.windows)
+    sizes_R = np.diff(data.requests.candidates.offsets_R1)
+    longest = np.argmax(np.where(sizes_R <= _COUNTED_CANDIDATES, data.requests.history_end_R, -1))
+    one = data.take(np.array([longest]))
+    batch = to_tensors(one.batch(one.packs(1)))
+    with FlopCounterMode(display=False) as counter:
+        copy.deepcopy(model).cpu().float().eval()(batch)
+    return {
+        "flops": float(counter.get_total_flops()),
+        "candidates": int(sizes_R[longest]),
+        "events": len(batch.histories.event_ts_E),
+    }
