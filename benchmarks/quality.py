@@ -2,8 +2,9 @@
 
 Trains the arms of a grid one after another, the most important first, and appends one JSON line an arm to `--results`; an arm that
 is there already is not trained again, so that a grid can be run in parts (`--only`, `--minutes`). Then prints a Markdown page with
-tables and, with `--plots`, writes plots; the last line is JSON. FOLDER holds tables/sequences of the log as `jobs.build_sequences` made
-it with the settings in configs/ (the generated log needs none). `--quick` is a small grid of smaller models: 10 minutes on 2 cores.
+tables and, with `--plots`, writes plots; the last line is JSON. FOLDER holds tables/sequences of the log as `jobs.build_sequences`
+made it with the settings in configs/ (the generated log needs none). `--quick` is a small grid of smaller models: 10 minutes on 2
+cores.
 """
 
 import argparse

@@ -120,9 +120,12 @@ def _curve(mine: Sequence[Record], features: bool) -> dict[int, list[Record]]:
     curve: dict[int, list[Record]] = defaultdict(list)
     for record in mine:
         headline = record["arm"] in ("longer", "longer" + FEATURES)
-        if record["encoder"] == "longer" and record["features"] == features:
-            if record["group"] == "lengths" or headline:
-                curve[record["length"]].append(record)
+        if (
+            record["encoder"] == "longer"
+            and record["features"] == features
+            and (headline or record["group"] == "lengths")
+        ):
+            curve[record["length"]].append(record)
     return dict(sorted(curve.items()))
 
 

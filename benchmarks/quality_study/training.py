@@ -145,7 +145,7 @@ def baselines(log: Log, budget: Budget, settings: ModelSettings, long_from: int)
 
 @torch.no_grad()
 def _forward_flops(model: Ranker, log: Log, settings: ModelSettings) -> dict[str, float]:
-    """Counted on a CPU, in plain torch: one request of the longest history in the test split that has a common number of candidates."""
+    """Counted on a CPU, in plain torch: of the test requests without very many candidates, the one with the longest history."""
     data = log.split("test", settings.windows)
     sizes_R = np.diff(data.requests.candidates.offsets_R1)
     longest = np.argmax(np.where(sizes_R <= _COUNTED_CANDIDATES, data.requests.history_end_R, -1))
