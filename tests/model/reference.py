@@ -36,6 +36,12 @@ def _one_request(model: Longer, user: Histories, request_ts: int, candidates: di
     history_start, query_start = s * (max(0, g - W) // s), s * (max(0, g - k) // s)
 
     x_Ed = model.embedding.events(event_tensors(user))
+    in_paper = model.settings.encoding == "paper"
+    if in_paper:
+        weights, ts = model.variant, torch.full((num_events,), request_ts)
+        distance = weights.request_gap(ts, torch.from_numpy(user.event_ts_E))
+        from_newest = torch.arange(num_events).flip(0).clamp_max(model.windows.max_history_events - 1)
+        x_Ed = weights.mix(torch.cat([x_Ed, distance], -1)) + weights.place(from_newest)
     groups = []
     for group in range(history_start, g):
         members = x_Ed[group * K : min((group + 1) * K, num_events)]
@@ -47,20 +53,27 @@ def _one_request(model: Longer, user: Histories, request_ts: int, candidates: di
     x_cand = model.embedding.candidates(feature_tensors(Candidates(offsets, candidates)))
     last_ts = int(user.event_ts_E[-1]) if num_events else int(NO_EVENT_TS)
     x_cand = x_cand + model.embedding.requests(torch.tensor([request_ts]), torch.tensor([last_ts]))
-    counts = _recount(model, user, history_start * K, request_ts, candidates).to(x_cand.dtype)
-    x_cand = x_cand + model.interaction_token(counts)
+    counts = x_cand.new_zeros(len(x_cand), 0)
+    if model.settings.interactions:
+        counts = _recount(model, user, history_start * K, request_ts, candidates).to(x_cand.dtype)
+        x_cand = x_cand + model.interaction_token(counts)
 
-    num_globals = model.settings.num_cls_tokens + 1
-    x = torch.stack([*groups, *model.embedding.user_globals(torch.from_numpy(user.user_key_B))[0], *x_cand])
+    user_globals = [*model.embedding.user_globals(torch.from_numpy(user.user_key_B))[0]]
+    if model.settings.queries == "learnable":
+        user_globals += [*model.variant.queries_QD]
+    num_globals = len(user_globals)
+    x = torch.stack([*groups, *user_globals, *x_cand])
     kinds = ["group"] * len(groups) + ["global"] * num_globals + ["candidate"] * len(x_cand)
     positions = torch.tensor([*range(history_start, g), *[g] * (num_globals + len(x_cand))])
+    chosen = _chosen(model.settings.queries, history_start, query_start, g, k)
     mask = torch.tensor([[_sees(kinds, q, j) for j in range(len(x))] for q in range(len(x))])
     for number, block in enumerate(model.blocks):
         in_query_window = torch.tensor(
-            [kind != "group" or p >= query_start for kind, p in zip(kinds, positions, strict=True)]
+            [kind != "group" or int(p) in chosen for kind, p in zip(kinds, positions, strict=True)]
         )
-        query = block.queries(x, positions)
-        key, value = block.keys_values(x, positions)
+        turned = positions * 0 if in_paper else positions
+        query = block.queries(x, turned)
+        key, value = block.keys_values(x, turned)
         scores = torch.einsum("qhz,khz->hqk", query, key) / math.sqrt(query.shape[-1])
         weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
         x = block.finish(x, torch.einsum("hqk,khz->qhz", weights, value).flatten(1))
@@ -74,6 +87,15 @@ def _one_request(model: Longer, user: Histories, request_ts: int, candidates: di
     x = x[-len(x_cand) :] if len(x_cand) else x[:0]
     biases = model.item_bias(torch.from_numpy(candidates["item_id"]))
     return model.head(torch.cat([model.norm_head(x), counts], -1)) + biases
+
+
+def _chosen(queries: str, history_start: int, query_start: int, g: int, k: int) -> set[int]:
+    """The groups that are queries: where windows stand, k of them, the first of each of k equal bins or the newest."""
+    recent_from = {"recent": query_start, "recent_uniform": query_start + k - k // 2}.get(queries, g)
+    spread = {"uniform": k, "recent_uniform": k - k // 2}.get(queries, 0)
+    over = query_start + spread - history_start if queries != "uniform" else query_start + k - history_start
+    bins = {history_start + math.ceil(b * over / spread) for b in range(g * spread + 1)} if spread else set()
+    return {group for group in range(history_start, g) if group in bins or group >= recent_from}
 
 
 def _sees(kinds: list[str], query: int, key: int) -> bool:

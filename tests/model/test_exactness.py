@@ -20,6 +20,17 @@ MODELS = {
     "cross layer only": small_model(3, num_self_layers=0, inner_transformer=False),
     "whole window is queries": small_model(4, query_groups=8, history_events=24, stride_groups=4),
 }
+VARIANTS = {
+    "uniform queries": small_model(5, queries="uniform"),
+    "uniform queries, many": small_model(6, queries="uniform", query_groups=6, stride_groups=2, num_self_layers=3),
+    "recent and uniform": small_model(7, queries="recent_uniform"),
+    "learnable queries": small_model(8, queries="learnable"),
+    "paper's encoding": small_model(9, encoding="paper"),
+    "paper's encoding, no merging": small_model(10, encoding="paper", merge_size=1, event_width=4, queries="uniform"),
+    "several user tokens, no CLS": small_model(11, num_user_tokens=3, num_cls_tokens=0),
+    "no interactions, no inner": small_model(12, interactions=False, inner_transformer=False),
+    "no interactions, learnable": small_model(13, interactions=False, queries="learnable", num_self_layers=0),
+}
 LENGTHS = st.lists(st.integers(0, 60), min_size=1, max_size=4)
 exactly = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -45,6 +56,29 @@ def test_forward_and_cached_scores_equal_the_dense_reference(name: str, seed: in
     cached = score(model, encode(model, histories), request_ts, candidates)
     np.testing.assert_allclose(forward, expected, **exactly)
     np.testing.assert_allclose(cached, expected, **exactly)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@given(seed=st.integers(0, 2**32 - 1), lengths=LENGTHS)
+@settings(max_examples=20, deadline=None)
+def test_every_switch_equals_the_dense_reference(name: str, seed: int, lengths: list[int]) -> None:
+    model, rng = VARIANTS[name], np.random.default_rng(seed)
+    histories = random_histories(rng, lengths)
+    request_ts, counts = ask(rng, histories)
+    candidates = random_candidates(rng, counts)
+    expected = reference_outputs(model, histories, request_ts, candidates)
+    forward = model(to_tensors(one_request_a_row(model, histories, request_ts, candidates))).detach().numpy()
+    np.testing.assert_allclose(forward, expected, **exactly)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_switch_gives_every_weight_a_gradient_even_without_events(name: str) -> None:
+    model, rng = VARIANTS[name], np.random.default_rng(1)
+    histories = random_histories(rng, [0, 0])
+    batch = one_request_a_row(model, histories, np.full(2, 2_000_000_000_000), random_candidates(rng, [2, 1]))
+    model.zero_grad(set_to_none=True)
+    model(to_tensors(batch)).sum().backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -97,6 +131,35 @@ def test_requests_that_share_an_encode_equal_requests_alone(seed: int, length: i
     rows = np.zeros(len(ends), np.int64)
     apart = reference_outputs(model, histories.slice_events(rows, rows, ends), request_ts, candidates)
     np.testing.assert_allclose(together, apart, **exactly)
+
+
+@given(seed=st.integers(0, 2**32 - 1), length=st.integers(0, 60), name=st.sampled_from(list(VARIANTS)))
+@settings(max_examples=40, deadline=None)
+def test_switches_do_not_depend_on_who_shares_the_batch(seed: int, length: int, name: str) -> None:
+    model, rng = VARIANTS[name], np.random.default_rng(seed)
+    histories = random_histories(rng, [length])
+    ends = np.array([e for e in range(length + 1) if _same_windows(model, e, length)])
+    candidates = random_candidates(rng, [2] * len(ends))
+    request_ts, row = np.full(len(ends), 2_000_000_000_000), np.zeros(len(ends), np.int64)
+    start = model.windows.history_start(length) * model.windows.merge_size
+    shared = histories.slice_events(np.array([0]), np.array([start]), ends[-1:])
+    together = model(to_tensors(RequestBatch(shared, row, ends, request_ts, candidates, row))).detach().numpy()
+    apart = reference_outputs(model, histories.slice_events(row, row, ends), request_ts, candidates)
+    np.testing.assert_allclose(together, apart, **exactly)
+
+
+def test_recomputed_activations_give_the_same_gradients() -> None:
+    rng = np.random.default_rng(9)
+    model = small_model(14)
+    histories = random_histories(rng, [0, 5, 40])
+    batch = to_tensors(one_request_a_row(model, histories, ask(rng, histories)[0], random_candidates(rng, [3, 3, 3])))
+    gradients = []
+    for recompute in (False, True):
+        model.set_recompute(recompute)
+        model.zero_grad(set_to_none=True)
+        model(batch).sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(kept, again) for kept, again in zip(*gradients, strict=True))
 
 
 def _same_windows(model: Longer, end: int, length: int) -> bool:

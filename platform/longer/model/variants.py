@@ -164,13 +164,13 @@ def _groups(model: "Longer", batch: BatchTensors, requests: Int64, group_RG: Int
     event_RGK = np.where(exists_RGK, number_RGK + base_R[:, None, None], 0)
     place_RGK = np.where(exists_RGK, end_R[:, None, None] - 1 - number_RGK, 0)
     event, exists, place = on(device, event_RGK, exists_RGK, place_RGK)
-    if not len(x_Ed):  # the empty sum keeps every weight in the graph, which data-parallel training counts on
+    (each_R,) = on(device, requests)
+    request_ts = event_ts = batch.request_ts_R[each_R][:, None, None].expand(event.shape)
+    if len(x_Ed):
+        x_RGKd, event_ts = take_rows(x_Ed, event), batch.histories.event_ts_E[event]
+    else:  # the empty sum keeps every weight in the graph, which data-parallel training counts on
         x_RGKd = x_Ed.sum() * 0 + x_Ed.new_zeros(*event.shape, x_Ed.shape[-1])
-    else:
-        (each_R,) = on(device, requests)
-        request_ts = batch.request_ts_R[each_R][:, None, None].expand(event.shape)
-        x_RGKd = model.variant.events(take_rows(x_Ed, event), request_ts, batch.histories.event_ts_E[event], place)
-    x_RGKd = x_RGKd * exists[..., None]
+    x_RGKd = model.variant.events(x_RGKd, request_ts, event_ts, place) * exists[..., None]
     return model.embedding.groups(x_RGKd.flatten(0, 1), exists.flatten(0, 1)).unflatten(0, event.shape[:2])
 
 
