@@ -32,7 +32,7 @@ from longer.serving.batch_plan import Plan, plan_scores, plan_vectors
 from longer.serving.offline import Budget
 from longer.serving.scorer import Scorer
 from longer.storage import TABLE_FORMAT, DataFile, Table, Version, fingerprint, remove_tree
-from longer.training.checkpoints import load_model
+from longer.training.checkpoints import load_appendable, load_model
 from longer.training.loader import prefetch
 
 _CACHE_BYTES = 64 << 20
@@ -44,17 +44,21 @@ class BucketScorer:
     def __init__(self, plan: Plan, version_path: str) -> None:
         self._plan, self._version_path = plan, version_path
         sequences = f"{plan.root}/tables/sequences"
-        self._scorer = Scorer(
-            plan.checkpoint.path, sequences, _CACHE_BYTES, plan.items_path, plan.sequences.id, plan.device
-        )
-        self._answers = Answers.of(plan, Budget(self._scorer.model, plan.batch_bytes))
+        model, info = load_model(plan.checkpoint.path, plan.device)
+        self._scorer: Scorer | None = None  # without user states, there is no serving path to compare with
+        if info.model.is_appendable:
+            self._scorer = Scorer(
+                plan.checkpoint.path, sequences, _CACHE_BYTES, plan.items_path, plan.sequences.id, plan.device
+            )
+            model = self._scorer.model
+        self._answers = Answers.of(plan, Budget(model, plan.batch_bytes))
         requests = plan.inputs.get("requests")
         self._reader = Reader(
             plan=plan,
             sequences=SequenceTable(sequences, plan.schema, plan.sequences.id),
             requests=RequestTable(f"{plan.root}/tables/requests", plan.schema, requests) if requests else None,
             users_folder=_users_folder(version_path),
-            windows=self._scorer.model.windows,
+            windows=model.windows,
             outputs_a_request=self._answers.values_a_user,
         )
 
@@ -66,7 +70,8 @@ class BucketScorer:
         """Writes one bucket's file; its record, of no file if nobody is asked about in it."""
         started = time.perf_counter()
         record: Record = {"bucket": bucket, "begun_at": time.time(), "num_requests": 0, "num_users": 0, "num_scores": 0}
-        numbers = chosen_numbers(self._reader.num_requests(bucket), self._plan.check_requests)
+        num_checked = self._plan.check_requests if self._scorer else 0
+        numbers = chosen_numbers(self._reader.num_requests(bucket), num_checked)
         check = OnlineCheck(self._plan, self._scorer, self._answers.items, numbers)
         file = f"bucket={bucket:04d}/part-0.parquet"
         written = write_rows(self._version_path, file, self._parts(bucket, check, record))
@@ -121,7 +126,8 @@ def _run(plan: Plan, pool: ScorerPool, where: RaySettings, job: str) -> Version:
         say(job, f"version {plan.version_id} is already there, nothing changed")
         return published
     version_path = table.resume(plan.version_id)
-    load_model(plan.checkpoint.path, expected_schema=plan.schema)  # a mistake is told here once, not by every actor
+    load = load_model if plan.kind == "requests" else load_appendable
+    load(plan.checkpoint.path, expected_schema=plan.schema)  # a mistake is told here once, not by every actor
     buckets, done = _buckets(plan, version_path), done_buckets(version_path)
     missing = [bucket for bucket in buckets if bucket not in done]
     if done:

@@ -22,7 +22,8 @@ class OnlineCheck:
     """Compares a bucket's rows as they come, requests `numbers` of the bucket; keeps the largest difference."""
 
     plan: Plan
-    scorer: Scorer
+    scorer: Scorer | None
+    """None where there is no serving path: `numbers` are then none."""
     items: Items | None
     numbers: Int64
     max_abs_diff: float = 0.0
@@ -58,6 +59,7 @@ class OnlineCheck:
 
     def _online(self, chunk: Chunk, r: int, ids: list[Any], features: dict[str, list[Any]]) -> dict[str, np.ndarray]:
         user_id, request_ts = chunk.user_id_R[r].as_py(), int(chunk.questions.request_ts_R[r])
+        assert self.scorer
         [result] = self.scorer.score([ScoreRequest(user_id, ids, features, request_ts)])
         if isinstance(result, UserError):
             raise result

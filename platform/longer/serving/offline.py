@@ -14,7 +14,9 @@ from longer.arrays import Candidates, Float32, Histories, Int64
 from longer.data.batches import plan_packs
 from longer.model.inputs import feature_tensors
 from longer.model.longer import Longer
+from longer.model.ranker import Ranker
 from longer.model.sweep import Asked, Sweep
+from longer.serving.plain import score_lists_plainly
 
 _FLOATS_PER_TOKEN = 24
 """Numbers of the token's width that a layer holds at once: the token, its projections, the feed-forward layer's four."""
@@ -43,7 +45,7 @@ class Questions:
 class Budget:
     """How much is computed at once, from the bytes that it may take and from the model's sizes."""
 
-    model: Longer
+    model: Ranker
     num_bytes: int
 
     def user_bytes(self, num_events_B: Int64) -> Int64:
@@ -75,6 +77,7 @@ def waves(questions: Questions, budget: Budget) -> Iterator[tuple[Int64, Asked]]
     """
     if not len(questions):
         return
+    assert isinstance(budget.model, Longer)
     model, row_R, end_R = budget.model, questions.row_R, questions.history_end_R
     packs = plan_packs(row_R, end_R, model.windows, _PACK_REQUESTS)
     row_P = row_R[packs.order_R[packs.offsets_P1[:-1]]]
@@ -97,6 +100,9 @@ def waves(questions: Questions, budget: Budget) -> Iterator[tuple[Int64, Asked]]
 
 def score_lists(questions: Questions, candidates: Candidates, budget: Budget) -> Float32:
     """[C, T] outputs of every request's own candidates, in their order."""
+    if not budget.model.settings.is_appendable:
+        asked = questions.row_R, questions.history_end_R, questions.request_ts_R
+        return score_lists_plainly(budget.model, questions.histories, *asked, candidates)
     outputs_CT = np.empty((int(candidates.offsets_R1[-1]), len(budget.model.tasks)), np.float32)
     for rows_R, asked in waves(questions, budget):
         begins, lengths = candidates.offsets_R1[rows_R], np.diff(candidates.offsets_R1)[rows_R]

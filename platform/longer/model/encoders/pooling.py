@@ -20,7 +20,9 @@ class SumPoolingEncoder(SequenceEncoder):
 
     def forward(self, bucket: Bucket, embedding: Embedding) -> Tensor:
         exact = torch.promote_types(bucket.x_BLD.dtype, torch.float32)
-        before_BLD = nn.functional.pad(bucket.x_BLD.cumsum(1, dtype=exact), (0, 0, 1, 0))  # a sum is a difference of these
+        before_BLD = nn.functional.pad(
+            bucket.x_BLD.cumsum(1, dtype=exact), (0, 0, 1, 0)
+        )  # a sum is a difference of these
         begin, end = (before_BLD[bucket.row_N[:, None], slot_NA] for slot_NA in (bucket.begin_NA, bucket.end_NA))
         return (end - begin) * self.scale
 
