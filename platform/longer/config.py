@@ -266,6 +266,10 @@ class TrainSettings(Section):
         "float32",
         description="bf16: autocast, float32 master weights; tf32: matrix products of a GPU round their inputs.",
     )
+    recompute: bool = Field(
+        False,
+        description="Compute each layer again for its gradient instead of keeping what it made: less memory, more time.",
+    )
     validate_every_steps: int = Field(100, ge=1, description="Steps between validations, each with a checkpoint.")
     max_validation_requests: int = Field(
         1_000, ge=1, description="Validation requests scored each time, spread evenly."

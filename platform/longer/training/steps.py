@@ -70,6 +70,8 @@ class Stepper:
         self._captured: CapturedPass | None = None
         if device.type == "cuda":
             torch.set_float32_matmul_precision("highest" if settings.precision == "float32" else "high")
+        for block in model.layers:
+            block.recompute = settings.recompute
         if num_workers > 1:
             for parameter in model.parameters():
                 dist.broadcast(parameter.data, 0)
