@@ -36,14 +36,9 @@ def kernel_table(step: Callable[[], Any], num_steps: int = 5) -> str:
         total[kind][1] += event.count / num_steps
     lines = ["| kind of kernel | ms/step | launches |", "|---|---|---|"]
     lines += [f"| {kind} | {ms:.2f} | {n:.0f} |" for kind, (ms, n) in sorted(total.items(), key=lambda x: -x[1][0])]
-    lines += [
-        f"| **all** | **{sum(ms for ms, _ in total.values()):.2f}** | |",
-        "",
-        "| kernel | ms/step | launches |",
-        "|---|---|---|",
-    ]
+    lines.append(f"| **all** | **{sum(ms for ms, _ in total.values()):.2f}** | |")
+    lines += ["", "| kernel | ms/step | launches |", "|---|---|---|"]
     for event in sorted(events, key=lambda e: -e.self_device_time_total)[:25]:
-        lines.append(
-            f"| `{event.key[:70]}` | {event.self_device_time_total / 1e3 / num_steps:.3f} | {event.count / num_steps:.0f} |"
-        )
+        ms, launches = event.self_device_time_total / 1e3 / num_steps, event.count / num_steps
+        lines.append(f"| `{event.key[:70]}` | {ms:.3f} | {launches:.0f} |")
     return "\n".join(lines) + "\n"

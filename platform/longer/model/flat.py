@@ -38,7 +38,7 @@ def flat_outputs(model: "Longer", flat: FlatBatch, tensors: dict[str, Tensor]) -
 def _outputs(
     model: "Longer", flat: FlatBatch, at: Layout[Tensor], events: dict[str, Tensor], candidates: dict[str, Tensor]
 ) -> Tensor:
-    num_groups, num_queries, num_requests = flat.num_groups, flat.num_queries, flat.num_requests
+    num_groups, num_requests = flat.num_groups, flat.num_requests
     num_tail = model.embedding.num_globals + 1
     x_GD = model.embedding.event_groups(events, at.event_ts, at.previous_ts, at.start, at.size)
     x_ND, partial_RD = x_GD.split([num_groups, num_requests])
