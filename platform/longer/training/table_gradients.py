@@ -62,11 +62,11 @@ def _combine_in_place(rows_E: Tensor, gradient_Ed: Tensor) -> TableGradient:
     place_E = torch.arange(num_reads, device=rows_E.device, dtype=torch.int32)
     is_first_E = torch.ones_like(sorted_E, dtype=torch.bool)
     is_first_E[1:] = sorted_E[1:] != sorted_E[:-1]
-    row_start_E = torch.where(is_first_E, place_E, 0).cummax(0).values
+    row_E = is_first_E.cumsum(0)
+    row_start_E = _positions(is_first_E, row_E, place_E, 0)[row_E - 1]
     starts_chunk_E = (place_E - row_start_E) % CHUNK_READS == 0
     chunk_E = starts_chunk_E.cumsum(0)
     chunk_bounds = _positions(starts_chunk_E, chunk_E, place_E, num_reads)
-    row_E = is_first_E.cumsum(0)
     row_bounds = _positions(is_first_E, row_E, (chunk_E - 1).int(), 0)
     row_bounds = torch.where(
         torch.arange(num_reads + 1, device=rows_E.device) < row_E[-1], row_bounds, chunk_E[-1].int()
