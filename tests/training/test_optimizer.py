@@ -1,5 +1,7 @@
 """Updates of large tables: the rows that were read, each once, and nothing else. On CUDA by our kernels, elsewhere by torch."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,13 @@ from tests.model.generate import request_batch, small_model
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.usefixtures("uncompiled")
 LONG = TrainSettings(clip_norm=1e9, tasks=(TaskSettings(name="click"),))
+
+
+@pytest.fixture(scope="module")
+def uncompiled() -> Iterator[None]:
+    """Compiling every model costs a minute."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @given(
