@@ -44,7 +44,7 @@ def main() -> None:
 def _train_missing(asked: argparse.Namespace, results: Path, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     deadline = time.monotonic() + 60 * asked.minutes
     device = torch.device(asked.device)
-    if device.type == "cuda":
+    if device.type == "cuda" and not asked.compile:
         torch.compiler.set_stance("force_eager")  # arms are too many and too short to compile each
     bases = QUICK if asked.quick else BASES
     base = bases[asked.log]
@@ -117,6 +117,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--plots", help="folder for plots")
     parser.add_argument("--page-only", action="store_true", help="train nothing")
     parser.add_argument("--quick", action="store_true", help="a small grid of smaller models")
+    parser.add_argument(
+        "--compile", action="store_true", help="on cuda, compile what LONGER fuses: minutes more in all"
+    )
     parser.add_argument("--train-requests", type=int, help="the newest this many")
     parser.add_argument("--test-requests", type=int, help="this many, spread over users and time")
     parser.add_argument("--requests-per-step", type=int)

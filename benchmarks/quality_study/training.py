@@ -3,7 +3,6 @@
 C candidates.
 """
 
-import copy
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ from longer.training.baselines import count_in_history, item_counts, popularity
 from longer.training.cursor import DataCursor, Position
 from longer.training.loader import SplitData, prefetch, score_split
 from longer.training.metrics import auc, binary_metrics
-from longer.training.steps import Stepper, make_optimizer, set_learning_rate
+from longer.training.steps import Stepper, rate_share
 
 _PACK_REQUESTS = 16
 _COUNTED_CANDIDATES = 64
@@ -78,7 +77,7 @@ def run(arm: Arm, base: Base, log: Log, budget: Budget) -> dict[str, Any]:
         **{split: _metrics(*scored, base.long_from) for split, scored in scores.items()},
         "final_loss": loss,
         "dense_parameters": sum(p.numel() for p in model.dense_parameters()),
-        "forward_flops": _forward_flops(model, log, settings),
+        "forward_flops": _forward_flops(log, settings),
         "steps": num_steps,
         "train_requests": min(budget.train_requests, len(log.requests["train"])),
         "epochs": budget.epochs,
@@ -96,13 +95,13 @@ def _train(model: Ranker, log: Log, budget: Budget, seed: int) -> tuple[Stepper,
     candidates_P = data.num_candidates(packs)
     cursor = DataCursor(f"{log.name}/{seed}", np.diff(packs.offsets_P1), data.cost(packs), budget.requests_per_step)
     model.to(device).train()
-    stepper = Stepper(model, model, make_optimizer(model, asked), asked, device, num_workers=1)
+    stepper = Stepper(model, asked, device, num_workers=1)
     num_steps, losses = budget.epochs * cursor.steps_per_epoch, []
     positions = (Position(e, s) for e in range(budget.epochs) for s in range(cursor.steps_per_epoch))
     chosen = (cursor.packs_of_step(position) for position in positions)
-    batches = ((data.batch(packs.take(some)), int(candidates_P[some].sum())) for some in chosen)
+    batches = ((stepper.staged(data.batch(packs.take(some))), int(candidates_P[some].sum())) for some in chosen)
     for step, (batch, num_candidates) in enumerate(prefetch(batches, 4)):
-        set_learning_rate(stepper.optimizer, step, num_steps, asked.warmup_share)
+        stepper.optimizer.set_rate_share(rate_share(step, num_steps, asked.warmup_share))
         torch.manual_seed((seed << 32) + step)
         loss, _ = stepper.step(batch, 1.0, num_candidates)
         losses.append(loss / num_candidates)
@@ -144,15 +143,16 @@ def baselines(log: Log, budget: Budget, settings: ModelSettings, long_from: int)
 
 
 @torch.no_grad()
-def _forward_flops(model: Ranker, log: Log, settings: ModelSettings) -> dict[str, float]:
+def _forward_flops(log: Log, settings: ModelSettings) -> dict[str, float]:
     """Counted on a CPU, in plain torch: of the test requests without very many candidates, the one with the longest history."""
     data = log.split("test", settings.windows)
     sizes_R = np.diff(data.requests.candidates.offsets_R1)
     longest = np.argmax(np.where(sizes_R <= _COUNTED_CANDIDATES, data.requests.history_end_R, -1))
     one = data.take(np.array([longest]))
     batch = to_tensors(one.batch(one.packs(1)))
+    model = make_model(settings, log.schema, TASKS).eval()
     with FlopCounterMode(display=False) as counter:
-        copy.deepcopy(model).cpu().float().eval()(batch)
+        model(batch)
     return {
         "flops": float(counter.get_total_flops()),
         "candidates": int(sizes_R[longest]),

@@ -150,7 +150,7 @@ def test_switches_do_not_depend_on_who_shares_the_batch(seed: int, length: int, 
 
 def test_recomputed_activations_give_the_same_gradients() -> None:
     rng = np.random.default_rng(9)
-    model = small_model(14)
+    model = VARIANTS["recent and uniform"]
     histories = random_histories(rng, [0, 5, 40])
     batch = to_tensors(one_request_a_row(model, histories, ask(rng, histories)[0], random_candidates(rng, [3, 3, 3])))
     gradients = []

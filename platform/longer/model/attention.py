@@ -5,7 +5,9 @@ S private keys of a query.
 """
 
 import math
+from collections.abc import Callable
 from functools import cache
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +70,13 @@ class Block(nn.Module):
         self.rotation = Rotation(width // num_heads)
         self.recompute = False
 
+    def run(self, layer: Callable[..., Tensor], *args: Any) -> Tensor:
+        """`layer(*args)`; with `recompute`, what happens inside is not kept for the gradient but computed once more."""
+        if not self.recompute or not torch.is_grad_enabled():
+            return layer(*args)
+        has_randomness = self.dropout.p > 0 and self.training
+        return cast(Tensor, checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=has_randomness))
+
     def queries(self, x_TD: Tensor, position_T: Tensor) -> Tensor:
         """[..., H, Z], rotated."""
         return self.rotation(self._heads(self.query(self.norm_attention(x_TD))), position_T)
@@ -94,14 +103,9 @@ class Block(nn.Module):
         key, value = self.key_value(self.norm_attention(x_TD)).chunk(2, dim=-1)
         return rotate(self._heads(key), cos, sin), self._heads(value)
 
+    @fused_on_cuda
     def finish(self, x_TD: Tensor, attended_TD: Tensor) -> Tensor:
         """The rest of the layer, given what the queries gathered."""
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._finish, x_TD, attended_TD, use_reentrant=False)
-        return self._finish(x_TD, attended_TD)
-
-    @fused_on_cuda
-    def _finish(self, x_TD: Tensor, attended_TD: Tensor) -> Tensor:
         x_TD = x_TD + self.dropout(self.output(attended_TD))
         return x_TD + self.dropout(self.feed_forward(self.norm_feed_forward(x_TD)))
 

@@ -144,13 +144,12 @@ def _some_requests(
         key, value = block.keys_values(x_RSD, position_RS * turn)
         kind_S = _kinds(num_groups, num_globals, device)
         seen = visible(CANDIDATE, position_RA[:, :, None], kind_S, position_RS[:, None, :]) & exists_RS[:, None]
-        x_RAD = _candidates(block, x_RAD, position_RA, key, value, seen)
+        x_RAD = block.run(_candidates, block, x_RAD, position_RA, key, value, seen)
         if layer < len(model.layers) - 1:
             kind_T = _kinds(slots.shape[1], num_globals, device)
             seen = visible(kind_T[:, None], position_RT[:, :, None], kind_S, position_RS[:, None, :])
             seen = seen & exists_RS[:, None] | ~exists_RT[:, :, None]
-            query_RTHZ = block.queries(x_RTD, position_RT * turn)
-            x_RTD = block.finish(x_RTD, _attend(query_RTHZ, key, value, seen))
+            x_RTD = block.run(_tokens, block, x_RTD, position_RT * turn, key, value, seen)
     return x_RAD[asked], candidate_RA[asked_RA]
 
 
@@ -188,10 +187,13 @@ def _kinds(num_groups: int, num_globals: int, device: torch.device) -> Tensor:
     return torch.where(place < num_groups, GROUP, GLOBAL)
 
 
-def _attend(query_RTHZ: Tensor, key_RSHZ: Tensor, value_RSHZ: Tensor, seen_RTS: Tensor) -> Tensor:
-    query, key, value = (x.transpose(1, 2) for x in (query_RTHZ, key_RSHZ, value_RSHZ))
-    out = F.scaled_dot_product_attention(query, key, value.to(query.dtype), attn_mask=seen_RTS[:, None])
-    return out.transpose(1, 2).flatten(-2)
+def _tokens(
+    block: Block, x_RTD: Tensor, position_RT: Tensor, key_RSHZ: Tensor, value_RSHZ: Tensor, seen_RTS: Tensor
+) -> Tensor:
+    """One layer of groups and globals, each of which sees some of the keys."""
+    query, key, value = (x.transpose(1, 2) for x in (block.queries(x_RTD, position_RT), key_RSHZ, value_RSHZ))
+    gathered = F.scaled_dot_product_attention(query, key, value.to(query.dtype), attn_mask=seen_RTS[:, None])
+    return block.finish(x_RTD, gathered.transpose(1, 2).flatten(-2))
 
 
 def _candidates(

@@ -101,8 +101,8 @@ def waves(questions: Questions, budget: Budget) -> Iterator[tuple[Int64, Asked]]
 def score_lists(questions: Questions, candidates: Candidates, budget: Budget) -> Float32:
     """[C, T] outputs of every request's own candidates, in their order."""
     if not budget.model.settings.is_appendable:
-        asked = questions.row_R, questions.history_end_R, questions.request_ts_R
-        return score_lists_plainly(budget.model, questions.histories, *asked, candidates)
+        times = questions.row_R, questions.history_end_R, questions.request_ts_R
+        return score_lists_plainly(budget.model, questions.histories, *times, candidates)
     outputs_CT = np.empty((int(candidates.offsets_R1[-1]), len(budget.model.tasks)), np.float32)
     for rows_R, asked in waves(questions, budget):
         begins, lengths = candidates.offsets_R1[rows_R], np.diff(candidates.offsets_R1)[rows_R]

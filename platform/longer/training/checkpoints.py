@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import safetensors
 import safetensors.torch
@@ -42,6 +42,12 @@ class CheckpointInfo:
     model: ModelSettings
     schema: EventSchema
     tasks: tuple[TaskSettings, ...]
+
+
+class HasMoments(Protocol):
+    """An optimizer: its `state` holds tensors by name under each parameter."""
+
+    state: Any
 
 
 @dataclass
@@ -128,7 +134,7 @@ def load_upstream(model: Ranker, settings: ModelSettings) -> None:
     cast(EncoderRanker, model).upstream.load_state_dict(tower.state_dict())
 
 
-def save_trainer(directory: str, model: Ranker, optimizer: torch.optim.Optimizer, state: TrainerState) -> None:
+def save_trainer(directory: str, model: Ranker, optimizer: HasMoments, state: TrainerState) -> None:
     """Writes the optimizer's moments under their parameters' names, and the state."""
     tensors = {
         f"{name}/{key}": value.detach().cpu().contiguous()
@@ -145,12 +151,12 @@ def save_trainer(directory: str, model: Ranker, optimizer: torch.optim.Optimizer
     write_bytes(f"{directory}/trainer.json", _json(about))
 
 
-def load_trainer(path: str, model: Ranker, optimizer: torch.optim.Optimizer) -> TrainerState:
+def load_trainer(path: str, model: Ranker, optimizer: HasMoments) -> TrainerState:
     """Puts the moments back into `optimizer` and returns the state that was saved with them."""
     for name, tensor in _read_tensors(path, "trainer.safetensors").items():
         parameter_name, key = name.rsplit("/", 1)
         parameter = model.get_parameter(parameter_name)
-        optimizer.state[parameter][key] = tensor if key == "step" else tensor.to(parameter.device)
+        optimizer.state[parameter][key] = tensor.to(parameter.device)
     return read_trainer_state(path)
 
 

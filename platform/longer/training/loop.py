@@ -13,11 +13,12 @@ import numpy as np
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train.torch import get_device, prepare_model
+from ray.train.torch import get_device
 
 from longer.arrays import RequestBatch
 from longer.config import Settings
 from longer.data.tables import RequestTable, SequenceTable
+from longer.model.captured import Staged
 from longer.model.encoders.factory import make_model
 from longer.training.checkpoints import (
     TrainerState,
@@ -29,7 +30,7 @@ from longer.training.checkpoints import (
 )
 from longer.training.cursor import DataCursor, Position, divide
 from longer.training.loader import prefetch, read_split, score_packs
-from longer.training.steps import Stepper, gather, make_optimizer, selection_score, set_learning_rate, task_metrics
+from longer.training.steps import Stepper, gather, rate_share, selection_score, task_metrics
 
 MAX_PACK_REQUESTS = 16
 """Requests of one user in a pack: more share one history, but a step's requests are more alike. 8, 16 and 32 learn alike."""
@@ -53,7 +54,7 @@ class Work:
     """One worker's part of a step; `weight` is 0 where there is none and a pack is borrowed to keep in step."""
 
     position: Position
-    batch: RequestBatch
+    batch: RequestBatch | Staged
     weight: float
     num_requests: int
     num_candidates: int
@@ -109,16 +110,17 @@ class Run:
     def _make_stepper(self) -> Stepper:
         settings = self.settings
         device, checkpoint = get_device(), ray.train.get_checkpoint()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         torch.manual_seed(settings.seed)
         model = make_model(settings.model, settings.event_schema, settings.train.tasks)
         load_upstream(model, settings.model)
-        model.to(device).set_recompute(settings.train.recompute)
-        optimizer = make_optimizer(model, settings.train)
+        stepper = Stepper(model.to(device), settings.train, device, self.num_workers)
         if checkpoint:
             with checkpoint.as_directory() as directory:
                 model.load_state_dict(load_model(directory, str(device))[0].state_dict())
-                self.state = load_trainer(directory, model, optimizer)
-        return Stepper(model, prepare_model(model), optimizer, settings.train, device, self.num_workers)
+                self.state = load_trainer(directory, model, stepper.optimizer)
+        return stepper
 
     def _work(self) -> Iterator[Work]:
         position = self.state.position
@@ -127,7 +129,7 @@ class Run:
             mine = self.cursor.packs_of_worker(position, self.rank, self.num_workers)
             yield Work(
                 position,
-                self.data.batch(self.packs.take(mine if len(mine) else everyone[:1])),
+                self.stepper.staged(self.data.batch(self.packs.take(mine if len(mine) else everyone[:1]))),
                 1.0 if len(mine) else 0.0,
                 int(self.requests_P[everyone].sum()),
                 int(self.candidates_P[everyone].sum()),
@@ -136,7 +138,7 @@ class Run:
 
     def _step(self, work: Work) -> tuple[torch.Tensor, torch.Tensor]:
         step = self.cursor.global_step(work.position)
-        set_learning_rate(self.stepper.optimizer, step, self.num_steps, self.settings.train.warmup_share)
+        self.stepper.optimizer.set_rate_share(rate_share(step, self.num_steps, self.settings.train.warmup_share))
         torch.manual_seed(((self.settings.seed << 32) + step) * self.num_workers + self.rank)  # of dropout
         return self.stepper.step(work.batch, work.weight, work.num_candidates)
 
