@@ -1,0 +1,51 @@
+"""What a forward pass costs, and how many weights a layer has: formulas of arXiv 2505.04421 (eqs. 3 to 7), and LONGER's own sum.
+
+A multiplication with its addition counts as two. What is elementwise is left out, as in the paper.
+"""
+
+from longer.config import ModelSettings
+
+
+def layer_flops(num_tokens: int, width: int) -> int:
+    """Forward FLOPs of a Transformer layer over all its tokens: 24 L d^2 + 4 L^2 d."""
+    return 24 * num_tokens * width**2 + 4 * num_tokens**2 * width
+
+
+def layer_parameters(width: int) -> int:
+    """Weights of a Transformer layer with biases and two norms: 12 d^2 + 13 d."""
+    return 12 * width**2 + 13 * width
+
+
+def merged_share(num_tokens: int, width: int, merge_size: int) -> float:
+    """FLOPs of a layer after K adjacent tokens became one of K times the width, over those before: (6dK + L/K) / (6d + L)."""
+    return (6 * width * merge_size + num_tokens / merge_size) / (6 * width + num_tokens)
+
+
+def longer_flops(settings: ModelSettings, num_groups: int, num_queries: int, num_candidates: int) -> int:
+    """Forward FLOPs of one request's encoder: `num_groups` whole groups, of which `num_queries` are queries, and candidates.
+
+    From event vectors to what the last layer gives the candidates: InnerTrans, merge, cross-causal layer, self-causal layers. The
+    last layer is computed for candidates only. With `queries: learnable` the learned tokens count as queries here.
+    """
+    d, width, merge_size = settings.event_width, settings.width, settings.merge_size
+    num_globals = settings.num_cls_tokens + settings.num_user_tokens
+    feed_forward = 4 * settings.feed_forward_ratio * width**2
+    total = 2 * (num_groups + num_candidates) * width**2
+    if settings.inner_transformer:
+        total += num_groups * (16 * merge_size * d**2 + 4 * merge_size**2 * d) + num_candidates * (16 * d**2 + 4 * d)
+    for layer in range(settings.num_self_layers + 1):
+        num_keys = (num_groups if layer == 0 else num_queries) + num_globals
+        total += 4 * num_keys * width**2
+        if layer < settings.num_self_layers:
+            num_tokens = num_queries + num_globals
+            total += num_tokens * (4 * width**2 + feed_forward) + 4 * num_tokens * num_keys * width
+        total += num_candidates * (8 * width**2 + feed_forward + 4 * num_keys * width)
+    return total
+
+
+def longer_parameters(settings: ModelSettings) -> int:
+    """Weights of LONGER's layers, InnerTrans and merge; embeddings, heads and interaction features are not counted."""
+    d, width, ratio = settings.event_width, settings.width, settings.feed_forward_ratio
+    layer = (4 + 2 * ratio) * width**2 + (9 + ratio) * width  # 12 d^2 + 13 d at the paper's ratio of 4
+    inner = 8 * d**2 + 11 * d if settings.inner_transformer else 0
+    return (settings.num_self_layers + 1) * layer + inner + width**2 + width
