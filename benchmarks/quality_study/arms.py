@@ -65,6 +65,8 @@ class Arm:
     queries: int | None = None
     """k in tokens; None: the base's."""
     model: dict[str, Any] = field(default_factory=dict)
+    from_matches: bool = False
+    """LONGER's first layer begins as a search for the candidate's own events (`training.start_from_matches`)."""
 
     @property
     def key(self) -> str:
@@ -123,8 +125,18 @@ def _journey(quick: bool, seeds: int) -> Iterator[Arm]:
             continue
         for name in ENCODERS:
             yield replace(here, name=name, encoder=name, features=False)
+        yield from _merging(here)
         yield from _switches(here)
         yield from _lengths(here, LENGTHS)
+
+
+def _merging(here: Arm) -> Iterator[Arm]:
+    """Does what merging loses come back if the first layer need not find out how to recognise an item?"""
+    here = replace(here, group="switches", from_matches=True)
+    yield replace(here, name="K=4 from matches", features=False)
+    yield replace(here, name="K=8 from matches", features=False, merge=8, queries=50)
+    yield replace(here, name="K=1 from matches", features=False, merge=1, queries=400)
+    yield replace(here, name="longer from matches" + FEATURES, group="encoders")
 
 
 def _switches(here: Arm) -> Iterator[Arm]:

@@ -19,6 +19,7 @@ from longer.config import ModelSettings, TaskSettings, TrainSettings
 from longer.model.encoders.factory import make_model, upstream_settings
 from longer.model.encoders.ranker import EncoderRanker
 from longer.model.inputs import to_tensors
+from longer.model.longer import Longer
 from longer.model.ranker import Ranker
 from longer.training.baselines import count_in_history, item_counts, popularity
 from longer.training.cursor import DataCursor, Position
@@ -58,6 +59,8 @@ def run(arm: Arm, base: Base, log: Log, budget: Budget) -> dict[str, Any]:
         upstream_seconds = time.perf_counter() - started
         assert isinstance(model, EncoderRanker)
         model.upstream.load_state_dict(tower.state_dict())
+    if arm.from_matches:
+        start_from_matches(model)
     started = time.perf_counter()
     stepper, num_steps, loss = _train(model, log, budget, arm.seed)
     train_seconds = time.perf_counter() - started
@@ -86,6 +89,22 @@ def run(arm: Arm, base: Base, log: Log, budget: Budget) -> dict[str, Any]:
         "upstream_s": upstream_seconds,
         "test_s": time.perf_counter() - started,
     }
+
+
+@torch.no_grad()
+def start_from_matches(model: Ranker) -> None:
+    """Weights with which LONGER's first layer begins as a search for the candidate's own events.
+
+    The merge begins as plain concatenation, so that a candidate, merged with copies of itself, has its vector in every slot; the
+    first layer's queries and keys begin as the tokens themselves. Attention scores are then sums of inner products of the
+    candidate with each event of a group, slot by slot and head by head.
+    """
+    assert isinstance(model, Longer)
+    width, block = model.settings.width, model.layers[0]
+    torch.nn.init.eye_(model.embedding.merge.weight)
+    torch.nn.init.zeros_(model.embedding.merge.bias)
+    torch.nn.init.eye_(block.query.weight)
+    torch.nn.init.eye_(block.key_value.weight[:width])
 
 
 def _train(model: Ranker, log: Log, budget: Budget, seed: int) -> tuple[Stepper, int, float]:
