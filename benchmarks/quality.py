@@ -57,7 +57,7 @@ def _train_missing(asked: argparse.Namespace, results: Path, records: list[dict[
     )
     arms = [arm for arm in grid(asked.log, asked.quick, asked.seeds) if _wanted(arm, asked.only, asked.group)]
     done = {record["key"] for record in records}
-    missing = [arm for arm in arms if arm.key not in done]
+    missing = [arm for arm in arms if arm.key not in done][asked.shard[0] :: asked.shard[1]]
     if not missing:
         return records
     log = read_log(asked.log, asked.root, sizes=_GENERATED_QUICK if asked.quick else _GENERATED)
@@ -113,6 +113,9 @@ def _arguments() -> argparse.Namespace:
         "--group", nargs="*", default=[], help="arms of these groups only: encoders, switches, lengths..."
     )
     parser.add_argument("--seeds", type=int, default=3, help="seeds of every arm, one round of all arms each")
+    parser.add_argument(
+        "--shard", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="every Nth arm: N processes share a grid"
+    )
     parser.add_argument("--results", help="JSON lines, one an arm")
     parser.add_argument("--plots", help="folder for plots")
     parser.add_argument("--page-only", action="store_true", help="train nothing")
