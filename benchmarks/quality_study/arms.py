@@ -65,6 +65,8 @@ class Arm:
     queries: int | None = None
     """k in tokens; None: the base's."""
     model: dict[str, Any] = field(default_factory=dict)
+    score_length: int | None = None
+    """Trained at `length`, it is tested at this one: train short, serve long."""
     from_matches: bool = False
     """LONGER's first layer begins as a search for the candidate's own events (`training.start_from_matches`)."""
 
@@ -161,6 +163,9 @@ def _lengths(here: Arm, lengths: tuple[int, ...]) -> Iterator[Arm]:
         for length in lengths[:-1]:
             suffix = FEATURES if features else ""
             yield replace(here, name=f"longer L={length}{suffix}", group="lengths", length=length, features=features)
+    short = replace(here, group="switches", features=False, score_length=lengths[-1])
+    for length in lengths[-4:-1]:
+        yield replace(short, name=f"trained at L={length}, tested at {lengths[-1]}", length=length)
     for length in lengths[2:-1:2]:
         name = f"transformer L={length}"
         yield replace(here, name=name, group="flops", length=length, encoder="transformer", features=False)
@@ -188,6 +193,9 @@ def _generated(quick: bool, seeds: int) -> Iterator[Arm]:
             yield replace(here, name=f"longer L={length}", length=length)
         for length in reversed(lengths):
             yield replace(here, name=f"longer L={length}{FEATURES}", length=length, features=True)
+        for length in (2000,) if not quick else ():
+            name = f"trained at L={length}, tested at {lengths[-1]}"
+            yield replace(here, name=name, group="switches", length=length, score_length=lengths[-1])
         for width in (32, 64, 256) if not quick else (16,):
             yield replace(here, name=f"longer width {width}", group="widths", model={"width": width})
         for name in ("none", "din_recent50", "sim_hard", "twin", "transformer"):

@@ -4,7 +4,7 @@ C candidates.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,11 @@ def run(arm: Arm, base: Base, log: Log, budget: Budget) -> dict[str, Any]:
     started = time.perf_counter()
     stepper, num_steps, loss = _train(model, log, budget, arm.seed)
     train_seconds = time.perf_counter() - started
+    if arm.score_length:
+        settings = model_settings(replace(arm, length=arm.score_length), base)
+        longer_window = make_model(settings, log.schema, TASKS).to(budget.device)
+        longer_window.load_state_dict(model.state_dict())
+        stepper.model = longer_window
     started = time.perf_counter()
     scores = {split: _scored(stepper, log, split, settings, budget.test_requests) for split in ("valid", "test")}
     return {

@@ -134,7 +134,7 @@ def _some_requests(
     )
     x_RSD = torch.cat([x_RGD, globals_RMD], dim=1)
     position_RS, exists_RS = torch.cat([groups, global_RM], 1), F.pad(there, (0, num_globals), value=True)
-    x_RAD = x_CD[candidate]
+    x_RAD = take_rows(x_CD, candidate)
     turn = 0 if model.variant.in_paper else 1
     position_RA = end[:, None].expand(candidate.shape) * turn
     for layer, block in enumerate(model.layers):

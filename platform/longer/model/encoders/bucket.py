@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from longer.arrays import Int64
+from longer.model.context import take_rows
 from longer.model.inputs import BatchTensors
 from longer.model.padded import LANES, length_classes, on, pad_ranges
 from longer.windows import WindowRule
@@ -107,8 +108,8 @@ def buckets(
             begin_C[candidate_NA] - shift_N1, end_C[candidate_NA] - shift_N1,
         )  # fmt: skip
         request_ts = batch.request_ts_R[batch.request_of_candidate_C[candidate]]
-        x_BLD = x_ED[event] * on(device, exists_BL)[0][..., None]
-        bucket = Bucket(batch, event, length, x_BLD, row, candidate, x_CD[candidate], begin, end, request_ts)
+        x_BLD = take_rows(x_ED, event) * on(device, exists_BL)[0][..., None]
+        bucket = Bucket(batch, event, length, x_BLD, row, candidate, take_rows(x_CD, candidate), begin, end, request_ts)
         yield bucket, asked, candidate_NA[asked_NA]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from longer.model.context import take_rows
 from longer.model.embedding import Embedding
 from longer.model.encoders.bucket import Bucket, buckets
 from longer.model.inputs import BatchTensors
@@ -65,7 +66,7 @@ class EncoderRanker(Ranker):
         features_CF = self.batch_interactions(batch, request_C, request_RD.dtype)
         x_CD = self.enter(request_RD, request_C, features_CF, batch.candidates)
         globals_RMD = self.embedding.user_globals(batch.histories.user_key_B[batch.row_R])
-        y_CD = x_CD + globals_RMD.sum(1).to(x_CD.dtype)[request_C]
+        y_CD = x_CD + take_rows(globals_RMD.sum(1).to(x_CD.dtype), request_C)
         if self.encoder is not None:
             y_CD = y_CD + self.read(self.encode(self.encoder, batch))
         return self.leave(y_CD, features_CF, batch.candidates["item_id"])

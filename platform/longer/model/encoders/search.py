@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from longer.config import ModelSettings
 from longer.encoder_settings import Sim, Twin
+from longer.model.context import take_rows
 from longer.model.embedding import Embedding, Gap
 from longer.model.encoders.bucket import Bucket
 from longer.model.encoders.ranker import SequenceEncoder
@@ -33,7 +34,8 @@ def most_alike(score_NAL: Tensor, seen_NAL: Tensor, top: int) -> tuple[Tensor, T
 
 def gather(x_BLD: Tensor, row_N: Tensor, slot_NAT: Tensor) -> Tensor:
     """[N, A, T, ...]: these slots of each tile's history."""
-    return x_BLD.flatten(0, 1)[row_N[:, None, None] * x_BLD.shape[1] + slot_NAT]
+    place_NAT = row_N[:, None, None] * x_BLD.shape[1] + slot_NAT
+    return take_rows(x_BLD.flatten(0, 1), place_NAT) if x_BLD.ndim > 2 else x_BLD.flatten()[place_NAT]
 
 
 def softmax_over(score: Tensor, found: Tensor) -> Tensor:
