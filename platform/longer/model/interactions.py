@@ -9,6 +9,7 @@ B histories, R requests, C candidates in all requests, E events of all histories
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +22,21 @@ _KEY_MASK = 2**39 - 1
 PAD = 2**62
 _MS_PER_HOUR = 3_600_000.0
 TILE_CANDIDATES = 32
+
+
+class CandidateIndex(Protocol):
+    """What candidates are counted with: `InteractionIndex`, or what user states keep of it."""
+
+    def features(
+        self,
+        row_C: Tensor,
+        begin_C: Tensor,
+        end_C: Tensor,
+        request_ts_C: Tensor,
+        keys_CF: Tensor,
+        count_events: Sequence[int],
+        dtype: torch.dtype,
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
