@@ -17,6 +17,7 @@ from torch import Tensor
 
 from longer.arrays import Candidates, Histories, Int64
 from longer.model.context import Tail
+from longer.model.fuse import computed_in
 from longer.model.growth import Growth, grow
 from longer.model.inputs import RequestTensors, feature_tensors, to_device
 from longer.model.longer import Longer
@@ -145,7 +146,7 @@ def gather(model: Longer, pool: StatePool, states: Sequence[UserState]) -> Gathe
         )
     return Gathered(
         context,
-        context.tail(model.norm_head.weight.dtype),
+        context.tail(computed_in(model.layers[0].query.weight)),
         index,
         numbers["num_events"],
         to_device(last_ts_B, pool.device),
