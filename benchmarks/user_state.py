@@ -1,7 +1,8 @@
-"""What a user's state saves: python -m benchmarks.user_state [--device cuda] [--width 256] [--read]
+"""What a user's state saves: python -m benchmarks.user_state [--width 256] [--precision int8] [--read]
 
-One run on one device; on a CPU a tiny size. First the scores of encoded and of appended states are compared with a float64 forward
-pass over the whole histories; then, for each width, history length, number of users in a batch and of candidates a user:
+One run on one device, CUDA where there is a card; on a CPU a tiny size. First the scores of encoded and of appended states are
+compared with a float64 forward pass over the whole histories; then, for each width, history length, number of users in a batch and
+of candidates a user:
 
     recompute     the forward pass with the history encoded anew for every candidate, in blocks that fit
     encode        each user's history encoded, then the candidates scored: sharing within a request, the paper's cache
@@ -22,8 +23,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import model_speed
-from benchmarks.model_speed import SCHEMA, TASKS, autocast, model_settings, per_impression, random_batch, seconds
+from benchmarks.model_arms.sizes import (
+    DEVICE,
+    ON_CUDA,
+    SCHEMA,
+    TASKS,
+    model_settings,
+    per_impression,
+    random_batch,
+    seconds,
+)
 from longer.arrays import Candidates, Histories, Int64, RequestBatch
 from longer.config import ModelSettings
 from longer.model.inputs import to_tensors
@@ -54,11 +63,11 @@ class Users:
     def __init__(self, settings: ModelSettings, num_users: int, num_next: int, precision: Precision) -> None:
         torch.manual_seed(0)
         self.settings, self.num_users, self.rng = settings, num_users, np.random.default_rng(2)
-        self.model = Longer(settings, SCHEMA, TASKS).to(model_speed.DEVICE).eval()
+        self.model = Longer(settings, SCHEMA, TASKS).to(DEVICE).eval()
         self.histories = random_batch(self.rng, np.full(num_users, settings.history_events + num_next), 1).histories
         layout = StateLayout.of(self.model, precision)
         self.state_bytes = layout.largest_rows * layout.row_bytes
-        self.pool = StatePool(layout, (num_users + 2) * self.state_bytes, model_speed.DEVICE)
+        self.pool = StatePool(layout, (num_users + 2) * self.state_bytes, DEVICE)
         self.end_B = np.full(num_users, settings.history_events)
 
     def events(self, num_users: int, begin: int, end: int) -> Histories:
@@ -102,9 +111,9 @@ def worst_difference(users: Users, num_users: int = 2, num_candidates: int = 16)
     )
     exact_model = Longer(users.settings, SCHEMA, TASKS)
     exact_model.load_state_dict(users.model.state_dict())
-    exact_model = exact_model.to(model_speed.DEVICE, torch.float64).eval()
-    with torch.inference_mode(), torch.autocast(model_speed.DEVICE.type, enabled=False):
-        exact = exact_model(to_tensors(whole, model_speed.DEVICE)).sigmoid().cpu()
+    exact_model = exact_model.to(DEVICE, torch.float64).eval()
+    with torch.inference_mode(), torch.autocast(DEVICE.type, enabled=False):
+        exact = exact_model(to_tensors(whole, DEVICE)).sigmoid().cpu()
     differences = {}
     for name, make in SCORERS.items():
         outputs = make(users.model, users.pool)(states, asked.request_ts_R, asked.candidates)
@@ -127,7 +136,7 @@ def recompute_ms(users: Users, num_candidates: int) -> float:
         asked.candidates,
         asked.request_id_R,
     )
-    block = to_tensors(per_impression(batch, min(BLOCK_CANDIDATES, num_candidates)), model_speed.DEVICE)
+    block = to_tensors(per_impression(batch, min(BLOCK_CANDIDATES, num_candidates)), DEVICE)
     num_blocks = -(-num_candidates // BLOCK_CANDIDATES)
     with torch.inference_mode():
         return seconds(lambda: users.model(block), 3, 2) * num_blocks * 1e3
@@ -278,32 +287,29 @@ def shown(row: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default=model_speed.DEVICE.type, choices=("cpu", "cuda"))
     parser.add_argument("--width", type=int, help="only this width")
     parser.add_argument("--precision", default=None, choices=("float32", "bf16", "int8", "fp8"))
     parser.add_argument("--read", action="store_true", help="also time the history's read (starts Ray)")
     args = parser.parse_args()
-    model_speed.DEVICE = torch.device(args.device)
-    model_speed.ON_CUDA = on_cuda = args.device == "cuda"
-    precision: Precision = args.precision or ("bf16" if on_cuda else "float32")
-    sizes = [(d, n) for d in (32, 64) for n in (1_000, 2_000, 10_000)] if on_cuda else [(8, 128), (8, 256)]
+    precision: Precision = args.precision or ("bf16" if ON_CUDA else "float32")
+    sizes = [(d, n) for d in (32, 64) for n in (1_000, 2_000, 10_000)] if ON_CUDA else [(8, 128), (8, 256)]
     if args.width:
         sizes = [(args.width // 8, n) for d, n in sizes if d == sizes[0][0]]
-    print(f"{args.device}, states in {precision}\n")
+    print(f"{DEVICE.type}, states in {precision}\n")
     print(
         "| width | L | users | candidates | arm | ms a batch | M candidates/s |\n|---|---|---|---|---|---|---|",
         flush=True,
     )
-    rows, tolerance = [], 1e-5 if precision == "float32" and not on_cuda else 0.02
-    with autocast():
+    rows, tolerance = [], 1e-5 if precision == "float32" and not ON_CUDA else 0.02
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=ON_CUDA, cache_enabled=False):
         for event_width, num_events in sizes:
-            settings = model_settings(event_width, num_events, small=not on_cuda)
-            users = Users(settings, 32 if on_cuda else 4, 2 * settings.windows.stride_events + 128, precision)
+            settings = model_settings(event_width, num_events, small=not ON_CUDA)
+            users = Users(settings, 32 if ON_CUDA else 4, 2 * settings.windows.stride_events + 128, precision)
             differences = worst_difference(users)
             print(f"width {settings.width}, L {num_events}: probabilities within {differences}", file=sys.stderr)
             if max(differences.values()) > tolerance:
                 raise AssertionError(f"states score otherwise than the float64 forward pass: {differences}")
-            for row in rows_of(users, [1, 8, 32] if on_cuda else [1, 4], [64, 500, 1024] if on_cuda else [64]):
+            for row in rows_of(users, [1, 8, 32] if ON_CUDA else [1, 4], [64, 500, 1024] if ON_CUDA else [64]):
                 rows.append(row)
                 print(shown(row), flush=True)
             del users
