@@ -1,12 +1,11 @@
 """The replica's Prometheus metrics; counters that others keep are exported as increments."""
 
 from collections import Counter as Counts
-from typing import Any
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
-from longer.serving.cache import StateCache
 from longer.serving.online import OnlineEvents
+from longer.serving.store import StateStore
 
 _LATENCY_EDGES_MS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
 
@@ -14,7 +13,7 @@ _LATENCY_EDGES_MS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
 class ReplicaMetrics:
     """What one replica did; `record` after every request."""
 
-    def __init__(self, cache: StateCache[Any], online: OnlineEvents, lost_affinity: Counts[str]) -> None:
+    def __init__(self, cache: StateStore, online: OnlineEvents, lost_affinity: Counts[str]) -> None:
         self._cache, self._online, self._lost_affinity = cache, online, lost_affinity
         self._exported: Counts[tuple[str, str]] = Counts()
         self._counters = {

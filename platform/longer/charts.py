@@ -65,6 +65,18 @@ def histogram(values: Sequence[float], unit: str) -> str:
     return svg.getvalue()
 
 
+def curve(lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str) -> str:
+    """One line of points a name."""
+    with _chart() as (axes, svg):
+        for (name, points), color in zip(lines.items(), (_ACCENT, _SECOND, _QUIET), strict=False):
+            axes.plot(*zip(*points, strict=True), marker="o", color=color, label=name)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.legend(frameon=False, fontsize=8)
+    return svg.getvalue()
+
+
 @contextmanager
 def _chart() -> Iterator[tuple[Axes, io.StringIO]]:
     svg = io.StringIO()

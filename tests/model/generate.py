@@ -8,7 +8,10 @@ from longer.arrays import NO_EVENT_TS, Candidates, Histories, RequestBatch
 from longer.config import ModelSettings, TaskSettings
 from longer.hashing import stable_keys
 from longer.model.longer import Longer
+from longer.model.pool import Precision, StateLayout, StatePool
+from longer.model.states import UserState, encode, new_slots
 from longer.schema import EventSchema, Feature
+from longer.slots import Slot
 
 SCHEMA = EventSchema(
     features=(
@@ -115,3 +118,23 @@ def request_batch(model: Longer, seed: int, lengths: list[int]) -> RequestBatch:
     return RequestBatch(
         batch.histories, row_R, end_R, np.full(len(row_R), 2_000_000_000_000), candidates, row_R, labels
     )
+
+
+def pool_for(model: Longer, num_users: int, precision: Precision | None = None) -> StatePool:
+    """Room for so many users' longest states, and as much again; kept in the model's own type if none is told."""
+    own: Precision = "float64" if model.norm_head.weight.dtype == torch.float64 else "float32"
+    layout = StateLayout.of(model, precision or own)
+    num_bytes = 2 * num_users * layout.largest_rows * layout.row_bytes
+    return StatePool(layout, num_bytes + 12 * 2 * layout.largest_rows * layout.row_bytes, model.norm_head.weight.device)
+
+
+def slots_for(pool: StatePool, end_index_B: np.ndarray) -> list[Slot]:
+    """Slots that hold states of users with so many events, full of what an earlier state might have left there."""
+    slots = new_slots(pool, end_index_B)
+    for slot in slots:
+        pool.words_NI[slot.start : slot.start + slot.size] = -1
+    return slots
+
+
+def encoded(model: Longer, pool: StatePool, histories: Histories) -> list[UserState]:
+    return encode(model, pool, histories, slots_for(pool, histories.end_index_B))

@@ -13,8 +13,16 @@ from longer.model.flat import flat_forward, flat_outputs
 from longer.model.inputs import tensors_of, to_tensors
 from longer.model.layout import Sizes, flatten
 from longer.model.longer import Longer
-from longer.model.states import append, encode, score
-from tests.model.generate import random_candidates, random_histories, request_batch, small_model
+from longer.model.states import append, score
+from tests.model.generate import (
+    encoded,
+    pool_for,
+    random_candidates,
+    random_histories,
+    request_batch,
+    slots_for,
+    small_model,
+)
 
 ON_CUDA = torch.cuda.is_available()
 if not ON_CUDA:
@@ -119,12 +127,13 @@ def test_states_on_cuda_score_as_the_cpu_does(seed: int, lengths: list[int]) -> 
     request_ts = np.full(len(lengths), 2_000_000_000_000)
     rows, ends = np.arange(len(lengths)), histories.end_index_B
     with torch.compiler.set_stance("force_eager"):
-        states = encode(model, histories.slice_events(rows, np.zeros_like(ends), ends // 2))
-        states = append(model, states, histories.slice_events(rows, ends // 2, ends))
-        ours = score(model, states, request_ts, candidates)
+        pool, exact_pool = pool_for(model, 2 * len(histories)), pool_for(exact, len(histories))
+        states = encoded(model, pool, histories.slice_events(rows, np.zeros_like(ends), ends // 2))
+        states = append(model, pool, states, histories.slice_events(rows, ends // 2, ends), slots_for(pool, ends))
+        ours = score(model, pool, states, request_ts, candidates)
     np.testing.assert_allclose(
         ours,
-        score(exact, encode(exact, histories), request_ts, candidates),
+        score(exact, exact_pool, encoded(exact, exact_pool, histories), request_ts, candidates),
         rtol=1e-5,
         atol=1e-5,
     )

@@ -18,11 +18,12 @@ from longer.data.sequences import KeepRule
 from longer.errors import UserError
 from longer.hashing import stable_keys
 from longer.model.outputs import to_scores
-from longer.model.states import encode, score
+from longer.model.states import score
 from longer.serving import online
 from longer.serving.online import EventLimits, beyond
 from longer.serving.scorer import EventsRequest, EventsResult, Scorer, ScoreRequest, ScoreResult
 from tests.data.tables import publish_sequences
+from tests.model.generate import encoded, pool_for
 from tests.serving.tables import START_MS, build_world, checkpoint_path, publish_catalogue, random_events, tiny_settings
 
 CANDIDATES = ["item1", "item5", "never seen"]
@@ -89,7 +90,8 @@ class Recomputed:
         assert self._scorer.items
         features = {"item_id": items, **self._scorer.items.lookup(items)}
         asked = Candidates(np.array([0, len(CANDIDATES)]), features)
-        outputs = score(model, encode(model, history), np.array([request_ts]), asked)
+        pool = pool_for(model, 1)
+        outputs = score(model, pool, encoded(model, pool, history), np.array([request_ts]), asked)
         return to_scores(outputs, model.tasks)["label"], len(seen), start < num_cut
 
 

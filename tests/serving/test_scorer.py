@@ -37,12 +37,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     return build_world(tmp_path_factory.mktemp("world"))
 
 
-def scorer_of(world: Settings, cache_bytes: int = BIG, items: bool = True) -> Scorer:
+def scorer_of(world: Settings, cache_bytes: int = BIG, items: bool = True, host_bytes: int = 0) -> Scorer:
     return Scorer(
         checkpoint_path(world),
         world.path("tables", "sequences"),
         cache_bytes,
         world.path("tables", "items") if items else None,
+        host_bytes=host_bytes,
     )
 
 
@@ -69,18 +70,19 @@ def times_of(world: Settings, user: int) -> list[int]:
         min_size=1,
         max_size=8,
     ),
-    cache_bytes=st.sampled_from([0, 30_000, BIG]),
+    budgets=st.sampled_from([(0, 0), (30_000, 0), (0, 30_000), (10_000, 25_000), (BIG, 0)]),
 )
 def test_no_order_of_requests_and_no_eviction_changes_a_score(
-    world: Settings, batches: list[list[tuple[int, int]]], cache_bytes: int
+    world: Settings, batches: list[list[tuple[int, int]]], budgets: tuple[int, int]
 ) -> None:
-    cached, from_scratch = scorer_of(world, cache_bytes), scorer_of(world, 0)
+    cached, from_scratch = scorer_of(world, budgets[0], host_bytes=budgets[1]), scorer_of(world, 0)
     for batch in batches:
         asked = [(user, START_MS + quarter * (DAY_MS // 96)) for user, quarter in batch]
         try:
             got = cached.score([ScoreRequest(user, CANDIDATES, request_ts=ts) for user, ts in asked])
         finally:
-            assert cached.cache.num_bytes <= cache_bytes
+            assert cached.cache.num_bytes <= budgets[0]
+            assert cached.cache.host_bytes <= budgets[1]
         for outcome, one in zip(got, asked, strict=True):
             wanted = from_scratch.score([ScoreRequest(one[0], CANDIDATES, request_ts=one[1])])[0]
             if isinstance(
@@ -161,6 +163,25 @@ def test_an_evicted_user_is_loaded_again_with_the_same_scores(world: Settings) -
     assert again.source == "load"
     assert one_state.cache.counters.evict == 2
     np.testing.assert_array_equal(first.scores["label"], again.scores["label"])
+
+
+def test_a_state_pushed_out_to_host_memory_comes_back_without_a_read(
+    world: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    big = scorer_of(world)
+    ask(big, (9, END_MS))
+    scorer = scorer_of(world, big.cache.num_bytes, host_bytes=2 * big.cache.num_bytes)
+    first = ask(scorer, (9, END_MS))[0]
+    ask(scorer, (8, END_MS))
+    assert (scorer.cache.counters.demote, scorer.cache.counters.evict) == (1, 0)
+    monkeypatch.setattr(scorer.history, "read", lambda *_: pytest.fail("read the table"))
+    again = ask(scorer, (9, END_MS))[0]
+    assert (again.source, scorer.cache.counters.promote) == ("hit", 1)
+    np.testing.assert_array_equal(first.scores["label"], again.scores["label"])
+    assert scorer.cache.host_bytes > 0
+    for user in (8, 9):
+        assert scorer.forget(user)
+    assert (scorer.cache.num_bytes, scorer.cache.host_bytes, len(scorer.cache)) == (0, 0, 0)
 
 
 def test_given_item_features_win_over_the_catalogue_and_missing_ones_fall_back(world: Settings) -> None:

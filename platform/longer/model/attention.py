@@ -5,7 +5,7 @@ S private keys of a query.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, cast
 
@@ -123,8 +123,8 @@ def attend_groups(query_BTHZ: Tensor, key_BGHZ: Tensor, value_BGHZ: Tensor, visi
 
 def attend_shared(
     query_PHZ: Tensor,
-    key_BGHZ: Tensor,
-    value_BGHZ: Tensor,
+    keys_B: Iterable[Tensor],
+    values_B: Iterable[Tensor],
     num_queries_B: list[int],
     num_visible_P: Tensor,
     private_key_PSHZ: Tensor,
@@ -133,36 +133,35 @@ def attend_shared(
 ) -> Tensor:
     """Exact softmax attention of each query over its history's groups together with its own private keys, [P, D].
 
-    Queries lie flat, sorted by history: the first `num_queries_B[0]` read context row 0, and so on. Query p sees the first
-    `num_visible_P[p]` groups of its row and those private keys (its request's newest group and globals, itself) that
-    `private_visible_PS` allows, at least one. No key is copied per query and no query is padded.
+    Queries lie flat, sorted by history: the first `num_queries_B[0]` read the first of `keys_B` and `values_B` (each
+    [G, H, Z], G as the history has it), and so on. Query p sees the first `num_visible_P[p]` groups of its history and those
+    private keys (its request's newest group and globals, itself) that `private_visible_PS` allows, at least one key in all. No
+    key is copied per query and no query is padded.
     """
     query_PHZ = query_PHZ / math.sqrt(query_PHZ.shape[-1])
     private_PHS = (
         (query_PHZ[:, None] * private_key_PSHZ).sum(-1).transpose(1, 2)
     )  # so few keys that matrix products are slower
     private_PHS = private_PHS.masked_fill(~private_visible_PS[:, None], -torch.inf)
-    query_HPZ, key_BHZG, value_BHGZ = (
-        query_PHZ.transpose(0, 1),
-        key_BGHZ.permute(0, 2, 3, 1),
-        value_BGHZ.transpose(1, 2),
-    )
-    num_groups = key_BGHZ.shape[1]
-    hidden_PG = torch.arange(num_groups, device=query_PHZ.device) >= num_visible_P[:, None]
-    bias_PG = torch.zeros_like(hidden_PG, dtype=query_PHZ.dtype).masked_fill_(hidden_PG, -torch.inf)
+    query_HPZ = query_PHZ.transpose(0, 1)
     from_shared, private_weights = [query_HPZ[:, :0]], [private_PHS[:0]]
     per_row = zip(
+        keys_B,
+        values_B,
         query_HPZ.split(num_queries_B, dim=1),
-        bias_PG.split(num_queries_B),
+        num_visible_P.split(num_queries_B),
         private_PHS.split(num_queries_B),
         strict=True,
     )
-    for row, (query_HQZ, bias_QG, private_QHS) in enumerate(per_row):
-        if not len(bias_QG):
+    for key_GHZ, value_GHZ, query_HQZ, num_visible_Q, private_QHS in per_row:
+        if not len(num_visible_Q):
             continue
-        shared_HQG = torch.baddbmm(bias_QG, query_HQZ, key_BHZG[row])
-        weights_HQA = torch.cat([shared_HQG, private_QHS.transpose(0, 1)], dim=-1).softmax(dim=-1).to(value_BHGZ.dtype)
-        from_shared.append(weights_HQA[..., :num_groups] @ value_BHGZ[row])
+        num_groups = len(key_GHZ)
+        hidden_QG = torch.arange(num_groups, device=query_PHZ.device) >= num_visible_Q[:, None]
+        bias_QG = torch.zeros_like(hidden_QG, dtype=query_PHZ.dtype).masked_fill_(hidden_QG, -torch.inf)
+        shared_HQG = torch.baddbmm(bias_QG, query_HQZ, key_GHZ.permute(1, 2, 0))
+        weights_HQA = torch.cat([shared_HQG, private_QHS.transpose(0, 1)], dim=-1).softmax(dim=-1).to(value_GHZ.dtype)
+        from_shared.append(weights_HQA[..., :num_groups] @ value_GHZ.transpose(0, 1))
         private_weights.append(weights_HQA[..., num_groups:].transpose(0, 1))
     from_private_PHZ = (torch.cat(private_weights).transpose(1, 2)[..., None] * private_value_PSHZ).sum(1)
     return (torch.cat(from_shared, dim=1).transpose(0, 1) + from_private_PHZ).flatten(-2)

@@ -4,11 +4,47 @@ B histories, G context groups (padded), Q query-window groups (padded), N new gr
 T tail tokens, D width, H heads, Z head width.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from longer.model.shared_attention import Pair, Readers
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Keys and values of a layer's groups, flat, [N, H, Z]: history b's are the `num_keys_B[b]` rows from `begin_B[b]` on."""
+
+    pair_NHZ: Pair
+    begin_B: Tensor
+    num_keys_B: Tensor
+    max_keys: int
+
+    def readers(self, offsets_B1: Tensor, **reads: Any) -> Readers:
+        """Of these groups, by queries sorted by history."""
+        return Readers(offsets_B1, self.begin_B, self.num_keys_B, self.max_keys, **reads)
+
+    def over(self, readers: Readers) -> Readers:
+        """The same queries, of these groups: what is worked out about the queries is shared."""
+        return replace(readers, key_begin_B=self.begin_B, num_keys_B=self.num_keys_B, max_keys=self.max_keys)
+
+
+class SharedContext(Protocol):
+    """What tails and candidates read of B histories: full groups up to `end_B`, from `first_of_layer_B` on in each layer."""
+
+    def first_of_layer_B(self, layer: int) -> Tensor: ...
+
+    def groups(self, layer: int, dtype: torch.dtype) -> Groups:
+        """A layer's groups, for queries of this type, as our kernels read them."""
+        ...
+
+    def rows(self, layer: int, dtype: torch.dtype) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Each history's keys and values, as `attend_shared` reads them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -29,9 +65,15 @@ class Context:
     def first_of_layer_B(self, layer: int) -> Tensor:
         return self.first_B if layer == 0 else self.query_first_B
 
-    def flat(self, layer: int) -> tuple[Tensor, Tensor]:
+    def groups(self, layer: int, dtype: torch.dtype) -> Groups:
         """A layer's keys and values with the padded rows laid end to end."""
-        return self.keys[layer].flatten(0, 1), self.values[layer].flatten(0, 1)
+        num_rows, longest = self.keys[layer].shape[:2]
+        begin_B = torch.arange(num_rows, device=self.first_B.device) * longest
+        pair = self.keys[layer].flatten(0, 1), self.values[layer].flatten(0, 1)
+        return Groups(pair, begin_B, torch.full_like(begin_B, longest), longest)
+
+    def rows(self, layer: int, dtype: torch.dtype) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        return self.keys[layer].unbind(), self.values[layer].unbind()
 
 
 @dataclass(frozen=True)

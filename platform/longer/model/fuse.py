@@ -15,6 +15,12 @@ def has_kernels(x: Tensor) -> bool:
     return x.is_cuda and x.dtype != torch.float64
 
 
+def computed_in(weight: Tensor) -> torch.dtype:
+    """The type of what a product with this weight gives: autocast's, where it is on."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 def fused_on_cuda(function: F) -> F:
     """The same function, compiled by `torch.compile` for any sizes where our kernels serve its first tensor argument.
 

@@ -9,6 +9,7 @@ B histories, R requests, C candidates in all requests, E events of all histories
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +22,21 @@ _KEY_MASK = 2**39 - 1
 PAD = 2**62
 _MS_PER_HOUR = 3_600_000.0
 TILE_CANDIDATES = 32
+
+
+class CandidateIndex(Protocol):
+    """What candidates are counted with: `InteractionIndex`, or what user states keep of it."""
+
+    def features(
+        self,
+        row_C: Tensor,
+        begin_C: Tensor,
+        end_C: Tensor,
+        request_ts_C: Tensor,
+        keys_CF: Tensor,
+        count_events: Sequence[int],
+        dtype: torch.dtype,
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -40,7 +56,7 @@ class InteractionIndex:
         slot_E = torch.arange(len(row_E), device=row_E.device) - histories.offsets_B1[row_E]
         keys_EF = torch.stack([histories.features[name] for name in fields], dim=-1)
         pairs_BLF = keys_EF.new_full((len(num_events_B), longest, len(fields)), PAD)
-        pairs_BLF[row_E, slot_E] = _pair(keys_EF, slot_E[:, None])
+        pairs_BLF[row_E, slot_E] = pair(keys_EF, slot_E[:, None])
         event_ts_BL = keys_EF.new_zeros(len(num_events_B), longest)
         event_ts_BL[row_E, slot_E] = histories.event_ts_E
         return InteractionIndex(pairs_BLF.transpose(1, 2).sort(dim=-1).values, event_ts_BL, histories.first_index_B)
@@ -61,18 +77,17 @@ class InteractionIndex:
         """
         first_C = self.first_index_B[row_C]
         end_C, begin_C = end_C - first_C, begin_C - first_C
-        bounds_CV = torch.stack([end_C, begin_C, *(torch.maximum(end_C - n, begin_C) for n in count_events)], dim=-1)
-        rank_CFV = self._rank(row_C, _pair(keys_CF[..., None], bounds_CV[:, None]))
+        rank_CFV = self._rank(row_C, query_pairs(keys_CF, begin_C, end_C, count_events))
         count_CFV = rank_CFV[..., :1] - rank_CFV[..., 1:]
         newest_CF = (rank_CFV[..., 0] - 1).clamp_min(0)
         fields = torch.arange(keys_CF.shape[1], device=keys_CF.device)
         if self.pairs_BFL.shape[-1]:
-            newest_CF = self.pairs_BFL[row_C[:, None], fields, newest_CF] & (2**_INDEX_BITS - 1)
+            newest_CF = number_of(self.pairs_BFL[row_C[:, None], fields, newest_CF])
             newest_CF = torch.where(count_CFV[..., 0] > 0, newest_CF, 0)
             newest_ts_CF = self.event_ts_BL[row_C[:, None], newest_CF]
         else:
             newest_ts_CF = torch.zeros_like(newest_CF)
-        return _features(keys_CF, count_CFV, newest_CF, newest_ts_CF, end_C, request_ts_C, dtype)
+        return features_of_counts(keys_CF, count_CFV, newest_CF, newest_ts_CF, end_C, request_ts_C, dtype)
 
     def _rank(self, row_C: Tensor, pairs_CFV: Tensor) -> Tensor:
         """How many pairs of the row's field are smaller: one batched binary search, candidates of a row side by side."""
@@ -89,7 +104,7 @@ class InteractionIndex:
 
 
 @fused_on_cuda
-def _features(
+def features_of_counts(
     keys_CF: Tensor,
     count_CFV: Tensor,
     newest_CF: Tensor,
@@ -137,7 +152,7 @@ def count_features(
         num_candidates, F=num_fields, KEY_MASK=_KEY_MASK, BLOCK_M=TILE_CANDIDATES, BLOCK_N=128,
     )  # fmt: skip
     newest_ts_CF = event_ts_E[(event_begin_B[row_C][:, None] + newest_CF).clamp_min(0)]
-    return _features(keys_CF, count_VCF.permute(1, 2, 0), newest_CF, newest_ts_CF, end_C, request_ts_C, dtype)
+    return features_of_counts(keys_CF, count_VCF.permute(1, 2, 0), newest_CF, newest_ts_CF, end_C, request_ts_C, dtype)
 
 
 def rank_on_cuda(pairs_BFL: Tensor, row_C: Tensor, pairs_CFV: Tensor) -> Tensor:
@@ -159,18 +174,16 @@ def num_features(num_fields: int, count_events: Sequence[int]) -> int:
     return num_fields * (4 + len(count_events))
 
 
-def _pair(key: Tensor, event_number: Tensor) -> Tensor:
+def query_pairs(keys_CF: Tensor, begin_C: Tensor, end_C: Tensor, count_events: Sequence[int]) -> Tensor:
+    """[C, F, V]: pairs whose ranks tell how often a key occurs before `end`, before `begin`, and before the last n events."""
+    bounds_CV = torch.stack([end_C, begin_C, *(torch.maximum(end_C - n, begin_C) for n in count_events)], dim=-1)
+    return pair(keys_CF[..., None], bounds_CV[:, None])
+
+
+def pair(key: Tensor, event_number: Tensor) -> Tensor:
     return ((key & _KEY_MASK) << _INDEX_BITS) | event_number
 
 
-def slide(pairs_FL: Tensor, num_dropped: int) -> Tensor:
-    """The pairs of one history without its first `num_dropped` events, renumbered; the order needs no new sort."""
-    number_FL = pairs_FL & (2**_INDEX_BITS - 1)
-    kept = pairs_FL[number_FL >= num_dropped]
-    return kept.view(pairs_FL.shape[0], -1) - num_dropped
-
-
-def merge(pairs_FL: Tensor, keys_FN: Tensor) -> Tensor:
-    """The pairs of one history with N newer events added at its end."""
-    numbers_N = pairs_FL.shape[1] + torch.arange(keys_FN.shape[1], device=keys_FN.device)
-    return torch.cat([pairs_FL, _pair(keys_FN, numbers_N)], dim=1).sort(dim=-1).values
+def number_of(pairs: Tensor) -> Tensor:
+    """Event numbers of pairs."""
+    return pairs & (2**_INDEX_BITS - 1)

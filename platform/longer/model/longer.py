@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from longer.model.attention import Block, attend_groups, attend_shared
-from longer.model.context import Context, Tail, offsets_of, ranges, splice, take_rows
+from longer.model.context import Context, SharedContext, Tail, offsets_of, ranges, splice, take_rows
 from longer.model.flat import flat_forward
 from longer.model.fuse import has_kernels
 from longer.model.inputs import BatchTensors, EventTensors, RequestTensors
-from longer.model.interactions import InteractionIndex
+from longer.model.interactions import CandidateIndex, InteractionIndex
 from longer.model.ranker import Ranker
 from longer.model.shared_attention import Readers, attend
 from longer.model.variants import Variant, variant_forward
@@ -160,21 +160,29 @@ class Longer(Ranker):
         partial_exists_RK: Tensor,
     ) -> Tail:
         """Keys and values of each request's partial newest group and user globals. `row_R` is sorted."""
+        partial_RD = self.embedding.groups(partial_RKd, partial_exists_RK)
+        return self.tail_of_groups(context, row_R, history_end_R, user_key_R, partial_RD)
+
+    def tail_of_groups(
+        self, context: SharedContext, row_R: Tensor, history_end_R: Tensor, user_key_R: Tensor, partial_RD: Tensor
+    ) -> Tail:
+        """`tail` of partial groups that are tokens already; any where there is none."""
         globals_RMD = self.embedding.user_globals(user_key_R)
-        partial_R1D = self.embedding.groups(partial_RKd, partial_exists_RK)[:, None]
-        x_RTD = torch.cat([partial_R1D, globals_RMD.to(partial_R1D.dtype)], dim=1)
+        x_RTD = torch.cat([partial_RD[:, None], globals_RMD.to(partial_RD.dtype)], dim=1)
         full_R = history_end_R // self.windows.merge_size
-        exists_RT = torch.cat([partial_exists_RK[:, :1], partial_exists_RK.new_ones(globals_RMD.shape[:2])], dim=1)
+        has_partial_R = full_R * self.windows.merge_size < history_end_R
+        exists_RT = torch.cat([has_partial_R[:, None], has_partial_R.new_ones(globals_RMD.shape[:2])], dim=1)
         kind_T = self.tail_kinds(row_R.device)
         position_RT = torch.where(kind_T == GROUP, full_R[:, None], self.windows.num_groups(history_end_R)[:, None])
         seen_RTT = self.tail_tokens_see(exists_RT)
         num_tail, with_kernels = len(kind_T), has_kernels(x_RTD)
+        num_rows = len(context.first_of_layer_B(0))
         if with_kernels:
             request_P = torch.arange(seen_RTT.shape[0], device=row_R.device).repeat_interleave(num_tail)
             reads = {"request_P": request_P, "sees_PT": seen_RTT.flatten(0, 1)}
-            offsets_B1 = offsets_of(row_R, len(context.first_B)) * num_tail
+            offsets_B1 = offsets_of(row_R, num_rows) * num_tail
         else:
-            num_queries_B = (torch.bincount(row_R, minlength=len(context.first_B)) * num_tail).tolist()
+            num_queries_B = (torch.bincount(row_R, minlength=num_rows) * num_tail).tolist()
         keys, values = [], []
         for layer, block in enumerate(self.layers):
             key_RTHZ, value_RTHZ = block.keys_values(x_RTD, position_RT)
@@ -185,14 +193,14 @@ class Longer(Ranker):
             query_PHZ = block.queries(x_RTD, position_RT).flatten(0, 1)
             num_visible_P = (full_R - context.first_of_layer_B(layer)[row_R]).repeat_interleave(num_tail)
             if with_kernels:
-                readers = Readers.of_padded(offsets_B1, context.keys[layer].shape[1], **reads)
-                attended_PD = attend(query_PHZ, context.flat(layer), readers, num_visible_P, (key_RTHZ, value_RTHZ))
+                groups = context.groups(layer, query_PHZ.dtype)
+                readers = groups.readers(offsets_B1, **reads)
+                attended_PD = attend(query_PHZ, groups.pair_NHZ, readers, num_visible_P, (key_RTHZ, value_RTHZ))
                 x_RTD = block.finish(x_RTD, attended_PD.view_as(x_RTD))
                 continue
             attended_PD = attend_shared(
                 query_PHZ,
-                context.keys[layer],
-                context.values[layer],
+                *context.rows(layer, query_PHZ.dtype),
                 num_queries_B,
                 num_visible_P,
                 key_RTHZ.repeat_interleave(num_tail, dim=0),
@@ -204,9 +212,9 @@ class Longer(Ranker):
 
     def candidates(
         self,
-        context: Context,
+        context: SharedContext,
         tail: Tail,
-        index: InteractionIndex | None,
+        index: CandidateIndex | None,
         batch: RequestTensors,
         last_event_ts_R: Tensor,
     ) -> Tensor:
@@ -220,25 +228,28 @@ class Longer(Ranker):
         position_C = self.windows.num_groups(batch.history_end_R)[request_C]
         turn = self.layers[0].rotation.turn(position_C, x_CD.dtype)
         sees_tail_CT = self.candidates_see_tail(tail.exists_RT)[request_C]
+        num_rows = len(context.first_of_layer_B(0))
         if has_kernels(x_CD):
-            offsets_B1 = batch.candidate_offsets_R1[offsets_of(batch.row_R, len(context.first_B))]
+            offsets_B1 = batch.candidate_offsets_R1[offsets_of(batch.row_R, num_rows)]
             reads = {
                 "request_P": request_C,
                 "sees_PT": sees_tail_CT,
                 "request_offsets_JR1": batch.candidate_offsets_R1[None],
             }
-            readers = {n: Readers.of_padded(offsets_B1, n, **reads) for n in {key.shape[1] for key in context.keys}}
+            readers: Readers | None = None
         else:
-            num_queries_B = torch.bincount(row_C, minlength=len(context.first_B)).tolist()
+            num_queries_B = torch.bincount(row_C, minlength=num_rows).tolist()
             sees_CS = torch.cat([sees_tail_CT, sees_tail_CT.new_ones(len(row_C), 1)], dim=1)
         for layer, block in enumerate(self.layers):
             query_CHZ, key_CHZ, value_CHZ = block.project(x_CD, *turn)
             num_visible_C = full_C - context.first_of_layer_B(layer)[row_C]
             if has_kernels(x_CD):
+                groups = context.groups(layer, query_CHZ.dtype)
+                readers = groups.over(readers) if readers else groups.readers(offsets_B1, **reads)
                 attended_CD = attend(
                     query_CHZ,
-                    context.flat(layer),
-                    readers[context.keys[layer].shape[1]],
+                    groups.pair_NHZ,
+                    readers,
                     num_visible_C,
                     (tail.keys[layer], tail.values[layer]),
                     (key_CHZ, value_CHZ),
@@ -246,8 +257,7 @@ class Longer(Ranker):
             else:
                 attended_CD = attend_shared(
                     query_CHZ,
-                    context.keys[layer],
-                    context.values[layer],
+                    *context.rows(layer, query_CHZ.dtype),
                     num_queries_B,
                     num_visible_C,
                     torch.cat([take_rows(tail.keys[layer], request_C), key_CHZ[:, None]], dim=1),

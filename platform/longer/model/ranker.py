@@ -14,7 +14,7 @@ from longer.model.context import take_rows
 from longer.model.embedding import Embedding, HashedTable
 from longer.model.fuse import fused_on_cuda
 from longer.model.inputs import BatchTensors, RequestTensors
-from longer.model.interactions import InteractionIndex, num_features
+from longer.model.interactions import CandidateIndex, InteractionIndex, num_features
 from longer.schema import EventSchema
 
 
@@ -103,7 +103,7 @@ class Ranker(nn.Module):
         return self.head(x_CD if features_CF is None else torch.cat([x_CD, features_CF.to(x_CD.dtype)], dim=-1))
 
     def interactions(
-        self, index: InteractionIndex, batch: RequestTensors, row_C: Tensor, request_C: Tensor, dtype: torch.dtype
+        self, index: CandidateIndex, batch: RequestTensors, row_C: Tensor, request_C: Tensor, dtype: torch.dtype
     ) -> Tensor:
         """[C, F]: counts and ages of each candidate's item and categories in its request's history window."""
         windows = self.windows

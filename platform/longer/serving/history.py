@@ -10,7 +10,6 @@ No torch, no Ray; local or S3. B users, E events in all of them.
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -19,9 +18,9 @@ from longer.data.columns import list_columns, milliseconds, single_array
 from longer.data.sequences import KeepRule, Older, events_of, merge_sequences, order_events
 from longer.data.tables import SequenceTable, histories_in_order
 from longer.errors import UserError
-from longer.hashing import hash_int64
 from longer.schema import EventSchema
 from longer.serving.cache import NEVER_TS
+from longer.serving.fingerprint import EventPrint
 from longer.serving.online import beyond
 from longer.storage import Table, Version
 from longer.windows import WindowRule
@@ -153,17 +152,11 @@ class UserHistory:
             )
         return self.events(start, end)
 
-    def marks(self, start: int, end: int) -> npt.NDArray[np.uint64] | None:
-        """A number for each event in [start, end) that tells it, and its gap, from any other; None if not all are here.
+    def holds(self, events: EventPrint) -> bool:
+        """Whether these very events, with their gaps, are here at the same places.
 
-        A state made from another table version, or before other events came, is still exact if its events have these marks.
+        A state made from another table version, or before other events came, is still exact if its events are.
         """
-        if start < self.first_index or end > self.end_index:
-            return None
-        events = self.events(start, end)
-        before_E = np.concatenate([events.prev_event_ts_B, events.event_ts_E])[: end - start]
-        marks_E = hash_int64(before_E) ^ hash_int64(hash_int64(events.event_ts_E).view(np.int64))
-        for values in events.features.values():
-            bits_E = values if values.dtype == np.int64 else values.view(np.int32).astype(np.int64)
-            marks_E = hash_int64(marks_E.view(np.int64)) ^ hash_int64(bits_E)
-        return marks_E
+        if events.first_index < self.first_index or events.end_index > self.end_index:
+            return False
+        return events.agrees_with(self.events(events.first_index, events.end_index))

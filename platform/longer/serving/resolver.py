@@ -15,19 +15,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from longer.arrays import Histories
 from longer.errors import StorageError, UserError
 from longer.model.longer import Longer
-from longer.model.states import UserState, append, encode
-from longer.serving.cache import Entry, Known, StateCache, StateVersion
+from longer.model.states import UserState, append, encode, rows_for
+from longer.serving.cache import Entry, Known, StateVersion
+from longer.serving.fingerprint import EventPrint
 from longer.serving.history import HistorySource, UserHistory
 from longer.serving.online import OnlineEvents
 from longer.serving.requests import Source
-
-UserEntry = Entry[UserState]
+from longer.serving.store import HeldState, StateStore
 
 
 @dataclass
@@ -49,7 +48,7 @@ class _Update:
     """What brings a user's state to a request's time: `events` after `base`, or a whole window without one."""
 
     request: Pending
-    base: UserEntry | None
+    base: HeldState | None
     events: Histories
     end: int
     history: UserHistory
@@ -58,7 +57,10 @@ class _Update:
 
 
 class StateResolver:
-    """States of users, equal to encoding them from scratch; those worth keeping go to `cache`. Not thread-safe."""
+    """States of users, equal to encoding them from scratch; those worth keeping stay in `store`. Not thread-safe.
+
+    States that requests were given are theirs until `store.release`.
+    """
 
     def __init__(
         self,
@@ -66,30 +68,33 @@ class StateResolver:
         version: StateVersion,
         history: HistorySource,
         online: OnlineEvents,
-        cache: StateCache[UserState],
+        store: StateStore,
     ) -> None:
         self._model, self._version = model, version
-        self._history, self._online, self._cache = history, online, cache
+        self._history, self._online, self._store = history, online, store
 
     def resolve(self, wave: Sequence[Pending]) -> None:
         """Gives each request, of different users, its user's state at its time; its events are taken in first."""
         self._take_in(wave)
-        in_memory, to_read = [], []
+        hits, in_memory, to_read = [], [], []
         for request in wave:
-            entry = self._cache.get(request.user_key, self._version)
-            if entry and entry.answers(request.request_ts, self._known(request.user_key)):
-                _settle(request, "hit", entry.state)
-            elif entry and self._goes_on_in_memory(request, entry):
-                in_memory.append((request, entry))
+            held = self._store.take(request.user_key, self._version)
+            if held and held.entry.answers(request.request_ts, self._known(request.user_key)):
+                hits.append((request, held))
+            elif held and self._goes_on_in_memory(request, held):
+                in_memory.append((request, held))
             else:
-                to_read.append((request, entry))
+                to_read.append((request, held))
+        self._store.bring(held for _, held in hits)
+        for request, held in hits:
+            _settle(request, "hit", held.entry.state)
         self._carry_out([*self._from_memory(in_memory), *self._from_table(to_read)])
 
     def add_events(self, wave: Sequence[Pending]) -> None:
         """Takes in the events of different users, and appends them to the states that are here and need no read for it."""
         self._take_in(wave)
-        found = [(request, self._cache.get(request.user_key, self._version)) for request in wave]
-        due = [(r, e) for r, e in found if e and e.next_event_ts < r.request_ts and self._goes_on_in_memory(r, e)]
+        found = [(request, self._store.take(request.user_key, self._version)) for request in wave]
+        due = [(r, h) for r, h in found if h and h.entry.next_event_ts < r.request_ts and self._goes_on_in_memory(r, h)]
         self._carry_out(self._from_memory(due))
 
     # -- what is known ------------------------------------------------------------------------------------------------
@@ -111,43 +116,44 @@ class StateResolver:
             if (new := added.get(request.user_key)) is None:
                 continue
             request.num_new_events = new.num_new
-            entry = self._cache.get(request.user_key, self._version)
+            entry = self._store.peek(request.user_key, self._version)
             was_true = entry is not None and entry.known == before[request.user_key]
             if entry and was_true and new.is_all and entry.last_event_ts < new.first_ts:
                 next_ts = min(entry.next_event_ts, new.first_ts)
                 updated = replace(entry, known=self._known(request.user_key), next_event_ts=next_ts)
-                self._cache.put(request.user_key, self._version, updated)
+                self._store.update(request.user_key, updated)
 
-    def _goes_on_in_memory(self, request: Pending, entry: UserEntry) -> bool:
+    def _goes_on_in_memory(self, request: Pending, held: HeldState) -> bool:
         """Whether all that the user did after the state, up to the request, is known without a look at the table."""
+        entry = held.entry
         is_current = entry.known == self._known(request.user_key)
         return is_current and entry.holds_table and entry.last_event_ts < request.request_ts
 
     # -- how to get there ---------------------------------------------------------------------------------------------
 
-    def _from_memory(self, requests: Sequence[tuple[Pending, UserEntry]]) -> list[_Update]:
+    def _from_memory(self, requests: Sequence[tuple[Pending, HeldState]]) -> list[_Update]:
         if not requests:
             return []
         events = self._online.of([request.user_key for request, _ in requests])
         user_ids = pa.concat_arrays([request.user_id for request, _ in requests])
-        first_B = np.array([entry.state.num_events for _, entry in requests], np.int64)
-        last_B = np.array([entry.last_event_ts for _, entry in requests], np.int64)
+        first_B = np.array([held.entry.state.num_events for _, held in requests], np.int64)
+        last_B = np.array([held.entry.last_event_ts for _, held in requests], np.int64)
         tails = self._history.tails(user_ids, events, first_B, last_B)
         updates = []
-        for (request, entry), tail in zip(requests, tails, strict=True):
+        for (request, held), tail in zip(requests, tails, strict=True):
             end = tail.end_before(request.request_ts)
-            new = tail.events(entry.state.num_events, end)
-            updates.append(_Update(request, entry, new, end, tail, keep=True, holds_table=True))
+            new = tail.events(held.entry.state.num_events, end)
+            updates.append(_Update(request, held, new, end, tail, keep=True, holds_table=True))
         return updates
 
-    def _from_table(self, requests: Sequence[tuple[Pending, UserEntry | None]]) -> list[_Update]:
+    def _from_table(self, requests: Sequence[tuple[Pending, HeldState | None]]) -> list[_Update]:
         """Updates of the requests whose users can be read; the others have their error."""
         if not requests:
             return []
         histories = self._read([request for request, _ in requests])
         planned = [
-            self._plan(request, entry, history)
-            for (request, entry), history in zip(requests, histories, strict=True)
+            self._plan(request, held, history)
+            for (request, held), history in zip(requests, histories, strict=True)
             if history is not None
         ]
         return [update for update in planned if update is not None]
@@ -163,18 +169,18 @@ class StateResolver:
                 return [None]
         return [self._read([request])[0] for request in requests]
 
-    def _plan(self, request: Pending, entry: UserEntry | None, history: UserHistory) -> _Update | None:
+    def _plan(self, request: Pending, held: HeldState | None, history: UserHistory) -> _Update | None:
         """How to bring the user's state to the request's time; None, and the request's error, if the table cannot tell."""
         end, windows = history.end_before(request.request_ts), self._model.windows
-        if entry and entry.known != self._known(request.user_key) and not _still_true(entry, history):
-            self._cache.drop_stale(request.user_key)
-            entry = None
+        if held and held.entry.known != self._known(request.user_key) and not history.holds(held.entry.events):
+            self._store.drop_stale(request.user_key)
+            held = None
         holds_table = end == history.end_index
-        in_the_past = entry is not None and request.request_ts <= entry.last_event_ts
+        in_the_past = held is not None and request.request_ts <= held.entry.last_event_ts
         window_start = windows.history_start(end) * windows.merge_size
-        if entry and not in_the_past and entry.state.num_events >= max(window_start, history.first_index):
-            events = history.events(entry.state.num_events, end)
-            return _Update(request, entry, events, end, history, keep=True, holds_table=holds_table)
+        if held and not in_the_past and held.entry.state.num_events >= max(window_start, history.first_index):
+            events = history.events(held.entry.state.num_events, end)
+            return _Update(request, held, events, end, history, keep=True, holds_table=holds_table)
         try:
             window = history.window(end, windows)
         except UserError as error:
@@ -186,54 +192,68 @@ class StateResolver:
     # -- doing it -----------------------------------------------------------------------------------------------------
 
     def _carry_out(self, updates: Sequence[_Update]) -> None:
-        whole = [update for update in updates if update.base is None]
-        grown = [(update, update.base.state) for update in updates if update.base is not None]
-        if whole:
-            for update, state in zip(whole, encode(self._model, _events(whole)), strict=True):
-                self._finish(update, "load" if update.end else "cold", state)
-        if grown:
-            bases = [base for _, base in grown]
-            states = append(self._model, bases, _events(update for update, _ in grown))
-            for (update, _), state in zip(grown, states, strict=True):
-                self._finish(update, "append", state)
+        self._encode([update for update in updates if update.base is None])
+        self._append([(update, update.base) for update in updates if update.base is not None])
+
+    def _encode(self, updates: Sequence[_Update]) -> None:
+        if not updates:
+            return
+        store, histories = self._store, _events(updates)
+        slots = store.slots(rows_for(store.layout, histories.end_index_B))
+        states = encode(self._model, store.pool, histories, slots)
+        for update, state in zip(updates, states, strict=True):
+            self._finish(update, "load" if update.end else "cold", state)
+
+    def _append(self, updates: Sequence[tuple[_Update, HeldState]]) -> None:
+        """Where a state has outgrown its slot, it gets another; else it grows in place."""
+        if not updates:
+            return
+        store, new = self._store, _events(update for update, _ in updates)
+        store.bring(held for _, held in updates)
+        bases = [held.entry.state for _, held in updates]
+        slots = [
+            base.slot if num_rows <= base.slot.size else store.slots([num_rows])[0]
+            for base, num_rows in zip(bases, rows_for(store.layout, new.end_index_B), strict=True)
+        ]
+        try:
+            states = append(self._model, store.pool, bases, new, slots)
+        except BaseException:
+            for update, _ in updates:  # half-written
+                store.forget(update.request.user_key)
+            raise
+        for (update, _), state in zip(updates, states, strict=True):
+            self._finish(update, "append", state)
 
     def _finish(self, update: _Update, source: Source, state: UserState) -> None:
-        """Gives the request its state, and the cache too unless it has a newer one."""
-        request = update.request
+        """Gives the request its state, and the store too unless it has a newer one."""
+        request, base = update.request, update.base
         _settle(request, source, state)
-        if update.keep:
-            marks_L = _marks(update, state)
-            entry = Entry(
-                state,
-                state.num_bytes + marks_L.nbytes,
-                state.last_event_ts,
-                update.history.next_ts(update.end),
-                self._known(request.user_key),
-                marks_L,
-                update.holds_table,
-            )
-            self._cache.put(request.user_key, self._version, entry)
+        if not update.keep:
+            return
+        entry = Entry(
+            state,
+            state.last_event_ts,
+            update.history.next_ts(update.end),
+            self._known(request.user_key),
+            _print(update, state, self._model.windows.stride_events),
+            update.holds_table,
+        )
+        if base is not None and base.entry.state.slot is state.slot:
+            self._store.update(request.user_key, entry)
+        else:
+            self._store.put(request.user_key, self._version, entry)
 
 
 def _settle(request: Pending, source: Source, state: UserState) -> None:
     request.source, request.state = source, state
 
 
-def _marks(update: _Update, state: UserState) -> npt.NDArray[np.uint64]:
-    """Marks of the events in the state's window: the base's that are still in it, and those of the new events."""
+def _print(update: _Update, state: UserState, stride_events: int) -> EventPrint:
+    """Of the events in the state's window: the base's that are still in it, and the new ones."""
     if update.base is None:
-        marks_L = update.history.marks(state.first_index, state.num_events)
-        assert marks_L is not None  # the state was made from these very events
-        return marks_L
-    new_E = update.history.marks(update.base.state.num_events, state.num_events)
-    assert new_E is not None  # which were appended
-    return np.concatenate([update.base.marks_L[state.first_index - update.base.state.first_index :], new_E])
-
-
-def _still_true(entry: UserEntry, history: UserHistory) -> bool:
-    """Whether the state's events are the same in this history, where others may have come in between."""
-    marks_L = history.marks(entry.state.first_index, entry.state.num_events)
-    return marks_L is not None and np.array_equal(marks_L, entry.marks_L)
+        return EventPrint.of(update.events, stride_events)
+    grown = update.base.entry.events.followed_by(update.events, stride_events)
+    return grown.from_index(state.first_index, stride_events)
 
 
 def _events(updates: Iterable[_Update]) -> Histories:

@@ -6,7 +6,7 @@ it does not have yet. Whatever the cache holds (`resolver.py`), the scores are t
 R requests, C candidates in all of them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -20,8 +20,9 @@ from longer.errors import UserError
 from longer.hashing import stable_keys
 from longer.model.longer import Longer
 from longer.model.outputs import to_scores
-from longer.model.states import UserState, score
-from longer.serving.cache import StateCache, StateVersion
+from longer.model.pool import Precision
+from longer.model.states import score
+from longer.serving.cache import StateVersion
 from longer.serving.history import HistorySource, check_kept
 from longer.serving.online import EventLimits, OnlineEvents
 from longer.serving.requests import (
@@ -33,6 +34,7 @@ from longer.serving.requests import (
     now_ms,
 )
 from longer.serving.resolver import Pending, StateResolver
+from longer.serving.store import BATCH_USERS, StateStore
 from longer.training.checkpoints import CheckpointInfo, load_appendable
 
 P = TypeVar("P", bound=Pending)
@@ -45,6 +47,7 @@ class _Asked(Pending):
     """A score request whose candidates are keys and numbers."""
 
     candidates: dict[str, npt.NDArray] = field(default_factory=dict)
+    result: ScoreResult | None = None
 
 
 class Scorer:
@@ -59,12 +62,14 @@ class Scorer:
         sequences_version: str | None = None,
         device: str = "cpu",
         event_limits: EventLimits | None = None,
+        host_bytes: int = 0,
+        state_precision: Precision = "float32",
     ) -> None:
         self._device = device
         model, info = load_appendable(checkpoint, device)
         self.history = HistorySource(sequences, info.schema, sequences_version)
         self._items_path, self._reader = items, RequestReader(info.schema)
-        self.cache: StateCache[UserState] = StateCache(cache_bytes)
+        self.cache = StateStore(model, cache_bytes, host_bytes, state_precision)
         self.online = OnlineEvents(info.schema, event_limits or EventLimits())
         self.adopt(model, info)
         self.items = self._items_of(self.history.version_id)
@@ -80,6 +85,7 @@ class Scorer:
     def adopt(self, model: Longer, info: CheckpointInfo) -> None:
         """Scores with this model from now on. States of others stay until they are asked for, which is a miss, or have to go."""
         self.model, self.info = model, info
+        self.cache.fit(model)
         version = StateVersion(info.model_version, info.schema.hash(), info.model.encoding)
         self._states = StateResolver(model, version, self.history, self.online, self.cache)
 
@@ -104,27 +110,29 @@ class Scorer:
         Requests of one user are answered in order, each from the state and the events that the ones before it left.
         """
         outcomes = [self._prepare(request) for request in requests]
-        pending = [outcome for outcome in outcomes if isinstance(outcome, _Asked)]
-        for wave in _waves(pending):
-            self._states.resolve(wave)
-            for request in wave:
-                if request.source is not None:
-                    self.cache.counters.count(request.source)
-        answered = iter(self._results([p for p in pending if p.error is None]))
-        return [o if isinstance(o, UserError) else o.error or next(answered) for o in outcomes]
+        for wave in _waves([outcome for outcome in outcomes if isinstance(outcome, _Asked)]):
+            try:
+                self._states.resolve(wave)
+                self._answer([request for request in wave if request.error is None])
+            finally:
+                self.cache.release()
+        return [o if isinstance(o, UserError) else o.error or _answered(o) for o in outcomes]
 
     def add_events(self, requests: Sequence[EventsRequest]) -> list[EventsResult | UserError]:
         """Takes in events, one outcome a request, in order; a state that is here, and ends before them, is appended to."""
         outcomes = [self._prepare_events(request) for request in requests]
         for wave in _waves([outcome for outcome in outcomes if isinstance(outcome, Pending)]):
-            self._states.add_events(wave)
+            try:
+                self._states.add_events(wave)
+            finally:
+                self.cache.release()
         return [
             o if isinstance(o, UserError) else EventsResult(0 if o.events is None else len(o.events), o.num_new_events)
             for o in outcomes
         ]
 
     def forget(self, user_id: int | str) -> bool:
-        """Drops the user's state and online events; whether there was any. A UserError if it is no user id."""
+        """Drops the user's state, from all tiers, and online events; whether there was any. A UserError if it is no user id."""
         user_key = int(stable_keys(self._reader.user(user_id))[0])
         had_events, had_state = self.online.forget(user_key), self.cache.forget(user_key)
         return had_events or had_state
@@ -148,7 +156,7 @@ class Scorer:
         except UserError as error:
             return error
 
-    def _results(self, requests: Sequence[_Asked]) -> Iterator[ScoreResult]:
+    def _answer(self, requests: Sequence[_Asked]) -> None:
         if not requests:
             return
         offsets_R1 = np.cumsum([0, *(len(request.candidates["item_id"]) for request in requests)])
@@ -157,16 +165,22 @@ class Scorer:
         }
         states = [request.state for request in requests if request.state is not None]
         request_ts_R = np.array([request.request_ts for request in requests], np.int64)
-        outputs_CT = score(self.model, states, request_ts_R, Candidates(offsets_R1, features))
+        outputs_CT = score(self.model, self.cache.pool, states, request_ts_R, Candidates(offsets_R1, features))
         for request, state, start, end in zip(requests, states, offsets_R1[:-1], offsets_R1[1:], strict=True):
             assert request.source is not None
             scores = to_scores(outputs_CT[start:end], self.model.tasks)
             last = None if state.last_event_ts == NO_EVENT_TS else state.last_event_ts
-            yield ScoreResult(scores, request.request_ts, request.source, state.num_events, last)
+            request.result = ScoreResult(scores, request.request_ts, request.source, state.num_events, last)
+            self.cache.counters.count(request.source)
+
+
+def _answered(request: _Asked) -> ScoreResult:
+    assert request.result is not None
+    return request.result
 
 
 def _waves(requests: Sequence[P]) -> list[list[P]]:
-    """The requests in waves of different users; wave i holds the i-th request of each."""
+    """The requests in waves of different users, at most `BATCH_USERS`; what a user asks later comes in a later wave."""
     waves: list[list[P]] = []
     asked: dict[int, int] = {}
     for request in requests:
@@ -175,4 +189,4 @@ def _waves(requests: Sequence[P]) -> list[list[P]]:
         if number == len(waves):
             waves.append([])
         waves[number].append(request)
-    return waves
+    return [wave[n : n + BATCH_USERS] for wave in waves for n in range(0, len(wave), BATCH_USERS)]

@@ -1,0 +1,99 @@
+"""What candidates and new groups read of B users whose states lie in a pool: tables of numbers, no copy of any state.
+
+B states, N rows of the pool, T tail tokens, H heads, Z head width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longer.arrays import Int64
+from longer.model.context import Groups, Tail
+from longer.model.inputs import tensors_of
+from longer.model.pool import Places, StatePool
+
+
+@dataclass(frozen=True)
+class PoolContext:
+    """A `SharedContext` (`model.context`) in a pool. All arrays lie on the host, and go to the device in one copy."""
+
+    pool: StatePool
+    places: Places
+    first_B: Int64
+    query_first_B: Int64
+    num_events_B: Int64
+
+    @property
+    def end_B(self) -> Int64:
+        return self.num_events_B // self.pool.layout.windows.merge_size
+
+    @cached_property
+    def numbers(self) -> dict[str, Tensor]:
+        """Everything on the device, each [B]."""
+        layers = range(self.pool.layout.num_layers)
+        arrays = {
+            "first": self.first_B,
+            "query_first": self.query_first_B,
+            "num_events": self.num_events_B,
+            "event_ts": self.places.event_ts_B,
+            "event_words": self.places.event_words_B,
+            **{f"groups{layer}": self.places.layer_B(layer) for layer in layers},
+            **{f"num_groups{layer}": self._num_keys_B(layer) for layer in layers},
+            **{f"tail{layer}": self.places.tail_B(layer) for layer in layers},
+        }
+        return tensors_of(arrays, self.pool.device)
+
+    def first_of_layer_B(self, layer: int) -> Tensor:
+        return self.numbers["first" if layer == 0 else "query_first"]
+
+    def groups(self, layer: int, dtype: torch.dtype) -> Groups:
+        """Where they lie; converted copies if they are kept in another type."""
+        longest = int(self._num_keys_B(layer).max(initial=0))
+        num_keys_B = self.numbers[f"num_groups{layer}"]
+        if self.pool.layout.dtype == dtype:
+            return Groups(self.pool.keys_values, self.numbers[f"groups{layer}"], num_keys_B, longest)
+        return Groups(self._converted(layer, dtype), num_keys_B.cumsum(0) - num_keys_B, num_keys_B, longest)
+
+    def rows(self, layer: int, dtype: torch.dtype) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        sizes = self._num_keys_B(layer).tolist()
+        if self.pool.layout.dtype != dtype:
+            key_NHZ, value_NHZ = self._converted(layer, dtype)
+            return key_NHZ.split(sizes), value_NHZ.split(sizes)
+        spans = [slice(begin, begin + n) for begin, n in zip(self.places.layer_B(layer).tolist(), sizes, strict=True)]
+        key_NHZ, value_NHZ = self.pool.keys_values
+        return [key_NHZ[span] for span in spans], [value_NHZ[span] for span in spans]
+
+    def tail(self, dtype: torch.dtype) -> Tail:
+        """A copy of the states' own tokens: a few rows each."""
+        layout, num_events_B = self.pool.layout, self.numbers["num_events"]
+        number_T = torch.arange(layout.num_tail, device=self.pool.device)
+        pairs = [
+            self.pool.read_rows(self.numbers[f"tail{layer}"][:, None] + number_T, dtype)
+            for layer in range(layout.num_layers)
+        ]
+        exists_BT = (number_T > 0) | (num_events_B % layout.windows.merge_size > 0)[:, None]
+        return Tail([key for key, _ in pairs], [value for _, value in pairs], exists_BT)
+
+    def write_tail(self, tail: Tail) -> None:
+        number_T = torch.arange(self.pool.layout.num_tail, device=self.pool.device)
+        for layer, (key_BTHZ, value_BTHZ) in enumerate(zip(tail.keys, tail.values, strict=True)):
+            self.pool.write_rows(self.numbers[f"tail{layer}"][:, None] + number_T, key_BTHZ, value_BTHZ)
+
+    def _num_keys_B(self, layer: int) -> Int64:
+        return self.end_B - (self.first_B if layer == 0 else self.query_first_B)
+
+    def _converted(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        row_N, number_N = spans(np.zeros_like(self.first_B), self._num_keys_B(layer))
+        rows = tensors_of({"rows": self.places.layer_B(layer)[row_N] + number_N}, self.pool.device)["rows"]
+        return self.pool.read_rows(rows, dtype)
+
+
+def spans(begin_B: Int64, end_B: Int64) -> tuple[Int64, Int64]:
+    """Flat (row, value) pairs of begin_B[b] <= value < end_B[b]: `context.ranges` on the host."""
+    length_B = np.maximum(end_B - begin_B, 0)
+    row_P = np.repeat(np.arange(len(length_B)), length_B)
+    return row_P, np.arange(len(row_P)) + (begin_B - np.cumsum(length_B) + length_B)[row_P]

@@ -1,0 +1,226 @@
+"""The replica's user states, on the device and in host memory behind it: `cache`'s index with the pools that hold the states.
+
+States that a batch uses are pinned until its end (`release`). What has to leave the device goes to host memory, and from there
+for good; what is asked for there comes back. On CUDA both ways are copies on a stream of their own, from and to pinned memory:
+the host waits for none, and the device only where it needs the memory.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+
+from longer.model.longer import Longer
+from longer.model.pool import Precision, StateLayout, StatePool
+from longer.model.states import UserState
+from longer.serving.cache import Counters, Entry, Held, StateIndex, StateVersion, Tier
+from longer.slots import Move, Slot
+
+BATCH_USERS = 32
+"""Most users whose states one batch uses: room for them stands beside the budget."""
+
+HeldState = Held[UserState]
+StateEntry = Entry[UserState]
+
+
+class StateStore:
+    """At most `device_bytes` and `host_bytes` of states between batches, one a user. Not thread-safe.
+
+    The device's memory is allocated once: the budget, and room for the states of one batch of `BATCH_USERS`.
+    """
+
+    def __init__(self, model: Longer, device_bytes: int, host_bytes: int = 0, precision: Precision = "float32") -> None:
+        self.budget_bytes, self.host_budget_bytes, self.precision = device_bytes, host_bytes, precision
+        self._index: StateIndex[UserState] = StateIndex(device_bytes, host_bytes, self._free)
+        self._in_use: list[HeldState] = []
+        self._lent: set[Slot] = set()
+        self._allocate(StateLayout.of(model, precision), model.norm_head.weight.device)
+
+    def _allocate(self, layout: StateLayout, device: torch.device) -> None:
+        self.layout = layout
+        self._copies = _Copies(device)
+        largest_bytes = layout.largest_rows * layout.row_bytes
+        beside_bytes = (BATCH_USERS + 2 * len(StatePool.sizes_of(layout))) * largest_bytes
+        self.pool = StatePool(layout, self.budget_bytes + beside_bytes, device)
+        self._host = _HostPool(layout, self.host_budget_bytes, self._copies) if self.host_budget_bytes else None
+
+    def fit(self, model: Longer) -> None:
+        """Goes over to a model of another shape, if it is one: its states need other memory, so that none of the old ones stays."""
+        layout, device = StateLayout.of(model, self.precision), model.norm_head.weight.device
+        if layout != self.layout:
+            self._index.clear()
+            del self.pool, self._host
+            self._allocate(layout, device)
+
+    # -- what is here -------------------------------------------------------------------------------------------------
+
+    @property
+    def counters(self) -> Counters:
+        return self._index.counters
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the states on the device."""
+        return self._index.tiers[Tier.DEVICE].num_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the states in host memory."""
+        return self._index.tiers[Tier.HOST].num_bytes
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def peek(self, user_key: int, version: StateVersion) -> StateEntry | None:
+        """What is held of the user, which does not count as a use."""
+        held = self._index.find(user_key)
+        return held.entry if held and held.version == version else None
+
+    def take(self, user_key: int, version: StateVersion) -> HeldState | None:
+        """What is held of the user, pinned until `release`; None, counted stale, if it is another version's."""
+        held = self._index.get(user_key, version)
+        if held is not None:
+            self._pin(held)
+        return held
+
+    # -- a batch's work -----------------------------------------------------------------------------------------------
+
+    def bring(self, taken: Iterable[HeldState]) -> None:
+        """The states are on the device from here on."""
+        away = [held for held in taken if held.tier == Tier.HOST]
+        for held in away:
+            assert self._host is not None
+            slot = self._slot(held.entry.state.slot.size)
+            self._copies.copy(self._host, held.entry.state.slot, self.pool, slot)
+            self._host.slots.free(held.entry.state.slot)
+            _lies_in(held, slot)
+            self._index.move(held, Tier.DEVICE)
+        self._copies.wait()
+
+    def slots(self, num_rows_B: Iterable[int]) -> list[Slot]:
+        """Room on the device for states of so many rows, from which others that are not in use have to go.
+
+        What is not `put` in there is taken back at the next `release`.
+        """
+        self._copies.wait()
+        slots = []
+        for num_rows in num_rows_B:
+            slots.append(self._slot(int(num_rows)))
+            self._lent.add(slots[-1])
+        return slots
+
+    def update(self, user_key: int, entry: StateEntry) -> None:
+        """Another entry for the very state that is held of the user, which has grown in place or is known to hold more."""
+        held = self._index.find(user_key)
+        assert held is not None
+        assert held.entry.state.slot is entry.state.slot
+        held.entry = entry
+
+    def put(self, user_key: int, version: StateVersion, entry: StateEntry) -> None:
+        """A state in a slot of its own (`slots`) in place of what was held of the user; pinned until `release`."""
+        self._lent.remove(entry.state.slot)
+        self._pin(self._index.put(user_key, version, entry, entry.state.slot.size * self.layout.row_bytes))
+
+    def release(self) -> None:
+        """The batch is over: nothing is in use, and the device holds no more than its budget."""
+        for held in self._in_use:
+            self._index.unpin(held)
+        for slot in self._lent:
+            self.pool.slots.free(slot)
+        self._in_use.clear()
+        self._lent.clear()
+        while self.num_bytes > self.budget_bytes:
+            self._push_out()
+
+    def drop_stale(self, user_key: int) -> None:
+        """Drops a user's state because what it was made from is no longer so."""
+        self._index.drop_stale(user_key)
+
+    def forget(self, user_key: int) -> bool:
+        """Drops everything held of a user, in all tiers; whether there was anything."""
+        return self._index.forget(user_key)
+
+    # -- memory -------------------------------------------------------------------------------------------------------
+
+    def _pin(self, held: HeldState) -> None:
+        self._index.pin(held)
+        self._in_use.append(held)
+
+    def _slot(self, num_rows: int) -> Slot:
+        while (slot := self.pool.slots.allocate(num_rows)) is None:
+            self._push_out()
+            self._copies.wait()
+        return slot
+
+    def _push_out(self) -> None:
+        """Whoever is first to go leaves the device."""
+        held = self._index.tiers[Tier.DEVICE].victim()
+        assert held is not None  # there is room for a batch beside the budget
+        slot = self._host_slot(held) if self._host else None
+        if self._host is None or slot is None:
+            self._index.evict(held)
+            return
+        self._copies.copy(self.pool, held.entry.state.slot, self._host, slot)
+        self.pool.slots.free(held.entry.state.slot)
+        _lies_in(held, slot)
+        self._index.move(held, Tier.HOST)
+
+    def _host_slot(self, held: HeldState) -> Slot | None:
+        """Room in host memory, from which others go for good; None if it is too small for this one."""
+        assert self._host is not None
+        tier = self._index.tiers[Tier.HOST]
+        while True:
+            slot = None
+            if tier.num_bytes + held.num_bytes <= self.host_budget_bytes:
+                slot = self._host.slots.allocate(held.entry.state.slot.size)
+            victim = tier.victim()
+            if slot is not None or victim is None:
+                return slot
+            self._index.evict(victim)
+
+    def _free(self, held: HeldState) -> None:
+        pool = self.pool if held.tier == Tier.DEVICE else self._host
+        assert pool is not None
+        pool.slots.free(held.entry.state.slot)
+
+
+def _lies_in(held: HeldState, slot: Slot) -> None:
+    held.entry = replace(held.entry, state=replace(held.entry.state, slot=slot))
+
+
+class _Copies:
+    """Copies between a device and host memory: on CUDA on a stream of their own, elsewhere at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def copy(self, source: StatePool, source_slot: Slot, target: StatePool, target_slot: Slot) -> None:
+        """One slot to another of its size, after all that is queued on the device now."""
+        read = source.words_NI[source_slot.start : source_slot.start + source_slot.size]
+        write = target.words_NI[target_slot.start : target_slot.start + target_slot.size]
+        if self.stream is None:
+            write.copy_(read)
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            write.copy_(read, non_blocking=True)
+
+    def wait(self) -> None:
+        """What is queued on the device from here on comes after the copies."""
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
+
+    def finish(self) -> None:
+        """The host waits for the copies."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
+
+class _HostPool(StatePool):
+    def __init__(self, layout: StateLayout, num_bytes: int, copies: _Copies) -> None:
+        super().__init__(layout, num_bytes, pinned=copies.stream is not None)
+        self._copies = copies
+
+    def _move(self, moves: list[Move]) -> None:
+        self._copies.finish()
+        super()._move(moves)

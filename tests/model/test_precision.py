@@ -1,0 +1,61 @@
+"""States kept in fewer bits: how far that may move a score, and that what is kept is not rounded again by living on."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longer.model.pool import Precision, StateLayout, StatePool
+from longer.model.states import append, score
+from tests.model.generate import encoded, pool_for, random_candidates, random_histories, slots_for, small_model
+
+MODEL = small_model(dtype=torch.float32)
+TOLERANCE: dict[Precision, float] = {"bf16": 2e-4, "int8": 5e-4, "fp8": 2e-3}
+"""Most that a probability moves; keys and values are one input of a score, beside the candidate's own."""
+
+
+@pytest.mark.parametrize("precision", TOLERANCE)
+def test_scores_of_shortened_states_stay_within_their_stated_tolerance(precision: Precision) -> None:
+    rng = np.random.default_rng(8)
+    histories = random_histories(rng, [0, 5, 24, 55, 60, 41])
+    candidates, request_ts = random_candidates(rng, [20] * 6), np.full(6, 2_000_000_000_000)
+    rows, ends = np.arange(6), histories.end_index_B
+    probabilities = []
+    for kept in ("float32", precision):
+        pool = pool_for(MODEL, 12, kept)
+        states = encoded(MODEL, pool, histories.slice_events(rows, rows * 0, ends // 2))
+        for begin, end in ((ends // 2, ends - ends // 4), (ends - ends // 4, ends)):
+            states = append(MODEL, pool, states, histories.slice_events(rows, begin, end), slots_for(pool, ends))
+        probabilities.append(torch.from_numpy(score(MODEL, pool, states, request_ts, candidates)[:, 0]).sigmoid())
+    assert 0 < (probabilities[0] - probabilities[1]).abs().max() <= TOLERANCE[precision]
+
+
+@pytest.mark.parametrize("precision", ["float32", *TOLERANCE])
+@given(seed=st.integers(0, 2**32 - 1), scale=st.sampled_from([1e-3, 1.0, 30.0]))
+@settings(max_examples=20, deadline=None)
+def test_what_is_kept_is_as_close_as_its_bits_allow(precision: Precision, seed: int, scale: float) -> None:
+    """bf16 keeps 8 bits, fp8 (e4m3) 4, int8 a 254th of the head's range; and keeping what was kept changes nothing."""
+    pool = StatePool(StateLayout.of(MODEL, precision), 1)
+    generator = torch.Generator().manual_seed(seed)
+    shape = (5, pool.layout.num_heads, pool.layout.head_width)
+    key, value = (torch.randn(shape, generator=generator) * scale for _ in range(2))
+    rows = torch.tensor([4, 0, 9, 2, 7])
+    pool.write_rows(rows, key, value)
+    kept = pool.read_rows(rows, torch.float32)
+    for x, y in zip((key, value), kept, strict=True):
+        if precision == "int8":
+            assert ((x - y).abs() <= x.abs().amax(-1, keepdim=True) / 253).all()
+        else:
+            relative = {"float32": 0.0, "bf16": 2**-8, "fp8": 2**-4}[precision]
+            assert ((x - y).abs() <= x.abs() * relative + 2**-10 * (precision == "fp8")).all()
+    pool.write_rows(rows, *kept)
+    for x, y in zip(kept, pool.read_rows(rows, torch.float32), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=0)
+
+
+def test_fewer_bits_are_fewer_bytes() -> None:
+    sizes = {kept: StateLayout.of(small_model(event_width=32), kept) for kept in ("float32", "bf16", "int8", "fp8")}
+    num_bytes = {kept: layout.largest_rows * layout.row_bytes for kept, layout in sizes.items()}
+    assert num_bytes["float32"] > 1.7 * num_bytes["bf16"]
+    assert num_bytes["bf16"] > num_bytes["int8"] > num_bytes["fp8"]

@@ -1,0 +1,145 @@
+"""Whatever happened to a state on the way, its scores are those of a full recomputation: the contract's sixth section, whole."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longer.arrays import Histories
+from longer.model.longer import Longer
+from longer.model.pool import Precision
+from longer.model.states import UserState, append, encode, rows_for, score
+from longer.serving.cache import Entry, Known, StateVersion
+from longer.serving.fingerprint import EventPrint
+from longer.serving.store import StateStore
+from tests.model.generate import random_candidates, random_histories, small_model
+from tests.model.reference import reference_outputs
+
+NO_EVENTS = EventPrint(0, 0, np.zeros(1, np.uint64), np.uint64(0))
+NUM_USERS, MOST_EVENTS = 6, 60
+REQUEST_TS = 2_000_000_000_000
+MODELS: dict[Precision, list[Longer]] = {
+    "float64": [small_model(0), small_model(1)],
+    "float32": [small_model(0, torch.float32), small_model(1, torch.float32)],
+}
+EXACT = {model: small_model(seed) for models in MODELS.values() for seed, model in enumerate(models)}
+TOLERANCE: dict[Precision, dict] = {
+    "float64": {"rtol": 1e-10, "atol": 1e-10},
+    "float32": {"rtol": 1e-5, "atol": 1e-5},
+}
+
+
+class World:
+    """Users who do something, models that come and go, and a store too small for all of them."""
+
+    def __init__(self, precision: Precision, seed: int, num_device: int, num_host: int) -> None:
+        self.rng, self.models = np.random.default_rng(seed), MODELS[precision]
+        self.histories = random_histories(self.rng, [MOST_EVENTS] * NUM_USERS)
+        self.end_U = np.zeros(NUM_USERS, np.int64)
+        self.store = StateStore(self.models[0], 0, 0, precision)
+        state_bytes = self.store.layout.largest_rows * self.store.layout.row_bytes
+        self.store = StateStore(self.models[0], num_device * state_bytes, num_host * state_bytes, precision)
+        self.version, self.tolerance = 0, TOLERANCE[precision]
+
+    @property
+    def model(self) -> Longer:
+        return self.models[self.version]
+
+    def events(self, users: list[int], begin: np.ndarray, end: np.ndarray) -> Histories:
+        return self.histories.slice_events(np.array(users), begin, end)
+
+    def ask(self, users: list[int]) -> None:
+        """One batch: what is held is brought and appended to, what is not is encoded; then all are scored together."""
+        store, end_B = self.store, self.end_U[users]
+        version = StateVersion(f"m{self.version}", "s", "appendable")
+        taken = {user: store.take(user, version) for user in users}
+        store.bring(held for held in taken.values() if held)
+        states: dict[int, UserState] = {}
+        for is_held in (True, False):
+            group = [user for user in users if (taken[user] is not None) == is_held]
+            if not group:
+                continue
+            end = self.end_U[group]
+            needed = rows_for(store.layout, end)
+            if is_held:
+                bases = [held.entry.state for user in group if (held := taken[user])]
+                slots = [
+                    b.slot if n <= b.slot.size else store.slots([n])[0] for b, n in zip(bases, needed, strict=True)
+                ]
+                begin = np.array([base.num_events for base in bases])
+                grown = append(self.model, store.pool, bases, self.events(group, begin, end), slots)
+            else:
+                grown = encode(self.model, store.pool, self.events(group, end * 0, end), store.slots(needed))
+            for user, state in zip(group, grown, strict=True):
+                entry = Entry(state, 0, 0, Known("t", 0), NO_EVENTS, True)
+                held = taken[user]
+                if held and held.entry.state.slot is state.slot:
+                    store.update(user, entry)
+                else:
+                    store.put(user, version, entry)
+                states[user] = state
+        candidates = random_candidates(self.rng, self.rng.integers(0, 4, len(users)).tolist())
+        request_ts = np.full(len(users), REQUEST_TS)
+        scores = score(self.model, store.pool, [states[user] for user in users], request_ts, candidates)
+        whole = self.events(users, end_B * 0, end_B)
+        np.testing.assert_allclose(
+            scores, reference_outputs(EXACT[self.model], whole, request_ts, candidates), **self.tolerance
+        )
+
+
+BATCH = st.lists(st.tuples(st.integers(0, NUM_USERS - 1), st.integers(0, 12)), min_size=1, max_size=NUM_USERS)
+
+
+@pytest.mark.parametrize("precision", MODELS)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    budgets=st.sampled_from([(0, 0), (2, 0), (0, 3), (2, 2), (9, 0)]),
+    batches=st.lists(
+        st.tuples(BATCH, st.sampled_from(["", "", "", "", "other model", "forget"])), min_size=3, max_size=12
+    ),
+)
+@settings(max_examples=30, deadline=None)
+def test_no_history_of_a_state_shows_in_its_scores(
+    precision: Precision, seed: int, budgets: tuple[int, int], batches: list[tuple[list[tuple[int, int]], str]]
+) -> None:
+    """Random appends across window moves, eviction to host memory and back, other models, forgetting, batches that mix all."""
+    world = World(precision, seed, *budgets)
+    for batch, happening in batches:
+        if happening == "other model":
+            world.version = 1 - world.version
+        elif happening == "forget":
+            world.store.forget(batch[0][0])
+        for user, num_new in batch:
+            world.end_U[user] = min(MOST_EVENTS, world.end_U[user] + num_new)
+        world.ask(list(dict.fromkeys(user for user, _ in batch)))
+        world.store.release()
+        assert world.store.num_bytes <= world.store.budget_bytes
+        assert world.store.host_bytes <= world.store.host_budget_bytes
+        assert world.store.pool.slots.used_units * world.store.layout.row_bytes == world.store.num_bytes
+
+
+def test_nothing_is_left_of_a_user_who_is_forgotten_in_any_tier() -> None:
+    world = World("float32", 0, 2, 2)
+    for _ in range(2):
+        world.end_U += 20
+        for user in range(NUM_USERS):
+            world.ask([user])
+            world.store.release()
+    assert world.store.counters.demote > 0
+    assert world.store.counters.evict > 0
+    assert sum(world.store.forget(user) for user in range(NUM_USERS)) == 4
+    assert (len(world.store), world.store.num_bytes, world.store.host_bytes) == (0, 0, 0)
+    assert world.store.pool.slots.used_units == 0
+
+
+def test_a_model_of_another_shape_finds_none_of_the_old_states() -> None:
+    world = World("float32", 0, 4, 0)
+    world.end_U += 20
+    world.ask([0, 1])
+    world.store.release()
+    other = small_model(3, torch.float32, event_width=8)
+    world.store.fit(other)
+    assert (len(world.store), world.store.counters.stale) == (0, 2)
+    world.models, EXACT[other] = [other], small_model(3, event_width=8)
+    world.ask([0, 1])

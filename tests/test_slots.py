@@ -1,0 +1,102 @@
+"""Slots of a pool: nothing overlaps, every unit is accounted for, and freed room is never lost to fragmentation."""
+
+import random
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from longer.slots import Move, Slot, SlotAllocator, slot_sizes
+
+LARGEST, SMALLEST = 8, 3
+
+
+class SlotsAgainstMemory(RuleBasedStateMachine):
+    """Each slot's units hold its own number in a real array, which moves must carry along."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = np.zeros(24 * LARGEST, np.int64)  # more than may lie idle
+        self.slots = SlotAllocator(len(self.memory), LARGEST, SMALLEST, self.move)
+        self.held: dict[int, Slot] = {}
+        self.serial = 0
+
+    def move(self, moves: list[Move]) -> None:
+        for source, target, size in moves:
+            assert abs(source - target) >= size
+            self.memory[target : target + size] = self.memory[source : source + size]
+
+    @rule(num_units=st.integers(1, LARGEST))
+    def allocate(self, num_units: int) -> None:
+        slot = self.slots.allocate(num_units)
+        if slot is None:
+            assert self.slots.free_units < self.slots.most_idle_units
+            return
+        assert slot.size >= num_units
+        self.serial += 1
+        self.held[self.serial] = slot
+        self.memory[slot.start : slot.start + slot.size] = self.serial
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def free(self, data: st.DataObject) -> None:
+        self.slots.free(self.held.pop(data.draw(st.sampled_from(sorted(self.held)))))
+
+    @invariant()
+    def every_slot_has_its_own_memory(self) -> None:
+        for number, slot in self.held.items():
+            assert (self.memory[slot.start : slot.start + slot.size] == number).all()
+
+    @invariant()
+    def every_unit_is_accounted_for(self) -> None:
+        assert self.slots.used_units == sum(slot.size for slot in self.held.values())
+        if not self.held:
+            assert self.slots.free_units == self.slots.num_units == len(self.memory)
+
+
+TestSlotsAgainstMemory = SlotsAgainstMemory.TestCase
+
+
+@pytest.mark.parametrize(("largest", "smallest"), [(60, 5), (1700, 13), (7, 7), (1, 1)])
+def test_a_slot_is_at_most_half_as_large_again_as_what_it_holds(largest: int, smallest: int) -> None:
+    sizes = slot_sizes(2 * largest, smallest)
+    assert sizes[-1] == largest
+    assert sizes[0] >= smallest
+    assert all(above <= below * 1.5 + 1 for below, above in pairwise(sizes))
+
+
+def test_a_million_operations_lose_no_room() -> None:
+    """Zipf sizes, as users' histories have, in a full pool: never more lies idle than the stated bound."""
+    rng, moved = random.Random(0), 0
+
+    def count(moves: list[Move]) -> None:
+        nonlocal moved
+        moved += sum(size for _, _, size in moves)
+
+    slots = SlotAllocator(4_000 * 1_700, 1_700, 60, count)
+    held: list[Slot] = []
+    used, asked, lowest = 0, 0, 1.0
+    for operation in range(1_000_000):
+        size = min(1_700, int(60 / (1 - rng.random())))
+        asked += size
+        while (slot := slots.allocate(size)) is None:
+            assert slots.free_units < slots.most_idle_units
+            place = rng.randrange(len(held))
+            held[place], held[-1] = held[-1], held[place]
+            victim = held.pop()
+            used -= victim.size
+            slots.free(victim)
+            if operation > 500_000:
+                lowest = min(lowest, slots.used_units / slots.num_units)
+        held.append(slot)
+        used += slot.size
+        assert slots.used_units == used
+    assert lowest >= 1 - slots.most_idle_units / slots.num_units
+    assert moved < asked  # compaction moves less than what is written anyway
+    spans = sorted((slot.start, slot.start + slot.size) for slot in held)
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+    for slot in held:
+        slots.free(slot)
+    assert (slots.used_units, slots.free_units) == (0, slots.num_units)
