@@ -31,11 +31,11 @@ class PoolContext:
     def end_B(self) -> Int64:
         return self.num_events_B // self.pool.layout.windows.merge_size
 
-    @cached_property
-    def numbers(self) -> dict[str, Tensor]:
-        """Everything on the device, each [B]."""
+    @property
+    def arrays(self) -> dict[str, Int64]:
+        """Everything that the device must know, each [B]."""
         layers = range(self.pool.layout.num_layers)
-        arrays = {
+        return {
             "first": self.first_B,
             "query_first": self.query_first_B,
             "num_events": self.num_events_B,
@@ -45,7 +45,11 @@ class PoolContext:
             **{f"num_groups{layer}": self._num_keys_B(layer) for layer in layers},
             **{f"tail{layer}": self.places.tail_B(layer) for layer in layers},
         }
-        return tensors_of(arrays, self.pool.device)
+
+    @cached_property
+    def numbers(self) -> dict[str, Tensor]:
+        """`arrays` on the device."""
+        return tensors_of(self.arrays, self.pool.device)
 
     def first_of_layer_B(self, layer: int) -> Tensor:
         return self.numbers["first" if layer == 0 else "query_first"]
@@ -69,14 +73,7 @@ class PoolContext:
 
     def tail(self, dtype: torch.dtype) -> Tail:
         """A copy of the states' own tokens: a few rows each."""
-        layout, num_events_B = self.pool.layout, self.numbers["num_events"]
-        number_T = torch.arange(layout.num_tail, device=self.pool.device)
-        pairs = [
-            self.pool.read_rows(self.numbers[f"tail{layer}"][:, None] + number_T, dtype)
-            for layer in range(layout.num_layers)
-        ]
-        exists_BT = (number_T > 0) | (num_events_B % layout.windows.merge_size > 0)[:, None]
-        return Tail([key for key, _ in pairs], [value for _, value in pairs], exists_BT)
+        return _tail(self.pool, self.numbers, dtype)
 
     def write_tail(self, tail: Tail) -> None:
         number_T = torch.arange(self.pool.layout.num_tail, device=self.pool.device)
@@ -90,6 +87,42 @@ class PoolContext:
         row_N, number_N = spans(np.zeros_like(self.first_B), self._num_keys_B(layer))
         rows = tensors_of({"rows": self.places.layer_B(layer)[row_N] + number_N}, self.pool.device)["rows"]
         return self.pool.read_rows(rows, dtype)
+
+
+@dataclass(frozen=True)
+class StagedContext:
+    """The same from `PoolContext.arrays` on the device alone, so that other states can take their place in a captured graph.
+
+    The pool keeps its keys and values in the type of the queries.
+    """
+
+    pool: StatePool
+    numbers: dict[str, Tensor]
+
+    def first_of_layer_B(self, layer: int) -> Tensor:
+        return self.numbers["first" if layer == 0 else "query_first"]
+
+    def groups(self, layer: int, dtype: torch.dtype) -> Groups:
+        layout = self.pool.layout
+        assert layout.dtype == dtype, f"a pool of {layout.precision} read by {dtype}"
+        longest = layout.most_groups if layer == 0 else layout.most_query_groups
+        return Groups(
+            self.pool.keys_values, self.numbers[f"groups{layer}"], self.numbers[f"num_groups{layer}"], longest
+        )
+
+    def rows(self, layer: int, dtype: torch.dtype) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        raise NotImplementedError("kernels read it, loops over histories do not")
+
+    def tail(self, dtype: torch.dtype) -> Tail:
+        return _tail(self.pool, self.numbers, dtype)
+
+
+def _tail(pool: StatePool, numbers: dict[str, Tensor], dtype: torch.dtype) -> Tail:
+    layout, num_events_B = pool.layout, numbers["num_events"]
+    number_T = torch.arange(layout.num_tail, device=pool.device)
+    pairs = [pool.read_rows(numbers[f"tail{layer}"][:, None] + number_T, dtype) for layer in range(layout.num_layers)]
+    exists_BT = (number_T > 0) | (num_events_B % layout.windows.merge_size > 0)[:, None]
+    return Tail([key for key, _ in pairs], [value for _, value in pairs], exists_BT)
 
 
 def spans(begin_B: Int64, end_B: Int64) -> tuple[Int64, Int64]:

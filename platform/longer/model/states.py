@@ -22,7 +22,7 @@ from longer.model.growth import Growth, grow
 from longer.model.inputs import RequestTensors, feature_tensors, to_device
 from longer.model.longer import Longer
 from longer.model.pool import Places, StateLayout, StatePool
-from longer.model.pool_context import PoolContext
+from longer.model.pool_context import PoolContext, StagedContext
 from longer.model.pool_index import PoolIndex
 from longer.slots import Slot
 
@@ -106,14 +106,15 @@ def score(
         candidates=feature_tensors(candidates, device),
         labels={},
     )
-    return together.outputs(model, requests).cpu().numpy()
+    with computing(model, pool):
+        return together.outputs(model, requests).cpu().numpy()
 
 
 @dataclass(frozen=True)
 class Gathered:
     """The states of B users as one batch that candidates read where they lie."""
 
-    context: PoolContext
+    context: PoolContext | StagedContext
     tail: Tail
     index: PoolIndex | None
     num_events_B: Tensor
@@ -126,31 +127,49 @@ class Gathered:
 
 def gather(model: Longer, pool: StatePool, states: Sequence[UserState]) -> Gathered:
     """Where the states lie, and a copy of their tails. Valid until a state is appended to or the pool moves one."""
-    first_index_B = np.array([state.first_index for state in states], np.int64)
-    context = PoolContext(
-        pool,
-        _places(pool, [state.slot for state in states]),
-        first_index_B // model.windows.merge_size,
-        np.array([state.query_first for state in states], np.int64),
-        np.array([state.num_events for state in states], np.int64),
-    )
+    context = context_of(pool, states)
     last_ts_B = torch.tensor([state.last_event_ts for state in states], dtype=torch.int64)
-    numbers, index = context.numbers, None
-    if model.settings.interactions:
-        index = PoolIndex(
-            pool,
-            numbers["event_ts"],
-            numbers["event_words"],
-            numbers["first"] * model.windows.merge_size,
-            numbers["num_events"],
+    return gathered(model, context, context.numbers, to_device(last_ts_B, pool.device))
+
+
+def context_of(pool: StatePool, states: Sequence[UserState], num_filling: int = 0) -> PoolContext:
+    """Where the states lie, and behind them users without events, who read and are nothing."""
+    nothing = np.zeros(num_filling, np.int64)
+    starts, sizes, first_index, query_first, num_events = (
+        np.append(np.array(values, np.int64), nothing)
+        for values in zip(
+            *((s.slot.start, s.slot.size, s.first_index, s.query_first, s.num_events) for s in states), strict=True
         )
-    return Gathered(
-        context,
-        context.tail(computed_in(model.layers[0].query.weight)),
-        index,
-        numbers["num_events"],
-        to_device(last_ts_B, pool.device),
     )
+    sizes[len(states) :] = pool.layout.smallest_rows
+    return PoolContext(
+        pool, pool.places(starts, sizes), first_index // pool.layout.windows.merge_size, query_first, num_events
+    )
+
+
+def gathered(
+    model: Longer, context: PoolContext | StagedContext, numbers: dict[str, Tensor], last_ts_B: Tensor
+) -> Gathered:
+    """The states of a context as candidates read them; `numbers` are its arrays on the device."""
+    index, pool = None, context.pool
+    if model.settings.interactions:
+        first_index_B = numbers["first"] * model.windows.merge_size
+        index = PoolIndex(pool, numbers["event_ts"], numbers["event_words"], first_index_B, numbers["num_events"])
+    tail = context.tail(computed_in(model.layers[0].query.weight))
+    return Gathered(context, tail, index, numbers["num_events"], last_ts_B)
+
+
+def computing_dtype(model: Longer, pool: StatePool) -> torch.dtype:
+    """What keys and queries are computed in: bf16 on CUDA where states are kept in no more than that."""
+    if pool.device.type == "cuda" and pool.layout.precision in ("bf16", "int8", "fp8"):
+        return torch.bfloat16
+    return model.norm_head.weight.dtype
+
+
+def computing(model: Longer, pool: StatePool) -> torch.autocast:
+    """Computes in `computing_dtype`."""
+    is_mixed = computing_dtype(model, pool) == torch.bfloat16
+    return torch.autocast(pool.device.type, torch.bfloat16, enabled=is_mixed)
 
 
 def _places(pool: StatePool, slots: Sequence[Slot]) -> Places:
@@ -160,7 +179,8 @@ def _places(pool: StatePool, slots: Sequence[Slot]) -> Places:
 
 
 def _advanced(model: Longer, growth: Growth, slots: Sequence[Slot]) -> list[UserState]:
-    grow(model, growth)
+    with computing(model, growth.pool):
+        grow(model, growth)
     events, merge_size = growth.events, model.windows.merge_size
     end_B = events.end_index_B
     rows = np.arange(len(events))

@@ -18,10 +18,10 @@ from longer.arrays import NO_EVENT_TS, Candidates
 from longer.data.items import ItemTable, items_version
 from longer.errors import UserError
 from longer.hashing import stable_keys
+from longer.model.captured_scores import scorer_of
 from longer.model.longer import Longer
 from longer.model.outputs import to_scores
 from longer.model.pool import Precision
-from longer.model.states import score
 from longer.serving.cache import StateVersion
 from longer.serving.history import HistorySource, check_kept
 from longer.serving.online import EventLimits, OnlineEvents
@@ -86,6 +86,7 @@ class Scorer:
         """Scores with this model from now on. States of others stay until they are asked for, which is a miss, or have to go."""
         self.model, self.info = model, info
         self.cache.fit(model)
+        self._score = scorer_of(model, self.cache.pool)
         version = StateVersion(info.model_version, info.schema.hash(), info.model.encoding)
         self._states = StateResolver(model, version, self.history, self.online, self.cache)
 
@@ -165,7 +166,7 @@ class Scorer:
         }
         states = [request.state for request in requests if request.state is not None]
         request_ts_R = np.array([request.request_ts for request in requests], np.int64)
-        outputs_CT = score(self.model, self.cache.pool, states, request_ts_R, Candidates(offsets_R1, features))
+        outputs_CT = self._score(states, request_ts_R, Candidates(offsets_R1, features))
         for request, state, start, end in zip(requests, states, offsets_R1[:-1], offsets_R1[1:], strict=True):
             assert request.source is not None
             scores = to_scores(outputs_CT[start:end], self.model.tasks)
