@@ -62,7 +62,7 @@ class CapturedScores:
             if len(self._graphs) > MAX_GRAPHS:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(size)
-        return graph.replay(arrays)[:num_candidates].float().cpu().numpy()
+        return graph.replay(arrays)[:num_candidates].cpu().numpy()
 
     def _arrays(
         self, states: Sequence[UserState], request_ts_R: Int64, candidates: Candidates, num_users: int, num_rows: int
