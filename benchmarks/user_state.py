@@ -35,6 +35,7 @@ from benchmarks.model_arms.sizes import (
 )
 from longer.arrays import Candidates, Histories, Int64, RequestBatch
 from longer.config import ModelSettings
+from longer.model.captured_scores import CapturedScores
 from longer.model.inputs import to_tensors
 from longer.model.longer import Longer
 from longer.model.pool import Precision, StateLayout, StatePool
@@ -50,7 +51,11 @@ def eager(model: Longer, pool: StatePool) -> Score:
     return lambda states, request_ts_R, candidates: score(model, pool, states, request_ts_R, candidates)
 
 
-SCORERS: dict[str, Callable[[Longer, StatePool], Score]] = {"eager": eager}
+def graph(model: Longer, pool: StatePool) -> Score:
+    return CapturedScores(model, pool).score
+
+
+SCORERS: dict[str, Callable[[Longer, StatePool], Score]] = {"eager": eager, **({"graph": graph} if ON_CUDA else {})}
 """Ways to score states of a pool: built once for each model and pool, then called with any batch."""
 
 BLOCK_CANDIDATES = 64
@@ -288,6 +293,7 @@ def shown(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, help="only this width")
+    parser.add_argument("--length", type=int, action="append", help="only this history length")
     parser.add_argument("--precision", default=None, choices=("float32", "bf16", "int8", "fp8"))
     parser.add_argument("--read", action="store_true", help="also time the history's read (starts Ray)")
     args = parser.parse_args()
@@ -295,6 +301,7 @@ def main() -> None:
     sizes = [(d, n) for d in (32, 64) for n in (1_000, 2_000, 10_000)] if ON_CUDA else [(8, 128), (8, 256)]
     if args.width:
         sizes = [(args.width // 8, n) for d, n in sizes if d == sizes[0][0]]
+    sizes = [(d, n) for d, n in sizes if not args.length or n in args.length]
     print(f"{DEVICE.type}, states in {precision}\n")
     print(
         "| width | L | users | candidates | arm | ms a batch | M candidates/s |\n|---|---|---|---|---|---|---|",

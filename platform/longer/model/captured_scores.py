@@ -6,6 +6,7 @@ without events, whom the filling asks about.
 R requests of one user each, C candidates.
 """
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longer.arrays import Candidates, Int64
 from longer.model.inputs import RequestTensors, under
@@ -44,7 +45,7 @@ class CapturedScores:
     """`states.score` on CUDA without a launch a kernel; the same numbers as far as equal shapes give them."""
 
     def __init__(self, model: Longer, pool: StatePool) -> None:
-        self._model, self._pool = model, pool
+        self._model, self._pool = _with_products_in(computing_dtype(model, pool), model), pool
         self._graphs: OrderedDict[tuple[int, int], _Graph] = OrderedDict()
         self._memory = torch.cuda.graph_pool_handle()
 
@@ -134,6 +135,15 @@ class _Graph:
                 labels={},
             )
             return together.outputs(model, requests)
+
+
+def _with_products_in(dtype: torch.dtype, model: Longer) -> Longer:
+    """The model with matrices in this type, so that no replay casts them anew; it shares its tables with the other."""
+    twin = copy.deepcopy(model, {id(table): table for table in model.embedding_parameters()})
+    for module in twin.modules():
+        if isinstance(module, nn.Linear):
+            module.to(dtype)
+    return twin
 
 
 def _buffer(arrays: dict[str, npt.NDArray]) -> tuple[Tensor, dict[str, tuple[int, int]]]:

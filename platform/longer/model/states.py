@@ -9,6 +9,7 @@ B users, G groups, P computed group rows of all users (flat), N new full groups 
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,17 +98,17 @@ def score(
     model: Longer, pool: StatePool, states: Sequence[UserState], request_ts_R: Int64, candidates: Candidates
 ) -> np.ndarray:
     """[C, tasks] float outputs as the model's forward pass gives: request r asks `states[r]` about its own candidates."""
-    device, together = pool.device, gather(model, pool, states)
+    device = pool.device
     requests = RequestTensors(
         row_R=torch.arange(len(states), device=device),
-        history_end_R=together.num_events_B,
+        history_end_R=to_device(torch.tensor([state.num_events for state in states]), device),
         request_ts_R=to_device(torch.from_numpy(request_ts_R), device),
         candidate_offsets_R1=to_device(torch.from_numpy(candidates.offsets_R1), device),
         candidates=feature_tensors(candidates, device),
         labels={},
     )
     with computing(model, pool):
-        return together.outputs(model, requests).cpu().numpy()
+        return gather(model, pool, states).outputs(model, requests).cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -166,10 +167,10 @@ def computing_dtype(model: Longer, pool: StatePool) -> torch.dtype:
     return model.norm_head.weight.dtype
 
 
-def computing(model: Longer, pool: StatePool) -> torch.autocast:
+def computing(model: Longer, pool: StatePool) -> AbstractContextManager:
     """Computes in `computing_dtype`."""
     is_mixed = computing_dtype(model, pool) == torch.bfloat16
-    return torch.autocast(pool.device.type, torch.bfloat16, enabled=is_mixed)
+    return torch.autocast(pool.device.type, torch.bfloat16) if is_mixed else nullcontext()
 
 
 def _places(pool: StatePool, slots: Sequence[Slot]) -> Places:
