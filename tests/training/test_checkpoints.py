@@ -13,7 +13,7 @@ from longer.errors import UserError
 from longer.model.longer import Longer
 from longer.schema import EventSchema
 from longer.storage import read_bytes, write_bytes
-from longer.training.checkpoints import TrainerState, load_model, load_trainer, save_model, save_trainer
+from longer.training.checkpoints import TrainerState, load_model, load_trainer, moments_of, save_model, save_trainer
 from longer.training.cursor import Position
 from tests.model.generate import SCHEMA, TASKS, small_model
 
@@ -122,9 +122,10 @@ def test_training_goes_on_from_saved_state_as_if_never_interrupted(saved: tuple[
         of_optimizer.step()
 
     step(model, optimizer)
-    state = TrainerState(Position(1, 7), [{"step": 3, "loss": 0.5}])
+    epochs = [{"num_requests": 9, "id_sum": "00000000000000ff"}]
+    state = TrainerState(Position(1, 7), [{"step": 3, "loss": 0.5}], epochs, [{"step": 2, "score": 0.75}])
     save_model(directory, model, model.settings, SCHEMA, TASKS)
-    save_trainer(directory, model, optimizer, state)
+    save_trainer(directory, moments_of(model, optimizer), state)
     step(model, optimizer)
 
     resumed, _ = load_model(directory)

@@ -20,6 +20,7 @@ from longer.data.tables import RequestTable
 from longer.errors import UserError
 from longer.storage import Version
 from longer.training.checkpoints import load_model
+from longer.training.content import tally
 from longer.training.loop import train_worker
 from longer.training.metrics import auc
 from longer.training.steps import Stepper
@@ -27,7 +28,7 @@ from tests.data.test_build_on_ray import run_all, settings_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
-TRAIN = {"requests_per_step": 16, "epochs": 2, "validate_every_steps": 8, "learning_rate": 0.01}
+TRAIN = {"tokens_per_step": 360, "epochs": 2, "validate_every_steps": 8, "learning_rate": 0.01}
 DIES_AFTER_STEP = 13
 
 
@@ -48,7 +49,7 @@ def settings_for(tables: Settings, root: Path, **train_settings: Any) -> Setting
 
 def worker_that_dies_once(config: dict[str, Any]) -> None:
     """The worker function, but rank 1 is killed after a step, once; every start leaves a line in the file `starts`."""
-    root, rank = Path(config["settings"].root), ray.train.get_context().get_world_rank()
+    root, rank = Path(config["job"].settings.root), ray.train.get_context().get_world_rank()
     if rank == 0:
         with (root / "starts").open("a") as starts:
             starts.write("resumed\n" if ray.train.get_checkpoint() else "fresh\n")
@@ -81,11 +82,21 @@ def test_a_killed_worker_costs_no_step_and_repeats_none(trained: tuple[Settings,
     assert (Path(settings.root) / "starts").read_text().split() == ["fresh", "resumed"]
     losses = [record["step"] for record in version.manifest["history"] if "loss" in record]
     validations = [record["step"] for record in version.manifest["history"] if "validation" in record]
-    num_requests = RequestTable(settings.path("tables", "requests"), settings.event_schema).version.manifest[
-        "num_requests"
-    ]
-    assert losses == list(range(1, 2 * (num_requests["train"] // 16) + 1))
+    assert losses == list(range(1, len(losses) + 1))
+    assert len(losses) > 2 * DIES_AFTER_STEP
     assert validations == sorted({*range(8, len(losses), 8), len(losses)})
+
+
+def test_the_manifest_proves_that_each_epoch_trained_every_request_of_the_split_once(
+    trained: tuple[Settings, Version],
+) -> None:
+    settings, version = trained
+    table = RequestTable(settings.path("tables", "requests"), settings.event_schema)
+    ids = np.concatenate([table.read("train", bucket).request_id_R for bucket in range(table.num_buckets)])
+    (trained_on,) = version.manifest["trained"]
+    assert len(ids) == table.version.manifest["num_requests"]["train"]
+    assert trained_on["epochs"] == [tally(ids)] * 2
+    assert trained_on["requests"] == table.version.id
 
 
 def test_the_published_checkpoint_is_the_best_by_validation(trained: tuple[Settings, Version]) -> None:
@@ -127,7 +138,7 @@ def test_a_run_that_finished_but_was_not_published_is_published_without_training
 def test_one_and_two_workers_have_the_same_gradient(tables: Settings, tmp_path: Path) -> None:
     moments = []
     for num_workers in (1, 2):
-        one_step = {"num_workers": num_workers, "epochs": 1, "max_requests": 31, "requests_per_step": 31}
+        one_step = {"num_workers": num_workers, "epochs": 1, "max_requests": 31, "tokens_per_step": 10_000}
         settings = settings_for(tables, tmp_path / str(num_workers), **one_step)
         run = train.run(settings)
         state = Path(settings.path("training", run.id, "step_0000001", "trainer.safetensors"))
