@@ -223,10 +223,12 @@ class Run:
         total = Trained(self.cursor.num_epochs)
         for share in gather(self.trained, self.num_workers):
             total.merge(share)
-        trained = total.as_dicts()
-        for epoch, expected in enumerate(self.content.expected[: self.state.position.epoch]):
-            if any(trained[epoch][key] != expected[key] for key in trained[epoch]):
-                raise RuntimeError(f"epoch {epoch} trained {trained[epoch]}, its data are {expected}")
+        trained = [
+            {**of_data, **counted} for of_data, counted in zip(self.content.expected, total.as_dicts(), strict=True)
+        ]
+        over = self.state.position.epoch
+        if trained[:over] != self.content.expected[:over]:
+            raise RuntimeError(f"trained {trained[:over]}, the data are {self.content.expected[:over]}")
         return trained
 
     def _to_keep(self) -> list[int]:

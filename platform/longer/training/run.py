@@ -23,7 +23,7 @@ from longer.storage import (
     remove_tree,
     write_bytes,
 )
-from longer.training.checkpoints import FORMAT_VERSION, load_model, load_weights, read_trainer_state
+from longer.training.checkpoints import FORMAT_VERSION, TrainerState, load_model, load_weights, read_trainer_state
 from longer.training.content import Job
 from longer.training.loop import train_worker
 from longer.training.relay import relayed_lines
@@ -52,7 +52,7 @@ def train(settings: Settings, start_from: str | None = None) -> Version:
     result = fit(Job(settings, versions, start_from), run_id)
     assert result.best_checkpoints
     best, reported = max(result.best_checkpoints, key=lambda pair: pair[1]["score"])
-    epochs = trained_epochs(result)
+    epochs = last_state(result).epochs
     until = {"split": "train", "until": requests.manifest["valid_from"]}
     about = {
         "inputs": versions,
@@ -144,27 +144,24 @@ def fit(job: Job, run_id: str) -> Result:
 
 def publish(table: Table, run_id: str, chosen: Checkpoint, result: Result, about: dict[str, Any]) -> Version:
     """Copies the model of one checkpoint; the history is the last one's, which holds all of it."""
-    assert result.checkpoint
     path = table.begin(run_id)
     with chosen.as_directory() as directory:
         for file in ("model.safetensors", "model.json"):
             write_bytes(f"{path}/{file}", read_bytes(f"{directory}/{file}"))
-    with result.checkpoint.as_directory() as directory:
-        history = read_trainer_state(directory).history
     model, info = load_model(path)
     of_model = {
         "schema_hash": info.schema.hash(),
         "model_version": info.model_version,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-    return table.publish(run_id, {**about, **of_model, "history": history})
+    return table.publish(run_id, {**about, **of_model, "history": last_state(result).history})
 
 
-def trained_epochs(result: Result) -> list[dict[str, Any]]:
-    """What was trained in each epoch, which the run has compared with its data."""
+def last_state(result: Result) -> TrainerState:
+    """Where the run ended: its whole history, and what was trained, which the run has compared with its data."""
     assert result.checkpoint
     with result.checkpoint.as_directory() as directory:
-        return read_trainer_state(directory).epochs
+        return read_trainer_state(directory)
 
 
 def _check_split(requests: Version, split: str, remedy: str) -> None:
