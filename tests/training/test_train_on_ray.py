@@ -111,8 +111,15 @@ def test_kills_within_an_epoch_at_its_end_and_in_an_upload_cost_no_step_and_repe
 def test_a_run_with_kills_and_changing_workers_ends_where_an_undisturbed_one_does(
     trained: tuple[Settings, Version], tables: Settings, tmp_path: Path
 ) -> None:
-    undisturbed = train.run(settings_for(tables, tmp_path, num_workers=1)).manifest
+    undisturbed_settings = settings_for(tables, tmp_path, num_workers=1)
+    undisturbed = train.run(undisturbed_settings).manifest
     assert undisturbed["trained"] == trained[1].manifest["trained"]
+    folder = Path(undisturbed_settings.path("training", undisturbed["version"]))
+    scores = [r["validation"]["label"]["auc"] for r in undisturbed["history"] if "validation" in r]
+    kept = {3 * EVERY, 4 * EVERY, (1 + scores.index(max(scores))) * EVERY}
+    whole = {int(path.parent.name[5:]) for path in folder.glob("step_*/trainer.safetensors")}
+    assert whole == kept, "the newest two checkpoints and the best one"
+    assert list(folder.glob("tensorboard/events*"))
     ends = [[r for r in m["history"] if "validation" in r][-1] for m in (undisturbed, trained[1].manifest)]
     assert ends[1]["validation"]["label"]["logloss"] == pytest.approx(
         ends[0]["validation"]["label"]["logloss"], rel=1e-3
@@ -167,12 +174,18 @@ def test_a_run_that_finished_but_was_not_published_is_published_without_training
         assert again.manifest[key] == version.manifest[key]
 
 
-def test_one_and_two_workers_have_the_same_gradient(tables: Settings, tmp_path: Path) -> None:
-    moments = []
+def test_one_and_two_workers_have_the_same_gradient_from_the_same_checkpoint(
+    trained: tuple[Settings, Version], tables: Settings, tmp_path: Path
+) -> None:
+    moments, start = [], load_model(trained[1].path)[0].state_dict()
     for num_workers in (1, 2):
         one_step = {"num_workers": num_workers, "epochs": 1, "max_requests": 31, "tokens_per_step": 10_000}
         settings = settings_for(tables, tmp_path / str(num_workers), **one_step)
-        run = train.run(settings)
+        run = train.run(settings, from_=trained[1].path)
+        assert run.manifest["from"] == trained[1].manifest["model_version"]
+        largest_rate = settings.train.embedding_learning_rate
+        for name, tensor in load_model(run.path)[0].state_dict().items():
+            torch.testing.assert_close(tensor, start[name], rtol=1e-3, atol=1.01 * largest_rate)
         state = Path(settings.path("training", run.id, "step_0000001", "trainer.safetensors"))
         moments.append(safetensors.torch.load(state.read_bytes()))
     for name, moment in moments[0].items():  # after one step the first moment is a tenth of the gradient
