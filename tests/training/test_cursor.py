@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from longer.errors import UserError
@@ -107,6 +107,7 @@ def test_all_steps_divided_at_once_are_each_divided_costliest_first(steps: list[
         assert loads.max() <= costs.sum() / num_batches + costs.max()
 
 
+@example([7] * 8, 60, 1, 20)
 @given(COSTS, st.integers(1, 300), st.integers(1, 4), st.integers(1, 200))
 @settings(max_examples=150, deadline=None)
 def test_no_batch_exceeds_its_limit_on_any_number_of_workers(

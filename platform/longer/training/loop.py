@@ -90,7 +90,10 @@ class Run:
         first_step, num_steps = self.cursor.global_step(self.state.position), self.cursor.num_steps
         if self.rank == 0:
             self.scalars = Scalars(self._path("tensorboard"), self.state.history)
-        self._say(f"{len(self.content.data.requests)} requests, {num_steps} steps, starting at step {first_step}")
+        over = f"of {self.cursor.num_epochs} days" if self.job.trains_days else "an epoch"
+        self._say(
+            f"{len(self.content.data.requests)} requests {over}, {num_steps} steps, starting at step {first_step}"
+        )
         every = self.settings.train.validate_every_steps
         record_every = max(1, every // _RECORDS_PER_VALIDATION)
         meter = Meter(num_steps, first_step, self.stepper.device)
