@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -76,6 +77,7 @@ class Run:
         )
         self.state, self.trained = TrainerState(), Trained(self.cursor.num_epochs)
         self.scalars: Scalars | None = None
+        self._upload = threading.Lock()
         self.stepper = self._make_stepper()
         self.timer = PhaseTimer(self.stepper.device)
 
@@ -91,9 +93,8 @@ class Run:
         if self.rank == 0:
             self.scalars = Scalars(self._path("tensorboard"), self.state.history)
         over = f"of {self.cursor.num_epochs} days" if self.job.trains_days else "an epoch"
-        self._say(
-            f"{len(self.content.data.requests)} requests {over}, {num_steps} steps, starting at step {first_step}"
-        )
+        started = f"starting at step {first_step} with {self.num_workers} workers"
+        self._say(f"{len(self.content.data.requests)} requests {over}, {num_steps} steps, {started}")
         every = self.settings.train.validate_every_steps
         record_every = max(1, every // _RECORDS_PER_VALIDATION)
         meter = Meter(num_steps, first_step, self.stepper.device)
@@ -208,15 +209,22 @@ class Run:
         self._say(f"step {done}: {shown}{time.perf_counter() - started:.1f} s with checkpoint")
 
     def _upload_of_now(self) -> Any:
-        """A function for Ray's thread that writes a checkpoint of this moment, whatever training does meanwhile."""
+        """A function for Ray's thread that writes a checkpoint of this moment, whatever training does meanwhile.
+
+        Waits until the one before is written, so that memory holds one copy at most.
+        """
+        self._upload.acquire()
         settings, stepper = self.settings, self.stepper
         weights, moments = weights_of(stepper.model), moments_of(stepper.model, stepper.optimizer)
         state = replace(self.state, history=list(self.state.history), checkpoints=list(self.state.checkpoints))
         storage, path = ray.train.get_context().get_storage(), self._path()
 
         def upload(_: Checkpoint, name: str) -> Checkpoint:
-            save_weights(f"{path}/{name}", weights, settings.model, settings.event_schema, settings.train.tasks)
-            save_trainer(f"{path}/{name}", moments, state)
+            try:
+                save_weights(f"{path}/{name}", weights, settings.model, settings.event_schema, settings.train.tasks)
+                save_trainer(f"{path}/{name}", moments, state)
+            finally:
+                self._upload.release()
             return Checkpoint(storage.build_checkpoint_path_from_name(name), storage.storage_filesystem)
 
         return upload
