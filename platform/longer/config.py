@@ -275,7 +275,14 @@ class TrainSettings(Section):
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay of the dense layers.")
     warmup_share: float = Field(0.05, ge=0, lt=1, description="Share of steps with a linearly rising learning rate.")
     clip_norm: float = Field(1.0, gt=0, description="Gradient norm above which gradients are scaled down.")
-    precision: Literal["float32", "bf16"] = Field("float32", description="bf16: autocast, float32 master weights.")
+    precision: Literal["float32", "tf32", "bf16"] = Field(
+        "float32",
+        description="bf16: autocast, float32 master weights; tf32: matrix products of a GPU round their inputs.",
+    )
+    recompute: bool = Field(
+        False,
+        description="Compute each layer again for its gradient instead of keeping what it made: less memory, more time.",
+    )
     validate_every_steps: int = Field(100, ge=1, description="Steps between validations, each with a checkpoint.")
     max_validation_requests: int = Field(
         1_000, ge=1, description="Validation requests scored each time, spread evenly."

@@ -11,7 +11,7 @@ import torch
 from benchmarks import scaling
 from benchmarks.capacity.measured import ROOT, measured, newest
 from benchmarks.capacity.plan import FLOAT32, MODEL, Plan, Workload, state_bytes
-from benchmarks.model_speed import SCHEMA, model_settings, random_batch
+from benchmarks.model_arms.sizes import SCHEMA, model_settings, random_batch
 from longer.model.longer import Longer
 from longer.model.states import encode
 from tests.model.generate import TASKS, random_histories, small_model

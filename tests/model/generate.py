@@ -91,3 +91,27 @@ def one_request_a_row(
         candidates,
         rows,
     )
+
+
+def request_batch(model: Longer, seed: int, lengths: list[int]) -> RequestBatch:
+    """Users of these lengths, the last one asked three times at ends whose windows start alike."""
+    rng = np.random.default_rng(seed)
+    histories = random_histories(rng, [*lengths, 1])
+    ends = histories.end_index_B
+    batch = one_request_a_row(model, histories, ends * 0 + 2_000_000_000_000, random_candidates(rng, [0] * len(ends)))
+    windows, last = model.windows, int(ends[-2])
+    alike = [
+        e
+        for e in range(last + 1)
+        if (windows.query_start(e), windows.history_start(e))
+        == (windows.query_start(last), windows.history_start(last))
+    ]
+    asked = np.sort(rng.choice(alike, size=2))
+    rows = np.arange(len(ends))
+    row_R = np.concatenate([rows[:-1], rows[[-2, -2]], rows[-1:]])
+    end_R = np.concatenate([ends[:-2], asked, ends[-2:]])
+    candidates = random_candidates(rng, rng.integers(0, 40, len(row_R)).tolist())
+    labels = {"click": rng.integers(0, 2, len(candidates.features["item_id"])).astype(np.float32)}
+    return RequestBatch(
+        batch.histories, row_R, end_R, np.full(len(row_R), 2_000_000_000_000), candidates, row_R, labels
+    )

@@ -8,14 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longer.arrays import RequestBatch
-from longer.model.captured import CapturedPass
+from longer.model.captured import CapturedPass, stage
 from longer.model.flat import flat_forward, flat_outputs
 from longer.model.inputs import tensors_of, to_tensors
 from longer.model.layout import Sizes, flatten
 from longer.model.longer import Longer
 from longer.model.states import append, encode, score
-from tests.model.generate import one_request_a_row, random_candidates, random_histories, small_model
+from tests.model.generate import random_candidates, random_histories, request_batch, small_model
 
 ON_CUDA = torch.cuda.is_available()
 if not ON_CUDA:
@@ -38,30 +37,6 @@ def same_model(seed: int, dtype: torch.dtype, device: str, **sizes: object) -> L
     return model.to(device, dtype)
 
 
-def random_batch(model: Longer, seed: int, lengths: list[int]) -> RequestBatch:
-    """Users of these lengths, the last one asked three times at ends whose windows start alike."""
-    rng = np.random.default_rng(seed)
-    histories = random_histories(rng, [*lengths, 1])
-    ends = histories.end_index_B
-    batch = one_request_a_row(model, histories, ends * 0 + 2_000_000_000_000, random_candidates(rng, [0] * len(ends)))
-    windows, last = model.windows, int(ends[-2])
-    alike = [
-        e
-        for e in range(last + 1)
-        if (windows.query_start(e), windows.history_start(e))
-        == (windows.query_start(last), windows.history_start(last))
-    ]
-    asked = np.sort(rng.choice(alike, size=2))
-    rows = np.arange(len(ends))
-    row_R = np.concatenate([rows[:-1], rows[[-2, -2]], rows[-1:]])
-    end_R = np.concatenate([ends[:-2], asked, ends[-2:]])
-    candidates = random_candidates(rng, rng.integers(0, 40, len(row_R)).tolist())
-    labels = {"click": rng.integers(0, 2, len(candidates.features["item_id"])).astype(np.float32)}
-    return RequestBatch(
-        batch.histories, row_R, end_R, np.full(len(row_R), 2_000_000_000_000), candidates, row_R, labels
-    )
-
-
 def outputs_and_gradients(model: Longer, outputs: torch.Tensor) -> list[torch.Tensor]:
     """Outputs, then the gradient of a random direction of them in every parameter."""
     direction = torch.from_numpy(np.random.default_rng(1).normal(size=tuple(outputs.shape))).to(outputs)
@@ -77,7 +52,7 @@ def test_flat_pass_equals_the_three_steps(name: str, seed: int, lengths: list[in
         same_model(3, torch.float64, "cpu", **SIZES[name]),
         same_model(3, torch.float32, DEVICE, **SIZES[name]),
     )
-    batch = random_batch(exact, seed, lengths)
+    batch = request_batch(exact, seed, lengths)
     wanted = outputs_and_gradients(exact, exact(to_tensors(batch)))
     with torch.compiler.set_stance("force_eager"):  # compiling every model costs minutes
         got = outputs_and_gradients(model, flat_forward(model, batch, DEVICE))
@@ -92,7 +67,7 @@ def test_flat_pass_equals_the_three_steps(name: str, seed: int, lengths: list[in
 @settings(max_examples=10 if ON_CUDA else 3, deadline=None)
 def test_a_batch_filled_up_to_fixed_sizes_gives_the_same_outputs_and_gradients(seed: int, lengths: list[int]) -> None:
     model = same_model(3, torch.float32, DEVICE)
-    batch = random_batch(model, seed, lengths)
+    batch = request_batch(model, seed, lengths)
     sizes = Sizes.of(batch, model.windows)
     room = Sizes(*(size + extra for size, extra in zip(sizes, (9, 70, 37, 2, 3, 41), strict=True)))
     shapes, results = [], []
@@ -111,16 +86,16 @@ def test_a_batch_filled_up_to_fixed_sizes_gives_the_same_outputs_and_gradients(s
 @pytest.mark.skipif(not ON_CUDA, reason="CUDA graphs need CUDA")
 def test_a_captured_pass_gives_each_batch_its_own_gradients() -> None:
     model = same_model(3, torch.float32, DEVICE)
-    batches = [random_batch(model, seed, [60, 5, 33]) for seed in range(3)]
+    batches = [request_batch(model, seed, [60, 5, 33]) for seed in range(3)]
     room = Sizes(*map(max, zip(*(Sizes.of(batch, model.windows) for batch in batches), strict=True)))
 
     def loss(outputs: torch.Tensor, labels: dict[str, torch.Tensor], exists: torch.Tensor) -> torch.Tensor:
         return ((outputs[:, 0] - labels["click"]) ** 2 * exists).sum()
 
     with torch.compiler.set_stance("force_eager"):
-        captured = CapturedPass(model, loss, room, batches[0])
+        captured = CapturedPass(model, loss, stage(batches[0], model, room))
         for batch in batches:
-            value = float(captured(batch))
+            value = float(captured(stage(batch, model, room), 1.0))
             ours = [p.grad.clone() for p in model.parameters()]
             outputs = flat_forward(model, batch, DEVICE)
             wanted = ((outputs[:, 0] - torch.from_numpy(batch.labels["click"]).to(DEVICE)) ** 2).sum()

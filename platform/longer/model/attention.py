@@ -5,11 +5,14 @@ S private keys of a query.
 """
 
 import math
+from collections.abc import Callable
 from functools import cache
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from longer.model.fuse import fused_on_cuda
 
@@ -65,6 +68,14 @@ class Block(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
         self.rotation = Rotation(width // num_heads)
+        self.recompute = False
+
+    def run(self, layer: Callable[..., Tensor], *args: Any) -> Tensor:
+        """`layer(*args)`; with `recompute`, what happens inside is not kept for the gradient but computed once more."""
+        if not self.recompute or not torch.is_grad_enabled():
+            return layer(*args)
+        has_randomness = self.dropout.p > 0 and self.training
+        return cast(Tensor, checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=has_randomness))
 
     def queries(self, x_TD: Tensor, position_T: Tensor) -> Tensor:
         """[..., H, Z], rotated."""

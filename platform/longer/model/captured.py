@@ -4,42 +4,70 @@ C candidates.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from longer.arrays import RequestBatch
 from longer.model.flat import flat_outputs
-from longer.model.inputs import packed, to_device, under, unpacked
-from longer.model.layout import Sizes, flatten
+from longer.model.inputs import to_device, under, unpacked
+from longer.model.layout import FlatBatch, Sizes, flatten
 from longer.model.longer import Longer
 
 _WARM_UP_STEPS = 3
 
 
+@dataclass(frozen=True)
+class Staged:
+    """A batch laid out in `room`, in pinned memory, one buffer a type: ready to be copied to the device in few long copies."""
+
+    room: Sizes
+    flat: FlatBatch
+    buffers: dict[np.dtype, Tensor]
+    num_candidates: int
+
+
+def stage(batch: RequestBatch, model: Longer, room: Sizes) -> Staged:
+    """The batch as a captured pass takes it; for any thread, since it asks the device for nothing."""
+    flat = flatten(batch, model.windows, model.embedding.num_globals + 1, room)
+    by_type: dict[np.dtype, list[npt.NDArray]] = {}
+    for array in flat.arrays.values():
+        by_type.setdefault(array.dtype, []).append(array)
+    buffers = {}
+    for dtype, arrays in by_type.items():
+        size = sum(len(array) for array in arrays)
+        buffer = torch.empty(size, dtype=torch.from_numpy(arrays[0][:0]).dtype, pin_memory=True)
+        np.concatenate(arrays, out=buffer.numpy())
+        buffers[dtype] = buffer
+    return Staged(room, flat, buffers, int(batch.candidates.offsets_R1[-1]))
+
+
 class CapturedPass:
-    """Gradients of a loss in the model's parameters, replayed for any batch that fits into `room`.
+    """Gradients of a loss in the model's parameters and large tables, replayed for any batch staged in the same room.
 
     `loss(outputs, labels, exists_C)` must not read the device; where `exists_C` is false stands filling. Each call replaces the
-    parameters' `.grad`. What is random, dropout, is captured with the generator's state, as `torch.cuda.CUDAGraph` does.
+    parameters' `.grad` and what the tables noted. What is random, dropout, is captured with the generator's state, as
+    `torch.cuda.CUDAGraph` does.
     """
 
     def __init__(
         self,
         model: Longer,
         loss: Callable[[Tensor, dict[str, Tensor], Tensor], Tensor],
-        room: Sizes,
-        example: RequestBatch,
+        example: Staged,
         autocast: torch.dtype | None = None,
     ) -> None:
-        self.model, self.loss, self.room, self.autocast = model, loss, room, autocast
+        self.model, self.loss, self.autocast, self.room = model, loss, autocast, example.room
         self.device = model.norm_head.weight.device
-        self.flat = flatten(example, model.windows, model.embedding.num_globals + 1, room)
-        self.buffers = {dtype: to_device(buffer, self.device) for dtype, buffer in packed(self.flat.arrays).items()}
-        self.num_candidates = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.num_candidates.fill_(int(example.candidates.offsets_R1[-1]))
+        self.flat = example.flat
+        self.buffers = {dtype: to_device(buffer, self.device) for dtype, buffer in example.buffers.items()}
+        self.num_candidates = torch.full((), example.num_candidates, device=self.device)
+        self.scale = torch.zeros((), device=self.device)
         self.tensors = unpacked(self.buffers, self.flat.arrays)
+        self._tables = [table for table in model.large_tables().values() if table.reads is not None]
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
@@ -51,26 +79,30 @@ class CapturedPass:
         with torch.cuda.graph(self.graph):
             self.value = self._run()
         self.gradients = [parameter.grad for parameter in model.parameters()]
+        self.reads = [list(table.reads or ()) for table in self._tables]
 
-    def __call__(self, batch: RequestBatch) -> Tensor:
-        """The loss of the batch, valid until the next call; its gradients are in the parameters."""
-        arrays = flatten(batch, self.model.windows, self.model.embedding.num_globals + 1, self.room).arrays
-        for dtype, buffer in packed(arrays).items():
-            self.buffers[np.dtype(dtype)].copy_(buffer.pin_memory(), non_blocking=True)
-        self.num_candidates.fill_(int(batch.candidates.offsets_R1[-1]))
+    def __call__(self, batch: Staged, scale: float) -> Tensor:
+        """The loss of the batch, valid until the next call; gradients, of `scale` times that loss, are where training looks."""
+        for dtype, buffer in batch.buffers.items():
+            self.buffers[dtype].copy_(buffer, non_blocking=True)
+        self.num_candidates.fill_(batch.num_candidates)
+        self.scale.fill_(scale)
         self.graph.replay()
         for parameter, gradient in zip(self.model.parameters(), self.gradients, strict=True):
             parameter.grad = gradient
+        for table, reads in zip(self._tables, self.reads, strict=True):
+            table.reads[:] = reads  # type: ignore[index]
         return self.value
 
     def _run(self) -> Tensor:
         self.model.zero_grad(set_to_none=True)
+        for table in self._tables:
+            table.reads.clear()  # type: ignore[union-attr]
         with torch.autocast(
             self.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None, cache_enabled=False
         ):
             output_CT = flat_outputs(self.model, self.flat, self.tensors)
-        labels = under("label.", self.tensors)
         exists_C = torch.arange(len(output_CT), device=self.device) < self.num_candidates
-        value = self.loss(output_CT, labels, exists_C)
-        value.backward()
+        value = self.loss(output_CT, under("label.", self.tensors), exists_C)
+        (value * self.scale).backward()
         return value.detach()

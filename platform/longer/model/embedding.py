@@ -4,8 +4,10 @@ B histories, E events, N groups, K events in a group, R requests, C candidates, 
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longer.arrays import NO_EVENT_TS
@@ -21,17 +23,42 @@ _NUM_GAPS = 64
 _NO_EVENT_TS = int(NO_EVENT_TS)  # a NumPy scalar would break compiled graphs
 
 
+Reads = list[tuple[Tensor, Tensor]]
+"""Rows of a table that a forward pass read, [E], and the gradients of what was read, [E, d]; a row may come again."""
+
+
 class HashedTable(nn.Module):
-    """Embedding of 63-bit keys in a fixed number of rows; row 0 is for the missing key 0. Collisions share a row."""
+    """Embedding of 63-bit keys in a fixed number of rows; row 0 is for the missing key 0. Collisions share a row.
+
+    With `reads`, a backward pass notes there what rows were read and their gradients, and the table has none: whoever trains
+    then updates those rows only. Without, the gradient is the parameter's, as large as the table.
+    """
 
     def __init__(self, num_rows: int, width: int, std: float = 0.05):
         super().__init__()
         self.num_rows = num_rows
         self.embedding = nn.Embedding(num_rows, width)
+        self.reads: Reads | None = None
         nn.init.normal_(self.embedding.weight, std=std)
 
     def forward(self, keys: Tensor) -> Tensor:
-        return self.embedding(torch.where(keys == 0, 0, keys % (self.num_rows - 1) + 1))
+        rows = torch.where(keys == 0, 0, keys % (self.num_rows - 1) + 1)
+        if self.reads is None or not torch.is_grad_enabled():
+            return self.embedding(rows)
+        return _NotedLookup.apply(self.embedding.weight, rows, self.reads)
+
+
+class _NotedLookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight_RD: Tensor, rows: Tensor, reads: Reads) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.reads = reads
+        return F.embedding(rows, weight_RD)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+        ctx.reads.append((ctx.saved_tensors[0].flatten(), gradient.flatten(0, -2)))
+        return None, None, None
 
 
 class Gap(nn.Module):
@@ -121,8 +148,14 @@ class Embedding(nn.Module):
         """[E, d]: everything that was fixed when each event happened."""
         return self._events(events.features, events.event_ts_E, events.previous_ts_E())
 
-    def _events(self, features: Mapping[str, Tensor], event_ts_E: Tensor, previous_ts_E: Tensor) -> Tensor:
-        x_Ed = self._item(features)
+    def _events(
+        self,
+        features: Mapping[str, Tensor],
+        event_ts_E: Tensor,
+        previous_ts_E: Tensor,
+        id_Ed: Tensor | None = None,
+    ) -> Tensor:
+        x_Ed = self._item(features, id_Ed)
         for name, table in self.event_categories.items():
             x_Ed = x_Ed + table(features[name])
         for name, linear in self.event_numbers.items():
@@ -130,7 +163,6 @@ class Embedding(nn.Module):
         x_Ed = x_Ed + self.gap(event_ts_E, previous_ts_E) + self.hour(event_ts_E)
         return self.norm(x_Ed)
 
-    @fused_on_cuda
     def event_groups(
         self, features: dict[str, Tensor], event_ts_E: Tensor, previous_ts_E: Tensor, start_N: Tensor, size_N: Tensor
     ) -> Tensor:
@@ -141,8 +173,22 @@ class Embedding(nn.Module):
         slots_K = torch.arange(self.merge_size, device=start_N.device)
         exists_NK = slots_K < size_N[:, None]
         event_NK = torch.where(exists_NK, start_N[:, None] + slots_K, 0)
+        # The table of items is read outside of compiled code, which would not note what was read.
+        id_NKd = self.item(features["item_id"][event_NK])
+        return self._read_groups(id_NKd, exists_NK, event_NK, features, event_ts_E, previous_ts_E)
+
+    @fused_on_cuda
+    def _read_groups(
+        self,
+        id_NKd: Tensor,
+        exists_NK: Tensor,
+        event_NK: Tensor,
+        features: dict[str, Tensor],
+        event_ts_E: Tensor,
+        previous_ts_E: Tensor,
+    ) -> Tensor:
         read = {name: values[event_NK] for name, values in features.items()}
-        x_NKd = self._events(read, event_ts_E[event_NK], previous_ts_E[event_NK])
+        x_NKd = self._events(read, event_ts_E[event_NK], previous_ts_E[event_NK], id_NKd)
         return self.groups(x_NKd * exists_NK[..., None], exists_NK)
 
     def groups(self, x_NKd: Tensor, exists_NK: Tensor | None = None) -> Tensor:
@@ -153,9 +199,9 @@ class Embedding(nn.Module):
             x_NKd = x_NKd * exists_NK[..., None]
         return self.merge(x_NKd.flatten(1))
 
-    def candidates(self, candidates: Mapping[str, Tensor]) -> Tensor:
-        """[C, D]"""
-        x_Cd = self.norm(self._item(candidates))
+    def candidates(self, candidates: Mapping[str, Tensor], id_Cd: Tensor | None = None) -> Tensor:
+        """[C, D]; `id_Cd` are the rows of the items' table, where they have been read already."""
+        x_Cd = self.norm(self._item(candidates, id_Cd))
         if self.inner is not None:
             x_Cd = self.inner(x_Cd[:, None], None)[:, 0]
         return self.merge(x_Cd.repeat(1, self.merge_size))
@@ -169,8 +215,8 @@ class Embedding(nn.Module):
         """[R, D]: what is known of a request when it is scored."""
         return self.request_gap(request_ts_R, last_event_ts_R) + self.request_hour(request_ts_R)
 
-    def _item(self, features: Mapping[str, Tensor]) -> Tensor:
-        x_d = self.item(features["item_id"])
+    def _item(self, features: Mapping[str, Tensor], id_d: Tensor | None) -> Tensor:
+        x_d = self.item(features["item_id"]) if id_d is None else id_d
         for name, table in self.item_categories.items():
             x_d = x_d + table(features[name])
         for name, linear in self.item_numbers.items():

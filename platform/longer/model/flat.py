@@ -38,7 +38,7 @@ def flat_outputs(model: "Longer", flat: FlatBatch, tensors: dict[str, Tensor]) -
 def _outputs(
     model: "Longer", flat: FlatBatch, at: Layout[Tensor], events: dict[str, Tensor], candidates: dict[str, Tensor]
 ) -> Tensor:
-    num_groups, num_queries, num_requests = flat.num_groups, flat.num_queries, flat.num_requests
+    num_groups, num_requests = flat.num_groups, flat.num_requests
     num_tail = model.embedding.num_globals + 1
     x_GD = model.embedding.event_groups(events, at.event_ts, at.previous_ts, at.start, at.size)
     x_ND, partial_RD = x_GD.split([num_groups, num_requests])
@@ -55,29 +55,43 @@ def _outputs(
     private_PD = torch.cat([tail_PD.to(x_CD.dtype), x_CD])
     x_TD = torch.cat([x_ND.index_select(0, at.query).to(x_CD.dtype), private_PD])
     cos, sin = model.layers[0].rotation.turn(at.position, x_TD.dtype)
-    turn = cos.index_select(0, at.window), sin.index_select(0, at.window)
-    for layer, block in enumerate(model.layers):
-        is_last = layer == len(model.layers) - 1
-        sizes = [num_groups if layer == 0 else num_queries, num_requests * num_tail, len(x_CD)]
-        x_AD, turn_A = x_TD, turn  # everything that has keys
-        if layer == 0:
-            x_AD, turn_A = torch.cat([x_ND.to(x_CD.dtype), private_PD]), (cos, sin)
-        visible = at.visible if layer == 0 else at.visible_above
-        if is_last:  # of which only the candidates are read
-            x_TD, turn, visible = (
-                x_TD[-len(x_CD) :],
-                (turn[0][-len(x_CD) :], turn[1][-len(x_CD) :]),
-                visible[-len(x_CD) :],
-            )
-        if layer == 0 or is_last:
-            query, (key, value) = block.project_queries(x_TD, *turn), block.project_keys_values(x_AD, *turn_A)
-        else:
-            query, key, value = block.project(x_TD, *turn)
-        groups, tails, own = zip(key.split(sizes), value.split(sizes), strict=True)
-        tail_key, tail_value = (x.unflatten(0, (num_requests, num_tail)) for x in tails)
-        attended = attend(query, groups, readers.of_layer(layer, is_last), visible, (tail_key, tail_value), own)
-        x_TD = block.finish(x_TD, attended)
+    for layer in range(len(model.layers)):
+        x_TD = model.layers[layer].run(_layer, model, flat, at, readers, layer, x_TD, x_ND, private_PD, cos, sin)
     return model.leave(x_TD, features_CF, candidates["item_id"])
+
+
+def _layer(
+    model: "Longer",
+    flat: FlatBatch,
+    at: Layout[Tensor],
+    readers: "_Readers",
+    layer: int,
+    x_TD: Tensor,
+    x_ND: Tensor,
+    private_PD: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> Tensor:
+    """The tokens after one layer; after the last one the candidates, which alone are read."""
+    block, num_candidates = model.layers[layer], len(at.request_of_candidate)
+    is_last = layer == len(model.layers) - 1
+    sizes = [flat.num_groups if layer == 0 else flat.num_queries, len(private_PD) - num_candidates, num_candidates]
+    turn = cos.index_select(0, at.window), sin.index_select(0, at.window)
+    x_AD, turn_A = x_TD, turn  # everything that has keys
+    if layer == 0:
+        x_AD, turn_A = torch.cat([x_ND.to(x_TD.dtype), private_PD]), (cos, sin)
+    visible = at.visible if layer == 0 else at.visible_above
+    if is_last:
+        x_TD, visible = x_TD[-num_candidates:], visible[-num_candidates:]
+        turn = turn[0][-num_candidates:], turn[1][-num_candidates:]
+    if layer == 0 or is_last:
+        query, (key, value) = block.project_queries(x_TD, *turn), block.project_keys_values(x_AD, *turn_A)
+    else:
+        query, key, value = block.project(x_TD, *turn)
+    groups, tails, own = zip(key.split(sizes), value.split(sizes), strict=True)
+    tail_key, tail_value = (x.unflatten(0, (flat.num_requests, -1)) for x in tails)
+    attended = attend(query, groups, readers.of_layer(layer, is_last), visible, (tail_key, tail_value), own)
+    return block.finish(x_TD, attended)
 
 
 class _Readers(NamedTuple):

@@ -62,6 +62,14 @@ class Longer(nn.Module):
     def embedding_parameters(self) -> list[nn.Parameter]:
         return [cast(nn.Parameter, m.weight) for m in self.modules() if isinstance(m, nn.Embedding)]
 
+    def large_tables(self) -> dict[str, HashedTable]:
+        """The tables that grow with items and users, by the name of their parameter."""
+        return {
+            "embedding.item.embedding.weight": self.embedding.item,
+            "embedding.user.embedding.weight": self.embedding.user,
+            "item_bias.embedding.weight": self.item_bias,
+        }
+
     def dense_parameters(self) -> list[nn.Parameter]:
         tables = {id(p) for p in self.embedding_parameters()}
         return [p for p in self.parameters() if id(p) not in tables]
@@ -273,20 +281,33 @@ class Longer(nn.Module):
             x_CD = block.finish(x_CD, attended_CD)
         return self.leave(x_CD, features_CF, batch.candidates["item_id"])
 
-    @fused_on_cuda
     def enter(
         self, request_RD: Tensor, request_C: Tensor, features_CF: Tensor | None, candidates: dict[str, Tensor]
     ) -> Tensor:
         """[C, D]: candidates as tokens, each with what is known of its request and of itself in the history."""
-        x_CD = self.embedding.candidates(candidates) + take_rows(request_RD, request_C)
-        return x_CD if features_CF is None else x_CD + self.interaction_token(features_CF)
+        id_Cd = self.embedding.item(candidates["item_id"])  # outside of compiled code, as that of events
+        return self._enter(id_Cd, request_RD, request_C, features_CF, candidates)
 
     @fused_on_cuda
+    def _enter(
+        self,
+        id_Cd: Tensor,
+        request_RD: Tensor,
+        request_C: Tensor,
+        features_CF: Tensor | None,
+        candidates: dict[str, Tensor],
+    ) -> Tensor:
+        x_CD = self.embedding.candidates(candidates, id_Cd) + take_rows(request_RD, request_C)
+        return x_CD if features_CF is None else x_CD + self.interaction_token(features_CF)
+
     def leave(self, x_CD: Tensor, features_CF: Tensor | None, item_key_C: Tensor) -> Tensor:
         """[C, tasks]: outputs from what the candidates have gathered."""
+        return self._leave(x_CD, features_CF) + self.item_bias(item_key_C)
+
+    @fused_on_cuda
+    def _leave(self, x_CD: Tensor, features_CF: Tensor | None) -> Tensor:
         x_CD = self.norm_head(x_CD)
-        head_CD = x_CD if features_CF is None else torch.cat([x_CD, features_CF.to(x_CD.dtype)], dim=-1)
-        return self.head(head_CD) + self.item_bias(item_key_C)
+        return self.head(x_CD if features_CF is None else torch.cat([x_CD, features_CF.to(x_CD.dtype)], dim=-1))
 
     def candidates_see_tail(self, exists_RT: Tensor) -> Tensor:
         """[R, T]: the tail tokens that a request's candidates see."""

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors
 import safetensors.torch
@@ -42,6 +42,12 @@ class CheckpointInfo:
     tasks: tuple[TaskSettings, ...]
 
 
+class HasMoments(Protocol):
+    """An optimizer: its `state` holds tensors by name under each parameter."""
+
+    state: Any
+
+
 @dataclass
 class TrainerState:
     """Where a training run stands.
@@ -64,7 +70,7 @@ def weights_of(model: Longer) -> Tensors:
     return {name: _copied(tensor) for name, tensor in model.state_dict().items()}
 
 
-def moments_of(model: Longer, optimizer: torch.optim.Optimizer) -> Tensors:
+def moments_of(model: Longer, optimizer: HasMoments) -> Tensors:
     """A copy of the optimizer's moments on the CPU, under their parameters' names."""
     return {
         f"{name}/{key}": _copied(value)
@@ -127,12 +133,12 @@ def save_trainer(directory: str, moments: Tensors, state: TrainerState) -> None:
     write_bytes(f"{directory}/trainer.json", _json(about))
 
 
-def load_trainer(path: str, model: Longer, optimizer: torch.optim.Optimizer) -> TrainerState:
+def load_trainer(path: str, model: Longer, optimizer: HasMoments) -> TrainerState:
     """Puts the moments back into `optimizer` and returns the state that was saved with them."""
     for name, tensor in _read_tensors(path, "trainer.safetensors").items():
         parameter_name, key = name.rsplit("/", 1)
         parameter = model.get_parameter(parameter_name)
-        optimizer.state[parameter][key] = tensor if key == "step" else tensor.to(parameter.device)
+        optimizer.state[parameter][key] = tensor.to(parameter.device)
     return read_trainer_state(path)
 
 

@@ -4,17 +4,19 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import ray.train
 import torch
 import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointUploadMode
-from ray.train.torch import get_device, prepare_model
+from ray.train.torch import get_device
 
 from longer.arrays import Int64, RequestBatch
+from longer.model.captured import Staged
 from longer.model.longer import Longer
 from longer.training.accumulation import accumulated_step
 from longer.training.checkpoints import (
@@ -31,7 +33,7 @@ from longer.training.content import Content, Job, Trained
 from longer.training.cursor import Position, batches_per_worker
 from longer.training.loader import SplitData, prefetch
 from longer.training.meter import Meter, Scalars
-from longer.training.steps import Stepper, gather, make_optimizer, selection_score, set_learning_rate
+from longer.training.steps import Stepper, gather, rate_share, selection_score
 from longer.training.timing import PhaseTimer
 from longer.training.validation import validate
 
@@ -53,12 +55,13 @@ def train_worker(config: dict[str, Any]) -> None:
 class Work:
     """One worker's part of a step; a batch of weight 0 is a pack borrowed where there is none, to keep in step.
 
-    The numbers are those of the whole step, over all workers.
+    `request_id_R` are the requests of its own batches; the numbers are those of the whole step, over all workers.
     """
 
     position: Position
-    batches: list[RequestBatch]
+    batches: Sequence[RequestBatch | Staged]
     weights: list[float]
+    request_id_R: Int64
     num_requests: int
     num_candidates: int
 
@@ -126,18 +129,20 @@ class Run:
     def _make_stepper(self) -> Stepper:
         settings = self.settings
         device, checkpoint = get_device(), ray.train.get_checkpoint()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         torch.manual_seed(settings.seed)
         model = Longer(settings.model, settings.event_schema, settings.train.tasks).to(device)
-        optimizer = make_optimizer(model, settings.train)
+        stepper = Stepper(model, settings.train, device, self.num_workers)
         if checkpoint:
             with checkpoint.as_directory() as directory:
                 model.load_state_dict(load_model(directory, str(device))[0].state_dict())
-                self.state = load_trainer(directory, model, optimizer)
+                self.state = load_trainer(directory, model, stepper.optimizer)
             if self.rank == 0:
                 self.trained.restore(self.state.epochs)
         elif self.job.weights:
             model.load_state_dict(load_weights(self.job.weights, settings)[0])
-        return Stepper(model, prepare_model(model), optimizer, settings.train, device, self.num_workers)
+        return stepper
 
     def _work(self) -> Iterator[Work]:
         content, position = self.content, self.state.position
@@ -146,10 +151,13 @@ class Run:
             plan = self.cursor.plan(position.epoch, self.num_workers * self.batches_each)
             everyone = plan.step(position.step)
             mine = [plan.batch(position.step, first + number) for number in range(self.batches_each)]
+            batches = [content.data.batch(content.packs.take(packs if len(packs) else everyone[:1])) for packs in mine]
+            own = [batch.request_id_R for batch, packs in zip(batches, mine, strict=True) if len(packs)]
             yield Work(
                 position,
-                [content.data.batch(content.packs.take(packs if len(packs) else everyone[:1])) for packs in mine],
+                [self.stepper.staged(batches[0])] if len(batches) == 1 else batches,
                 [1.0 if len(packs) else 0.0 for packs in mine],
+                np.concatenate([np.empty(0, np.int64), *own]),
                 int(content.requests_P[everyone].sum()),
                 int(content.candidates_P[everyone].sum()),
             )
@@ -158,16 +166,14 @@ class Run:
     def _step(self, work: Work) -> tuple[torch.Tensor, torch.Tensor]:
         step = self.cursor.global_step(work.position)
         of_schedule = (_ITS_END, _ITS_END) if self.job.trains_days else (step, self.cursor.num_steps)
-        set_learning_rate(self.stepper.optimizer, *of_schedule, self.settings.train.warmup_share)
+        self.stepper.optimizer.set_rate_share(rate_share(*of_schedule, self.settings.train.warmup_share))
         torch.manual_seed(((self.settings.seed << 32) + step) * self.num_workers + self.rank)  # of dropout
         with self.timer.phase("step"):
             if len(work.batches) == 1:
                 taken = self.stepper.step(work.batches[0], work.weights[0], work.num_candidates)
             else:
                 taken = accumulated_step(self.stepper, work.batches, work.weights, work.num_candidates)
-        for batch, weight in zip(work.batches, work.weights, strict=True):
-            if weight:
-                self.trained.add(work.position.epoch, batch.request_id_R)
+        self.trained.add(work.position.epoch, work.request_id_R)
         return taken
 
     def _test_day(self, epoch: int) -> None:

@@ -5,85 +5,116 @@ C candidates, T tasks.
 
 import math
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from longer.arrays import RequestBatch
 from longer.config import TaskSettings, TrainSettings
+from longer.model.captured import CapturedPass, Staged, stage
+from longer.model.fuse import has_kernels
 from longer.model.inputs import to_tensors
+from longer.model.layout import Sizes
 from longer.model.longer import Longer
 from longer.training.metrics import binary_metrics
+from longer.training.optimizer import Optimizer
 
 _FINAL_LEARNING_RATE_SHARE = 0.05
+_AUTOCAST = {"float32": None, "tf32": None, "bf16": torch.bfloat16}
 
 
-def make_optimizer(model: Longer, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW in two groups: dense layers decay, embedding tables learn at their own rate and do not."""
-    groups = [
-        {"params": model.dense_parameters(), "lr": settings.learning_rate, "weight_decay": settings.weight_decay},
-        {"params": model.embedding_parameters(), "lr": settings.embedding_learning_rate, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, fused=True)
-    for group in optimizer.param_groups:
-        group["peak_lr"] = group["lr"]
-    return optimizer
+def _roomy(size: int) -> int:
+    """A little more than a batch had, since the next will differ: captures are dear, filling is not free."""
+    return -(-(size + size // 32) // 64) * 64
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, num_steps: int, warmup_share: float) -> None:
-    """Linear warm-up to each group's peak, then a cosine down to a twentieth of it; a pure function of the step."""
+def rate_share(step: int, num_steps: int, warmup_share: float) -> float:
+    """Learning rates over their peaks: a linear warm-up, then a cosine down to a twentieth; a pure function of the step."""
     warmup = max(1, round(num_steps * warmup_share))
     progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    share = (step + 1) / warmup if step < warmup else cosine + (1 - cosine) * _FINAL_LEARNING_RATE_SHARE
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * share
+    return (step + 1) / warmup if step < warmup else cosine + (1 - cosine) * _FINAL_LEARNING_RATE_SHARE
 
 
-def loss_sum(output_CT: Tensor, labels: dict[str, Tensor], tasks: tuple[TaskSettings, ...]) -> Tensor:
-    """Weighted sum over candidates and tasks: cross-entropy of binary tasks, squared error of regression tasks; float32."""
+def loss_sum(
+    output_CT: Tensor, labels: dict[str, Tensor], tasks: tuple[TaskSettings, ...], exists_C: Tensor | None = None
+) -> Tensor:
+    """Weighted sum over candidates and tasks: cross-entropy of binary tasks, squared error of regression tasks; float32.
+
+    Candidates that do not exist count for nothing.
+    """
     total = output_CT.new_zeros((), dtype=torch.float32)
     for index, task in enumerate(tasks):
         output_C, label_C = output_CT[:, index].float(), labels[task.name]
         loss = F.binary_cross_entropy_with_logits if task.kind == "binary" else F.mse_loss
-        total = total + task.weight * loss(output_C, label_C, reduction="sum")
+        loss_C = loss(output_C, label_C, reduction="none")
+        total = total + task.weight * (loss_C if exists_C is None else torch.where(exists_C, loss_C, 0)).sum()
     return total
 
 
-@dataclass
 class Stepper:
-    """Applies steps to a model that may be wrapped for data parallelism, whose wrapper then averages gradients."""
+    """Applies steps to a model on one of `num_workers` workers, which have the same weights before and after each step.
 
-    model: Longer
-    parallel: nn.Module
-    optimizer: torch.optim.Optimizer
-    settings: TrainSettings
-    device: torch.device
-    num_workers: int
+    On CUDA a step's forward and backward pass are one CUDA graph, captured again when a batch is larger than all before it.
+    """
+
+    def __init__(self, model: Longer, settings: TrainSettings, device: torch.device, num_workers: int) -> None:
+        self.model, self.settings, self.device, self.num_workers = model, settings, device, num_workers
+        self.optimizer = Optimizer(model, settings)
+        self._autocast = _AUTOCAST[settings.precision]
+        self._room = Sizes(*[0] * len(Sizes._fields))
+        self._captured: CapturedPass | None = None
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("highest" if settings.precision == "float32" else "high")
+        for block in model.layers:
+            block.recompute = settings.recompute
+        if num_workers > 1:
+            for parameter in model.parameters():
+                dist.broadcast(parameter.data, 0)
 
     def autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
+        kind = self._autocast or torch.bfloat16
+        return torch.autocast(self.device.type, kind, enabled=self._autocast is not None, cache_enabled=False)
 
-    def step(self, batch: RequestBatch, weight: float, num_candidates: int) -> tuple[Tensor, Tensor]:
+    def staged(self, batch: RequestBatch) -> RequestBatch | Staged:
+        """The batch as `step` takes it soonest; for one thread, any, that calls it for one batch after the other."""
+        if not has_kernels(self.model.norm_head.weight) or not len(batch.histories.event_ts_E):
+            return batch
+        sizes = Sizes.of(batch, self.model.windows)
+        if any(size > room for size, room in zip(sizes, self._room, strict=True)):
+            self._room = Sizes(*(max(room, _roomy(size)) for size, room in zip(sizes, self._room, strict=True)))
+        return stage(batch, self.model, self._room)
+
+    def step(self, batch: RequestBatch | Staged, weight: float, num_candidates: int) -> tuple[Tensor, Tensor]:
         """This worker's loss sum and the gradient norm before clipping.
 
         The loss is divided by the candidates of the whole step, so the gradient does not depend on the number of workers.
         `weight` is 0 for a worker that has no requests in this step: it joins the others with a borrowed batch.
         """
-        tensors = to_tensors(batch, self.device)
-        with self.autocast():
-            output_CT = self.parallel(tensors)
-        loss = weight * loss_sum(output_CT, tensors.labels, self.settings.tasks)
-        self.optimizer.zero_grad(set_to_none=True)
-        (loss * (self.num_workers / num_candidates)).backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
-        self.optimizer.step()
-        return loss.detach(), norm
+        self.optimizer.zero_grad()
+        if isinstance(batch, Staged):
+            loss = self._captured_for(batch)(batch, weight / num_candidates) * weight
+        else:
+            tensors = to_tensors(batch, self.device)
+            with self.autocast():
+                output_CT = self.model(tensors)
+            loss = weight * loss_sum(output_CT, tensors.labels, self.settings.tasks)
+            (loss / num_candidates).backward()
+        return loss.detach(), self.optimizer.step(self.num_workers)
+
+    def _captured_for(self, batch: Staged) -> CapturedPass:
+        if self._captured is None or self._captured.room != batch.room:
+            self._captured = None  # gives its memory back first
+
+            def loss(output_CT: Tensor, labels: dict[str, Tensor], exists_C: Tensor) -> Tensor:
+                return loss_sum(output_CT, labels, self.settings.tasks, exists_C)
+
+            self._captured = CapturedPass(self.model, loss, batch, self._autocast)
+        return self._captured
 
     @torch.inference_mode()
     def outputs(self, batch: RequestBatch) -> np.ndarray:

@@ -1,0 +1,120 @@
+"""AdamW on the dense layers; on large tables Adam of the rows that a step read, and nothing of the others."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from longer.config import TrainSettings
+from longer.model.fuse import has_kernels
+from longer.model.longer import Longer
+from longer.training.table_gradients import TableGradient, combine, over_workers
+
+_BETAS, _EPS = (0.9, 0.999), 1e-8
+
+
+class Optimizer:
+    """Takes the place of a model's gradients and moments; the model's large tables note what they read from now on.
+
+    A table's row whose gradient is zero, because nobody read it or nothing came of it, keeps its weights and moments (torch's
+    SparseAdam does the same). Moments lie in `state` under their parameter: a step touches no row that it did not read.
+    """
+
+    def __init__(self, model: Longer, settings: TrainSettings) -> None:
+        self.model, self.clip_norm = model, settings.clip_norm
+        self.tables = {model.get_parameter(name): table for name, table in model.large_tables().items()}
+        for table in self.tables.values():
+            table.reads = []
+        device = model.norm_head.weight.device
+        on_cuda = device.type == "cuda"
+
+        def rate(value: float) -> Tensor | float:
+            return torch.tensor(value, device=device) if on_cuda else value
+
+        self._dense = torch.optim.AdamW(
+            [
+                {
+                    "params": model.dense_parameters(),
+                    "lr": rate(settings.learning_rate),
+                    "peak_lr": settings.learning_rate,
+                },
+                {
+                    "params": model.embedding_parameters(),
+                    "lr": rate(settings.embedding_learning_rate),
+                    "peak_lr": settings.embedding_learning_rate,
+                    "weight_decay": 0.0,
+                },
+            ],
+            weight_decay=settings.weight_decay,
+            betas=_BETAS,
+            eps=_EPS,
+            fused=True,
+            capturable=on_cuda,
+        )
+        self.state = self._dense.state
+        for parameter in self.tables:
+            self.state[parameter] = {
+                "step": torch.zeros((), device=device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    def set_rate_share(self, share: float) -> None:
+        """Learning rates are this share of their peaks from now on."""
+        for group in self._dense.param_groups:
+            rate = group["peak_lr"] * share
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def zero_grad(self) -> None:
+        self._dense.zero_grad(set_to_none=True)
+        for table in self.tables.values():
+            assert table.reads is not None
+            table.reads.clear()
+
+    @torch.no_grad()
+    def step(self, num_workers: int) -> Tensor:
+        """One update from the gradients of all workers, summed; returns their norm before it was clipped."""
+        dense = [p.grad for group in self._dense.param_groups for p in group["params"] if p.grad is not None]
+        tables = {parameter: combine(table.reads) for parameter, table in self.tables.items() if table.reads}
+        if num_workers > 1:
+            _sum_over_workers(dense)
+            tables = {parameter: over_workers(gradient) for parameter, gradient in tables.items()}
+        norm = get_total_norm([*dense, *(gradient.gradient_Ud for gradient in tables.values())], foreach=True)
+        scale = (self.clip_norm / (norm + 1e-6)).clamp_max(1.0)
+        torch._foreach_mul_(dense, scale)
+        self._dense.step()
+        rate = self._dense.param_groups[1]["lr"]
+        for parameter, gradient in tables.items():
+            self._update(parameter, gradient, scale, rate)
+        return norm
+
+    def _update(self, parameter: Tensor, gradient: TableGradient, scale: Tensor, rate: Tensor | float) -> None:
+        state = self.state[parameter]
+        state["step"] += 1
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        if has_kernels(parameter):
+            from longer.training.table_triton import update_rows
+
+            assert isinstance(rate, Tensor)
+            rows = gradient.rows_U, gradient.gradient_Ud, gradient.num_rows
+            update_rows(parameter, moments, *rows, scale, rate, state["step"], _BETAS, _EPS)
+            return
+        learns_U = gradient.gradient_Ud.any(dim=1)
+        rows_U, gradient_Ud = gradient.rows_U[learns_U], gradient.gradient_Ud[learns_U] * scale
+        mean_Ud = moments[0][rows_U].lerp_(gradient_Ud, 1 - _BETAS[0])
+        square_Ud = moments[1][rows_U].mul_(_BETAS[1]).addcmul_(gradient_Ud, gradient_Ud, value=1 - _BETAS[1])
+        moments[0][rows_U], moments[1][rows_U] = mean_Ud, square_Ud
+        bias_mean, bias_square = (1 - beta ** state["step"] for beta in _BETAS)
+        root_Ud = square_Ud.sqrt_().div_(bias_square.sqrt()).add_(_EPS)
+        parameter.index_add_(0, rows_U, mean_Ud / root_Ud * (-rate / bias_mean))
+
+
+def _sum_over_workers(gradients: list[Tensor]) -> None:
+    """In place, as one message."""
+    flat = torch._utils._flatten_dense_tensors(gradients)
+    dist.all_reduce(flat)
+    for gradient, summed in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
+        gradient.copy_(summed)

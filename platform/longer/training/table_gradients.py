@@ -1,0 +1,83 @@
+"""What a step read of a large table, each row once with its whole gradient, and the update of those rows alone.
+
+E reads, U rows of a table that were read, d width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longer.model.embedding import Reads
+from longer.model.fuse import has_kernels
+
+CHUNK_READS = 64
+"""Reads that one program sums: a row that everybody reads is summed by many, then once more over their sums."""
+
+
+@dataclass(frozen=True)
+class TableGradient:
+    """The gradient of `rows_U`, distinct; beyond the first `num_rows` is filling, with gradients of zero.
+
+    The device alone knows `num_rows`, so that nobody waits for it and shapes do not depend on what was read.
+    """
+
+    rows_U: Tensor
+    gradient_Ud: Tensor
+    num_rows: Tensor
+
+
+def combine(reads: Reads) -> TableGradient:
+    """One gradient a row that was read: sums in a fixed order, no pass over the table."""
+    rows_E, gradient_Ed = (torch.cat(parts) for parts in zip(*reads, strict=True))
+    if has_kernels(gradient_Ed):
+        return _combine_in_place(rows_E, gradient_Ed)
+    rows_U, row_E = rows_E.unique(return_inverse=True)
+    summed_Ud = gradient_Ed.new_zeros(len(rows_U), gradient_Ed.shape[1]).index_add_(0, row_E, gradient_Ed)
+    return TableGradient(rows_U, summed_Ud, torch.tensor(len(rows_U)))
+
+
+def over_workers(mine: TableGradient) -> TableGradient:
+    """The sum of all workers' gradients, the same on each; every worker calls this."""
+    num_workers, device = dist.get_world_size(), mine.rows_U.device
+    longest = torch.tensor(len(mine.rows_U), device=device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    filling = int(longest) - len(mine.rows_U)
+    rows_U = torch.cat([mine.rows_U, mine.rows_U.new_zeros(filling)])
+    gradient_Ud = torch.cat([mine.gradient_Ud, mine.gradient_Ud.new_zeros(filling, mine.gradient_Ud.shape[1])])
+    all_rows = rows_U.new_empty(num_workers * len(rows_U))
+    all_gradients = gradient_Ud.new_empty(num_workers * len(rows_U), gradient_Ud.shape[1])
+    dist.all_gather_into_tensor(all_rows, rows_U)
+    dist.all_gather_into_tensor(all_gradients, gradient_Ud)
+    return combine([(all_rows, all_gradients)])
+
+
+def _combine_in_place(rows_E: Tensor, gradient_Ed: Tensor) -> TableGradient:
+    """Shapes that depend on E alone: U = E. Sorted by row, summed by chunks of reads, then by row."""
+    from longer.training.table_triton import sum_ranges
+
+    num_reads, width = gradient_Ed.shape
+    sorted_E, order_E = rows_E.to(torch.int32).sort(stable=True)
+    place_E = torch.arange(num_reads, device=rows_E.device, dtype=torch.int32)
+    is_first_E = torch.ones_like(sorted_E, dtype=torch.bool)
+    is_first_E[1:] = sorted_E[1:] != sorted_E[:-1]
+    row_E = is_first_E.cumsum(0)
+    row_start_E = _positions(is_first_E, row_E, place_E, 0)[row_E - 1]
+    starts_chunk_E = (place_E - row_start_E) % CHUNK_READS == 0
+    chunk_E = starts_chunk_E.cumsum(0)
+    chunk_bounds = _positions(starts_chunk_E, chunk_E, place_E, num_reads)
+    row_bounds = _positions(is_first_E, row_E, (chunk_E - 1).int(), 0)
+    row_bounds = torch.where(
+        torch.arange(num_reads + 1, device=rows_E.device) < row_E[-1], row_bounds, chunk_E[-1].int()
+    )
+    by_chunk = sum_ranges(gradient_Ed, order_E, chunk_bounds, width)
+    rows_U = _positions(is_first_E, row_E, sorted_E, 0)[:-1]
+    return TableGradient(rows_U, sum_ranges(by_chunk, None, row_bounds, width), row_E[-1])
+
+
+def _positions(is_start_E: Tensor, number_E: Tensor, value_E: Tensor, filling: int) -> Tensor:
+    """[E + 1]: the values at the starts, in order, and `filling` behind them; `number_E` counts the starts so far."""
+    unread = len(value_E) + 2
+    out = torch.full((unread + 1,), filling, dtype=value_E.dtype, device=value_E.device)
+    return out.scatter_(0, torch.where(is_start_E, number_E, unread), value_E)[1:unread]
