@@ -68,7 +68,7 @@ def main() -> None:
         size = Size(*asked.sizes[-1], True)
         stepper, staged = size.stepper(), None
         staged = [stepper.staged(batch) for batch in size.batches]
-        print(kernel_table(lambda: stepper.step(staged[0], 1.0, size.num_impressions)), flush=True)
+        print(kernel_table(lambda: stepper.step([staged[0]], [1.0], size.num_impressions)), flush=True)
     end_to_end = _end_to_end(asked) if asked.end_to_end else {}
     print(json.dumps(summary(rows, precision, end_to_end)))
 
@@ -155,7 +155,7 @@ class Size:
             for batch in self.batches:  # so that one capture holds them all
                 stepper.staged(batch)
             ready = [stepper.staged(batch) for batch in self.batches]
-        return lambda number: stepper.step(ready[number], 1.0, self.num_impressions)
+        return lambda number: stepper.step([ready[number]], [1.0], self.num_impressions)
 
     def _few(self) -> list[RequestBatch]:
         return [per_impression(batch, max(32, self.num_users // 4)) for batch in self.batches]

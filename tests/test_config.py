@@ -88,11 +88,13 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path:
     file = tmp_path / "mine.yaml"
     file.write_text("seed: 7\ntrain: {epochs: 3, learning_rate: 0.5}\n")
     settings, flags = parse_settings(
-        "a job", ["--config", str(file), "--train.epochs", "4", "--fresh"], [("fresh", "x")]
+        "a job",
+        ["--config", str(file), "--train.epochs", "4", "--fresh", "--from", "there"],
+        [("fresh", "x"), ("from", "x", "PATH"), ("to", "x", "PATH"), ("dry-run", "x")],
     )
     assert (settings.seed, settings.train.epochs, settings.train.learning_rate) == (7, 4, 0.5)
     assert settings.train.clip_norm == Settings().train.clip_norm
-    assert flags == {"fresh"}
+    assert flags == {"fresh": True, "from": "there", "to": None, "dry-run": False}
 
 
 def test_help_documents_every_setting_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:

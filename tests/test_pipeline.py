@@ -24,7 +24,7 @@ SIZES = {
     "model.item_rows": 512,
     "model.user_rows": 64,
     "model.categorical_rows": 64,
-    "train.requests_per_step": 64,
+    "train.tokens_per_step": 2048,
     "train.validate_every_steps": 10,
     "requests.validation_days_share": 0.1,
     "serve.check_requests": 30,

@@ -22,7 +22,7 @@ from longer.model.inputs import to_tensors
 from longer.model.longer import Longer
 from longer.model.ranker import Ranker
 from longer.training.baselines import count_in_history, item_counts, popularity
-from longer.training.cursor import DataCursor, Position
+from longer.training.cursor import MIN_PACKS_OF_STEP, DataCursor
 from longer.training.loader import SplitData, prefetch, score_split
 from longer.training.metrics import auc, binary_metrics
 from longer.training.steps import Stepper, rate_share
@@ -44,7 +44,7 @@ class Budget:
 
     def train_settings(self) -> TrainSettings:
         precision = "bf16" if self.device.type == "cuda" else "float32"
-        return TrainSettings(epochs=self.epochs, requests_per_step=self.requests_per_step, precision=precision)
+        return TrainSettings(epochs=self.epochs, precision=precision)
 
 
 def run(arm: Arm, base: Base, log: Log, budget: Budget) -> dict[str, Any]:
@@ -118,17 +118,21 @@ def _train(model: Ranker, log: Log, budget: Budget, seed: int) -> tuple[Stepper,
     data = log.split("train", model.windows).newest(budget.train_requests)
     packs = data.packs(_PACK_REQUESTS)
     candidates_P = data.num_candidates(packs)
-    cursor = DataCursor(f"{log.name}/{seed}", np.diff(packs.offsets_P1), data.cost(packs), budget.requests_per_step)
+    cost_P = data.cost(packs)
+    tokens_per_step = int(cost_P.sum() * budget.requests_per_step // len(data.requests))
+    epochs = [np.arange(len(packs))] * budget.epochs
+    cursor = DataCursor(
+        f"{log.name}/{seed}", cost_P, epochs, max(tokens_per_step, MIN_PACKS_OF_STEP * int(cost_P.max()))
+    )
     model.to(device).train()
     stepper = Stepper(model, asked, device, num_workers=1)
-    num_steps, losses = budget.epochs * cursor.steps_per_epoch, []
-    positions = (Position(e, s) for e in range(budget.epochs) for s in range(cursor.steps_per_epoch))
-    chosen = (cursor.packs_of_step(position) for position in positions)
+    num_steps, losses = cursor.num_steps, []
+    chosen = (cursor.plan(e, 1).step(s) for e in range(budget.epochs) for s in range(cursor.steps_of(e)))
     batches = ((stepper.staged(data.batch(packs.take(some))), int(candidates_P[some].sum())) for some in chosen)
     for step, (batch, num_candidates) in enumerate(prefetch(batches, 4)):
         stepper.optimizer.set_rate_share(rate_share(step, num_steps, asked.warmup_share))
         torch.manual_seed((seed << 32) + step)
-        loss, _ = stepper.step(batch, 1.0, num_candidates)
+        loss, _ = stepper.step([batch], [1.0], num_candidates)
         losses.append(loss / num_candidates)
     return stepper, num_steps, float(torch.stack(losses[-max(1, num_steps // 10) :]).mean())
 

@@ -18,9 +18,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_settings(
-    description: str, argv: Sequence[str] | None = None, flags: Sequence[tuple[str, str]] = ()
-) -> tuple[Settings, set[str]]:
-    """Settings from the command line of a job, and which of its own boolean `flags` (name, help) were given.
+    description: str, argv: Sequence[str] | None = None, flags: Sequence[tuple[str, ...]] = ()
+) -> tuple[Settings, dict[str, Any]]:
+    """Settings from the command line of a job, and the values of its own `flags`, (name, help) or (name, help, metavar).
+
+    One without a metavar is True or False; one with it is what was given, or None.
 
     Exits with code 0 after `--help`; raises UserError for every mistake.
     """
@@ -31,10 +33,11 @@ def parse_settings(
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; the flags below override it")
-    for name, text in flags:
-        parser.add_argument(f"--{name}", action="store_true", help=text)
+    for name, text, *metavar in flags:
+        how: dict[str, Any] = {"metavar": metavar[0]} if metavar else {"action": "store_true"}
+        parser.add_argument(f"--{name}", help=text, **how)
     source: CliSettingsSource = CliSettingsSource(Settings, root_parser=parser)
     args = parser.parse_args(list(argv) if argv is not None else None)
-    given = {name for name, _ in flags if getattr(args, name.replace("-", "_"))}
+    given = {name: getattr(args, name.replace("-", "_")) for name, *_ in flags}
     overrides = source(parsed_args=args)()
     return load_settings(args.config, {k: v for k, v in overrides.items() if k in Settings.model_fields}), given

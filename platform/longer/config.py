@@ -275,11 +275,24 @@ class TaskSettings(Section):
 class TrainSettings(Section):
     """Ray Train."""
 
-    num_workers: int = Field(2, ge=1, description="Data-parallel workers.")
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
+        2,
+        description="Data-parallel workers; [min, max]: as many as there is room for, and again whenever that changes.",
+    )
     use_gpu: bool = Field(False, description="One GPU a worker.")
     tasks: tuple[TaskSettings, ...] = Field((TaskSettings(),), min_length=1, description="Heads and their losses.")
     epochs: int = Field(1, ge=1, description="Passes over the training requests.")
-    requests_per_step: int = Field(256, ge=1, description="Requests in a step, over all workers.")
+    tokens_per_step: int = Field(
+        32_768,
+        ge=1,
+        description="Most events and candidates computed in a step, over all workers; steps are about equal.",
+    )
+    max_tokens_per_batch: int | None = Field(
+        None,
+        ge=1,
+        description="Most events and candidates that a worker computes at once: a part of a step that may exceed it is cut into "
+        "batches whose gradients are summed; null: the whole part at once.",
+    )
     max_requests: int | None = Field(None, ge=1, description="Train on the newest this many requests only; null: all.")
     learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate of AdamW on the dense layers.")
     embedding_learning_rate: float = Field(1e-2, gt=0, description="Peak learning rate on the embedding tables.")
@@ -298,8 +311,21 @@ class TrainSettings(Section):
     max_validation_requests: int = Field(
         1_000, ge=1, description="Validation requests scored each time, spread evenly."
     )
-    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept: the best by validation AUC.")
+    keep_checkpoints: int = Field(
+        2, ge=1, description="Checkpoints of a run that are kept: the newest this many, and the best by validation AUC."
+    )
     max_failures: int = Field(2, ge=0, description="Worker failures survived by restarting from the last checkpoint.")
+
+    @field_validator("num_workers")
+    @classmethod
+    def _range_ascends(cls, asked: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(asked, tuple) and asked[0] > asked[1]:
+            raise ValueError(f"num_workers={list(asked)} is [min, max]: swap them")
+        return asked
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
 
 class EvaluateSettings(Section):

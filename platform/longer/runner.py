@@ -1,5 +1,6 @@
 """How every job starts: settings from the command line, a Ray to run on, and one line and exit code 2 for a user's mistake."""
 
+import keyword
 import logging
 import os
 import re
@@ -18,24 +19,29 @@ _USER_ERROR_LINE = re.compile(r"^longer\.errors\.(?:User|Storage)Error: (.+)$", 
 
 
 def run_job(
-    description: str, run: Callable[..., Any], flags: Sequence[tuple[str, str]] = (), needs_ray: bool = True
+    description: str, run: Callable[..., Any], flags: Sequence[tuple[str, ...]] = (), needs_ray: bool = True
 ) -> Any:
     """Runs a job and gives what it returns; exits with 2 and one line on stderr for a UserError; bugs keep their traceback.
 
-    `run` gets the settings, and each of its own boolean `flags` (name, help) as a keyword argument.
+    `run` gets the settings, and each of its own `flags` (`parse_settings`) as a keyword argument, `from_` where Python has a
+    word of its own.
     """
     try:
         settings, given = parse_settings(description, flags=flags)
         _check_root(settings)
         if needs_ray:
             start_ray(settings.ray)
-        return run(settings, **{name.replace("-", "_"): name in given for name, _ in flags})
+        return run(settings, **{_argument(name): value for name, value in given.items()})
     except Exception as error:
         mistake = user_error_in(error)
         if mistake is None:
             raise
         print(mistake, file=sys.stderr)
         sys.exit(2)
+
+
+def _argument(flag: str) -> str:
+    return f"{flag}_" if keyword.iskeyword(flag) else flag.replace("-", "_")
 
 
 def _check_root(settings: Settings) -> None:

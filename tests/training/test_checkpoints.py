@@ -4,16 +4,26 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 
+from longer.config import Settings, TrainSettings
 from longer.errors import UserError
 from longer.model.longer import Longer
 from longer.schema import EventSchema
 from longer.storage import read_bytes, write_bytes
-from longer.training.checkpoints import TrainerState, load_model, load_trainer, save_model, save_trainer
+from longer.training.checkpoints import (
+    TrainerState,
+    load_model,
+    load_trainer,
+    load_weights,
+    moments_of,
+    save_model,
+    save_trainer,
+)
 from longer.training.cursor import Position
 from tests.model.generate import SCHEMA, TASKS, small_model
 
@@ -122,9 +132,10 @@ def test_training_goes_on_from_saved_state_as_if_never_interrupted(saved: tuple[
         of_optimizer.step()
 
     step(model, optimizer)
-    state = TrainerState(Position(1, 7), [{"step": 3, "loss": 0.5}])
+    epochs = [{"num_requests": 9, "id_sum": "00000000000000ff"}]
+    state = TrainerState(Position(1, 7), [{"step": 3, "loss": 0.5}], epochs, [{"step": 2, "score": 0.75}])
     save_model(directory, model, model.settings, SCHEMA, TASKS)
-    save_trainer(directory, model, optimizer, state)
+    save_trainer(directory, moments_of(model, optimizer), state)
     step(model, optimizer)
 
     resumed, _ = load_model(directory)
@@ -133,3 +144,40 @@ def test_training_goes_on_from_saved_state_as_if_never_interrupted(saved: tuple[
     step(resumed, fresh)
     for one, other in zip(model.parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def settings_like(model: Longer, **changed: Any) -> Settings:
+    """Settings that fit `model`, but for the changed ones of its own."""
+    return Settings(
+        event_schema=SCHEMA,
+        model={**model.settings.model_dump(), **changed},
+        train={"tasks": [task.model_dump() for task in TASKS]},
+    )
+
+
+def test_training_may_start_from_a_checkpoint_that_fits(saved: tuple[str, Longer]) -> None:
+    directory, model = saved
+    weights, info = load_weights(directory, settings_like(model, dropout=0.5))
+    assert info.model_version
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda s: s.model_copy(update={"event_schema": EventSchema()}), "is not the settings' event_schema"),
+        (lambda s: settings_like(small_model(), item_rows=77), "model.item_rows is .*, the settings say 77: set"),
+        (lambda s: settings_like(small_model(), num_heads=1), "model.num_heads"),
+        (
+            lambda s: s.model_copy(update={"train": TrainSettings(tasks=(TASKS[0],))}),
+            "its tasks are .* use the checkpoint's",
+        ),
+    ],
+)
+def test_training_does_not_start_from_weights_that_mean_something_else(
+    saved: tuple[str, Longer], change: Callable[[Settings], Settings], says: str
+) -> None:
+    with pytest.raises(UserError, match=says) as refused:
+        load_weights(saved[0], change(settings_like(saved[1])))
+    assert "\n" not in str(refused.value)

@@ -97,9 +97,9 @@ def test_a_step_without_a_loss_changes_no_table() -> None:
     model = small_model(0, torch.float32).to(DEVICE)
     stepper = Stepper(model, LONG, DEVICE, 1)
     batch = request_batch(model, 1, [60, 5, 33])
-    stepper.step(stepper.staged(batch), 1.0, len(batch.labels["click"]))
+    stepper.step([stepper.staged(batch)], [1.0], len(batch.labels["click"]))
     before = {name: model.get_parameter(name).detach().clone() for name in model.large_tables()}
-    stepper.step(stepper.staged(batch), 0.0, 10)
+    stepper.step([stepper.staged(batch)], [0.0], 10)
     for name, weight in before.items():
         assert torch.equal(weight, model.get_parameter(name))
 
@@ -108,14 +108,14 @@ def test_noted_gradients_are_those_of_the_whole_table() -> None:
     model, plain = (small_model(0, torch.float32).to(DEVICE) for _ in range(2))
     stepper = Stepper(model, LONG, DEVICE, 1)
     batch = request_batch(model, 1, [60, 5, 33])
-    stepper.step(batch, 1.0, len(batch.labels["click"]))
+    stepper.step([batch], [1.0], len(batch.labels["click"]))
     other = Stepper(plain, LONG, DEVICE, 1)
     for table in plain.large_tables().values():
         table.reads = None
     other.optimizer.tables.clear()
     with torch.no_grad():
         other.optimizer.zero_grad()
-    other.step(batch, 1.0, len(batch.labels["click"]))
+    other.step([batch], [1.0], len(batch.labels["click"]))
     for name, table in model.large_tables().items():
         assert table.reads
         gradient = plain.get_parameter(name).grad
@@ -135,7 +135,7 @@ def test_captured_steps_learn_what_launched_ones_do() -> None:
         for seed, lengths in enumerate([[60, 5, 33], [4, 9], [60, 60, 60, 60], [1, 30], [60, 5, 33]]):
             batch = request_batch(model, seed, lengths)
             staged = stepper.staged(batch) if is_captured else batch
-            loss, norm = stepper.step(staged, 1.0, len(batch.labels["click"]))
+            loss, norm = stepper.step([staged], [1.0], len(batch.labels["click"]))
             losses.append((float(loss), float(norm)))
         outcomes.append((losses, model))
     np.testing.assert_allclose(outcomes[0][0], outcomes[1][0], rtol=1e-4)

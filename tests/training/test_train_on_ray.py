@@ -1,4 +1,4 @@
-"""Training and evaluation on a real local Ray: a killed worker, another number of workers, reruns and bad inputs."""
+"""Training and evaluation on a real local Ray: killed workers, other numbers of workers, reruns and bad inputs."""
 
 import os
 import shutil
@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import ray.train
+import ray.train.collective
 import safetensors.torch
 import torch
+from ray.train import TrainingFailedError
 
 from jobs import evaluate, train
 from longer.config import Settings
@@ -19,16 +21,19 @@ from longer.data.scores import read_scores
 from longer.data.tables import RequestTable
 from longer.errors import UserError
 from longer.storage import Version
-from longer.training.checkpoints import load_model
-from longer.training.loop import train_worker
+from longer.training import loop
+from longer.training.checkpoints import TrainerState, load_model, read_trainer_state
+from longer.training.content import tally
+from longer.training.cursor import Position
+from longer.training.loop import Run, train_worker
 from longer.training.metrics import auc
-from longer.training.steps import Stepper
 from tests.data.test_build_on_ray import run_all, settings_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
-TRAIN = {"requests_per_step": 16, "epochs": 2, "validate_every_steps": 8, "learning_rate": 0.01}
-DIES_AFTER_STEP = 13
+EVERY = 8
+TRAIN = {"tokens_per_step": 320, "epochs": 2, "validate_every_steps": EVERY, "learning_rate": 0.01}  # 16 steps an epoch
+DIES_AT_STEP = 13
 
 
 @pytest.fixture(scope="module")
@@ -46,46 +51,92 @@ def settings_for(tables: Settings, root: Path, **train_settings: Any) -> Setting
     return Settings(**{**tables.model_dump(), **changed})
 
 
-def worker_that_dies_once(config: dict[str, Any]) -> None:
-    """The worker function, but rank 1 is killed after a step, once; every start leaves a line in the file `starts`."""
-    root, rank = Path(config["settings"].root), ray.train.get_context().get_world_rank()
-    if rank == 0:
-        with (root / "starts").open("a") as starts:
-            starts.write("resumed\n" if ray.train.get_checkpoint() else "fresh\n")
-    original, steps_here = Stepper.step, 0
+def worker_that_is_killed(config: dict[str, Any]) -> None:
+    """The worker function, but each of the first three starts ends with kill -9; `starts` gets a line each, where it begins.
 
-    def step(*args: Any) -> Any:
-        nonlocal steps_here
-        steps_here += 1
-        if rank == 1 and steps_here == DIES_AFTER_STEP and not (root / "killed").exists():
-            (root / "killed").touch()
+    The first time a worker dies within an epoch, the second time the one that is uploading the checkpoint of the epoch's end,
+    the third time one dies before the next epoch's first step, with that checkpoint committed.
+    """
+    root, rank = Path(config["job"].settings.root), ray.train.get_context().get_world_rank()
+    start = len((root / "starts").read_text().split()) if (root / "starts").exists() else 0
+    ray.train.collective.barrier()
+    if rank == 0:
+        checkpoint = ray.train.get_checkpoint()
+        position = read_trainer_state(checkpoint.path).position if checkpoint else Position()
+        with (root / "starts").open("a") as starts:
+            starts.write(f"{position.epoch}/{position.step}\n")
+    take_step, save = Run._step, loop.save_trainer
+
+    def step(run: Run, work: Any) -> Any:
+        within = start == 0 and rank == 1 and work.position == Position(0, DIES_AT_STEP)
+        if within or (start == 2 and rank == 1 and work.position == Position(1, 0)):
             time.sleep(3)  # longer than Ray's controller takes to take note of the last checkpoint
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args)
+        return take_step(run, work)
 
-    Stepper.step = step  # type: ignore[method-assign]
+    def save_trainer(directory: str, moments: Any, state: TrainerState) -> None:
+        if start == 1 and state.position == Position(1, 0):
+            assert (Path(directory) / "model.json").exists()
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(directory, moments, state)
+
+    Run._step, loop.save_trainer = step, save_trainer  # type: ignore[method-assign]
     train_worker(config)
 
 
 @pytest.fixture(scope="module")
 def trained(tables: Settings, tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, Version]:
-    """A finished run of two workers, one of which was killed on the way."""
-    settings = settings_for(tables, tmp_path_factory.mktemp("trained"), num_workers=2)
+    """A finished run of two workers, then one, then three; each time, some worker was killed."""
+    root = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("longer.training.run.train_worker", worker_that_dies_once)
+        patch.setattr("longer.training.run.train_worker", worker_that_is_killed)
+        for num_workers in (2, 1):
+            accumulating = {"max_tokens_per_batch": 150}  # two batches each of two workers, or four of one
+            with pytest.raises(TrainingFailedError):
+                train.run(settings_for(tables, root, num_workers=num_workers, max_failures=0, **accumulating))
+        settings = settings_for(tables, root, num_workers=3, max_failures=1)
         return settings, train.run(settings)
 
 
-def test_a_killed_worker_costs_no_step_and_repeats_none(trained: tuple[Settings, Version]) -> None:
+def test_kills_within_an_epoch_at_its_end_and_in_an_upload_cost_no_step_and_repeat_none(
+    trained: tuple[Settings, Version],
+) -> None:
     settings, version = trained
-    assert (Path(settings.root) / "starts").read_text().split() == ["fresh", "resumed"]
+    assert (Path(settings.root) / "starts").read_text().split() == ["0/0", f"0/{EVERY}", f"0/{EVERY}", "1/0"]
     losses = [record["step"] for record in version.manifest["history"] if "loss" in record]
     validations = [record["step"] for record in version.manifest["history"] if "validation" in record]
-    num_requests = RequestTable(settings.path("tables", "requests"), settings.event_schema).version.manifest[
-        "num_requests"
-    ]
-    assert losses == list(range(1, 2 * (num_requests["train"] // 16) + 1))
-    assert validations == sorted({*range(8, len(losses), 8), len(losses)})
+    assert losses == list(range(1, 4 * EVERY + 1))
+    assert validations == [EVERY, 2 * EVERY, 3 * EVERY, 4 * EVERY]
+
+
+def test_a_run_with_kills_and_changing_workers_ends_where_an_undisturbed_one_does(
+    trained: tuple[Settings, Version], tables: Settings, tmp_path: Path
+) -> None:
+    undisturbed_settings = settings_for(tables, tmp_path, num_workers=1)
+    undisturbed = train.run(undisturbed_settings).manifest
+    assert undisturbed["trained"] == trained[1].manifest["trained"]
+    folder = Path(undisturbed_settings.path("training", undisturbed["version"]))
+    scores = [r["validation"]["label"]["auc"] for r in undisturbed["history"] if "validation" in r]
+    kept = {3 * EVERY, 4 * EVERY, (1 + scores.index(max(scores))) * EVERY}
+    whole = {int(path.parent.name[5:]) for path in folder.glob("step_*/trainer.safetensors")}
+    assert whole == kept, "the newest two checkpoints and the best one"
+    assert list(folder.glob("tensorboard/events*"))
+    ends = [[r for r in m["history"] if "validation" in r][-1] for m in (undisturbed, trained[1].manifest)]
+    assert ends[1]["validation"]["label"]["logloss"] == pytest.approx(
+        ends[0]["validation"]["label"]["logloss"], rel=1e-3
+    )
+
+
+def test_the_manifest_proves_that_each_epoch_trained_every_request_of_the_split_once(
+    trained: tuple[Settings, Version],
+) -> None:
+    settings, version = trained
+    table = RequestTable(settings.path("tables", "requests"), settings.event_schema)
+    ids = np.concatenate([table.read("train", bucket).request_id_R for bucket in range(table.num_buckets)])
+    (trained_on,) = version.manifest["trained"]
+    assert len(ids) == table.version.manifest["num_requests"]["train"]
+    assert trained_on["epochs"] == [tally(ids)] * 2
+    assert trained_on["requests"] == table.version.id
 
 
 def test_the_published_checkpoint_is_the_best_by_validation(trained: tuple[Settings, Version]) -> None:
@@ -124,12 +175,18 @@ def test_a_run_that_finished_but_was_not_published_is_published_without_training
         assert again.manifest[key] == version.manifest[key]
 
 
-def test_one_and_two_workers_have_the_same_gradient(tables: Settings, tmp_path: Path) -> None:
-    moments = []
+def test_one_and_two_workers_have_the_same_gradient_from_the_same_checkpoint(
+    trained: tuple[Settings, Version], tables: Settings, tmp_path: Path
+) -> None:
+    moments, start = [], load_model(trained[1].path)[0].state_dict()
     for num_workers in (1, 2):
-        one_step = {"num_workers": num_workers, "epochs": 1, "max_requests": 31, "requests_per_step": 31}
+        one_step = {"num_workers": num_workers, "epochs": 1, "max_requests": 31, "tokens_per_step": 10_000}
         settings = settings_for(tables, tmp_path / str(num_workers), **one_step)
-        run = train.run(settings)
+        run = train.run(settings, from_=trained[1].path)
+        assert run.manifest["from"] == trained[1].manifest["model_version"]
+        largest_rate = settings.train.embedding_learning_rate
+        for name, tensor in load_model(run.path)[0].state_dict().items():
+            torch.testing.assert_close(tensor, start[name], rtol=1e-3, atol=1.01 * largest_rate)
         state = Path(settings.path("training", run.id, "step_0000001", "trainer.safetensors"))
         moments.append(safetensors.torch.load(state.read_bytes()))
     for name, moment in moments[0].items():  # after one step the first moment is a tenth of the gradient

@@ -3,13 +3,15 @@
 model.safetensors      weights
 model.json             format, model version, schema, model settings, tasks: all that serving needs
 trainer.safetensors    the optimizer's moments, float32
-trainer.json           the position in the data and the history so far
+trainer.json           the position in the data, the history so far, what has been trained in each epoch, checkpoints before
+
+Random numbers need no state: those of a step are a function of seed, step and worker.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, cast
 
 import safetensors
@@ -17,7 +19,7 @@ import safetensors.torch
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from longer.config import ModelSettings, TaskSettings
+from longer.config import ModelSettings, Settings, TaskSettings
 from longer.encoder_settings import UserEmbedding
 from longer.errors import UserError
 from longer.model.encoders.factory import make_model, upstream_settings
@@ -52,17 +54,46 @@ class HasMoments(Protocol):
 
 @dataclass
 class TrainerState:
-    """Where a training run stands; `history` holds one record a logged step and one a validation."""
+    """Where a training run stands.
+
+    `history` holds one record a logged step and one a validation, `epochs` what has been trained of each epoch (`Trained`),
+    `checkpoints` the step and score of every checkpoint so far, this one included.
+    """
 
     position: Position = field(default_factory=Position)
     history: list[dict[str, Any]] = field(default_factory=list)
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    checkpoints: list[dict[str, Any]] = field(default_factory=list)
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def weights_of(model: Ranker) -> Tensors:
+    """A copy of the weights on the CPU, which training leaves alone."""
+    return {name: _copied(tensor) for name, tensor in model.state_dict().items()}
+
+
+def moments_of(model: Ranker, optimizer: HasMoments) -> Tensors:
+    """A copy of the optimizer's moments on the CPU, under their parameters' names."""
+    return {
+        f"{name}/{key}": _copied(value)
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
 
 
 def save_model(
     directory: str, model: Ranker, settings: ModelSettings, schema: EventSchema, tasks: tuple[TaskSettings, ...]
 ) -> str:
     """Writes model.safetensors, then model.json; returns the model version, a hash of the weights and of the settings."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    return save_weights(directory, weights_of(model), settings, schema, tasks)
+
+
+def save_weights(
+    directory: str, weights: Tensors, settings: ModelSettings, schema: EventSchema, tasks: tuple[TaskSettings, ...]
+) -> str:
+    """As `save_model`, of weights that `weights_of` has copied."""
     about = {
         "schema_hash": schema.hash(),
         "event_schema": schema.model_dump(mode="json"),
@@ -134,20 +165,10 @@ def load_upstream(model: Ranker, settings: ModelSettings) -> None:
     cast(EncoderRanker, model).upstream.load_state_dict(tower.state_dict())
 
 
-def save_trainer(directory: str, model: Ranker, optimizer: HasMoments, state: TrainerState) -> None:
-    """Writes the optimizer's moments under their parameters' names, and the state."""
-    tensors = {
-        f"{name}/{key}": value.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-    }
-    write_bytes(f"{directory}/trainer.safetensors", safetensors.torch.save(tensors))
-    about = {
-        "format_version": FORMAT_VERSION,
-        "epoch": state.position.epoch,
-        "step": state.position.step,
-        "history": state.history,
-    }
+def save_trainer(directory: str, moments: Tensors, state: TrainerState) -> None:
+    """Writes the optimizer's moments, then the state."""
+    write_bytes(f"{directory}/trainer.safetensors", safetensors.torch.save(moments))
+    about = {"format_version": FORMAT_VERSION, **asdict(state)}
     write_bytes(f"{directory}/trainer.json", _json(about))
 
 
@@ -162,7 +183,28 @@ def load_trainer(path: str, model: Ranker, optimizer: HasMoments) -> TrainerStat
 
 def read_trainer_state(path: str) -> TrainerState:
     about = _read_json(path, "trainer.json")
-    return TrainerState(Position(about["epoch"], about["step"]), about["history"])
+    return TrainerState(Position(**about["position"]), about["history"], about["epochs"], about["checkpoints"])
+
+
+_CHANGEABLE = {"history_events", "query_groups", "stride_groups", "dropout"}
+"""Model settings under which weights keep their meaning."""
+
+
+def load_weights(path: str, settings: Settings) -> tuple[Tensors, CheckpointInfo]:
+    """The weights of a checkpoint to start training with these settings from; a UserError names what does not fit."""
+    model, info = load_model(path, expected_schema=settings.event_schema)
+    asked = settings.model.model_dump(mode="json")
+    for name, value in info.model.model_dump(mode="json").items():
+        if name not in _CHANGEABLE and asked[name] != value:
+            raise UserError(
+                f"{path}/model.json: model.{name} is {value}, the settings say {asked[name]}: set model.{name}={value}"
+            )
+    heads, asked_heads = ([(task.name, task.kind) for task in tasks] for tasks in (info.tasks, settings.train.tasks))
+    if heads != asked_heads:
+        raise UserError(
+            f"{path}/model.json: its tasks are {heads}, train.tasks of the settings {asked_heads}: use the checkpoint's"
+        )
+    return dict(model.state_dict()), info
 
 
 def _info(path: str, about: dict[str, Any]) -> CheckpointInfo:
@@ -221,6 +263,10 @@ def _read_json(path: str, name: str) -> dict[str, Any]:
             "use the release that wrote it, or train again"
         )
     return about
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _json(about: dict[str, Any]) -> bytes:

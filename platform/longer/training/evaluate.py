@@ -70,6 +70,7 @@ def evaluate(settings: Settings) -> Version:
         raise UserError(
             f"{requests.path}: no requests in the test split: raise requests.test_days_share, build them again"
         )
+    _check_held_out(checkpoint, requests)
     load_model(checkpoint.path, expected_schema=settings.event_schema)  # a mistake is told here once, not by every task
     train_end_ms = round(datetime.fromisoformat(requests.manifest["valid_from"]).timestamp() * 1000)
     scorer = BucketScorer(settings, inputs.ids, checkpoint.path, table.begin(version_id), train_end_ms)
@@ -94,6 +95,15 @@ def evaluate(settings: Settings) -> Version:
         f"version {version_id}: {', '.join(f'{name} {value:.4f}' for name, value in metrics['test'].items())}",
     )
     return version
+
+
+def _check_held_out(checkpoint: Version, requests: Version) -> None:
+    trained_until, test_from = checkpoint.manifest["trained_until"], requests.manifest["test_from"]
+    if datetime.fromisoformat(trained_until) > datetime.fromisoformat(test_from):
+        raise UserError(
+            f"{checkpoint.path}: has trained requests until {trained_until}, the test split starts at {test_from}: see each day's "
+            "metrics from before it was trained in its manifest, or train without --continue"
+        )
 
 
 @dataclass(frozen=True)

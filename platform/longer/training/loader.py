@@ -12,16 +12,19 @@ import pyarrow as pa
 
 from longer.arrays import Candidates, Histories, Int64, RequestBatch
 from longer.data.batches import Packs, Requests, assemble, concat_histories, plan_packs, rows_of_requests
+from longer.data.requests import SPLITS
 from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import UserError
 from longer.windows import WindowRule
 
 T = TypeVar("T")
 
+MS_PER_DAY = 86_400_000
+
 _SCORED_PACK_REQUESTS = 64
 """Requests of one user that share an encode where nothing is learned, so that alike requests do no harm."""
 
-_COST_PER_BATCH = 1 << 15
+COST_PER_BATCH = 1 << 15
 """Events and candidates scored together: enough to fill the cores, little enough for their caches."""
 
 
@@ -60,6 +63,13 @@ class SplitData:
     def packs(self, max_pack_requests: int) -> Packs:
         return plan_packs(self.row_R, self.requests.history_end_R, self.windows, max_pack_requests)
 
+    def packs_by_day(self, max_pack_requests: int) -> tuple[Packs, Int64]:
+        """Packs of which none holds requests of two days, and the day of each, in days since 1970 UTC."""
+        day_R = self.requests.request_ts_R // MS_PER_DAY
+        row_of_day_R = self.row_R * (day_R.max(initial=0) + 1) + day_R
+        packs = plan_packs(row_of_day_R, self.requests.history_end_R, self.windows, max_pack_requests)
+        return packs, day_R[packs.order_R[packs.offsets_P1[:-1]]]
+
     def num_candidates(self, packs: Packs) -> Int64:
         """Candidates of each pack."""
         ends_R1 = np.append(0, np.cumsum(np.diff(self.requests.candidates.offsets_R1)[packs.order_R]))
@@ -81,7 +91,7 @@ def score_packs(
     """Rows among all candidates of `data`, and their scores, batch by batch. Packs of similar cost go together: less padding."""
     cost_P = data.cost(packs)
     by_cost = np.argsort(cost_P, kind="stable")
-    batch_P = np.cumsum(cost_P[by_cost]) // _COST_PER_BATCH
+    batch_P = np.cumsum(cost_P[by_cost]) // COST_PER_BATCH
     offsets_R1 = data.requests.candidates.offsets_R1
     for members in np.split(by_cost, np.flatnonzero(np.diff(batch_P)) + 1):
         if len(members):
@@ -109,17 +119,27 @@ def read_split(
 ) -> SplitData:
     """A split, or some buckets of it, in memory."""
     wanted = range(requests.num_buckets) if buckets is None else buckets
-    histories, asked = [], []
-    for bucket in wanted:
-        histories.append(sequences.read_bucket(bucket)[1])
-        asked.append(requests.read(split, bucket))
-    all_histories, all_requests = concat_histories(histories), concat_requests(asked)
+    return _read(sequences, {bucket: requests.read(split, bucket) for bucket in wanted}, windows, f"{split} requests")
+
+
+def read_since(sequences: SequenceTable, requests: RequestTable, since_ms: int, windows: WindowRule) -> SplitData:
+    """The requests of all splits from a time on, in memory."""
+    asked = {}
+    for bucket in range(requests.num_buckets):
+        every = concat_requests([requests.read(split, bucket) for split in SPLITS])
+        asked[bucket] = every.take(np.flatnonzero(every.request_ts_R >= since_ms))
+    return _read(sequences, asked, windows, "requests")
+
+
+def _read(sequences: SequenceTable, requests: dict[int, Requests], windows: WindowRule, which: str) -> SplitData:
+    all_histories = concat_histories([sequences.read_bucket(bucket)[1] for bucket in requests])
+    all_requests = concat_requests(list(requests.values()))
     row_R = rows_of_requests(all_histories, all_requests)
     start_R = windows.history_start(all_requests.history_end_R) * windows.merge_size
     if num_cut := int((start_R < all_histories.first_index_B[row_R]).sum()):
         raise UserError(
-            f"model.history_events={windows.history_groups * windows.merge_size}: the history windows of {num_cut} {split} "
-            f"requests start before the events that {sequences.version.path} keeps: build sequences and requests again with "
+            f"model.history_events={windows.history_groups * windows.merge_size}: the history windows of {num_cut} {which} "
+            f"start before the events that {sequences.version.path} keeps: build sequences and requests again with "
             "these settings, or lower history_events"
         )
     return SplitData(all_histories, all_requests, row_R, windows)

@@ -1,23 +1,21 @@
 """What each Ray Train worker runs: steps, validations and checkpoints, resumable at any step with any number of workers."""
 
-import math
 import os
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import ray.train
 import torch
 import torch.distributed as dist
+from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.torch import get_device
 
-from longer.arrays import RequestBatch
-from longer.config import Settings
-from longer.data.tables import RequestTable, SequenceTable
+from longer.arrays import Int64, RequestBatch
 from longer.model.captured import Staged
 from longer.model.encoders.factory import make_model
 from longer.training.checkpoints import (
@@ -25,37 +23,44 @@ from longer.training.checkpoints import (
     load_model,
     load_trainer,
     load_upstream,
-    save_model,
+    load_weights,
+    moments_of,
     save_trainer,
+    save_weights,
+    weights_of,
 )
-from longer.training.cursor import DataCursor, Position, divide
-from longer.training.loader import prefetch, read_split, score_packs
-from longer.training.steps import Stepper, gather, rate_share, selection_score, task_metrics
+from longer.training.content import Content, Job, Trained
+from longer.training.cursor import Position, batches_per_worker
+from longer.training.loader import SplitData, prefetch
+from longer.training.meter import Meter, Scalars
+from longer.training.steps import Stepper, gather, rate_share, selection_score
+from longer.training.validation import validate
 
-MAX_PACK_REQUESTS = 16
-"""Requests of one user in a pack: more share one history, but a step's requests are more alike. 8, 16 and 32 learn alike."""
-
-_BATCHES_AHEAD = 2
-_SECONDS_BETWEEN_LINES = 3.0
+_STEPS_AHEAD = 2
 _RECORDS_PER_VALIDATION = 10
+_ITS_END = 1 << 30
+"""Days are trained at the rate with which the schedule of a long run ends."""
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """Ray Train's `train_loop_per_worker`; `config` holds the settings, the pinned table versions and where to tell."""
+    """Ray Train's `train_loop_per_worker`; `config` holds the job and where to tell."""
     context = ray.train.get_context()
     workers_here = context.get_local_world_size()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers_here))
-    settings: Settings = config["settings"]
-    Run(settings, config["versions"], config["lines"], context.get_world_rank(), context.get_world_size()).train()
+    Run(config["job"], config["lines"], context.get_world_rank(), context.get_world_size()).train()
 
 
 @dataclass(frozen=True)
 class Work:
-    """One worker's part of a step; `weight` is 0 where there is none and a pack is borrowed to keep in step."""
+    """One worker's part of a step; a batch of weight 0 is a pack borrowed where there is none, to keep in step.
+
+    `request_id_R` are the requests of its own batches; the numbers are those of the whole step, over all workers.
+    """
 
     position: Position
-    batch: RequestBatch | Staged
-    weight: float
+    batches: Sequence[RequestBatch | Staged]
+    weights: list[float]
+    request_id_R: Int64
     num_requests: int
     num_candidates: int
 
@@ -63,49 +68,62 @@ class Work:
 class Run:
     """A worker's model, data and place in the run."""
 
-    def __init__(self, settings: Settings, versions: dict[str, str], lines: Any, rank: int, num_workers: int) -> None:
-        self.settings, self.lines, self.rank, self.num_workers = settings, lines, rank, num_workers
-        windows, schema, asked = settings.model.windows, settings.event_schema, settings.train
-        sequences = SequenceTable(settings.path("tables", "sequences"), schema, versions["sequences"])
-        requests = RequestTable(settings.path("tables", "requests"), schema, versions["requests"])
-        self.data = read_split(sequences, requests, "train", windows).newest(asked.max_requests)
-        self.valid = read_split(sequences, requests, "valid", windows).spread(asked.max_validation_requests)
-        self.packs = self.data.packs(MAX_PACK_REQUESTS)
-        self.candidates_P = self.data.num_candidates(self.packs)
-        self.requests_P = np.diff(self.packs.offsets_P1)
-        order = f"{versions['requests']}/{settings.seed}"
-        self.cursor = DataCursor(order, self.requests_P, self.data.cost(self.packs), asked.requests_per_step)
-        self.num_steps = asked.epochs * self.cursor.steps_per_epoch
-        self.state = TrainerState()
+    def __init__(self, job: Job, lines: Any, rank: int, num_workers: int) -> None:
+        self.job, self.settings = job, job.settings
+        self.lines, self.rank, self.num_workers = lines, rank, num_workers
+        self.content = Content(job)
+        self.cursor = self.content.cursor
+        asked = self.settings.train
+        self.batches_each = batches_per_worker(
+            asked.tokens_per_step, int(self.content.cost_P.max()), num_workers, asked.max_tokens_per_batch
+        )
+        self.state, self.trained = TrainerState(), Trained(self.cursor.num_epochs)
+        self.scalars: Scalars | None = None
+        self._upload = threading.Lock()
         self.stepper = self._make_stepper()
+        self.timer = self.stepper.timer
+
+    def largest_batch(self, values_P: Int64) -> int:
+        """The most of `values_P`, one a pack of the content, in any worker's batch of any step: it bounds shapes."""
+        num_batches = self.num_workers * self.batches_each
+        plans = (self.cursor.plan(epoch, num_batches) for epoch in range(self.cursor.num_epochs))
+        return max(int(plan.sums(values_P).max()) for plan in plans)
 
     def train(self) -> None:
         """From the state's position to the end of the last epoch."""
-        first_step = self.cursor.global_step(self.state.position)
+        first_step, num_steps = self.cursor.global_step(self.state.position), self.cursor.num_steps
         if self.rank == 0:
-            self._say(
-                f"{len(self.data.requests)} requests an epoch, {self.num_steps} steps, starting at step {first_step}"
-            )
+            self.scalars = Scalars(self._path("tensorboard"), self.state.history)
+        over = f"of {self.cursor.num_epochs} days" if self.job.trains_days else "an epoch"
+        started = f"starting at step {first_step} with {self.num_workers} workers"
+        self._say(f"{len(self.content.data.requests)} requests {over}, {num_steps} steps, {started}")
         every = self.settings.train.validate_every_steps
         record_every = max(1, every // _RECORDS_PER_VALIDATION)
-        meter = Meter(self.num_steps, first_step)
+        meter = Meter(num_steps, first_step, self.stepper.device)
         loss_sum, num_candidates = torch.zeros((), dtype=torch.float64, device=self.stepper.device), 0
-        for work in prefetch(self._work(), _BATCHES_AHEAD):
+        for work in self.timer.waits(prefetch(self._work(), _STEPS_AHEAD), "data_wait"):
+            if self.job.trains_days and work.position.step == 0:
+                with meter.paused():
+                    self._test_day(work.position.epoch)
             done = self.cursor.global_step(work.position) + 1
             loss, gradient_norm = self._step(work)
             loss_sum += loss
             num_candidates += work.num_candidates
             meter.add(work.num_requests, work.num_candidates)
             self.state.position = self.cursor.after(work.position)
-            if done % record_every == 0 or done in (1, self.num_steps):
+            if done % record_every == 0 or done in (1, num_steps):
                 meter.loss = float(self._sum_over_workers(loss_sum)) / num_candidates
+                meter.add_phases(self.timer.take())
                 self._record(done, loss=meter.loss, gradient_norm=float(gradient_norm), **meter.rates())
                 loss_sum, num_candidates = torch.zeros_like(loss_sum), 0
             if self.rank == 0 and meter.is_due(done):
                 self._say(meter.line(done))
-            if done % every == 0 or done == self.num_steps:
+            day_ends = self.job.trains_days and self.state.position.step == 0
+            if done % every == 0 or done == num_steps or day_ends:
                 with meter.paused():
-                    self._validate_and_report(done)
+                    self._checkpoint(done)
+        if self.scalars:
+            self.scalars.close()
 
     def _make_stepper(self) -> Stepper:
         settings = self.settings
@@ -120,59 +138,126 @@ class Run:
             with checkpoint.as_directory() as directory:
                 model.load_state_dict(load_model(directory, str(device))[0].state_dict())
                 self.state = load_trainer(directory, model, stepper.optimizer)
+            if self.rank == 0:
+                self.trained.restore(self.state.epochs)
+        elif self.job.weights:
+            model.load_state_dict(load_weights(self.job.weights, settings)[0])
         return stepper
 
     def _work(self) -> Iterator[Work]:
-        position = self.state.position
-        while position.epoch < self.settings.train.epochs:
-            everyone = self.cursor.packs_of_step(position)
-            mine = self.cursor.packs_of_worker(position, self.rank, self.num_workers)
+        content, position = self.content, self.state.position
+        first = self.rank * self.batches_each
+        while position.epoch < self.cursor.num_epochs:
+            plan = self.cursor.plan(position.epoch, self.num_workers * self.batches_each)
+            everyone = plan.step(position.step)
+            mine = [plan.batch(position.step, first + number) for number in range(self.batches_each)]
+            batches = [content.data.batch(content.packs.take(packs if len(packs) else everyone[:1])) for packs in mine]
+            own = [batch.request_id_R for batch, packs in zip(batches, mine, strict=True) if len(packs)]
             yield Work(
                 position,
-                self.stepper.staged(self.data.batch(self.packs.take(mine if len(mine) else everyone[:1]))),
-                1.0 if len(mine) else 0.0,
-                int(self.requests_P[everyone].sum()),
-                int(self.candidates_P[everyone].sum()),
+                [self.stepper.staged(batch) for batch in batches],
+                [1.0 if len(packs) else 0.0 for packs in mine],
+                np.concatenate([np.empty(0, np.int64), *own]),
+                int(content.requests_P[everyone].sum()),
+                int(content.candidates_P[everyone].sum()),
             )
             position = self.cursor.after(position)
 
     def _step(self, work: Work) -> tuple[torch.Tensor, torch.Tensor]:
         step = self.cursor.global_step(work.position)
-        self.stepper.optimizer.set_rate_share(rate_share(step, self.num_steps, self.settings.train.warmup_share))
+        of_schedule = (_ITS_END, _ITS_END) if self.job.trains_days else (step, self.cursor.num_steps)
+        self.stepper.optimizer.set_rate_share(rate_share(*of_schedule, self.settings.train.warmup_share))
         torch.manual_seed(((self.settings.seed << 32) + step) * self.num_workers + self.rank)  # of dropout
-        return self.stepper.step(work.batch, work.weight, work.num_candidates)
+        taken = self.stepper.step(work.batches, work.weights, work.num_candidates)
+        self.trained.add(work.position.epoch, work.request_id_R)
+        return taken
 
-    def _validate_and_report(self, done: int) -> None:
-        """Validates, then saves: every worker takes part, the first one writes."""
-        started, settings, stepper = time.perf_counter(), self.settings, self.stepper
-        metrics = self._validate()
-        self._record(done, validation=metrics)
-        with tempfile.TemporaryDirectory() as directory:
-            checkpoint = None
-            if self.rank == 0:
-                save_model(directory, stepper.model, settings.model, settings.event_schema, settings.train.tasks)
-                save_trainer(directory, stepper.model, stepper.optimizer, self.state)
-                checkpoint = ray.train.Checkpoint.from_directory(directory)
-            reported = {"score": selection_score(metrics), "step": done, "validation": metrics}
-            ray.train.report(reported, checkpoint, checkpoint_dir_name=f"step_{done:07d}")
-        if self.rank == 0:
-            shown = ", ".join(f"{name} {value:.4f}" for task in metrics.values() for name, value in task.items())
-            self._say(f"step {done}: validation {shown}; {time.perf_counter() - started:.1f} s with checkpoint")
+    def _test_day(self, epoch: int) -> None:
+        """Metrics of a day that no step has seen yet, before its first step."""
+        day = self.content.expected[epoch]["day"]
+        metrics = self._metrics(self.content.day(epoch))
+        self._record(self.cursor.global_step(Position(epoch, 0)), day=day, tested=metrics)
+        self._say(f"{day}, before training on it: {_shown(metrics)}")
+
+    def _metrics(self, data: SplitData) -> dict[str, dict[str, float]]:
+        return validate(data, self.stepper.outputs, self.settings.train.tasks, self.rank, self.num_workers)
+
+    def _checkpoint(self, done: int) -> None:
+        """Validates, then hands a copy of everything to a thread that uploads it: every worker takes part, the first one writes."""
+        started = time.perf_counter()
+        metrics = self._metrics(self.content.valid) if self.content.valid else {}
+        score = selection_score(metrics) if metrics else None
+        if metrics:
+            self._record(done, validation=metrics)
+        self.state.checkpoints.append({"step": done, "score": score})
+        self.state.epochs = self._trained_so_far()
+        name = f"step_{done:07d}"
+        if self.rank > 0:
+            ray.train.report({}, checkpoint_dir_name=name, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
+            return
+        upload = self._upload_of_now()
+        reported = {"step": done, "score": score, "validation": metrics, "keep": self._to_keep()}
+        nothing = Checkpoint.from_directory(tempfile.mkdtemp())  # `upload` has it all; Ray removes this folder
+        ray.train.report(
+            reported,
+            nothing,
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=upload,
+        )
+        assert self.scalars
+        self.scalars.save()
+        shown = f"validation {_shown(metrics)}; " if metrics else ""
+        self._say(f"step {done}: {shown}{time.perf_counter() - started:.1f} s with checkpoint")
+
+    def _upload_of_now(self) -> Any:
+        """A function for Ray's thread that writes a checkpoint of this moment, whatever training does meanwhile.
+
+        Waits until the one before is written, so that memory holds one copy at most.
+        """
+        self._upload.acquire()
+        settings, stepper = self.settings, self.stepper
+        weights, moments = weights_of(stepper.model), moments_of(stepper.model, stepper.optimizer)
+        state = replace(self.state, history=list(self.state.history), checkpoints=list(self.state.checkpoints))
+        storage, path = ray.train.get_context().get_storage(), self._path()
+
+        def upload(_: Checkpoint, name: str) -> Checkpoint:
+            try:
+                save_weights(f"{path}/{name}", weights, settings.model, settings.event_schema, settings.train.tasks)
+                save_trainer(f"{path}/{name}", moments, state)
+            finally:
+                self._upload.release()
+            return Checkpoint(storage.build_checkpoint_path_from_name(name), storage.storage_filesystem)
+
+        return upload
+
+    def _trained_so_far(self) -> list[dict[str, Any]]:
+        """All workers' tallies; after the last step they must be those of the data, to a request."""
+        total = Trained(self.cursor.num_epochs)
+        for share in gather(self.trained, self.num_workers):
+            total.merge(share)
+        trained = [
+            {**of_data, **counted} for of_data, counted in zip(self.content.expected, total.as_dicts(), strict=True)
+        ]
+        over = self.state.position.epoch
+        if trained[:over] != self.content.expected[:over]:
+            raise RuntimeError(f"trained {trained[:over]}, the data are {self.content.expected[:over]}")
+        return trained
+
+    def _to_keep(self) -> list[int]:
+        """Steps of the checkpoints to keep once this one is committed: the last ones and the best so far."""
+        done = self.state.checkpoints
+        last = [checkpoint["step"] for checkpoint in done[-self.settings.train.keep_checkpoints :]]
+        scored = [checkpoint for checkpoint in done if checkpoint["score"] is not None]
+        best = [max(scored, key=lambda checkpoint: checkpoint["score"])["step"]] if scored else []
+        return sorted({*last, *best})
+
+    def _path(self, *parts: str) -> str:
+        return self.settings.path("training", ray.train.get_context().get_experiment_name(), *parts)
 
     def _say(self, message: str) -> None:
-        self.lines.add.remote("train", message)
-
-    def _validate(self) -> dict[str, dict[str, float]]:
-        """Metrics of the validation requests, which the workers share; the same on every worker."""
-        requests, tasks = self.valid.requests, self.settings.train.tasks
-        packs = self.valid.packs(MAX_PACK_REQUESTS)
-        mine = packs.take(divide(self.valid.cost(packs), self.num_workers)[self.rank])
-        scored = list(score_packs(self.valid, mine, self.stepper.outputs))
-        output_CT = np.zeros((len(requests.item_id_C), len(tasks)), np.float32)
-        for share in gather(scored, self.num_workers):
-            for rows_C, outputs_CT in share:
-                output_CT[rows_C] = outputs_CT
-        return task_metrics(output_CT, requests.labels, self.valid.row_C, tasks)
+        if self.rank == 0:
+            self.lines.add.remote("train", message)
 
     def _sum_over_workers(self, value: torch.Tensor) -> torch.Tensor:
         total = value.clone()
@@ -181,45 +266,11 @@ class Run:
         return total
 
     def _record(self, step: int, **values: Any) -> None:
-        self.state.history.append({"step": step, **values})
+        record = {"step": step, **values}
+        self.state.history.append(record)
+        if self.scalars:
+            self.scalars.add(record)
 
 
-class Meter:
-    """Speed since the last line, without the time of validations; a line is due every few seconds."""
-
-    def __init__(self, num_steps: int, first_step: int) -> None:
-        self.num_steps, self.loss = num_steps, math.nan
-        self._started = self._told = time.perf_counter()
-        self._num_steps_here, self._num_requests, self._num_candidates = 0, 0, 0
-
-    def add(self, num_requests: int, num_candidates: int) -> None:
-        self._num_steps_here += 1
-        self._num_requests += num_requests
-        self._num_candidates += num_candidates
-
-    def rates(self) -> dict[str, float]:
-        """Over all workers, since this process started."""
-        elapsed_s = time.perf_counter() - self._started
-        return {"requests_per_s": self._num_requests / elapsed_s, "impressions_per_s": self._num_candidates / elapsed_s}
-
-    def is_due(self, done: int) -> bool:
-        """True every few seconds, and at the end."""
-        now = time.perf_counter()
-        due = now - self._told >= _SECONDS_BETWEEN_LINES or done == self.num_steps
-        self._told = now if due else self._told
-        return due
-
-    def line(self, done: int) -> str:
-        rates = self.rates()
-        left_s = (self.num_steps - done) * (time.perf_counter() - self._started) / self._num_steps_here
-        return (
-            f"step {done}/{self.num_steps}, {rates['requests_per_s']:.0f} requests/s, "
-            f"{rates['impressions_per_s']:.0f} impressions/s, loss {self.loss:.4f}, about {left_s:.0f} s left"
-        )
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time spent inside does not count."""
-        began = time.perf_counter()
-        yield
-        self._started += time.perf_counter() - began
+def _shown(metrics: dict[str, dict[str, float]]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for task in metrics.values() for name, value in task.items())

@@ -41,8 +41,14 @@ def auc(score_C: npt.NDArray, label_C: npt.NDArray) -> float:
 
 def gauc(score_C: npt.NDArray, label_C: npt.NDArray, user_C: Ints) -> float:
     """Mean of the users' own AUCs, weighted by their impressions; users with labels of one class are left out."""
+    weighted_sum, weight = gauc_sums(score_C, label_C, user_C)
+    return weighted_sum / weight if weight else math.nan
+
+
+def gauc_sums(score_C: npt.NDArray, label_C: npt.NDArray, user_C: Ints) -> tuple[float, int]:
+    """The numerator and denominator of `gauc`, which add up over sets of whole users."""
     if not len(label_C):
-        return math.nan
+        return 0.0, 0
     order = np.lexsort((score_C, user_C))
     user, score, positive = user_C[order], score_C[order], label_C[order] > 0
     new_user = np.r_[True, user[1:] != user[:-1]]
@@ -53,10 +59,8 @@ def gauc(score_C: npt.NDArray, label_C: npt.NDArray, user_C: Ints) -> float:
     rank_sum_U = np.add.reduceat(np.where(positive, rank, 0.0), starts_U)
     pairs_U = positives_U * (size_U - positives_U)
     mixed_U = pairs_U > 0
-    if not mixed_U.any():
-        return math.nan
     auc_U = (rank_sum_U - positives_U * (positives_U + 1) / 2)[mixed_U] / pairs_U[mixed_U]  # Mann-Whitney
-    return float(np.average(auc_U, weights=size_U[mixed_U]))
+    return float(auc_U @ size_U[mixed_U]), int(size_U[mixed_U].sum())
 
 
 def _mid_ranks(tie_starts: npt.NDArray[np.bool_]) -> npt.NDArray:

@@ -1,16 +1,26 @@
 """AdamW on the dense layers; on large tables Adam of the rows that a step read, and nothing of the others."""
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from longer.config import TrainSettings
+from longer.model.embedding import Reads
 from longer.model.fuse import has_kernels
 from longer.model.ranker import Ranker
 from longer.training.table_gradients import TableGradient, combine, over_workers
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8
+
+
+class Gradients(NamedTuple):
+    """Of dense parameters, and what was read of each table's."""
+
+    dense: dict[nn.Parameter, Tensor]
+    tables: dict[nn.Parameter, Reads]
 
 
 class Optimizer:
@@ -73,6 +83,22 @@ class Optimizer:
         for table in self.tables.values():
             assert table.reads is not None
             table.reads.clear()
+
+    def taken(self) -> Gradients:
+        """A copy of what the backward passes since `zero_grad` left; there is nothing left afterwards."""
+        dense = {p: p.grad.clone() for group in self._dense.param_groups for p in group["params"] if p.grad is not None}
+        tables = {p: [(r.clone(), g.clone()) for r, g in table.reads or ()] for p, table in self.tables.items()}
+        self.zero_grad()
+        return Gradients(dense, tables)
+
+    def add(self, gradients: Gradients) -> None:
+        """Gradients that were `taken` count for the next step too."""
+        for parameter, gradient in gradients.dense.items():
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        for parameter, reads in gradients.tables.items():
+            noted = self.tables[parameter].reads
+            assert noted is not None
+            noted.extend(reads)
 
     @torch.no_grad()
     def step(self, num_workers: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The driver's side of training: starts or resumes a run on Ray Train and publishes its best checkpoint."""
+"""The driver's side of training: starts or resumes a run on Ray Train and publishes its checkpoint."""
 
 import math
 import os
@@ -6,62 +6,118 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, Result, RunConfig, ScalingConfig
+from ray.train import Checkpoint, FailureConfig, LoggingConfig, Result, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 
 from longer.config import Settings
 from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import UserError
 from longer.progress import say
-from longer.storage import Table, Version, arrow_filesystem, fingerprint, read_bytes, write_bytes
-from longer.training.checkpoints import FORMAT_VERSION, load_model, read_trainer_state
+from longer.storage import (
+    Table,
+    Version,
+    arrow_filesystem,
+    file_sizes,
+    fingerprint,
+    read_bytes,
+    remove_tree,
+    write_bytes,
+)
+from longer.training.checkpoints import FORMAT_VERSION, TrainerState, load_model, load_weights, read_trainer_state
+from longer.training.content import Job
 from longer.training.loop import train_worker
 from longer.training.relay import relayed_lines
 
-_HOW_NOT_WHAT = {"num_workers", "use_gpu", "max_failures", "keep_checkpoints"}
+_HOW_NOT_WHAT = {"num_workers", "use_gpu", "max_failures", "keep_checkpoints", "max_tokens_per_batch"}
 """Settings that do not change what is learned: an interrupted run may go on with other values."""
 
 
-def train(settings: Settings) -> Version:
+def train(settings: Settings, start_from: str | None = None) -> Version:
     """A published version of the checkpoints table: the best model by validation, its metrics and history in the manifest.
 
-    A finished run is found and nothing changes; an interrupted one goes on from its last checkpoint.
+    With `start_from`, the path of a checkpoint, its weights are the first ones. A finished run is found and nothing changes; an
+    interrupted one goes on from its last checkpoint.
     """
-    schema = settings.event_schema
-    requests = RequestTable(settings.path("tables", "requests"), schema).version
-    versions = {"requests": requests.id, "sequences": requests.manifest["inputs"]["sequences"]}
-    SequenceTable(settings.path("tables", "sequences"), schema, versions["sequences"])
+    requests, versions = pin_tables(settings)
     _check_split(requests, "train", "lower requests.test_days_share and validation_days_share")
     _check_split(requests, "valid", "raise requests.validation_days_share")
-    chosen = {
-        "model": settings.model.model_dump(mode="json"),
-        "train": settings.train.model_dump(mode="json", exclude=_HOW_NOT_WHAT),
-        "seed": settings.seed,
-    }
-    run_id = fingerprint("checkpoint", FORMAT_VERSION, chosen, versions, schema.hash())
+    chosen = chosen_settings(settings)
+    first = {"from": load_weights(start_from, settings)[1].model_version} if start_from else {}
+    run_id = fingerprint("checkpoint", FORMAT_VERSION, chosen, versions, settings.event_schema.hash(), first)
     table = Table(settings.path("checkpoints"))
     if published := table.reuse(run_id):
         say("train", f"run {run_id} is already finished, nothing changed")
         return published
     table.claim()
-    result = _fit(settings, versions, run_id)
-    manifest = {"schema_hash": schema.hash(), "settings": chosen, "inputs": versions}
-    version = _publish(table, run_id, result, manifest)
+    result = fit(Job(settings, versions, start_from), run_id)
+    assert result.best_checkpoints
+    best, reported = max(result.best_checkpoints, key=lambda pair: pair[1]["score"])
+    epochs = last_state(result).epochs
+    until = {"split": "train", "until": requests.manifest["valid_from"]}
+    about = {
+        "inputs": versions,
+        "settings": chosen,
+        **first,
+        "step": reported["step"],
+        "validation": reported["validation"],
+        "trained": [{"requests": requests.id, **until, "epochs": epochs}],
+        "trained_until": requests.manifest["valid_from"],
+    }
+    version = publish(table, run_id, best, result, about)
     say("train", f"run {run_id}: best checkpoint is step {version.manifest['step']}, {version.manifest['validation']}")
     return version
+
+
+def pin_tables(settings: Settings) -> tuple[Version, dict[str, str]]:
+    """The served requests, and the ids of the versions that a run on them reads."""
+    schema = settings.event_schema
+    requests = RequestTable(settings.path("tables", "requests"), schema).version
+    versions = {"requests": requests.id, "sequences": requests.manifest["inputs"]["sequences"]}
+    SequenceTable(settings.path("tables", "sequences"), schema, versions["sequences"])
+    return requests, versions
+
+
+def chosen_settings(settings: Settings) -> dict[str, Any]:
+    """The settings that decide what is learned."""
+    return {
+        "model": settings.model.model_dump(mode="json"),
+        "train": settings.train.model_dump(mode="json", exclude=_HOW_NOT_WHAT),
+        "seed": settings.seed,
+    }
 
 
 def worker_options(settings: Settings) -> ScalingConfig:
     """How many workers there are, and what each asks Ray for."""
     asked = settings.train
     return ScalingConfig(
-        num_workers=asked.num_workers,
+        num_workers=asked.num_workers,  # type: ignore[arg-type]
         use_gpu=asked.use_gpu,
         label_selector=settings.ray.place(asked.use_gpu),  # type: ignore[call-arg]
     )
 
 
-def _fit(settings: Settings, versions: dict[str, str], run_id: str) -> Result:
+class KeepBestAndLast(UserCallback):
+    """Once a checkpoint is committed, those before it that it says nobody needs any more lose their tensors.
+
+    Ray keeps the best ones or the last ones, not both, and its record of a run names the folders of all: they stay, with
+    model.json.
+    """
+
+    def __init__(self, run_path: str) -> None:
+        self._run_path = run_path
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
+        newest, keep = metrics[0]["step"], {f"step_{step:07d}" for step in metrics[0]["keep"]}
+        for path in file_sizes(self._run_path):
+            folder, _, file = path.partition("/")
+            stale = folder.startswith("step_") and folder < f"step_{newest:07d}" and folder not in keep
+            if stale and file != "model.json":
+                remove_tree(f"{self._run_path}/{path}")
+
+
+def fit(job: Job, run_id: str) -> Result:
+    """Trains to the end, from the last checkpoint of a run of this id if there is one."""
+    settings = job.settings
     asked = settings.train
     _check_cluster(settings)
     storage = settings.path("training")
@@ -72,42 +128,40 @@ def _fit(settings: Settings, versions: dict[str, str], run_id: str) -> Result:
     with relayed_lines() as lines:
         trainer = TorchTrainer(
             train_worker,
-            train_loop_config={"settings": settings, "versions": versions, "lines": lines},
+            train_loop_config={"job": job, "lines": lines},
             scaling_config=worker_options(settings),
             run_config=RunConfig(
                 name=run_id,
                 storage_path=bare if on_s3 else os.path.abspath(storage),
                 storage_filesystem=filesystem if on_s3 else None,
                 failure_config=FailureConfig(max_failures=asked.max_failures),
-                checkpoint_config=CheckpointConfig(
-                    num_to_keep=asked.keep_checkpoints, checkpoint_score_attribute="score"
-                ),
+                callbacks=[KeepBestAndLast(f"{storage}/{run_id}")],  # type: ignore[list-item]
                 logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
             ),
         )
         return trainer.fit()
 
 
-def _publish(table: Table, run_id: str, result: Result, manifest: dict[str, Any]) -> Version:
-    """Copies the best model; the history is the last checkpoint's, which holds all of it."""
-    assert result.best_checkpoints
-    assert result.checkpoint
-    best, reported = max(result.best_checkpoints, key=lambda pair: pair[1]["score"])
+def publish(table: Table, run_id: str, chosen: Checkpoint, result: Result, about: dict[str, Any]) -> Version:
+    """Copies the model of one checkpoint; the history is the last one's, which holds all of it."""
     path = table.begin(run_id)
-    with best.as_directory() as directory:
+    with chosen.as_directory() as directory:
         for file in ("model.safetensors", "model.json"):
             write_bytes(f"{path}/{file}", read_bytes(f"{directory}/{file}"))
-    with result.checkpoint.as_directory() as directory:
-        history = read_trainer_state(directory).history
     model, info = load_model(path)
-    about = {
+    of_model = {
+        "schema_hash": info.schema.hash(),
         "model_version": info.model_version,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "step": reported["step"],
-        "validation": reported["validation"],
-        "history": history,
     }
-    return table.publish(run_id, {**manifest, **about})
+    return table.publish(run_id, {**about, **of_model, "history": last_state(result).history})
+
+
+def last_state(result: Result) -> TrainerState:
+    """Where the run ended: its whole history, and what was trained, which the run has compared with its data."""
+    assert result.checkpoint
+    with result.checkpoint.as_directory() as directory:
+        return read_trainer_state(directory)
 
 
 def _check_split(requests: Version, split: str, remedy: str) -> None:
@@ -121,7 +175,7 @@ def _check_cluster(settings: Settings) -> None:
     """Ray would wait for ever for workers that a local Ray cannot hold; a cluster may still grow."""
     kind = "GPU" if settings.train.use_gpu else "CPU"
     there = math.floor(ray.cluster_resources().get(kind, 0))
-    if settings.ray.cluster is None and settings.train.num_workers > there:
+    if settings.ray.cluster is None and settings.train.min_workers > there:
         raise UserError(
             f"train.num_workers={settings.train.num_workers}: this Ray has {there} {kind}s, one is needed a worker: "
             f"lower num_workers{' or raise ray.num_cpus' if kind == 'CPU' else ''}"

@@ -4,6 +4,7 @@ C candidates, T tasks.
 """
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -23,6 +24,7 @@ from longer.model.longer import Longer
 from longer.model.ranker import Ranker
 from longer.training.metrics import binary_metrics
 from longer.training.optimizer import Optimizer
+from longer.training.timing import PhaseTimer
 
 _FINAL_LEARNING_RATE_SHARE = 0.05
 _AUTOCAST = {"float32": None, "tf32": None, "bf16": torch.bfloat16}
@@ -65,7 +67,7 @@ class Stepper:
 
     def __init__(self, model: Ranker, settings: TrainSettings, device: torch.device, num_workers: int) -> None:
         self.model, self.settings, self.device, self.num_workers = model, settings, device, num_workers
-        self.optimizer = Optimizer(model, settings)
+        self.optimizer, self.timer = Optimizer(model, settings), PhaseTimer(device)
         self._autocast = _AUTOCAST[settings.precision]
         self._room = Sizes(*[0] * len(Sizes._fields))
         self._captured: CapturedPass | None = None
@@ -91,22 +93,36 @@ class Stepper:
             self._room = Sizes(*(max(room, _roomy(size)) for size, room in zip(sizes, self._room, strict=True)))
         return stage(batch, self.model, self._room)
 
-    def step(self, batch: RequestBatch | Staged, weight: float, num_candidates: int) -> tuple[Tensor, Tensor]:
+    def step(
+        self, batches: Sequence[RequestBatch | Staged], weights: Sequence[float], num_candidates: int
+    ) -> tuple[Tensor, Tensor]:
         """This worker's loss sum and the gradient norm before clipping.
 
-        The loss is divided by the candidates of the whole step, so the gradient does not depend on the number of workers.
-        `weight` is 0 for a worker that has no requests in this step: it joins the others with a borrowed batch.
+        The loss is divided by the candidates of the whole step, so that the gradient depends neither on the number of workers
+        nor on how many batches a worker's part comes in; memory holds the activations of one. A batch's weight is 0 where there
+        are no requests: the worker joins the others with a borrowed one.
         """
         self.optimizer.zero_grad()
+        losses, before = [], []
+        with self.timer.phase("forward_backward"):
+            for number, (batch, weight) in enumerate(zip(batches, weights, strict=True), 1):
+                losses.append(self._backward(batch, weight, num_candidates))
+                if number < len(batches):
+                    before.append(self.optimizer.taken())
+        with self.timer.phase("optimizer"):
+            for gradients in before:
+                self.optimizer.add(gradients)
+            return torch.stack(losses).sum(), self.optimizer.step(self.num_workers)
+
+    def _backward(self, batch: RequestBatch | Staged, weight: float, num_candidates: int) -> Tensor:
         if isinstance(batch, Staged):
-            loss = self._captured_for(batch)(batch, weight / num_candidates) * weight
-        else:
-            tensors = to_tensors(batch, self.device)
-            with self.autocast():
-                output_CT = self.model(tensors)
-            loss = weight * loss_sum(output_CT, tensors.labels, self.settings.tasks)
-            (loss / num_candidates).backward()
-        return loss.detach(), self.optimizer.step(self.num_workers)
+            return self._captured_for(batch)(batch, weight / num_candidates) * weight
+        tensors = to_tensors(batch, self.device)
+        with self.autocast():
+            output_CT = self.model(tensors)
+        loss = weight * loss_sum(output_CT, tensors.labels, self.settings.tasks)
+        (loss / num_candidates).backward()
+        return loss.detach()
 
     def _captured_for(self, batch: Staged) -> CapturedPass:
         if self._captured is None or self._captured.room != batch.room:

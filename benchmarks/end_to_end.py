@@ -1,0 +1,131 @@
+"""Training from Parquet through Ray Train against its model step alone: python -m benchmarks.end_to_end [--width 512]
+
+A generated log of users with Zipf activity becomes tables by the platform's own jobs; then, on one worker (a GPU if there is one):
+
+    end to end    `longer.training.run.train`: impressions per second between its records, without the first fifth of the steps,
+                  in which kernels are compiled
+    model step    the same model and the same steps, their batches staged in memory before the clock starts
+
+Prints Markdown; last, one JSON line: the end-to-end rate's share of the model step's, and the share of time spent waiting for data.
+"""
+
+import argparse
+import json
+import shutil
+
+import numpy as np
+import torch
+
+from benchmarks.model_arms.sizes import DEVICE, ON_CUDA, seconds
+from jobs import build_requests, build_sequences, generate_events
+from longer.config import Settings, load_settings
+from longer.model.longer import Longer
+from longer.runner import start_ray
+from longer.storage import Version
+from longer.training.content import Content, Job
+from longer.training.run import train
+from longer.training.steps import Stepper
+
+WARM_UP_SHARE = 0.2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=256 if ON_CUDA else 32, help="D (default 256; 32 on a CPU)")
+    parser.add_argument("--length", type=int, default=2_000 if ON_CUDA else 256, help="L (default 2,000; 256 on a CPU)")
+    parser.add_argument("--users", type=int, default=1_500 if ON_CUDA else 60)
+    parser.add_argument("--events", type=int, default=600_000 if ON_CUDA else 20_000)
+    parser.add_argument("--tokens", type=int, default=200_000 if ON_CUDA else 6_000, help="train.tokens_per_step")
+    parser.add_argument("--steps", type=int, default=40 if ON_CUDA else 6, help="steps of the model step's loop")
+    parser.add_argument("--data", default="runs/benchmark_end_to_end", help="folder for tables, which stay")
+    asked = parser.parse_args()
+    settings = _settings(asked)
+    start_ray(settings.ray)
+    for job in (generate_events, build_sequences, build_requests):
+        job.run(settings)
+    shutil.rmtree(settings.path("training"), ignore_errors=True)
+    shutil.rmtree(settings.path("checkpoints"), ignore_errors=True)
+    version = train(settings)
+    end_to_end, waits = _rates(version)
+    alone = _model_step(settings, version, asked.steps)
+    lengths = (
+        f"{asked.users:,} users, {asked.events:,} events, L = {asked.length:,}, at most {asked.tokens:,} tokens a step"
+    )
+    print(f"\nEnd to end, width {asked.width}: {lengths}\n\n| arm | impressions/s |\n|---|---|")
+    print(f"| end to end | {end_to_end:,.0f} |\n| model step | {alone:,.0f} |\n")
+    print(
+        json.dumps(
+            {"impressions_per_s": round(end_to_end), "end_to_end_share": end_to_end / alone, "data_wait_share": waits}
+        )
+    )
+
+
+def _settings(asked: argparse.Namespace) -> Settings:
+    merge_size, query_groups = (8, 100) if ON_CUDA else (4, 16)
+    return load_settings(
+        overrides={
+            "root": f"{asked.data}/{asked.width}_{asked.length}_{asked.users}_{asked.events}",
+            "event_schema": {"features": [{"name": "category", "kind": "categorical", "of": "item"}]},
+            "generate": {"num_users": asked.users, "num_events": asked.events, "num_items": 200_000},
+            "sequences": {"keep_events": asked.events, "num_buckets": 16},
+            "requests": {"negatives_per_positive": 31},
+            "model": {
+                "history_events": asked.length,
+                "merge_size": merge_size,
+                "event_width": asked.width // merge_size,
+                "query_groups": query_groups,
+                "stride_groups": query_groups // 2,
+                "num_self_layers": 3,
+                "item_rows": 2_000_000 if ON_CUDA else 20_000,
+                "user_rows": 100_000 if ON_CUDA else 1_000,
+            },
+            "train": {
+                "num_workers": 1,
+                "use_gpu": ON_CUDA,
+                "precision": "bf16" if ON_CUDA else "float32",
+                "tokens_per_step": asked.tokens,
+                "validate_every_steps": 300,
+                "max_validation_requests": 200,
+            },
+            "ray": {"num_cpus": 12 if ON_CUDA else 3},
+        }
+    )
+
+
+def _rates(version: Version) -> tuple[float, float]:
+    """Impressions per second, and the share of time waiting for data, after the warm-up's records."""
+    records = [record for record in version.manifest["history"] if "elapsed_s" in record]
+    first, last = next(r for r in records if r["step"] >= WARM_UP_SHARE * records[-1]["step"]), records[-1]
+    spent_s = last["elapsed_s"] - first["elapsed_s"]
+
+    def since(rate: str) -> float:
+        return float(last[rate] * last["elapsed_s"] - first[rate] * first["elapsed_s"]) / spent_s
+
+    return since("impressions_per_s"), since("data_wait_share")
+
+
+def _model_step(settings: Settings, version: Version, num_steps: int) -> float:
+    """Impressions per second of the run's own steps, from staged batches."""
+    content = Content(Job(settings, version.manifest["inputs"]))
+    plan = content.cursor.plan(0, 1)
+    num_steps = min(num_steps, content.cursor.steps_of(0))
+    steps = np.linspace(0, content.cursor.steps_of(0) - 1, num_steps).astype(int)
+    torch.manual_seed(settings.seed)
+    model = Longer(settings.model, settings.event_schema, settings.train.tasks).to(DEVICE)
+    stepper = Stepper(model, settings.train, DEVICE, 1)
+    batches = [content.data.batch(content.packs.take(plan.step(step))) for step in steps]
+    counts = [int(batch.candidates.offsets_R1[-1]) for batch in batches]
+    for batch in batches:  # one capture for all of them
+        stepper.staged(batch)
+    staged = [stepper.staged(batch) for batch in batches]
+    turn = iter(range(10**9))
+
+    def step() -> None:
+        number = next(turn) % num_steps
+        stepper.step([staged[number]], [1.0], counts[number])
+
+    return float(np.mean(counts)) / seconds(step, num_steps, warm_up=3 if ON_CUDA else 1)
+
+
+if __name__ == "__main__":
+    main()

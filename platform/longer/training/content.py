@@ -1,0 +1,109 @@
+"""What a run trains on, and in which order: a table's training split, epoch after epoch, or the days that have come since.
+
+R requests, P packs, E epochs.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from longer.arrays import Int64
+from longer.config import Settings
+from longer.data.events import iso_time
+from longer.data.tables import RequestTable, SequenceTable
+from longer.hashing import hash_int64
+from longer.training.cursor import DataCursor
+from longer.training.loader import MS_PER_DAY, SplitData, read_since, read_split
+
+MAX_PACK_REQUESTS = 16
+"""Requests of one user in a pack: more share one history, but a step's requests are more alike. 8, 16 and 32 learn alike."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the driver tells every worker: settings, pinned table versions, a checkpoint whose weights are the first ones.
+
+    With `since_ms`, the requests from that time on are trained, a day an epoch, and each day is tested before it is trained.
+    """
+
+    settings: Settings
+    versions: dict[str, str]
+    weights: str | None = None
+    since_ms: int | None = None
+
+    @property
+    def trains_days(self) -> bool:
+        return self.since_ms is not None
+
+
+class Content:
+    """The requests of a job, packed, and the cursor over them; `valid` validates, and is None where days are tested instead.
+
+    `expected` is the tally of each epoch's requests, and its day where an epoch is one.
+    """
+
+    def __init__(self, job: Job) -> None:
+        settings, versions = job.settings, job.versions
+        windows, schema, asked = settings.model.windows, settings.event_schema, settings.train
+        sequences = SequenceTable(settings.path("tables", "sequences"), schema, versions["sequences"])
+        requests = RequestTable(settings.path("tables", "requests"), schema, versions["requests"])
+        self.valid: SplitData | None = None
+        if job.since_ms is None:
+            self.data = read_split(sequences, requests, "train", windows).newest(asked.max_requests)
+            self.valid = read_split(sequences, requests, "valid", windows).spread(asked.max_validation_requests)
+            self.packs = self.data.packs(MAX_PACK_REQUESTS)
+            epochs, self.days = [np.arange(len(self.packs))] * asked.epochs, np.empty(0, np.int64)
+        else:
+            self.data = read_since(sequences, requests, job.since_ms, windows)
+            self.packs, day_P = self.data.packs_by_day(MAX_PACK_REQUESTS)
+            self.days = np.unique(day_P)
+            epochs = [np.flatnonzero(day_P == day) for day in self.days]
+        self.cost_P = self.data.cost(self.packs)
+        self.requests_P = np.diff(self.packs.offsets_P1)
+        self.candidates_P = self.data.num_candidates(self.packs)
+        self._epochs = epochs
+        self.expected = [{**self._day_of(epoch), **tally(self._request_ids(epoch))} for epoch in range(len(epochs))]
+        self.cursor = DataCursor(f"{versions['requests']}/{settings.seed}", self.cost_P, epochs, asked.tokens_per_step)
+
+    def day(self, epoch: int) -> SplitData:
+        """The requests of one day."""
+        return self.data.take(self.packs.take(self._epochs[epoch]).order_R)
+
+    def _request_ids(self, epoch: int) -> Int64:
+        return self.data.requests.request_id_R[self.packs.take(self._epochs[epoch]).order_R]
+
+    def _day_of(self, epoch: int) -> dict[str, Any]:
+        return {"day": iso_time(int(self.days[epoch]) * MS_PER_DAY)[:10]} if len(self.days) else {}
+
+
+def tally(request_id_R: Int64) -> dict[str, Any]:
+    """How many requests, and the sum of their hashed ids modulo 2^64: it changes if one is left out, repeated or replaced."""
+    return {"num_requests": len(request_id_R), "id_sum": f"{int(hash_int64(request_id_R).sum()):016x}"}
+
+
+class Trained:
+    """The same tally of what steps were taken on, by epoch; several workers' are added up."""
+
+    def __init__(self, num_epochs: int) -> None:
+        self.num_requests_E = np.zeros(num_epochs, np.int64)
+        self.id_sum_E = np.zeros(num_epochs, np.uint64)
+
+    def add(self, epoch: int, request_id_R: Int64) -> None:
+        self.num_requests_E[epoch] += len(request_id_R)
+        self.id_sum_E[epoch : epoch + 1] += hash_int64(request_id_R).sum()  # an array's sum wraps without a warning
+
+    def restore(self, epochs: list[dict[str, Any]]) -> None:
+        """Starts from a checkpoint's tallies."""
+        self.num_requests_E[:] = [epoch["num_requests"] for epoch in epochs]
+        self.id_sum_E[:] = [int(epoch["id_sum"], 16) for epoch in epochs]
+
+    def merge(self, other: "Trained") -> None:
+        self.num_requests_E += other.num_requests_E
+        self.id_sum_E += other.id_sum_E
+
+    def as_dicts(self) -> list[dict[str, Any]]:
+        return [
+            {"num_requests": int(num), "id_sum": f"{int(ids):016x}"}
+            for num, ids in zip(self.num_requests_E, self.id_sum_E, strict=True)
+        ]

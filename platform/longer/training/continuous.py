@@ -1,0 +1,77 @@
+"""Continuous training: the served checkpoint goes on with the days that have come since it was trained.
+
+A checkpoint's manifest says up to which request time it was trained (`trained_until`). Every request of the served table from
+then on, whatever its split, is trained once, a day after the other and shuffled within a day; each day is tested just before
+its first step, so that these metrics are of requests that no weight has seen. A request that comes into the table later than
+`trained_until` has passed its time is left out.
+"""
+
+from datetime import datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from longer.config import Settings
+from longer.data.columns import read_columns
+from longer.data.events import iso_time
+from longer.errors import UserError
+from longer.progress import say
+from longer.schema import TIMESTAMP
+from longer.storage import Table, Version, fingerprint
+from longer.training.checkpoints import FORMAT_VERSION, load_weights
+from longer.training.content import Job
+from longer.training.run import chosen_settings, fit, last_state, pin_tables, publish
+
+
+def train_new_days(settings: Settings) -> Version:
+    """A published checkpoint that has trained all requests of the served table; its manifest lists every day of every run.
+
+    Without new requests nothing changes. An interrupted run goes on from its last checkpoint.
+    """
+    requests, versions = pin_tables(settings)
+    table = Table(settings.path("checkpoints"))
+    base = table.require("jobs.train")
+    if "trained_until" not in base.manifest:
+        raise UserError(
+            f"{base.path}: says not until when it was trained: run `python -m jobs.train` without --continue"
+        )
+    since, until = base.manifest["trained_until"], iso_time(_milliseconds(requests.manifest["watermark"]) + 1)
+    chosen = chosen_settings(settings)
+    run_id = fingerprint("continued", FORMAT_VERSION, base.id, versions, chosen)
+    if published := table.reuse(run_id):
+        say("train", f"run {run_id} has continued {base.id} already, nothing changed")
+        return published
+    if not _num_requests_since(requests, since):
+        say("train", f"no requests since {since} in {requests.path}: {base.id} has seen all, nothing changed")
+        return base
+    load_weights(base.path, settings)  # a mistake is told here once, not by every worker
+    table.claim()
+    result = fit(Job(settings, versions, base.path, _milliseconds(since)), run_id)
+    state = last_state(result)
+    tested = {record["day"]: record["tested"] for record in state.history if "tested" in record}
+    days: list[dict[str, Any]] = [{**day, "tested": tested[day["day"]]} for day in state.epochs]
+    about = {
+        "inputs": versions,
+        "settings": chosen,
+        "continues": base.id,
+        "step": state.checkpoints[-1]["step"],
+        "validation": days[-1]["tested"],
+        "trained": [*base.manifest["trained"], {"requests": requests.id, "from": since, "until": until, "days": days}],
+        "trained_until": until,
+    }
+    assert result.checkpoint
+    version = publish(table, run_id, result.checkpoint, result, about)
+    num_requests = sum(day["num_requests"] for day in days)
+    say("train", f"run {run_id}: continued {base.id} with {num_requests} requests of {len(days)} days until {until}")
+    return version
+
+
+def _num_requests_since(requests: Version, since: str) -> int:
+    first = pa.scalar(_milliseconds(since), pa.int64()).cast(TIMESTAMP)
+    times = (read_columns(path, ["request_ts"])["request_ts"] for path in requests.files())
+    return sum(pc.sum(pc.greater_equal(part, first)).as_py() or 0 for part in times)
+
+
+def _milliseconds(iso: str) -> int:
+    return round(datetime.fromisoformat(iso).timestamp() * 1000)

@@ -1,0 +1,123 @@
+"""How fast a run goes and where its time goes: progress lines, and scalars for TensorBoard."""
+
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tensorboardX import SummaryWriter
+
+from longer.storage import file_sizes, read_bytes, remove_tree, write_bytes
+
+_SECONDS_BETWEEN_LINES = 3.0
+
+
+class Meter:
+    """Speed since the start of this process, without the time of validations; a line is due every few seconds."""
+
+    def __init__(self, num_steps: int, first_step: int, device: torch.device) -> None:
+        self.num_steps, self.loss, self._device = num_steps, math.nan, device
+        self._started = self._told = time.perf_counter()
+        self._num_steps_here, self._num_requests, self._num_candidates = 0, 0, 0
+        self._phase_s: dict[str, float] = {}
+
+    def add(self, num_requests: int, num_candidates: int) -> None:
+        self._num_steps_here += 1
+        self._num_requests += num_requests
+        self._num_candidates += num_candidates
+
+    def add_phases(self, seconds: dict[str, float]) -> None:
+        """What `PhaseTimer.take` gave."""
+        for name, value in seconds.items():
+            self._phase_s[name] = self._phase_s.get(name, 0.0) + value
+
+    def rates(self) -> dict[str, float]:
+        """Over all workers, and this one's share of time in each phase, since this process started."""
+        elapsed_s = time.perf_counter() - self._started
+        shares = {f"{name}_share": value / elapsed_s for name, value in self._phase_s.items()}
+        return {
+            "elapsed_s": elapsed_s,
+            "requests_per_s": self._num_requests / elapsed_s,
+            "impressions_per_s": self._num_candidates / elapsed_s,
+            **shares,
+            **self._gpu_memory(),
+        }
+
+    def is_due(self, done: int) -> bool:
+        """True every few seconds, and at the end."""
+        now = time.perf_counter()
+        due = now - self._told >= _SECONDS_BETWEEN_LINES or done == self.num_steps
+        self._told = now if due else self._told
+        return due
+
+    def line(self, done: int) -> str:
+        rates = self.rates()
+        left_s = (self.num_steps - done) * (time.perf_counter() - self._started) / self._num_steps_here
+        parts = [
+            f"step {done}/{self.num_steps}",
+            f"{rates['requests_per_s']:.0f} requests/s",
+            f"{rates['impressions_per_s']:.0f} impressions/s",
+            f"loss {self.loss:.4f}",
+            f"waiting for data {rates.get('data_wait_share', 0.0):.0%}",
+        ]
+        if "gpu_bytes" in rates:
+            parts.append(f"GPU memory {rates['gpu_bytes'] / 2**30:.1f} GiB")
+        return ", ".join([*parts, f"about {left_s:.0f} s left"])
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside does not count."""
+        began = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - began
+
+    def _gpu_memory(self) -> dict[str, float]:
+        """The most that tensors have held on this worker's GPU."""
+        return {"gpu_bytes": torch.cuda.max_memory_allocated(self._device)} if self._device.type == "cuda" else {}
+
+
+class Scalars:
+    """A run's history as TensorBoard reads it, in `folder`: written there as it comes, or on S3 copied there now and then.
+
+    What a killed process left is replaced: the folder shows `history` and what is added.
+    """
+
+    def __init__(self, folder: str, history: list[dict[str, Any]]) -> None:
+        remove_tree(folder)
+        self._folder, self._on_s3 = folder, folder.startswith("s3://")
+        self._local = tempfile.mkdtemp(prefix="tensorboard-") if self._on_s3 else folder
+        self._writer = SummaryWriter(self._local)
+        for record in history:
+            self.add(record)
+
+    def add(self, record: dict[str, Any]) -> None:
+        """One record of the history: numbers, or dictionaries of numbers, at its step."""
+        for name, value in _flat(record, ""):
+            if name != "step":
+                self._writer.add_scalar(name, value, record["step"])
+
+    def save(self) -> None:
+        """Writes most of what was added; the writer keeps a few events back until it is closed."""
+        self._writer.flush()
+        self._upload()
+
+    def close(self) -> None:
+        """Writes all that was added."""
+        self._writer.close()
+        self._upload()
+
+    def _upload(self) -> None:
+        if self._on_s3:
+            for name in file_sizes(self._local):
+                write_bytes(f"{self._folder}/{name}", read_bytes(f"{self._local}/{name}"))
+
+
+def _flat(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}/")
+        elif not isinstance(value, str):
+            yield f"{prefix}{name}", value

@@ -1,0 +1,86 @@
+"""Where time goes and what is shown of it: phases add up, waiting is told from work, TensorBoard gets every number."""
+
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboardX.proto.event_pb2 import Event
+
+from longer.storage import file_sizes, read_bytes
+from longer.training.meter import Meter, Scalars
+from longer.training.timing import PhaseTimer
+
+CPU = torch.device("cpu")
+
+
+def test_phases_add_up_until_they_are_taken() -> None:
+    timer = PhaseTimer(CPU)
+    for _ in range(2):
+        with timer.phase("forward"):
+            time.sleep(0.01)
+    with timer.host_phase("optimizer"):
+        pass
+    seconds = timer.take()
+    assert 0.02 <= seconds["forward"] < 1
+    assert set(seconds) == {"forward", "optimizer"}
+    assert timer.take() == {}
+
+
+def test_waiting_for_items_is_timed_and_what_is_done_with_them_is_not() -> None:
+    def slow() -> Iterator[int]:
+        for number in range(2):
+            time.sleep(0.02)
+            yield number
+
+    timer, received = PhaseTimer(CPU), []
+    for item in timer.waits(slow(), "data_wait"):
+        received.append(item)
+        time.sleep(0.5)
+    assert received == [0, 1]
+    assert 0.04 <= timer.take()["data_wait"] < 0.5
+
+
+def test_shares_are_of_the_time_without_pauses_and_a_line_tells_the_wait() -> None:
+    meter = Meter(num_steps=4, first_step=0, device=CPU)
+    with meter.paused():
+        time.sleep(0.2)
+    meter.add(num_requests=10, num_candidates=50)
+    time.sleep(0.1)
+    meter.add_phases({"data_wait": 0.05})
+    meter.add_phases({"data_wait": 0.05})
+    assert 0.5 < meter.rates()["data_wait_share"] <= 1
+    assert meter.rates()["impressions_per_s"] > 50 / 0.29
+    assert "step 1/4" in meter.line(1)
+    assert "waiting for data" in meter.line(1)
+
+
+def scalars_in(folder: str) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard would read: each file is records of length, checksum, event, checksum."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for name in sorted(file_sizes(folder)):
+        data = read_bytes(f"{folder}/{name}")
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return found
+
+
+@pytest.mark.parametrize("on_s3", [False, True])
+def test_tensorboard_has_every_number_of_the_history_once(
+    on_s3: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = f"{request.getfixturevalue('s3')}/tensorboard" if on_s3 else str(tmp_path / "tensorboard")
+    first = {"step": 3, "loss": 0.5, "day": "2026-01-01", "validation": {"label": {"auc": 0.75}}}
+    killed = Scalars(folder, [first])
+    killed.add({"step": 4, "loss": 9.0})
+    killed.save()
+    resumed = Scalars(folder, [first])
+    resumed.add({"step": 4, "loss": 0.25})
+    resumed.close()
+    assert scalars_in(folder) == {"loss": [(3, 0.5), (4, 0.25)], "validation/label/auc": [(3, 0.75)]}
