@@ -76,7 +76,7 @@ def padded_forward(model: Longer, batch: Padded, num_query_groups: int) -> Tenso
     embedding, windows, num_users = model.embedding, model.windows, len(batch.length_B)
     merge_size, device = windows.merge_size, batch.length_B.device
     exists_BL = torch.arange(batch.event_ts_BL.shape[1], device=device) < batch.length_B[:, None]
-    x_BLd = embedding._events(batch.features, batch.event_ts_BL, batch.previous_ts_BL)
+    x_BLd = embedding.vectors(batch.features, batch.event_ts_BL, batch.previous_ts_BL)
     in_groups = x_BLd.unflatten(1, (-1, merge_size)).flatten(0, 1)
     x_BGD = embedding.groups(in_groups, exists_BL.view(-1, merge_size)).unflatten(0, (num_users, -1))
     num_groups = x_BGD.shape[1]
