@@ -354,7 +354,11 @@ class ServeSettings(Section):
     port: int = Field(8321, ge=1, le=65535, description="Port of the HTTP proxy.")
     num_replicas: int = Field(1, ge=1, description="Replicas at the start.")
     max_replicas: int = Field(2, ge=1, description="Replicas that autoscaling may reach.")
-    cache_bytes: int = Field(256 << 20, ge=0, description="Budget of a replica's user states, in bytes.")
+    cache_bytes: int = Field(
+        256 << 20,
+        ge=0,
+        description="Budget of a replica's user states, in bytes; room for the states of one batch stands beside it.",
+    )
     max_candidates: int = Field(2_000, ge=1, description="Most candidates of one request.")
     max_batch_requests: int = Field(16, ge=1, description="Requests scored together.")
     batch_wait_ms: float = Field(1.0, ge=0, description="How long the first request of a batch waits for company.")

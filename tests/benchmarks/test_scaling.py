@@ -2,19 +2,18 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from benchmarks import scaling
 from benchmarks.capacity.measured import ROOT, measured, newest
-from benchmarks.capacity.plan import FLOAT32, MODEL, Plan, Workload, state_bytes
-from benchmarks.model_arms.sizes import SCHEMA, model_settings, random_batch
-from longer.model.longer import Longer
-from longer.model.states import encode
-from tests.model.generate import TASKS, random_histories, small_model
+from benchmarks.capacity.plan import MODEL, Plan, Workload, state_bytes
+from benchmarks.model_arms.sizes import model_settings
+from longer.model.pool import Precision, StateLayout
+from tests.model.generate import small_model
 
 DOCUMENT = ROOT / "docs" / "scaling.md"
 UPDATE = "python -m benchmarks.scaling --update docs/scaling.md"
@@ -48,23 +47,23 @@ def test_a_new_page_changes_the_plan_and_a_page_without_a_figure_is_named(tmp_pa
         measured(tmp_path)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_bytes_are_those_of_real_states(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("precision", "element_bytes"), [("float32", 4), ("bf16", 2)])
+def test_state_bytes_are_those_of_real_states(precision: Precision, element_bytes: int) -> None:
+    """A full window's slot, within a tenth: a slot has room for a whole stride more, the plan for Python's objects."""
     model = small_model(dtype=torch.float32)
-    histories = random_histories(np.random.default_rng(0), [0, 2, 5, 23, 24, 27, 29, 31, 100])
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
-        states = encode(model, histories)
-    event_bytes = 8 + 4 * 8 + 2 * 4  # time, four keys, two numbers
-    for state in states:
-        assert state.num_bytes == state_bytes(model.settings, state.num_events, dtype.itemsize, 2, event_bytes)
+    layout = replace(
+        StateLayout.of(model, precision),
+        windows=MODEL.windows,
+        num_heads=MODEL.num_heads,
+        head_width=MODEL.width // MODEL.num_heads,
+        num_layers=MODEL.num_self_layers + 1,
+    )
+    planned = state_bytes(MODEL, MODEL.history_events + MODEL.windows.stride_events - MODEL.merge_size, element_bytes)
+    assert layout.largest_rows * layout.row_bytes == pytest.approx(planned, rel=0.1)
 
 
 def test_the_plan_s_model_is_the_one_that_was_measured() -> None:
     assert model_settings(32, 10_000) == MODEL
-    small = MODEL.model_copy(update={"item_rows": 50, "user_rows": 50})
-    batch = random_batch(np.random.default_rng(0), np.array([403]), 1)
-    (state,) = encode(Longer(small, SCHEMA, TASKS[:1]), batch.histories)
-    assert state.num_bytes == state_bytes(small, 403, FLOAT32)
 
 
 def test_a_share_that_cannot_be_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

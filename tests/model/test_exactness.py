@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from longer.arrays import Histories, RequestBatch
 from longer.model.inputs import to_tensors
 from longer.model.longer import Longer
-from longer.model.states import UserState, append, rows_for, score
+from longer.model.states import UserState, append, encode, rows_for, score
 from tests.model.generate import (
     encoded,
     one_request_a_row,
@@ -193,6 +193,26 @@ def _same_windows(model: Longer, end: int, length: int) -> bool:
     return windows.query_start(end) == windows.query_start(length) and windows.history_start(
         end
     ) == windows.history_start(length)
+
+
+def test_states_that_compaction_moves_score_the_same() -> None:
+    rng, model = np.random.default_rng(9), MODELS["default"]
+    pool = pool_for(model, 2)
+    slots = []
+    while (slot := pool.slots.allocate(1)) is not None:
+        slots.append(slot)
+    kept = slots[:: len(slots) // 4][:4]
+    histories = random_histories(rng, [2, 3, 1, 0])
+    candidates, request_ts = random_candidates(rng, [3] * 4), np.full(4, 2_000_000_000_000)
+    states = encode(model, pool, histories, kept)
+    before, places = score(model, pool, states, request_ts, candidates), [slot.start for slot in kept]
+    for slot in slots:
+        if slot not in kept:
+            pool.slots.free(slot)
+    while pool.slots.allocate(pool.layout.largest_rows) is not None:
+        pass
+    assert [slot.start for slot in kept] != places
+    np.testing.assert_array_equal(score(model, pool, states, request_ts, candidates), before)
 
 
 def test_float32_states_are_within_1e5_of_forward() -> None:

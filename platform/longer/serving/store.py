@@ -40,7 +40,8 @@ class StateStore:
         self.layout = layout
         self._copies = _Copies(device)
         largest_bytes = layout.largest_rows * layout.row_bytes
-        beside_bytes = (BATCH_USERS + 2 * len(StatePool.sizes_of(layout))) * largest_bytes
+        # a state that outgrows its slot has two for a moment; and what may lie idle (`SlotAllocator.most_idle_units`)
+        beside_bytes = 2 * (BATCH_USERS + len(StatePool.sizes_of(layout))) * largest_bytes
         self.pool = StatePool(layout, self.budget_bytes + beside_bytes, device)
         self._host = _HostPool(layout, self.host_budget_bytes, self._copies) if self.host_budget_bytes else None
 
