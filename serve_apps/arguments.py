@@ -64,6 +64,9 @@ class ScoringArgs(BaseModel):
         description="File whose content every call must bring as bearer token; null: the variable LONGER_SCORING_TOKEN of the "
         "replicas' environment, and no token if that is not set.",
     )
+    requires_token: bool = Field(
+        False, description="A replica that finds no token does not start; so it is too where the app was built with one."
+    )
     refresh_s: float = Field(60, gt=0, description="Seconds between looks for a newer version of the sequence table.")
     num_cpus: float = Field(1, ge=0, description="CPUs that Ray reserves for a replica.")
     num_gpus: float = Field(0, ge=0, description="GPUs of a replica; 0 scores on the CPU.")
@@ -91,9 +94,15 @@ class ScoringArgs(BaseModel):
         return EventLimits(self.max_user_events, self.events_keep_s, self.events_bytes)
 
     def token(self) -> str | None:
-        """The bearer token, None if none is asked for; a UserError if its file is missing or empty."""
+        """The bearer token, None if none is asked for; a UserError if it is required, or has a file, and is not there."""
         if self.token_file is None:
-            return os.environ.get(TOKEN_VARIABLE) or None
+            token = os.environ.get(TOKEN_VARIABLE) or None
+            if token is None and self.requires_token:
+                raise UserError(
+                    f"{TOKEN_VARIABLE}: not set where this replica runs, and the service must not be open: set it on every "
+                    "node or in the application's runtime_env, or use token_file"
+                )
+            return token
         try:
             token = read_bytes(self.token_file).decode().strip()
         except (OSError, UnicodeDecodeError):
@@ -128,5 +137,5 @@ def resolved(args: ScoringArgs) -> ScoringArgs:
     if items:
         open_version(items, info.schema, items_version(version.id, info.schema), "jobs.build_sequences")
     check_kept(version, info.model.windows)
-    args.token()
-    return args.model_copy(update={"checkpoint": checkpoint, "sequences": sequences, "items": items})
+    found = {"checkpoint": checkpoint, "sequences": sequences, "items": items}
+    return args.model_copy(update={**found, "requires_token": args.token() is not None})
