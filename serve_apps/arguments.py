@@ -65,7 +65,8 @@ class ScoringArgs(BaseModel):
         "replicas' environment, and no token if that is not set.",
     )
     requires_token: bool = Field(
-        False, description="A replica that finds no token does not start; so it is too where the app was built with one."
+        False,
+        description="A replica that finds no token does not start; so it is too where the app was built with one.",
     )
     refresh_s: float = Field(60, gt=0, description="Seconds between looks for a newer version of the sequence table.")
     num_cpus: float = Field(1, ge=0, description="CPUs that Ray reserves for a replica.")

@@ -7,6 +7,7 @@ POST   /v1/score:batch  {"requests": several of these} -> one result each
 POST   /v1/events       {"user_id", "events": [{"item_id", "event_ts", "action"?, "features"?}]}: newest events of a user
 DELETE /v1/users/ID     drops what the replicas hold of a user
 GET    /v1/model        what is served              GET /v1/stats    this replica's cache
+GET    /v1/status       all replicas, last minute   GET /            the same as a page, with a form to score a user by hand
 GET    /healthz         the process answers         GET /readyz      the scorer answers
 
 Send `x-session-id: USER` (percent-encoded if not ASCII) with every request: it is hashed to a replica, so that a user's state is
@@ -36,7 +37,8 @@ from longer.config import RaySettings
 from longer.errors import UserError
 from serve_apps.affinity import ROUTER
 from serve_apps.arguments import ScoringArgs, resolved
-from serve_apps.replica import RETRY_AFTER_S, ScoringReplica
+from serve_apps.replica import ScoringReplica
+from serve_apps.service import RETRY_AFTER_S
 
 __all__ = ["ScoringArgs", "build_app"]
 

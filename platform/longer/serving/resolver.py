@@ -26,6 +26,7 @@ from longer.serving.cache import Entry, Known, StateCache, StateVersion
 from longer.serving.history import HistorySource, UserHistory
 from longer.serving.online import OnlineEvents
 from longer.serving.requests import Source
+from longer.serving.stages import stage
 
 UserEntry = Entry[UserState]
 
@@ -144,7 +145,8 @@ class StateResolver:
         """Updates of the requests whose users can be read; the others have their error."""
         if not requests:
             return []
-        histories = self._read([request for request, _ in requests])
+        with stage("history"):
+            histories = self._read([request for request, _ in requests])
         planned = [
             self._plan(request, entry, history)
             for (request, entry), history in zip(requests, histories, strict=True)
@@ -189,11 +191,14 @@ class StateResolver:
         whole = [update for update in updates if update.base is None]
         grown = [(update, update.base.state) for update in updates if update.base is not None]
         if whole:
-            for update, state in zip(whole, encode(self._model, _events(whole)), strict=True):
+            with stage("encode"):
+                encoded = encode(self._model, _events(whole))
+            for update, state in zip(whole, encoded, strict=True):
                 self._finish(update, "load" if update.end else "cold", state)
         if grown:
             bases = [base for _, base in grown]
-            states = append(self._model, bases, _events(update for update, _ in grown))
+            with stage("append"):
+                states = append(self._model, bases, _events(update for update, _ in grown))
             for (update, _), state in zip(grown, states, strict=True):
                 self._finish(update, "append", state)
 
