@@ -59,6 +59,12 @@ class ScoringArgs(BaseModel):
     timeout_s: float = Field(
         10, gt=0, description="Longest time a request may take; a caller may ask for a shorter one."
     )
+    table_silence_s: float = Field(
+        2.0,
+        gt=0,
+        description="Silence of a sequence table on S3 after which it is asked once more, and then given up: requests that must "
+        "be read then are answered 503, and those behind them wait no longer.",
+    )
     token_file: str | None = Field(
         None,
         description="File whose content every call must bring as bearer token; null: the variable LONGER_SCORING_TOKEN of the "

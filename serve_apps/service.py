@@ -70,7 +70,7 @@ class ScoringService:
         args = self._args
         device = "cuda" if args.num_gpus else "cpu"
         assert args.sequences  # build_app found it
-        return Scorer(
+        scorer = Scorer(
             args.checkpoint,
             args.sequences,
             args.cache_bytes,
@@ -79,6 +79,11 @@ class ScoringService:
             device,
             args.event_limits,
         )
+        if args.sequences.startswith("s3://"):
+            from longer.s3 import be_quick
+
+            be_quick(args.table_silence_s)
+        return scorer
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
