@@ -37,6 +37,14 @@ class ScoringArgs(BaseModel):
     downscale_delay_s: float = Field(
         1800, ge=0, description="Quiet time before a replica goes, and its states with it."
     )
+    warm_states_s: float = Field(
+        600,
+        ge=0,
+        description="Autoscaling adds a replica when states have to go that were asked for within so many seconds.",
+    )
+    max_gpu_memory_share: float = Field(
+        0.95, gt=0, le=1, description="Share of a GPU's memory in use above which autoscaling adds a replica."
+    )
     cache_bytes: int = Field(256 << 20, ge=0, description="Budget of a replica's user states, in bytes.")
     max_candidates: int = Field(2_000, ge=1, description="Most candidates of one request.")
     max_users: int = Field(100, ge=1, description="Most requests of one call to /v1/score:batch.")

@@ -30,7 +30,7 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
 from ray.serve.schema import LoggingConfig
 
 from longer.config import RaySettings
@@ -43,6 +43,8 @@ from serve_apps.service import RETRY_AFTER_S
 __all__ = ["ScoringArgs", "build_app"]
 
 _HEALTH_CHECK_S = 10.0
+_METRICS_S = (1.0, 10.0)
+_DRAIN_MARGIN_S = 10.0
 
 
 def replica_options(args: ScoringArgs) -> dict[str, Any]:
@@ -74,7 +76,13 @@ def build_app(args: ScoringArgs) -> serve.Application:
             target_ongoing_requests=args.target_ongoing_requests or args.max_batch_requests,
             upscale_delay_s=args.upscale_delay_s,
             downscale_delay_s=args.downscale_delay_s,
+            metrics_interval_s=min(max(args.upscale_delay_s / 3, _METRICS_S[0]), _METRICS_S[1]),
+            policy=AutoscalingPolicy(
+                policy_function="serve_apps.autoscaling:ReplicaPolicy",
+                policy_kwargs={"warm_s": args.warm_states_s, "gpu_memory_share": args.max_gpu_memory_share},
+            ),
         ),
+        graceful_shutdown_timeout_s=args.timeout_s + _DRAIN_MARGIN_S,  # requests that it has are answered first
         request_router_config=ROUTER,
         health_check_period_s=min(_HEALTH_CHECK_S, args.refresh_s),  # which is when a replica looks for newer sequences
         logging_config=LoggingConfig(enable_access_log=False),

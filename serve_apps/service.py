@@ -60,6 +60,7 @@ class ScoringService:
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._affinity, self._peers, self._recent = Affinity(self._replica), Peers(), Recent()
         self._refused_rollout = False
+        self._evicted = (time.monotonic(), 0)
         for batch in (self._score_batch, self._events_batch):
             batch.set_max_batch_size(args.max_batch_requests)
             batch.set_batch_wait_timeout_s(args.batch_wait_ms / 1000)
@@ -227,14 +228,27 @@ class ScoringService:
         if is_due:
             self._refreshed_s = time.monotonic()
         await self._in_worker(self._refresh if is_due else lambda: None)
-        self._metrics.gpu_memory_share = self._gpu_memory_share()
         self._metrics.export()
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `serve_apps/autoscaling.py` goes by, twice a second: a `ReplicaLoad` since the last call."""
+        cache, now_s = self._scorer.cache, time.monotonic()
+        (since_s, before), self._evicted = self._evicted, (now_s, cache.counters.evict)
+        self._metrics.gpu_memory_share = self._gpu_memory_share()
+        return {
+            "num_states": len(cache),
+            "cache_share": cache.num_bytes / cache.budget_bytes if cache.budget_bytes else 0.0,
+            "evictions_per_s": (cache.counters.evict - before) / max(now_s - since_s, 1e-3),
+            "gpu_memory_share": self._metrics.gpu_memory_share,
+        }
+
     def _gpu_memory_share(self) -> float:
+        """By whomever, but for what torch keeps here for its next tensors."""
         if not self._args.num_gpus:
             return 0.0
         free_bytes, total_bytes = torch.cuda.mem_get_info()
-        return 1 - free_bytes / total_bytes
+        idle_bytes = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return 1 - (free_bytes + idle_bytes) / total_bytes
 
     def _refresh(self) -> None:
         try:
