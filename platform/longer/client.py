@@ -23,8 +23,9 @@ _ARROW = "application/vnd.apache.arrow.stream"
 
 
 class ScoringClient:
-    """Every call is safe to repeat, so one that finds no connection, a full service (503) or a replica that dies with it (500)
-    is, after the pause that the service asks for. `timeout_s` is for one attempt, and the service is told it; a thread should have a client of its own.
+    """Every call is safe to repeat, so one that finds no connection, a full service (503) or a replica that dies with it (500) is,
+    after the pause that the service asks for. `timeout_s` is for one attempt, and the service is told it; a thread should have a
+    client of its own.
 
     A call that is refused raises a UserError with the service's reason; one that is not answered, a `requests` exception.
     """
