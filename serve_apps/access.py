@@ -75,11 +75,15 @@ def content_type_of(request: Request, *known: str) -> str:
 
 def id_of(text: str, user_id_type: str) -> int | str:
     """A user id in a path."""
-    if user_id_type == "string" and text:
-        return text
-    if user_id_type == "string" or not (text.isascii() and text.removeprefix("-").isdigit() and len(text) < 21):
+    is_number = text.isascii() and text.removeprefix("-").isdigit() and len(text) < 21
+    return checked_id(int(text) if user_id_type != "string" and is_number else text, user_id_type)
+
+
+def checked_id(user_id: int | str | None, user_id_type: str) -> int | str:
+    """The user id, if it is one of this type and not empty."""
+    if user_id is None or user_id == "" or isinstance(user_id, str) != (user_id_type == "string"):
         raise BodyError(422, f"user_id: expected {user_id_type}")
-    return int(text)
+    return user_id
 
 
 def status_of(error: UserError) -> int:

@@ -29,7 +29,8 @@ from serve_apps.protocol import (
     parse_score_body,
     score_answer,
 )
-from serve_apps.service import RETRY_AFTER_S, Refusal, ScoringService
+from serve_apps.rpc import RpcService
+from serve_apps.service import RETRY_AFTER_S, Refusal
 
 _READY_WITHIN_S = 2.0
 
@@ -47,8 +48,8 @@ JSON = "application/json"
 
 @serve.deployment
 @serve.ingress(api)
-class ScoringReplica(ScoringService):
-    """Answers as `serve_apps/scoring.py` says."""
+class ScoringReplica(RpcService):
+    """Answers, over gRPC too, as `serve_apps/scoring.py` says."""
 
     # -- scores -------------------------------------------------------------------------------------------------------
 
