@@ -65,7 +65,9 @@ class Service:
         """With so many replicas, and the model of another checkpoint or of the first one."""
         bounds = {"min_replicas": num_replicas, "max_replicas": num_replicas}
         delays = {"upscale_delay_s": 0, "downscale_delay_s": 0}
-        deployment = {"name": "scoring", "autoscaling_config": {**bounds, **delays}}
+        kwargs = {"warm_s": 600, "gpu_memory_share": 0.95}
+        policy = {"policy_function": "serve_apps.autoscaling:ReplicaPolicy", "policy_kwargs": kwargs}
+        deployment = {"name": "scoring", "autoscaling_config": {**bounds, **delays, "policy": policy}}
         deployment["user_config"] = {"checkpoint": checkpoint} if checkpoint else None
         application = {
             "name": "scoring",
