@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import pytest
 
-from benchmarks.serving import _best
+from benchmarks.serving_arms.bench import best_of
 from benchmarks.serving_arms.load import Load, Sample
 
 SERVICE_S = 0.05
@@ -59,5 +59,5 @@ def test_all_that_is_sent_is_accounted_for_and_waiting_counts(url: str) -> None:
 
 def test_the_best_number_of_clients_is_one_within_the_latency_if_there_is_one() -> None:
     quick, busy = Sample([10.0] * 10, seconds=1), Sample([100.0] * 30, seconds=1)
-    assert _best({1: quick, 8: busy}) == 1
-    assert _best({8: busy, 16: Sample([200.0] * 20, seconds=1)}) == 8
+    assert best_of({1: quick, 8: busy}) == 1
+    assert best_of({8: busy, 16: Sample([200.0] * 20, seconds=1)}) == 8
