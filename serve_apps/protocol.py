@@ -3,7 +3,6 @@
 The models are also the service's OpenAPI document.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,6 +20,7 @@ from pydantic import (
     ValidationError,
     WithJsonSchema,
 )
+from pydantic_core import to_json
 
 from longer.errors import UserError
 from longer.serving.requests import EventsRequest, EventsResult, ScoreRequest, ScoreResult
@@ -305,4 +305,4 @@ def events_answer(result: EventsResult) -> dict[str, Any]:
 
 
 def as_json(content: dict[str, Any]) -> bytes:
-    return json.dumps(content).encode()
+    return to_json(content)  # of a thousand scores, an eighth of the time of `json.dumps`

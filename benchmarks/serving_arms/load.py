@@ -17,7 +17,7 @@ from itertools import cycle
 import aiohttp
 import numpy as np
 
-_SOURCE = re.compile(rb'"source": "(\w+)"')
+_SOURCE = re.compile(rb'"source": ?"(\w+)"')
 _TIMEOUT_S = 30
 _MOST_OPEN = 2_000
 

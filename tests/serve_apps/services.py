@@ -121,6 +121,15 @@ class Answers:
     refused: Counter[str] = field(default_factory=Counter)
     lost: Counter[str] = field(default_factory=Counter)
 
+    def users(self) -> set[int]:
+        return {user for user, _ in self.answered}
+
+    def wait_for(self, is_so: Callable[["Answers"], bool]) -> None:
+        deadline = time.monotonic() + _WITHIN_S
+        while not is_so(self):
+            assert time.monotonic() < deadline, (self.users(), self.refused, self.lost)
+            time.sleep(0.1)
+
     def sources(self) -> set[str]:
         return {answer["user_state"]["source"] for _, answer in self.answered}
 
