@@ -36,7 +36,7 @@ def run(settings: Settings) -> Version:
         serve.start(http_options={"host": host, "port": port}, logging_config=LoggingConfig(log_level="WARNING"))
         serve.run(build_app(args), name="scoring", route_prefix="/")
         say("serve_check", f"{sum(map(len, users))} requests of {len(users)} users to http://{host}:{port}/v1/score")
-        answers = replay(f"http://{host}:{port}", users)
+        answers = replay(f"http://{host}:{port}", users, args.token())
     finally:
         _stop(settings)
     return publish_check(settings, table, inputs, offline, users, answers)

@@ -31,32 +31,35 @@ class Gate:
         self._token_digest = hashlib.sha256(token.encode()).digest() if token else None
         self._timeout_s, self._max_body_bytes = timeout_s, max_body_bytes
 
-    def check_token(self, request: Request) -> None:
+    def check_token(self, authorization: str | None) -> None:
         """BodyError 401 without the token. Digests are compared, in constant time, so that neither content nor length shows."""
         if self._token_digest is None:
             return
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        scheme, _, given = (authorization or "").partition(" ")
         digest = hashlib.sha256(given.strip().encode()).digest()
         if not hmac.compare_digest(digest, self._token_digest) or scheme.lower() != "bearer":
             raise BodyError(401, "authorization: send this service's token as `Authorization: Bearer TOKEN`")
 
-    def time_left_s(self, request: Request) -> float:
-        """The time that the caller gives, or the longest allowed."""
-        given = request.headers.get(TIMEOUT_HEADER)
+    def time_left_s(self, given: str | None) -> float:
+        """The time that the caller gives, in milliseconds as sent, or the longest allowed."""
         if given is None:
             return self._timeout_s
         if not (given.isascii() and given.isdigit() and len(given) < 10 and int(given)):
             raise BodyError(422, f"{TIMEOUT_HEADER}: expected a positive integer, in milliseconds")
         return min(int(given) / 1000, self._timeout_s)
 
+    def check_size(self, num_bytes: int) -> None:
+        """BodyError 413 for a body of more bytes than are allowed."""
+        if num_bytes > self._max_body_bytes:
+            raise BodyError(413, f"body: at most {self._max_body_bytes} bytes: send fewer candidates in a request")
+
     async def body(self, request: Request) -> bytes:
         """The whole body; BodyError as soon as it is too large or when its sender has gone."""
-        body, limit = bytearray(), self._max_body_bytes
+        body = bytearray()
         try:
             async for chunk in request.stream():
                 body += chunk
-                if len(body) > limit:
-                    raise BodyError(413, f"body: at most {limit} bytes: send fewer candidates in a request")
+                self.check_size(len(body))
         except ClientDisconnect:
             raise BodyError(400, "body: the connection closed before its end") from None
         return bytes(body)
@@ -72,11 +75,15 @@ def content_type_of(request: Request, *known: str) -> str:
 
 def id_of(text: str, user_id_type: str) -> int | str:
     """A user id in a path."""
-    if user_id_type == "string" and text:
-        return text
-    if user_id_type == "string" or not (text.isascii() and text.removeprefix("-").isdigit() and len(text) < 21):
+    is_number = text.isascii() and text.removeprefix("-").isdigit() and len(text) < 21
+    return checked_id(int(text) if user_id_type != "string" and is_number else text, user_id_type)
+
+
+def checked_id(user_id: int | str | None, user_id_type: str) -> int | str:
+    """The user id, if it is one of this type and not empty."""
+    if user_id is None or user_id == "" or isinstance(user_id, str) != (user_id_type == "string"):
         raise BodyError(422, f"user_id: expected {user_id_type}")
-    return int(text)
+    return user_id
 
 
 def status_of(error: UserError) -> int:

@@ -20,7 +20,8 @@ class Ring:
     """The owner of each session among these replicas, as the router chooses it while the owner has room."""
 
     def __init__(self, replica_ids: Iterable[str]) -> None:
-        points = [(_hash(f"{one}:{node}"), one) for one in replica_ids for node in range(_NUM_VIRTUAL_NODES)]
+        self.replica_ids = frozenset(replica_ids)
+        points = [(_hash(f"{one}:{node}"), one) for one in self.replica_ids for node in range(_NUM_VIRTUAL_NODES)]
         points.sort(key=lambda point: point[0])
         self._hashes, self._owners = [point[0] for point in points], [point[1] for point in points]
 

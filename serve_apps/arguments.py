@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from longer.data.items import items_version
 from longer.data.tables import open_version
 from longer.errors import UserError
+from longer.model.pool import Precision
 from longer.serving.history import check_kept
 from longer.serving.online import EventLimits
 from longer.storage import Table, read_bytes
@@ -37,7 +38,22 @@ class ScoringArgs(BaseModel):
     downscale_delay_s: float = Field(
         1800, ge=0, description="Quiet time before a replica goes, and its states with it."
     )
-    cache_bytes: int = Field(256 << 20, ge=0, description="Budget of a replica's user states, in bytes.")
+    warm_states_s: float = Field(
+        600,
+        ge=0,
+        description="Autoscaling adds a replica when states have to go that were asked for within so many seconds.",
+    )
+    max_gpu_memory_share: float = Field(
+        0.95, gt=0, le=1, description="Share of a GPU's memory in use above which autoscaling adds a replica."
+    )
+    cache_bytes: int = Field(256 << 20, ge=0, description="Budget of a replica's user states on its device, in bytes.")
+    host_cache_bytes: int = Field(
+        0, ge=0, description="Budget of the states that had to leave the device and wait in host memory, in bytes."
+    )
+    state_precision: Precision = Field(
+        "float32",
+        description="What states are kept in: float32, bf16, int8 or fp8; on a GPU all but the first compute in bf16.",
+    )
     max_candidates: int = Field(2_000, ge=1, description="Most candidates of one request.")
     max_users: int = Field(100, ge=1, description="Most requests of one call to /v1/score:batch.")
     max_events: int = Field(200, ge=1, description="Most events of one user in a call.")
@@ -59,10 +75,20 @@ class ScoringArgs(BaseModel):
     timeout_s: float = Field(
         10, gt=0, description="Longest time a request may take; a caller may ask for a shorter one."
     )
+    table_silence_s: float = Field(
+        2.0,
+        gt=0,
+        description="Silence of a sequence table on S3 after which it is asked once more, and then given up: requests that must "
+        "be read then are answered 503, and those behind them wait no longer.",
+    )
     token_file: str | None = Field(
         None,
         description="File whose content every call must bring as bearer token; null: the variable LONGER_SCORING_TOKEN of the "
         "replicas' environment, and no token if that is not set.",
+    )
+    requires_token: bool = Field(
+        False,
+        description="A replica that finds no token does not start; so it is too where the app was built with one.",
     )
     refresh_s: float = Field(60, gt=0, description="Seconds between looks for a newer version of the sequence table.")
     num_cpus: float = Field(1, ge=0, description="CPUs that Ray reserves for a replica.")
@@ -91,9 +117,15 @@ class ScoringArgs(BaseModel):
         return EventLimits(self.max_user_events, self.events_keep_s, self.events_bytes)
 
     def token(self) -> str | None:
-        """The bearer token, None if none is asked for; a UserError if its file is missing or empty."""
+        """The bearer token, None if none is asked for; a UserError if it is required, or has a file, and is not there."""
         if self.token_file is None:
-            return os.environ.get(TOKEN_VARIABLE) or None
+            token = os.environ.get(TOKEN_VARIABLE) or None
+            if token is None and self.requires_token:
+                raise UserError(
+                    f"{TOKEN_VARIABLE}: not set where this replica runs, and the service must not be open: set it on every "
+                    "node or in the application's runtime_env, or use token_file"
+                )
+            return token
         try:
             token = read_bytes(self.token_file).decode().strip()
         except (OSError, UnicodeDecodeError):
@@ -128,5 +160,5 @@ def resolved(args: ScoringArgs) -> ScoringArgs:
     if items:
         open_version(items, info.schema, items_version(version.id, info.schema), "jobs.build_sequences")
     check_kept(version, info.model.windows)
-    args.token()
-    return args.model_copy(update={"checkpoint": checkpoint, "sequences": sequences, "items": items})
+    found = {"checkpoint": checkpoint, "sequences": sequences, "items": items}
+    return args.model_copy(update={**found, "requires_token": args.token() is not None})

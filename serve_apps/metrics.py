@@ -1,21 +1,33 @@
-"""The replica's Prometheus metrics; counters that others keep are exported as increments."""
+"""The replica's Prometheus metrics, as `ray_longer_...`; counters that others keep are exported as increments.
+
+Latency of a scored batch by stage: `queue` (one request's wait for its batch), `history` (the table is read), `encode` and `append`
+(states are made), `score` (all else: candidates looked up, the model, scores). What a caller waits for in the replica, by route, is
+`longer_score_latency_ms`.
+"""
 
 from collections import Counter as Counts
+from collections.abc import Mapping, Sequence
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
-from longer.serving.online import OnlineEvents
-from longer.serving.store import StateStore
+from longer.serving.scorer import Scorer
 
 _LATENCY_EDGES_MS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
+_BATCH_EDGES = [1, 2, 4, 8, 16, 32, 64, 128]
 
 
 class ReplicaMetrics:
-    """What one replica did; `record` after every request."""
+    """What one replica did and holds; `record` after every request, `export` now and then as well."""
 
-    def __init__(self, cache: StateStore, online: OnlineEvents, lost_affinity: Counts[str]) -> None:
-        self._cache, self._online, self._lost_affinity = cache, online, lost_affinity
+    def __init__(self, scorer: Scorer, lost_affinity: Counts[str]) -> None:
+        self._scorer, self._lost_affinity = scorer, lost_affinity
         self._exported: Counts[tuple[str, str]] = Counts()
+        self._model_version = ""
+        self.num_queued = 0
+        """Requests that wait for their batch, or are in it."""
+        self.gpu_memory_share = 0.0
+        """Of the device's memory, what is in use, by whomever; looked at now and then."""
+        self._requests = Counter("longer_score_requests", "Requests by route and HTTP status.", ("route", "status"))
         self._counters = {
             "state": Counter("longer_user_states", "Requests by what the cache held, and states dropped.", ("event",)),
             "online": Counter("longer_online_events", "Events received, known already, dropped, expired.", ("event",)),
@@ -23,28 +35,65 @@ class ReplicaMetrics:
                 "longer_lost_affinity", "Requests that came without a session, or for another's.", ("event",)
             ),
         }
-        self._requests = Counter("longer_score_requests", "Requests by route and HTTP status.", ("route", "status"))
-        self._bytes = Gauge("longer_user_state_bytes", "Bytes of user states held.")
+        self._latency = _milliseconds("longer_score_latency_ms", "Milliseconds in the replica, by route.", "route")
+        self._stages = _milliseconds("longer_stage_latency_ms", "Milliseconds of a scored batch, by stage.", "stage")
+        self._batch = Histogram("longer_batch_requests", "Requests scored together.", boundaries=_BATCH_EDGES)
+        self._queued = Gauge("longer_queued_requests", "Requests that wait for their batch, or are in it.")
+        self._num_states = Gauge("longer_held_user_states", "User states held.")
+        self._bytes = Gauge("longer_user_state_bytes", "Bytes of user states held, by tier.", ("tier",))
+        self._budget = Gauge("longer_user_state_budget_bytes", "Most bytes of user states, by tier.", ("tier",))
         self._event_bytes = Gauge("longer_online_event_bytes", "Bytes of online events held.")
-        self._latency = Histogram(
-            "longer_score_latency_ms",
-            "Milliseconds in the replica, by route.",
-            boundaries=_LATENCY_EDGES_MS,
-            tag_keys=("route",),
-        )
+        self._gpu_memory = Gauge("longer_gpu_memory_share", "Share of the GPU's memory in use; 0 without a GPU.")
+        self._model = Gauge("longer_served_model", "1 for the model version that answers.", ("model_version",))
 
     def record(self, route: str, latency_ms: float, status: int) -> None:
         self._latency.observe(latency_ms, tags={"route": route})
         self._requests.inc(tags={"route": route, "status": str(status)})
-        self._bytes.set(self._cache.num_bytes)
-        self._event_bytes.set(self._online.num_bytes)
-        sources = {
-            "state": self._cache.counters.as_dict(),
-            "online": self._online.counters.as_dict(),
-            "lost": self._lost_affinity,
-        }
-        for name, counts in sources.items():
+        self.export()
+
+    def record_batch(self, waited_ms: Sequence[float], stages_ms: Mapping[str, float]) -> None:
+        self._batch.observe(len(waited_ms))
+        for ms in waited_ms:
+            self._stages.observe(ms, tags={"stage": "queue"})
+        for stage, ms in stages_ms.items():
+            self._stages.observe(ms, tags={"stage": stage})
+
+    def export(self) -> None:
+        """Brings gauges and increments up to date."""
+        cache, online = self._scorer.cache, self._scorer.online
+        self._queued.set(self.num_queued)
+        self._num_states.set(len(cache))
+        for tier, (num_bytes, budget_bytes) in tiers(self._scorer).items():
+            self._bytes.set(num_bytes, tags={"tier": tier})
+            self._budget.set(budget_bytes, tags={"tier": tier})
+        self._event_bytes.set(online.num_bytes)
+        self._gpu_memory.set(self.gpu_memory_share)
+        self._export_model(self._scorer.info.model_version)
+        for name, counts in (
+            ("state", cache.counters.as_dict()),
+            ("online", online.counters.as_dict()),
+            ("lost", self._lost_affinity),
+        ):
             for event, count in counts.items():
                 if (grown := count - self._exported[name, event]) > 0:
                     self._counters[name].inc(grown, tags={"event": event})
                     self._exported[name, event] = count
+
+    def _export_model(self, version: str) -> None:
+        if version != self._model_version and self._model_version:
+            self._model.set(0, tags={"model_version": self._model_version})
+        self._model_version = version
+        self._model.set(1, tags={"model_version": version})
+
+
+def tiers(scorer: Scorer) -> dict[str, tuple[int, int]]:
+    """Bytes held of user states and the most that may be, by where they are."""
+    store = scorer.cache
+    return {
+        "device": (store.num_bytes, store.budget_bytes),
+        "host": (store.host_bytes, store.host_budget_bytes),
+    }
+
+
+def _milliseconds(name: str, description: str, tag: str) -> Histogram:
+    return Histogram(name, description, boundaries=_LATENCY_EDGES_MS, tag_keys=(tag,))

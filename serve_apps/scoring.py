@@ -7,7 +7,10 @@ POST   /v1/score:batch  {"requests": several of these} -> one result each
 POST   /v1/events       {"user_id", "events": [{"item_id", "event_ts", "action"?, "features"?}]}: newest events of a user
 DELETE /v1/users/ID     drops what the replicas hold of a user
 GET    /v1/model        what is served              GET /v1/stats    this replica's cache
+GET    /v1/status       all replicas, last minute   GET /            the same as a page, with a form to score a user by hand
 GET    /healthz         the process answers         GET /readyz      the scorer answers
+
+Over gRPC, where the Serve config asks for it: serve_apps/grpc/scoring.proto.
 
 Send `x-session-id: USER` (percent-encoded if not ASCII) with every request: it is hashed to a replica, so that a user's state is
 found where it was left, and so are the events sent for it. A request that comes without it, or to another replica than its own
@@ -29,18 +32,21 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
 from ray.serve.schema import LoggingConfig
 
 from longer.config import RaySettings
 from longer.errors import UserError
 from serve_apps.affinity import ROUTER
 from serve_apps.arguments import ScoringArgs, resolved
-from serve_apps.replica import RETRY_AFTER_S, ScoringReplica
+from serve_apps.replica import ScoringReplica
+from serve_apps.service import RETRY_AFTER_S
 
 __all__ = ["ScoringArgs", "build_app"]
 
 _HEALTH_CHECK_S = 10.0
+_METRICS_S = (1.0, 10.0)
+_DRAIN_MARGIN_S = 10.0
 
 
 def replica_options(args: ScoringArgs) -> dict[str, Any]:
@@ -72,7 +78,13 @@ def build_app(args: ScoringArgs) -> serve.Application:
             target_ongoing_requests=args.target_ongoing_requests or args.max_batch_requests,
             upscale_delay_s=args.upscale_delay_s,
             downscale_delay_s=args.downscale_delay_s,
+            metrics_interval_s=min(max(args.upscale_delay_s / 3, _METRICS_S[0]), _METRICS_S[1]),
+            policy=AutoscalingPolicy(
+                policy_function="serve_apps.autoscaling:ReplicaPolicy",
+                policy_kwargs={"warm_s": args.warm_states_s, "gpu_memory_share": args.max_gpu_memory_share},
+            ),
         ),
+        graceful_shutdown_timeout_s=args.timeout_s + _DRAIN_MARGIN_S,  # requests that it has are answered first
         request_router_config=ROUTER,
         health_check_period_s=min(_HEALTH_CHECK_S, args.refresh_s),  # which is when a replica looks for newer sequences
         logging_config=LoggingConfig(enable_access_log=False),

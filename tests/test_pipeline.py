@@ -68,7 +68,7 @@ def pipeline(source: Path, root: Path, *more: str) -> str:
     settings = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
     where = ["--root", os.path.relpath(root, ROOT), "--import_events.source", str(source)]  # as in the README: relative
     command = [sys.executable, "-m", "jobs.pipeline", "--config", "configs/quickstart.yaml", *where, *settings, *more]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform"), "LONGER_SCORING_TOKEN": "the check sends it too"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stderr

@@ -23,8 +23,9 @@ _ARROW = "application/vnd.apache.arrow.stream"
 
 
 class ScoringClient:
-    """Every call is safe to repeat, so one that finds no connection or a full service (503) is, after the pause that the service
-    asks for. `timeout_s` is for one attempt, and the service is told it; a thread should have a client of its own.
+    """Every call is safe to repeat, so one that finds no connection, a full service (503) or a replica that dies with it (500) is,
+    after the pause that the service asks for. `timeout_s` is for one attempt, and the service is told it; a thread should have a
+    client of its own.
 
     A call that is refused raises a UserError with the service's reason; one that is not answered, a `requests` exception.
     """
@@ -33,7 +34,7 @@ class ScoringClient:
         self._url, self._timeout_s = url.rstrip("/"), timeout_s
         retry = Retry(
             max_retries,
-            status_forcelist=[503],
+            status_forcelist=[500, 503],
             allowed_methods=None,
             backoff_factor=0.1,
             backoff_jitter=0.1,

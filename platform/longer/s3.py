@@ -14,7 +14,7 @@ from s3fs.errors import translate_boto_error
 
 from longer.errors import StorageError, one_line
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "retries": {
         "mode": "standard",
         "total_max_attempts": 6,
@@ -88,6 +88,13 @@ class _Body:
 def connect() -> S3:
     """The filesystem of s3:// paths, one a process; listings are never stale."""
     return S3(use_listings_cache=False, config_kwargs=CONFIG)
+
+
+def be_quick(silence_s: float) -> None:
+    """From now on in this process: a store that is silent for so long is asked once more, and then given up."""
+    CONFIG.update(
+        connect_timeout=silence_s, read_timeout=silence_s, retries={"mode": "standard", "total_max_attempts": 2}
+    )
 
 
 def _no_bucket(error: OSError) -> bool:

@@ -1,14 +1,36 @@
-"""Running services for tests, each on a port of its own."""
+"""Running services for tests, each on a port of its own, and clients that load them."""
 
-from collections.abc import Iterator
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event
 from typing import Any
 
+import httpx
+import numpy as np
+import requests
 from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
 
 from jobs.serve import free_port
+from longer.client import ScoringClient
 from longer.config import Settings
+from longer.errors import UserError
+from longer.serving.scorer import Scorer, ScoreRequest, ScoreResult
 from serve_apps.scoring import ScoringArgs, build_app
+from tests.serving.tables import DAY_MS, NUM_USERS, START_MS, checkpoint_path
+
+ROOT = Path(__file__).parents[2]
+CANDIDATES = ["item1", "item5", "never seen"]
+END_MS = START_MS + 31 * DAY_MS
+NUM_CLIENTS = 3
+_WITHIN_S = 60
 
 
 @contextmanager
@@ -28,3 +50,131 @@ def running(world: Settings, **arguments: Any) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         serve.shutdown()
+
+
+class Service:
+    """A service deployed from a Serve config, as on a cluster; `deploy` it again to change it."""
+
+    def __init__(self, world: Settings, port: int, sequences: str, environment: dict[str, str]) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self._arguments = {"checkpoint": checkpoint_path(world), "sequences": sequences, "num_cpus": 0.5}
+        self._arguments |= {"items": world.path("tables", "items"), "table_silence_s": 0.5, "refresh_s": 1}
+        self._environment = {**environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"}
+
+    def deploy(self, num_replicas: int, checkpoint: str | None = None) -> None:
+        """With so many replicas, and the model of another checkpoint or of the first one."""
+        bounds = {"min_replicas": num_replicas, "max_replicas": num_replicas}
+        delays = {"upscale_delay_s": 0, "downscale_delay_s": 0}
+        kwargs = {"warm_s": 600, "gpu_memory_share": 0.95}
+        policy = {"policy_function": "serve_apps.autoscaling:ReplicaPolicy", "policy_kwargs": kwargs}
+        deployment = {"name": "scoring", "autoscaling_config": {**bounds, **delays, "policy": policy}}
+        deployment["user_config"] = {"checkpoint": checkpoint} if checkpoint else None
+        application = {
+            "name": "scoring",
+            "route_prefix": "/",
+            "import_path": "serve_apps.scoring:build_app",
+            "args": self._arguments,
+            "runtime_env": {"env_vars": self._environment},
+            "deployments": [deployment],
+        }
+        _get_global_client().deploy_apps(
+            ServeDeploySchema.model_validate({"applications": [application]}), _blocking=True
+        )
+
+    def replicas(self) -> dict[str, dict[str, Any]]:
+        """Each replica's account, as one of them tells it; none while none answers."""
+        try:
+            status = httpx.get(f"{self.url}/v1/status", timeout=10)
+        except httpx.TransportError:
+            return {}
+        return {one["replica"]: one for one in status.json()["replicas"]} if status.status_code == 200 else {}
+
+    def wait_for(self, is_so: Callable[[dict[str, dict[str, Any]]], bool]) -> dict[str, dict[str, Any]]:
+        deadline = time.monotonic() + _WITHIN_S
+        while not is_so(replicas := self.replicas()):
+            assert time.monotonic() < deadline, replicas
+            time.sleep(0.2)
+        return replicas
+
+
+def processes_of_replicas() -> list[int]:
+    """Process ids of this session's replicas; other Rays of this machine are not looked at."""
+    parents, names = {}, {}
+    for folder in Path("/proc").iterdir():
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(") ")[2].split()[1])
+            names[int(folder.name)] = (folder / "cmdline").read_text()
+        except (OSError, ValueError):
+            continue  # not a process, or one that has just ended
+
+    def is_ours(process: int) -> bool:
+        return process == os.getpid() or (process in parents and is_ours(parents[process]))
+
+    return [one for one, name in names.items() if name.startswith("ray::ServeReplica:scoring") and is_ours(one)]
+
+
+@dataclass
+class Answers:
+    """What clients were told: answers by user, and how often each refusal came; `lost` had no answer at all."""
+
+    answered: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    refused: Counter[str] = field(default_factory=Counter)
+    lost: Counter[str] = field(default_factory=Counter)
+
+    def users(self) -> set[int]:
+        return {user for user, _ in self.answered}
+
+    def wait_for(self, is_so: Callable[["Answers"], bool]) -> None:
+        deadline = time.monotonic() + _WITHIN_S
+        while not is_so(self):
+            assert time.monotonic() < deadline, (self.users(), self.refused, self.lost)
+            time.sleep(0.1)
+
+    def sources(self) -> set[str]:
+        return {answer["user_state"]["source"] for _, answer in self.answered}
+
+    def assert_equal(self, expected: dict[tuple[str, int], np.ndarray]) -> None:
+        """Every answer has the offline scores of its user by the model that it names."""
+        assert self.answered
+        for user, answer in self.answered:
+            wanted = expected[answer["model_version"], user]
+            np.testing.assert_allclose(answer["scores"]["label"], wanted, rtol=0, atol=1e-5)
+
+
+@contextmanager
+def load(url: str, max_retries: int = 2) -> Iterator[Answers]:
+    """Clients that ask for all users over and over while the block runs; the answers are whole when it has ended."""
+    ended, answers = Event(), Answers()
+
+    def ask_on(number: int) -> None:
+        client, asked = ScoringClient(url, timeout_s=20, max_retries=max_retries), number
+        while not ended.is_set():
+            user = asked % NUM_USERS + 1
+            asked += 1
+            try:
+                answers.answered.append((user, client.score(user, CANDIDATES, request_ts=END_MS)))
+            except UserError as refusal:
+                answers.refused[str(refusal)] += 1
+            except requests.RequestException as error:
+                answers.lost[repr(error)] += 1
+
+    with ThreadPoolExecutor(NUM_CLIENTS) as pool:
+        clients = [pool.submit(ask_on, number) for number in range(NUM_CLIENTS)]
+        try:
+            yield answers
+        finally:
+            ended.set()
+        for client in clients:
+            client.result()
+
+
+def offline_scores(world: Settings, *checkpoints: str) -> dict[tuple[str, int], np.ndarray]:
+    """Scores of the candidates by model version and user, each history encoded from scratch."""
+    scores = {}
+    for checkpoint in checkpoints:
+        scorer = Scorer(checkpoint, world.path("tables", "sequences"), 0, world.path("tables", "items"))
+        for user in range(1, NUM_USERS + 1):
+            [result] = scorer.score([ScoreRequest(user, CANDIDATES, request_ts=END_MS)])
+            assert isinstance(result, ScoreResult)
+            scores[scorer.info.model_version, user] = result.scores["label"]
+    return scores

@@ -63,7 +63,7 @@ def assert_well(url: str) -> None:
 @pytest.mark.ray
 def test_the_service_does_what_its_openapi_document_says(url: str, request: pytest.FixtureRequest) -> None:
     operations = [found.ok() for found in schemathesis.openapi.from_url(f"{url}/openapi.json").get_all_operations()]
-    assert len(operations) == 8
+    assert len(operations) == 9
     num_each = max(request.config.getoption("--malformed") // (4 * len(operations)), 5)
     with requests.Session() as session:
         for operation in operations:

@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from longer.errors import UserError
-from serve_apps.arguments import ScoringArgs
+from serve_apps.arguments import ScoringArgs, resolved
 from tests.serve_apps.services import running
 from tests.serving.tables import START_MS, build_world
 
@@ -98,6 +98,19 @@ def test_nothing_that_was_sent_is_in_a_log(url: str) -> None:
         if secret.encode() in file.read_bytes()
     ]
     assert found == []
+
+
+def test_a_service_built_with_a_token_is_not_open_where_a_replica_finds_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ScoringArgs(checkpoint=build_world(tmp_path).path("checkpoints"))
+    assert resolved(asked).token() is None
+    monkeypatch.setenv("LONGER_SCORING_TOKEN", TOKEN)
+    built = resolved(asked)
+    assert built.token() == TOKEN
+    monkeypatch.delenv("LONGER_SCORING_TOKEN")
+    with pytest.raises(UserError, match="LONGER_SCORING_TOKEN: not set where this replica runs"):
+        built.token()
 
 
 def test_a_token_file_that_is_not_there_or_empty_stops_the_start(

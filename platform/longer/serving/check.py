@@ -77,15 +77,16 @@ class Replay:
         return np.concatenate([np.array(by_request[r], np.float32) for r in requests.request_id_R.tolist()])
 
 
-def replay(url: str, users: list[Requests]) -> Replay:
+def replay(url: str, users: list[Requests], token: str | None = None) -> Replay:
     """Sends every user's requests to the service at `url`; raises on the first that is not answered with scores."""
-    return asyncio.run(_replay(url, users))
+    return asyncio.run(_replay(url, users, token))
 
 
-async def _replay(url: str, users: list[Requests]) -> Replay:
+async def _replay(url: str, users: list[Requests], token: str | None) -> Replay:
     queue, answers = iter(users), list[Answer]()
     limits = httpx.Limits(max_connections=NUM_CLIENTS)
-    async with httpx.AsyncClient(base_url=url, timeout=_TIMEOUT_S, limits=limits) as http:
+    headers = {"authorization": f"Bearer {token}"} if token else {}
+    async with httpx.AsyncClient(base_url=url, timeout=_TIMEOUT_S, limits=limits, headers=headers) as http:
         await asyncio.gather(*(_client(http, queue, answers) for _ in range(NUM_CLIENTS)))
         replicas = {}
         for user in users:

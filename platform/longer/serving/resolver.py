@@ -26,6 +26,7 @@ from longer.serving.fingerprint import EventPrint
 from longer.serving.history import HistorySource, UserHistory
 from longer.serving.online import OnlineEvents
 from longer.serving.requests import Source
+from longer.serving.stages import stage
 from longer.serving.store import HeldState, StateStore
 
 
@@ -150,7 +151,8 @@ class StateResolver:
         """Updates of the requests whose users can be read; the others have their error."""
         if not requests:
             return []
-        histories = self._read([request for request, _ in requests])
+        with stage("history"):
+            histories = self._read([request for request, _ in requests])
         planned = [
             self._plan(request, held, history)
             for (request, held), history in zip(requests, histories, strict=True)
@@ -200,7 +202,8 @@ class StateResolver:
             return
         store, histories = self._store, _events(updates)
         slots = store.slots(rows_for(store.layout, histories.end_index_B))
-        states = encode(self._model, store.pool, histories, slots)
+        with stage("encode"):
+            states = encode(self._model, store.pool, histories, slots)
         for update, state in zip(updates, states, strict=True):
             self._finish(update, "load" if update.end else "cold", state)
 
@@ -216,7 +219,8 @@ class StateResolver:
             for base, num_rows in zip(bases, rows_for(store.layout, new.end_index_B), strict=True)
         ]
         try:
-            states = append(self._model, store.pool, bases, new, slots)
+            with stage("append"):
+                states = append(self._model, store.pool, bases, new, slots)
         except BaseException:
             for update, _ in updates:  # half-written
                 store.forget(update.request.user_key)

@@ -1,0 +1,138 @@
+"""What the service is compared with: a Serve deployment that does nothing, and servers of a process each.
+
+python -m benchmarks.serving_arms.servers plain ARGUMENTS    FastAPI and torch, no cache, as most would write it
+python -m benchmarks.serving_arms.servers echo ARGUMENTS     one answer for all, to see what the load generator can do
+"""
+
+import asyncio
+import json
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from fastapi import FastAPI, Request, Response
+from ray import serve
+from ray.serve.schema import LoggingConfig
+
+from serve_apps.affinity import ROUTER
+
+floor_api = FastAPI()
+
+
+@serve.deployment
+@serve.ingress(floor_api)
+class Floor:
+    """Reads a body of the real size and answers with one: what Serve, HTTP and FastAPI alone cost."""
+
+    def __init__(self, answer: bytes) -> None:
+        self._answer = answer
+
+    @floor_api.post("/v1/score")
+    async def score(self, request: Request) -> Response:
+        await request.body()
+        return Response(self._answer, media_type="application/json")
+
+
+def floor_app(answer: bytes, num_replicas: int, max_ongoing_requests: int) -> serve.Application:
+    """With the service's router and limits."""
+    return Floor.options(
+        name="floor",
+        num_replicas=num_replicas,
+        max_ongoing_requests=max_ongoing_requests,
+        request_router_config=ROUTER,
+        ray_actor_options={"num_cpus": 0.5},
+        logging_config=LoggingConfig(enable_access_log=False),
+    ).bind(answer)
+
+
+@dataclass(frozen=True)
+class ServerArgs:
+    """What a server's process is told."""
+
+    port: int
+    checkpoint: str = ""
+    sequences: str = ""
+    items: str = ""
+    device: str = "cpu"
+    torch_threads: int = 1
+    answer: str = ""
+
+    def command(self, kind: str) -> list[str]:
+        return [sys.executable, "-m", "benchmarks.serving_arms.servers", kind, json.dumps(asdict(self))]
+
+
+def plain_app(args: ServerArgs) -> FastAPI:
+    """All histories in memory from the start, no reads at all; each request encodes its user's whole window and scores."""
+    import torch
+
+    from longer.arrays import Candidates
+    from longer.data.items import ItemTable
+    from longer.data.tables import SequenceTable
+    from longer.model.outputs import to_scores
+    from longer.model.states import encode, score
+    from longer.serving.history import HistorySource
+    from longer.serving.requests import RequestReader, ScoreRequest
+    from longer.training.checkpoints import load_model
+    from serve_apps.protocol import ScoreBody
+
+    torch.set_num_threads(args.torch_threads)
+    model, info = load_model(args.checkpoint, args.device)
+    source, table = HistorySource(args.sequences, info.schema), SequenceTable(args.sequences, info.schema)
+    users = pa.concat_arrays([table.read_bucket(bucket)[0] for bucket in table.buckets])
+    nothing = info.schema.events_arrow().empty_table()
+    histories = dict(zip(users.to_pylist(), source.read(users, nothing), strict=True))
+    items, reader = ItemTable(args.items, info.schema), RequestReader(info.schema)
+    api = FastAPI()
+
+    @api.post("/v1/score")
+    async def answer(body: ScoreBody) -> dict[str, Any]:
+        assert body.request_ts is not None
+        history = histories[body.user_id]  # type: ignore[index]
+        window = history.window(history.end_before(body.request_ts), model.windows)
+        request = ScoreRequest(body.user_id, body.candidates)  # type: ignore[arg-type]
+        features = reader.candidates(request, items)
+        offsets = np.array([0, len(body.candidates)])
+        outputs = score(model, encode(model, window), np.array([body.request_ts]), Candidates(offsets, features))
+        scores = {task: values.tolist() for task, values in to_scores(outputs, model.tasks).items()}
+        return {"candidates": body.candidates, "scores": scores, "model_version": info.model_version}
+
+    return api
+
+
+async def echo(args: ServerArgs) -> None:
+    """The least that an HTTP server can do in Python."""
+    content = args.answer.encode()
+    answer = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(content) + content
+
+    async def serve_one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = next(
+                    int(line.split(b":")[1]) for line in head.lower().splitlines() if line[:15] == b"content-length:"
+                )
+                await reader.readexactly(length)
+                writer.write(answer)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            writer.close()
+
+    server = await asyncio.start_server(serve_one, "127.0.0.1", args.port, limit=1 << 20)
+    async with server:
+        await server.serve_forever()
+
+
+def main() -> None:
+    kind, arguments = sys.argv[1:]
+    args = ServerArgs(**json.loads(arguments))
+    if kind == "echo":
+        asyncio.run(echo(args))
+    else:
+        import uvicorn
+
+        uvicorn.run(plain_app(args), host="127.0.0.1", port=args.port, log_level="warning", access_log=False)
+
+
+if __name__ == "__main__":
+    main()

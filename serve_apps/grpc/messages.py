@@ -1,0 +1,90 @@
+"""Protobuf messages to what the scorer is asked, and back; what is wrong is told as over HTTP. See `scoring.proto`."""
+
+from typing import Any
+
+from longer.serving.requests import EventsRequest, EventsResult, ScoreRequest, ScoreResult
+from serve_apps.grpc import scoring_pb2 as pb
+from serve_apps.protocol import (
+    MAX_COLUMNS,
+    AboutRequest,
+    Asked,
+    BodyError,
+    EventsBody,
+    Limits,
+    chosen,
+    event_columns,
+    validated,
+)
+
+
+def parse_score(message: pb.ScoreRequest, limits: Limits) -> Asked:
+    """The request; BodyError names the field that is wrong and what it should be."""
+    ids = _ids(message.candidates)
+    if len(ids) > limits.max_candidates:
+        raise BodyError(413, f"candidates: at most {limits.max_candidates} in a request: split them over several")
+    about = validated(AboutRequest, _about(message, limits))
+    columns = _columns(message, len(ids))
+    return Asked(
+        ScoreRequest(about.user_id, ids, columns, about.request_ts, event_columns(about.events, limits)), about.top_k
+    )
+
+
+def parse_events(message: pb.AddEventsRequest, limits: Limits) -> EventsRequest:
+    """The user and the events; BodyError names the field that is wrong and what it should be."""
+    values = {"user_id": value_of(message.user_id), "events": _events(message.events, limits)}
+    body = validated(EventsBody, values)
+    return EventsRequest(body.user_id, event_columns(body.events, limits))
+
+
+def score_response(asked: Asked, result: ScoreResult, model_version: str) -> pb.ScoreResponse:
+    places = chosen(result, asked.top_k)
+    ids = [asked.request.item_ids[c] for c in places]
+    state = pb.UserState(source=result.source, num_events=result.num_events, last_event_ts=result.last_event_ts)
+    return pb.ScoreResponse(
+        candidates=pb.Ids(texts=ids) if isinstance(ids[0], str) else pb.Ids(numbers=ids),
+        scores={task: pb.TaskScores(values=scores[places]) for task, scores in result.scores.items()},
+        model_version=model_version,
+        user_state=state,
+    )
+
+
+def events_response(result: EventsResult) -> pb.AddEventsResponse:
+    return pb.AddEventsResponse(received=result.num_received, new=result.num_new)
+
+
+def value_of(message: pb.Id | pb.Value) -> Any:
+    """The one of its kinds that it has, None if it has none."""
+    kind = message.WhichOneof("kind")
+    return getattr(message, kind) if kind else None
+
+
+def _ids(message: pb.Ids) -> list[Any]:
+    if bool(message.numbers) == bool(message.texts):
+        raise BodyError(422, "candidates: expected item ids, as `numbers` or as `texts`")
+    return list(message.numbers or message.texts)
+
+
+def _about(message: pb.ScoreRequest, limits: Limits) -> dict[str, Any]:
+    values = {"user_id": value_of(message.user_id), "events": _events(message.events, limits)}
+    return values | {name: getattr(message, name) for name in ("request_ts", "top_k") if message.HasField(name)}
+
+
+def _events(messages: Any, limits: Limits) -> list[dict[str, Any]]:
+    return [
+        {
+            "item_id": value_of(event.item_id),
+            "event_ts": event.event_ts,
+            "action": event.action if event.HasField("action") else None,
+            "features": {name: value_of(value) for name, value in event.features.items()},
+        }
+        for event in messages[: limits.max_events + 1]  # one too many is as good as all of them
+    ]
+
+
+def _columns(message: pb.ScoreRequest, num_candidates: int) -> dict[str, list[Any]]:
+    names = [column.name for column in message.features]
+    if len(names) > MAX_COLUMNS or len(set(names)) < len(names):
+        raise BodyError(422, f"features: at most {MAX_COLUMNS}, each name once")
+    if any(len(column.values) != num_candidates for column in message.features):
+        raise BodyError(422, "features: expected a value for each candidate")
+    return {column.name: [value_of(value) for value in column.values] for column in message.features}

@@ -1,0 +1,267 @@
+"""One scorer with its cache, whatever protocol is spoken. Everything that touches the scorer runs in its one worker thread."""
+
+import asyncio
+import logging
+import resource
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from ray import serve
+
+from longer.errors import UserError, one_line
+from longer.serving.scorer import EventsRequest, EventsResult, Scorer, ScoreRequest, ScoreResult
+from longer.serving.stages import collected_ms
+from serve_apps.access import TIMEOUT_HEADER, Gate, reason_of, status_of
+from serve_apps.account import Recent, service_status
+from serve_apps.affinity import Affinity
+from serve_apps.arguments import Rollout, ScoringArgs
+from serve_apps.metrics import ReplicaMetrics
+from serve_apps.peers import Peers
+from serve_apps.protocol import Asked, BodyError
+
+RETRY_AFTER_S = 1
+_logger = logging.getLogger("ray.serve")
+
+T = TypeVar("T")
+Outcome = ScoreResult | UserError
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a call has no answer: an HTTP status, and a line that repeats nothing of what was sent."""
+
+    status: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A request for the next batch, and since when."""
+
+    request: ScoreRequest
+    since_s: float
+
+
+class ScoringService:
+    """What `serve_apps/scoring.py` says but for the protocols, which derive from it."""
+
+    def __init__(self, args: ScoringArgs) -> None:
+        self._args = args
+        self._gate = Gate(args.token(), args.timeout_s, args.max_body_bytes)
+        self._worker = ThreadPoolExecutor(
+            1, "scorer", initializer=torch.set_num_threads, initargs=(args.torch_threads,)
+        )
+        self._scorer = self._worker.submit(self._load).result()
+        self._refreshed_s = time.monotonic()
+        self._replica = serve.get_replica_context().replica_id.unique_id
+        self._affinity, self._peers, self._recent = Affinity(self._replica), Peers(), Recent()
+        self._refused_rollout = False
+        self._evicted = (time.monotonic(), 0)
+        for batch in (self._score_batch, self._events_batch):
+            batch.set_max_batch_size(args.max_batch_requests)
+            batch.set_batch_wait_timeout_s(args.batch_wait_ms / 1000)
+        self._metrics = ReplicaMetrics(self._scorer, self._affinity.lost)
+        self._metrics.export()
+
+    def _load(self) -> Scorer:
+        args = self._args
+        device = "cuda" if args.num_gpus else "cpu"
+        assert args.sequences  # build_app found it
+        scorer = Scorer(
+            args.checkpoint,
+            args.sequences,
+            args.cache_bytes,
+            args.items,
+            args.sequences_version,
+            device,
+            args.event_limits,
+            args.host_cache_bytes,
+            args.state_precision,
+        )
+        if args.sequences.startswith("s3://"):
+            from longer.s3 import be_quick
+
+            be_quick(args.table_silence_s)
+        return scorer
+
+    # -- calls --------------------------------------------------------------------------------------------------------
+
+    async def attempt(self, route: str, headers: Mapping[str, str], work: Callable[[], Awaitable[T]]) -> T | Refusal:
+        """The work's answer, or what went wrong, with the token checked before and the time bounded."""
+        started_s = time.perf_counter()
+        outcome: T | Refusal
+        try:
+            self._gate.check_token(headers.get("authorization"))
+            async with asyncio.timeout(self._gate.time_left_s(headers.get(TIMEOUT_HEADER))):
+                outcome = await work()
+        except TimeoutError:
+            outcome = Refusal(504, "not answered in time: allow more, or send fewer candidates")
+        except UserError as error:
+            outcome = Refusal(status_of(error), reason_of(error))
+        status = outcome.status if isinstance(outcome, Refusal) else 200
+        self._metrics.record(route, (time.perf_counter() - started_s) * 1000, status)
+        return outcome
+
+    async def score_one(self, asked: Asked, session: str | None, started_s: float) -> tuple[ScoreResult, str]:
+        """The scores of a call that began at `started_s`, and the version of the model that they are of."""
+        self._affinity.count(session)
+        outcome, version = await self._score_waiting(asked)
+        if isinstance(outcome, UserError):
+            raise outcome
+        self._recent.add((time.perf_counter() - started_s) * 1000, outcome.source)
+        return outcome, version
+
+    async def score_several(self, several: Sequence[Asked]) -> list[tuple[Outcome, str]]:
+        """One outcome a request, in order, with the version of the model."""
+        return await asyncio.gather(*map(self._score_waiting, several))
+
+    async def take_in(self, request: EventsRequest, session: str | None) -> EventsResult:
+        """Takes in a user's newest events."""
+        self._affinity.count(session)
+        outcome = await self._events_batch(request)
+        if isinstance(outcome, UserError):
+            raise outcome
+        return outcome
+
+    async def forget_everywhere(self, user_id: int | str) -> tuple[int, int]:
+        """The number of replicas, which all have dropped what they held of the user, and of those that held anything."""
+        held = await self.forget(user_id)
+        others = await self._peers.ask(self.forget, user_id)
+        if any(isinstance(outcome, BaseException) for outcome in others):
+            raise BodyError(503, "not every replica has answered: send the same again")
+        return len(others), sum([held, *others])
+
+    async def status(self) -> dict[str, Any]:
+        """What all replicas hold and have done lately."""
+        schema = self._scorer.info.schema
+        told = [one for one in await self._peers.ask(self.account) if isinstance(one, dict)]
+        told = told or [await self.account()]
+        num_silent = max(len(self._affinity.ring.replica_ids) - len(told), 0) if self._affinity.ring else 0
+        ids = {"user_id": schema.user_id, "item_id": schema.item_id}
+        return {"answered_by": self._replica, "ids": ids, **service_status(told, num_silent)}
+
+    # -- scores -------------------------------------------------------------------------------------------------------
+
+    async def _score_waiting(self, asked: Asked) -> tuple[Outcome, str]:
+        self._metrics.num_queued += 1
+        try:
+            return await self._score_batch(_Waiting(asked.request, time.perf_counter()))
+        finally:
+            self._metrics.num_queued -= 1
+
+    @serve.batch
+    async def _score_batch(self, waiting: list[_Waiting]) -> list[tuple[Outcome, str]]:
+        """Each outcome with the version of the model that it is of."""
+        outcomes, waited_ms, stages_ms = await self._in_worker(self._score, waiting)
+        self._metrics.record_batch(waited_ms, stages_ms)
+        return outcomes
+
+    def _score(self, waiting: Sequence[_Waiting]) -> tuple[list[tuple[Outcome, str]], list[float], dict[str, float]]:
+        started_s, version = time.perf_counter(), self._scorer.info.model_version
+        with collected_ms() as stages_ms:
+            outcomes = self._scorer.score([one.request for one in waiting])
+        whole_ms = (time.perf_counter() - started_s) * 1000
+        stages_ms["score"] = whole_ms - sum(stages_ms.values())
+        waited_ms = [(started_s - one.since_s) * 1000 for one in waiting]
+        return [(outcome, version) for outcome in outcomes], waited_ms, stages_ms
+
+    @serve.batch
+    async def _events_batch(self, requests: list[EventsRequest]) -> list[EventsResult | UserError]:
+        return await self._in_worker(lambda: self._scorer.add_events(requests))
+
+    async def _in_worker(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
+
+    # -- called by other replicas -------------------------------------------------------------------------------------
+
+    async def replica_id(self) -> str:
+        return self._replica
+
+    async def forget(self, user_id: int | str) -> bool:
+        """Drops what this one holds of the user; whether it held anything."""
+        return await self._in_worker(self._scorer.forget, user_id)
+
+    async def account(self) -> dict[str, Any]:
+        """What this replica holds, and what it has done since it started and lately."""
+        cache, online = self._scorer.cache, self._scorer.online
+        states = {"states": len(cache), "bytes": cache.num_bytes, "budget_bytes": cache.budget_bytes}
+        events = {"users": len(online), "bytes": online.num_bytes, "budget_bytes": self._args.events_bytes}
+        return {
+            "replica": self._replica,
+            "model_version": self._scorer.info.model_version,
+            "sequences_version": self._scorer.history.version_id,
+            "refused_rollout": self._refused_rollout,
+            "cache": {**cache.counters.as_dict(), **states},
+            "online_events": {**online.counters.as_dict(), **events},
+            "lost_affinity": dict(self._affinity.lost),
+            "queued_requests": self._metrics.num_queued,
+            "recent": self._recent.account(),
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+
+    # -- called by Serve ----------------------------------------------------------------------------------------------
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Called with a new `user_config`: goes over to its `checkpoint` between two batches, states become misses.
+
+        A checkpoint that cannot serve is refused: the model that serves goes on, and /v1/model says so.
+        """
+        try:
+            checkpoint = Rollout.model_validate(user_config).checkpoint
+            loaded = await asyncio.to_thread(self._scorer.load_checkpoint, checkpoint)
+        except Exception as error:  # whatever it is, raising would end this replica and its states
+            self._refused_rollout = True
+            _logger.error("roll-out refused, model %s serves on: %s", self._scorer.info.model_version, one_line(error))
+            return
+        await self._in_worker(self._scorer.adopt, *loaded)
+        self._refused_rollout = False
+        self._metrics.export()
+        _logger.info("model: now %s", self._scorer.info.model_version)
+
+    async def check_health(self) -> None:
+        """A replica whose worker hangs is replaced. Now and then looks for newer sequences and at the ring."""
+        is_due = time.monotonic() - self._refreshed_s >= self._args.refresh_s
+        if self._affinity.ring is None or is_due:
+            self._upkeep = asyncio.create_task(self._look_at_ring())
+        if is_due:
+            self._refreshed_s = time.monotonic()
+        await self._in_worker(self._refresh if is_due else lambda: None)
+        self._metrics.export()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `serve_apps/autoscaling.py` goes by, twice a second: a `ReplicaLoad` since the last call."""
+        cache, now_s = self._scorer.cache, time.monotonic()
+        (since_s, before), self._evicted = self._evicted, (now_s, cache.counters.evict)
+        self._metrics.gpu_memory_share = self._gpu_memory_share()
+        return {
+            "num_states": len(cache),
+            "cache_share": cache.num_bytes / cache.budget_bytes if cache.budget_bytes else 0.0,
+            "evictions_per_s": (cache.counters.evict - before) / max(now_s - since_s, 1e-3),
+            "gpu_memory_share": self._metrics.gpu_memory_share,
+        }
+
+    def _gpu_memory_share(self) -> float:
+        """By whomever, but for what torch keeps here for its next tensors."""
+        if not self._args.num_gpus:
+            return 0.0
+        free_bytes, total_bytes = torch.cuda.mem_get_info()
+        idle_bytes = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return 1 - (free_bytes + idle_bytes) / total_bytes
+
+    def _refresh(self) -> None:
+        try:
+            if self._scorer.refresh():
+                _logger.info("sequences: now at version %s", self._scorer.history.version_id)
+        except Exception:
+            _logger.exception(
+                "sequences: cannot look for a newer version; version %s serves on", self._scorer.history.version_id
+            )
+
+    async def _look_at_ring(self) -> None:
+        names = [name for name in await self._peers.ask(self.replica_id) if isinstance(name, str)]
+        if names:  # else the ring stays what it was: it only serves a count
+            self._affinity.see(names)

@@ -1,0 +1,152 @@
+"""A service under load while things go wrong, or change: what is answered is right, what is not has its reason, and it recovers."""
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import httpx
+import pytest
+from ray import serve
+
+from jobs.serve import free_port
+from longer.config import Settings
+from tests.s3.proxy import Fault, Proxy, proxy_before
+from tests.s3.server import running_bucket
+from tests.serve_apps.services import (
+    END_MS,
+    Service,
+    load,
+    offline_scores,
+    processes_of_replicas,
+)
+from tests.serving.tables import build_world, checkpoint_path, publish_random_model
+
+AFFINITY_S = 3.0
+"""Within which a replica learns of another."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return build_world(tmp_path_factory.mktemp("under_fire"))
+
+
+@pytest.fixture(scope="module")
+def store(world: Settings) -> Iterator[Proxy]:
+    """A copy of the sequence table on S3, through a proxy that can fail."""
+    with pytest.MonkeyPatch.context() as patch, running_bucket(patch):
+        root = Path(world.path("tables"))
+        s3 = boto3.client("s3")
+        for file in (root / "sequences").rglob("*"):
+            if file.is_file():
+                s3.upload_file(str(file), "tables", str(file.relative_to(root)))
+        with proxy_before(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+            yield proxy
+
+
+@pytest.fixture(scope="module")
+def service(local_ray: None, world: Settings, store: Proxy) -> Iterator[Service]:
+    keys = {name: os.environ[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")}
+    port = free_port("127.0.0.1", 8399)
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        started = Service(world, port, "s3://tables/sequences", {**keys, "AWS_ENDPOINT_URL": store.url})
+        started.deploy(num_replicas=1)
+        yield started
+    finally:
+        serve.shutdown()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("fault", [Fault(status=500), Fault(delay_s=60)], ids=["answers 500", "hangs"])
+def test_users_who_are_here_are_scored_while_the_table_cannot_be_read_and_the_others_are_told(
+    service: Service, store: Proxy, world: Settings, fault: Fault
+) -> None:
+    expected = offline_scores(world, checkpoint_path(world))
+    for user in range(4, 10):
+        httpx.delete(f"{service.url}/v1/users/{user}", timeout=30).raise_for_status()
+    for user in range(1, 4):
+        body = {"user_id": user, "candidates": ["item1"], "request_ts": END_MS}
+        httpx.post(f"{service.url}/v1/score", json=body, timeout=30).raise_for_status()
+    store.plan = lambda request: fault if request.method == "GET" else None
+    with load(service.url, max_retries=0) as answers:
+        answers.wait_for(lambda so_far: so_far.users() >= {1, 2, 3} and so_far.refused.total() >= 3)
+    assert answers.lost == {}
+    assert answers.sources() == {"hit"}
+    assert set(answers.refused) == {
+        f"{service.url}: the sequence table cannot be read at the moment: try again later (503)"
+    }
+    answers.assert_equal(expected)
+    store.plan = lambda request: None
+    with load(service.url) as answers:
+        answers.wait_for(lambda so_far: so_far.users() == set(range(1, 10)))
+    assert (answers.lost, answers.refused) == ({}, {})
+    answers.assert_equal(expected)
+
+
+@pytest.mark.ray
+def test_a_replica_that_is_killed_costs_no_wrong_answer_and_is_replaced(service: Service, world: Settings) -> None:
+    service.deploy(num_replicas=2)
+    before = service.wait_for(lambda replicas: len(replicas) == 2)
+    with load(service.url) as answers:
+        time.sleep(1)
+        os.kill(processes_of_replicas()[0], signal.SIGKILL)
+        after = service.wait_for(lambda replicas: len(replicas) == 2 and replicas.keys() != before.keys())
+        time.sleep(1)
+    print(len(answers.answered), answers.refused, answers.lost)
+    assert len(after.keys() & before.keys()) == 1
+    answers.assert_equal(offline_scores(world, checkpoint_path(world)))
+    assert answers.lost == {}
+
+
+@pytest.mark.ray
+def test_replicas_come_and_go_without_a_request_lost(service: Service, world: Settings) -> None:
+    service.deploy(num_replicas=1)
+    [first] = service.wait_for(lambda replicas: len(replicas) == 1)
+    with load(service.url) as answers:
+        service.deploy(num_replicas=3)
+        assert first in service.wait_for(lambda replicas: len(replicas) == 3)
+        time.sleep(AFFINITY_S)
+        service.deploy(num_replicas=1)
+        service.wait_for(lambda replicas: len(replicas) == 1)
+        time.sleep(1)
+    print(len(answers.answered), answers.refused, answers.lost)
+    assert (answers.lost, answers.refused) == ({}, {})
+    answers.assert_equal(offline_scores(world, checkpoint_path(world)))
+
+
+@pytest.mark.ray
+def test_models_roll_and_roll_back_without_a_request_lost_and_a_broken_one_is_refused(
+    service: Service, world: Settings, tmp_path: Path
+) -> None:
+    first_path, second_path = checkpoint_path(world), publish_random_model(world, seed=1).path
+    broken_path = str(tmp_path / "broken")
+    shutil.copytree(second_path, broken_path)
+    weights = Path(broken_path, "model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-9])
+    expected = offline_scores(world, first_path, second_path)
+    first, second = dict.fromkeys(version for version, _ in expected)
+
+    def wait_for(model: str, is_refused: bool) -> set[str]:
+        def is_so(replicas: dict) -> bool:
+            told = {(one["model_version"], one["refused_rollout"]) for one in replicas.values()}
+            return len(replicas) == 2 and told == {(model, is_refused)}
+
+        return set(service.wait_for(is_so))
+
+    service.deploy(num_replicas=2)
+    replicas = wait_for(first, False)
+    with load(service.url) as answers:
+        service.deploy(2, second_path)
+        wait_for(second, False)
+        service.deploy(2, broken_path)
+        wait_for(second, True)
+        service.deploy(2, first_path)
+        assert wait_for(first, False) == replicas
+    assert (answers.lost, answers.refused) == ({}, {})
+    answers.assert_equal(expected)
+    seen = {(answer["model_version"], answer["user_state"]["source"]) for _, answer in answers.answered}
+    assert seen >= {(version, source) for version in (first, second) for source in ("load", "hit")}
