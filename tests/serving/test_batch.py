@@ -14,7 +14,7 @@ from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import UserError
 from longer.serving.batch import BucketScorer
 from longer.serving.batch import batch_score as score_split
-from longer.serving.batch_output import done_buckets
+from longer.serving.batch_output import Run, done_buckets
 from longer.serving.batch_plan import plan_scores
 from longer.serving.check import choose_requests
 from longer.serving.scorer import Scorer, ScoreRequest, ScoreResult
@@ -85,7 +85,7 @@ def test_batch_scores_equal_online_ones_and_a_rerun_finds_them(
 
 
 def test_a_bucket_written_twice_is_the_same_bytes(world: Settings, tmp_path: Path) -> None:
-    scorer = BucketScorer(plan_scores(world), str(tmp_path))
+    scorer = BucketScorer(plan_scores(world), Run(str(tmp_path)))
     written = scorer.write_bucket(0)
     assert written["num_scores"] > 0
     assert done_buckets(str(tmp_path)) == {0: written}

@@ -97,14 +97,14 @@ class Dying(BucketScorer):
     """The first time that it has rows of a bucket's second half, it kills its worker."""
 
     def write_bucket(self, bucket: int) -> Record:
-        with Path(f"{self._version_path}.attempts").open("a") as attempts:
+        with Path(f"{self._run.version_path}.attempts").open("a") as attempts:
             attempts.write(f"{bucket}\n")
         return super().write_bucket(bucket)
 
     def _parts(self, bucket: int, check: OnlineCheck, record: Record) -> Iterator[pa.Table]:
         for rows in super()._parts(bucket, check, record):
             yield rows
-            mark = Path(f"{self._version_path}.died")
+            mark = Path(f"{self._run.version_path}.died")
             if bucket % 10 == 7 and not mark.exists():
                 mark.touch()
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -1,5 +1,7 @@
 """Users times candidates, users' best items, users' vectors: what is published is what the model says of each user."""
 
+import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -8,19 +10,23 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from longer.arrays import Candidates
+from longer.arrays import Candidates, Histories
 from longer.batch_settings import BatchSettings, ExportSettings
 from longer.config import Settings
 from longer.data.columns import read_columns
+from longer.data.id_lists import IdList
 from longer.data.items import ItemTable, items_version
 from longer.data.tables import SequenceTable
 from longer.errors import UserError
 from longer.hashing import stable_keys
+from longer.model.longer import Longer
+from longer.model.ranker import Ranker
 from longer.model.sweep import Sweep
 from longer.serving import batch_input
-from longer.serving.batch import BucketScorer, batch_score, export_vectors
+from longer.serving.batch import BucketScorer, batch_score, export_vectors, spooled_buckets
 from longer.serving.batch_check import OnlineCheck
-from longer.serving.batch_plan import plan_scores
+from longer.serving.batch_output import Run
+from longer.serving.batch_plan import Plan, plan_scores, plan_vectors
 from longer.serving.offline import Questions
 from longer.storage import Table, Version
 from longer.training.checkpoints import load_model
@@ -60,6 +66,15 @@ def rows_of(version: Version) -> pa.Table:
     return pa.concat_tables([read_columns(file) for file in version.files()]).sort_by("user_id")
 
 
+def written_here(plan: Plan, folder: Path) -> pa.Table:
+    """The rows of all buckets, written in this process, without Ray."""
+    run = Run(str(folder))
+    buckets = spooled_buckets(plan, run)
+    scorer = BucketScorer(plan, run)
+    files = [scorer.write_bucket(bucket)["file"]["path"] for bucket in buckets]
+    return pa.concat_tables([read_columns(f"{folder}/{file}") for file in files]).sort_by("user_id")
+
+
 def questions_of(world: Settings, users: list[int], request_ts: int) -> Questions:
     histories = SequenceTable(world.path("tables", "sequences"), world.event_schema).get(users)
     ends = [
@@ -69,6 +84,16 @@ def questions_of(world: Settings, users: list[int], request_ts: int) -> Question
         )
     ]
     return Questions(histories, np.arange(len(users)), np.array(ends), np.full(len(users), request_ts))
+
+
+def vector_of(model: Ranker, histories: Histories, row: int, history_end: int) -> np.ndarray:
+    """[1, D]: one user's vector of a sweep of its own."""
+    assert isinstance(model, Longer)
+    end = np.array([history_end])
+    start = model.windows.history_start(end) * model.windows.merge_size
+    sweep = Sweep(model, histories.slice_events(np.array([row]), start, end))
+    sweep.advance(end)
+    return sweep.ask(np.zeros(1, np.int64), end, np.zeros(1, np.int64)).user_vectors_RD.numpy()
 
 
 def expected_scores(world: Settings, users: list[int], items: list[str], request_ts: int) -> np.ndarray:
@@ -136,22 +161,63 @@ def test_vectors_are_the_users_own_tokens_at_the_moment(world: Settings) -> None
     questions = questions_of(world, everyone, int(rows["request_ts"].cast(pa.int64())[0].as_py()))
     assert rows["num_events"].to_pylist() == questions.history_end_R.tolist()
     vectors = np.array(rows["vector"].to_pylist(), np.float32)
-    for user in range(NUM_USERS):
-        end = questions.history_end_R[user : user + 1]
-        start = model.windows.history_start(end) * model.windows.merge_size
-        sweep = Sweep(model, questions.histories.slice_events(np.array([user]), start, end))
-        sweep.advance(end)
-        expected = sweep.ask(np.zeros(1, np.int64), end, questions.request_ts_R[:1]).user_vectors_RD.numpy()
+    for user, end in enumerate(questions.history_end_R.tolist()):
+        expected = vector_of(model, questions.histories, user, end)
         np.testing.assert_allclose(vectors[user : user + 1], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_files_replaced_under_a_run_never_become_its_answers(world: Settings, tmp_path: Path) -> None:
+    users, candidates = ids_file(tmp_path, user_id=[5, 3]), ids_file(tmp_path, item_id=["item1", "item2"])
+    plan, run = plan_scores(asking(world, users=users, candidates=candidates)), Run(str(tmp_path / "version"))
+    buckets = spooled_buckets(plan, run)
+    ids_file(tmp_path, user_id=[9]), ids_file(tmp_path, item_id=["item7"])  # a nightly export lands here
+    files = [BucketScorer(plan, run).write_bucket(bucket)["file"]["path"] for bucket in buckets]
+    rows = pa.concat_tables([read_columns(f"{run.version_path}/{file}") for file in files])
+    assert sorted(rows["user_id"].to_pylist()) == [3, 5]
+    assert rows["item_id"].to_pylist() == [["item1", "item2"]] * 2
+    with pytest.raises(UserError, match=r"batch_score\.candidates=\S+: changed while this run read it"):
+        spooled_buckets(plan, Run(str(tmp_path / "version")))
+    ids_file(tmp_path, item_id=["item1", "item2"])
+    with pytest.raises(UserError, match=r"batch_score\.users=\S+: changed while this run read it"):
+        spooled_buckets(plan, Run(str(tmp_path / "version")))
+
+
+def test_ids_of_other_files_are_other_inputs_however_they_are_cut(tmp_path: Path) -> None:
+    def digest(*files: list[str]) -> str:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        for number, ids in enumerate(files):
+            pq.write_table(pa.table({"item_id": ids}), folder / f"{number}.parquet")
+        return IdList(str(folder), "item_id", pa.string(), "batch_score.candidates").digest()
+
+    assert digest(["a", "b", "c"]) == digest(["a"], ["b", "c"])
+    assert len({digest(["a", "b"]), digest(["b", "a"]), digest(["a"]), digest(["a", "b", "b"])}) == 4
+
+
+def test_an_event_at_the_very_moment_of_the_request_is_not_seen(world: Settings, tmp_path: Path) -> None:
+    """The time of a user's last but two events: a state that held it would tell the future."""
+    histories = SequenceTable(world.path("tables", "sequences"), world.event_schema).get([7])
+    moment, items = int(histories.event_ts_E[-3]), ["item1", "item2", "item3"]
+    seen = int((histories.event_ts_E < moment).sum()) + int(histories.first_index_B[0])
+    chosen = {"users": ids_file(tmp_path, user_id=[7]), "request_ts": datetime.fromtimestamp(moment / 1000, UTC)}
+    asked = asking(world, candidates=ids_file(tmp_path, item_id=items), **chosen)
+    rows = written_here(plan_scores(asked), tmp_path / "scores")
+    expected, told = (expected_scores(world, [7], items, ts) for ts in (moment, moment + 1))
+    assert np.abs(expected - told).max() > 1e-3, "the event makes no difference"
+    np.testing.assert_allclose(rows["score_label"].to_pylist(), expected, atol=1e-5)
+    exported = world.model_copy(update={"export_embeddings": ExportSettings(**chosen)})
+    rows = written_here(plan_vectors(exported), tmp_path / "vectors")
+    assert rows["num_events"].to_pylist() == [seen]
+    model, _ = load_model(checkpoint_path(world))
+    np.testing.assert_allclose(rows["vector"].to_pylist(), vector_of(model, histories, 0, seen), rtol=1e-5, atol=1e-5)
 
 
 def test_chunks_cut_anywhere_give_the_same_rows(
     world: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = BucketScorer(plan_scores(world), str(tmp_path / "whole")).write_bucket(1)
+    whole = BucketScorer(plan_scores(world), Run(str(tmp_path / "whole"))).write_bucket(1)
     monkeypatch.setattr(batch_input, "_CHUNK_REQUESTS", 3)
     monkeypatch.setattr(batch_input, "_CHUNK_EVENTS", 10)
-    cut = BucketScorer(plan_scores(world), str(tmp_path / "cut")).write_bucket(1)
+    cut = BucketScorer(plan_scores(world), Run(str(tmp_path / "cut"))).write_bucket(1)
     rows = [read_columns(f"{tmp_path}/{name}/{whole['file']['path']}") for name in ("whole", "cut")]
     same = [name for name in rows[0].column_names if name != "score_label"]
     assert rows[0].select(same).equals(rows[1].select(same))
@@ -163,7 +229,7 @@ def test_chunks_cut_anywhere_give_the_same_rows(
 
 def test_a_score_that_the_serving_path_does_not_give_fails_the_run(world: Settings, tmp_path: Path) -> None:
     for settings in (world, asking(world, catalogue=True, top_k=3)):
-        scorer = BucketScorer(plan_scores(settings), str(tmp_path))
+        scorer = BucketScorer(plan_scores(settings), Run(str(tmp_path)))
         chunk = next(iter(scorer._reader.chunks(0)))
         rows = scorer._answers.rows(chunk)
         check = OnlineCheck(scorer._plan, scorer._scorer, scorer._answers.items, np.array([0]))
@@ -203,7 +269,7 @@ def test_ids_that_cannot_be_read_are_one_line(world: Settings, tmp_path: Path) -
 
 def test_a_moment_that_the_table_no_longer_covers_is_refused(world: Settings, tmp_path: Path) -> None:
     past = asking(world, catalogue=True, top_k=1, request_ts="2023-11-20T00:00:00Z")
-    scorer = BucketScorer(plan_scores(past), str(tmp_path))
+    scorer = BucketScorer(plan_scores(past), Run(str(tmp_path)))
 
     def score_all_buckets() -> None:
         for bucket in range(NUM_BUCKETS):

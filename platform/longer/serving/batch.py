@@ -18,7 +18,7 @@ import torch
 
 from longer.batch_settings import ScorerPool
 from longer.config import RaySettings, Settings
-from longer.data.id_lists import spread
+from longer.data.id_lists import spool, spread
 from longer.data.records import Record, scratch
 from longer.data.scores import check_difference, read_scores
 from longer.data.tables import RequestTable, SequenceTable
@@ -27,7 +27,7 @@ from longer.progress import say, track
 from longer.serving.batch_answers import Answers
 from longer.serving.batch_check import OnlineCheck, chosen_numbers
 from longer.serving.batch_input import Reader
-from longer.serving.batch_output import done_buckets, remember_bucket, write_rows
+from longer.serving.batch_output import Run, done_buckets, remember_bucket, write_rows
 from longer.serving.batch_plan import Plan, plan_scores, plan_vectors
 from longer.serving.offline import Budget
 from longer.serving.scorer import Scorer
@@ -41,8 +41,8 @@ _CACHE_BYTES = 64 << 20
 class BucketScorer:
     """Writes the answers of the buckets it is given; one instance an actor, which loads the model once."""
 
-    def __init__(self, plan: Plan, version_path: str) -> None:
-        self._plan, self._version_path = plan, version_path
+    def __init__(self, plan: Plan, run: Run) -> None:
+        self._plan, self._run = plan, run
         sequences = f"{plan.root}/tables/sequences"
         model, info = load_model(plan.checkpoint.path, plan.device)
         self._scorer: Scorer | None = None  # without user states, there is no serving path to compare with
@@ -51,13 +51,13 @@ class BucketScorer:
                 plan.checkpoint.path, sequences, _CACHE_BYTES, plan.items_path, plan.sequences.id, plan.device
             )
             model = self._scorer.model
-        self._answers = Answers.of(plan, Budget(model, plan.batch_bytes))
+        self._answers = Answers.of(plan, Budget(model, plan.batch_bytes), run)
         requests = plan.inputs.get("requests")
         self._reader = Reader(
             plan=plan,
             sequences=SequenceTable(sequences, plan.schema, plan.sequences.id),
             requests=RequestTable(f"{plan.root}/tables/requests", plan.schema, requests) if requests else None,
-            users_folder=_users_folder(version_path),
+            run=run,
             windows=model.windows,
             outputs_a_request=self._answers.values_a_user,
         )
@@ -74,7 +74,7 @@ class BucketScorer:
         numbers = chosen_numbers(self._reader.num_requests(bucket), num_checked)
         check = OnlineCheck(self._plan, self._scorer, self._answers.items, numbers)
         file = f"bucket={bucket:04d}/part-0.parquet"
-        written = write_rows(self._version_path, file, self._parts(bucket, check, record))
+        written = write_rows(self._run.version_path, file, self._parts(bucket, check, record))
         record |= {
             "file": asdict(written) if written else None,
             "seconds": time.perf_counter() - started,
@@ -82,7 +82,7 @@ class BucketScorer:
             "max_abs_diff": check.max_abs_diff,
             "num_compared": check.num_compared,
         }
-        return remember_bucket(self._version_path, record)
+        return remember_bucket(self._run.version_path, record)
 
     def _peak_bytes(self) -> int:
         """The most memory that this actor has held so far: of its GPU, or else of its process."""
@@ -125,15 +125,15 @@ def _run(plan: Plan, pool: ScorerPool, where: RaySettings, job: str) -> Version:
         remove_tree(scratch(published.path))  # if a run was killed before it could
         say(job, f"version {plan.version_id} is already there, nothing changed")
         return published
-    version_path = table.resume(plan.version_id)
+    run = Run(table.resume(plan.version_id))
     load = load_model if plan.kind == "requests" else load_appendable
     load(plan.checkpoint.path, expected_schema=plan.schema)  # a mistake is told here once, not by every actor
-    buckets, done = _buckets(plan, version_path), done_buckets(version_path)
+    buckets, done = spooled_buckets(plan, run), done_buckets(run.version_path)
     missing = [bucket for bucket in buckets if bucket not in done]
     if done:
         say(job, f"{len(buckets) - len(missing)} of {len(buckets)} buckets are there from an interrupted run")
     started, started_at = time.perf_counter(), time.time()
-    fresh = _score_buckets(plan, pool, where, version_path, missing, job) if missing else []
+    fresh = _score_buckets(plan, pool, where, run, missing, job) if missing else []
     seconds = time.perf_counter() - started
     start_s = min((record["begun_at"] for record in fresh), default=started_at) - started_at
     records = [done[bucket] for bucket in buckets if bucket in done] + fresh
@@ -146,16 +146,23 @@ def _run(plan: Plan, pool: ScorerPool, where: RaySettings, job: str) -> Version:
     }
     files = [DataFile(**record["file"]) for record in records if record["file"]]
     version = table.publish(plan.version_id, manifest, files)
-    remove_tree(scratch(version_path))
+    remove_tree(scratch(run.version_path))
     say(job, f"version {version.id}: {_in_words(manifest)}")
     return version
 
 
-def _buckets(plan: Plan, version_path: str) -> list[int]:
+def spooled_buckets(plan: Plan, run: Run) -> list[int]:
+    """Copies the files that name users and candidates, which may change, for the actors. The buckets to do, as `_buckets`."""
+    if plan.candidates:
+        spool(plan.candidates, plan.inputs["candidates"], run.candidates)
+    return _buckets(plan, run)
+
+
+def _buckets(plan: Plan, run: Run) -> list[int]:
     """The buckets in which somebody is asked about, those with most first, so that none is waited for at the end."""
     if plan.users:
         num_buckets = plan.sequences.manifest["settings"]["num_buckets"]
-        count_P = spread(plan.users, num_buckets, _users_folder(version_path))
+        count_P = spread(plan.users, plan.inputs["users"], num_buckets, run.users)
         if not count_P.any():
             raise UserError(f"{plan.users.setting}={plan.users.path}: names no user: leave it out to ask about all")
         return [int(bucket) for bucket in np.argsort(-count_P, kind="stable") if count_P[bucket]]
@@ -168,24 +175,20 @@ def _buckets(plan: Plan, version_path: str) -> list[int]:
     return SequenceTable(f"{plan.root}/tables/sequences", plan.schema, plan.sequences.id).buckets
 
 
-def _users_folder(version_path: str) -> str:
-    return f"{scratch(version_path)}/users"
-
-
 def scorer_options(pool: ScorerPool, where: RaySettings) -> dict[str, Any]:
     """Ray's options of an actor of the pool."""
     return where.options(num_cpus=1, num_gpus=pool.num_gpus_per_scorer)
 
 
 def _score_buckets(
-    plan: Plan, pool: ScorerPool, where: RaySettings, version_path: str, buckets: list[int], job: str
+    plan: Plan, pool: ScorerPool, where: RaySettings, run: Run, buckets: list[int], job: str
 ) -> list[Record]:
     """Records of the buckets, as the actors finish them. An actor that dies is started again, and so is its bucket."""
     fewest, most = (min(number, len(buckets)) for number in pool.concurrency)
     rows = ray.data.from_items([{"bucket": bucket} for bucket in buckets], override_num_blocks=len(buckets))
     written = rows.map_batches(
         BucketScorer,
-        fn_constructor_args=(plan, version_path),
+        fn_constructor_args=(plan, run),
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=most),

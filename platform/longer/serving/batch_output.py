@@ -4,7 +4,7 @@ import os
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +13,27 @@ from longer.data.records import Record, finished, remember, scratch
 from longer.storage import DataFile, checked_output, make_parents
 
 _ROW_GROUP_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run at a version. What it writes is named after it, so that another run of the version never reads or replaces it."""
+
+    version_path: str
+    id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
+
+    @property
+    def folder(self) -> str:
+        """What only this run reads, gone with the version's scratch."""
+        return f"{scratch(self.version_path)}/run-{self.id}"
+
+    @property
+    def users(self) -> str:
+        return f"{self.folder}/users"
+
+    @property
+    def candidates(self) -> str:
+        return f"{self.folder}/candidates"
 
 
 def write_rows(version_path: str, file: str, parts: Iterable[pa.Table]) -> DataFile | None:
