@@ -56,6 +56,10 @@ class UserSettings(ScorerPool):
         "null: one millisecond after the sequence table's watermark, so after every event.",
     )
 
+    check_requests: int = Field(
+        4, ge=1, description="Requests or users of each bucket that the serving path answers too, to compare."
+    )
+
     @field_validator("users", "candidates", check_fields=False)
     @classmethod
     def _same_for_workers(cls, path: str | None) -> str | None:
@@ -73,9 +77,6 @@ class BatchSettings(UserSettings):
     catalogue: bool = Field(False, description="Ask every user about all items of the catalogue; needs top_k.")
     top_k: int | None = Field(
         None, ge=1, description="Keep each user's best items only, by the first task; null keeps all scores."
-    )
-    check_requests: int = Field(
-        4, ge=1, description="Requests of each bucket that the serving path scores too, to compare."
     )
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ import torch
 
 from longer.arrays import Candidates, Histories
 from longer.batch_settings import BatchSettings, ExportSettings
-from longer.config import Settings
+from longer.config import ModelSettings, Settings
 from longer.data.columns import read_columns
 from longer.data.id_lists import IdList
 from longer.data.items import ItemTable, items_version
@@ -26,18 +26,20 @@ from longer.serving import batch_input
 from longer.serving.batch import BucketScorer, batch_score, export_vectors, spooled_buckets
 from longer.serving.batch_check import OnlineCheck
 from longer.serving.batch_output import Run
-from longer.serving.batch_plan import Plan, plan_scores, plan_vectors
+from longer.serving.batch_plan import Plan, check_model, plan_scores, plan_vectors
 from longer.serving.offline import Questions
 from longer.storage import Table, Version
 from longer.training.checkpoints import load_model
 from tests.serving.tables import (
     DAY_MS,
+    MODEL,
     NUM_BUCKETS,
     NUM_ITEMS,
     NUM_USERS,
     START_MS,
     build_world,
     checkpoint_path,
+    publish_random_model,
     publish_requests,
 )
 from tests.serving.test_offline import forward
@@ -160,6 +162,8 @@ def test_vectors_are_the_users_own_tokens_at_the_moment(world: Settings) -> None
     assert rows["user_id"].to_pylist() == everyone
     questions = questions_of(world, everyone, int(rows["request_ts"].cast(pa.int64())[0].as_py()))
     assert rows["num_events"].to_pylist() == questions.history_end_R.tolist()
+    assert exported.manifest["online_check"]["requests"] > NUM_BUCKETS
+    assert exported.manifest["online_check"]["max_abs_diff"] <= 1e-5
     vectors = np.array(rows["vector"].to_pylist(), np.float32)
     for user, end in enumerate(questions.history_end_R.tolist()):
         expected = vector_of(model, questions.histories, user, end)
@@ -248,6 +252,41 @@ def test_a_score_that_the_serving_path_does_not_give_fails_the_run(world: Settin
         only_last = only_last.set_column(rows.column_names.index(name), name, kept)
     with pytest.raises(ArithmeticError):  # two items that score higher are left out
         check.see(chunk, only_last)
+
+
+def test_a_vector_that_the_serving_path_does_not_give_fails_the_run(world: Settings, tmp_path: Path) -> None:
+    scorer = BucketScorer(plan_vectors(world), Run(str(tmp_path)))
+    chunk = next(iter(scorer._reader.chunks(1)))
+    rows = scorer._answers.rows(chunk)
+    check = OnlineCheck(scorer._plan, scorer._scorer, None, np.arange(len(rows)))
+    check.see(chunk, rows)
+    assert check.num_compared == len(rows) > 1
+    assert 0 < check.max_abs_diff <= 1e-5
+    vectors = np.array(rows["vector"].to_pylist(), np.float32)
+    of_another_user, broken = np.roll(vectors, 1, axis=0), np.where(np.arange(vectors.shape[1]) == 3, np.nan, vectors)
+    for wrong in (of_another_user, broken, vectors * 1.001):
+        column = pa.chunked_array([pa.array(list(wrong))])
+        with pytest.raises(ArithmeticError, match="between the offline and the serving path"):
+            check.see(chunk, rows.set_column(rows.column_names.index("vector"), "vector", column))
+
+
+def test_the_checkpoint_not_the_settings_says_whether_there_are_vectors(tmp_path: Path) -> None:
+    world = build_world(tmp_path)
+    no_layers = world.model_copy(update={"model": ModelSettings(**{**MODEL, "num_self_layers": 0})})
+    check_model(plan_vectors(no_layers))
+    publish_random_model(no_layers, seed=1)
+    with pytest.raises(
+        UserError, match=r"model\.json: model\.num_self_layers=0: the user's token of such a model is never"
+    ):
+        export_vectors(world)
+
+
+def test_weights_that_are_not_finite_are_one_line(tmp_path: Path) -> None:
+    world = build_world(tmp_path)
+    publish_random_model(world, seed=1, scale=np.nan)
+    for run in (export_vectors, lambda settings: batch_score(asking(settings, catalogue=True, top_k=1))):
+        with pytest.raises(UserError, match=r"model\.safetensors: weights that are not finite: train again"):
+            run(world)
 
 
 def test_ids_that_cannot_be_read_are_one_line(world: Settings, tmp_path: Path) -> None:

@@ -28,11 +28,11 @@ from longer.serving.batch_answers import Answers
 from longer.serving.batch_check import OnlineCheck, chosen_numbers
 from longer.serving.batch_input import Reader
 from longer.serving.batch_output import Run, done_buckets, remember_bucket, write_rows
-from longer.serving.batch_plan import Plan, plan_scores, plan_vectors
+from longer.serving.batch_plan import Plan, check_model, plan_scores, plan_vectors
 from longer.serving.offline import Budget
 from longer.serving.scorer import Scorer
 from longer.storage import TABLE_FORMAT, DataFile, Table, Version, fingerprint, remove_tree
-from longer.training.checkpoints import load_appendable, load_model
+from longer.training.checkpoints import load_model
 from longer.training.loader import prefetch
 
 _CACHE_BYTES = 64 << 20
@@ -126,8 +126,7 @@ def _run(plan: Plan, pool: ScorerPool, where: RaySettings, job: str) -> Version:
         say(job, f"version {plan.version_id} is already there, nothing changed")
         return published
     run = Run(table.resume(plan.version_id))
-    load = load_model if plan.kind == "requests" else load_appendable
-    load(plan.checkpoint.path, expected_schema=plan.schema)  # a mistake is told here once, not by every actor
+    check_model(plan)
     buckets, done = spooled_buckets(plan, run), done_buckets(run.version_path)
     missing = [bucket for bucket in buckets if bucket not in done]
     if done:

@@ -1,16 +1,25 @@
-"""Online equals offline: some requests of every run go through the serving path's own scorer, and the scores are compared."""
+"""Online equals offline: some requests of every run go through the serving path's own scorer, and the scores are compared.
+
+Of users' vectors, the serving path's own states: the user's token once more from what a state keeps.
+"""
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from longer.arrays import Int64
 from longer.data.scores import MAX_DIFFERENCE, score_column
 from longer.errors import UserError
+from longer.hashing import stable_keys
+from longer.model.inputs import event_tensors
+from longer.model.states import gather
 from longer.serving.batch_input import Chunk, Items
 from longer.serving.batch_plan import Plan
+from longer.serving.cache import StateVersion
+from longer.serving.resolver import Pending, StateResolver
 from longer.serving.scorer import Scorer, ScoreRequest
 
 _MOST_CANDIDATES = 200
@@ -34,7 +43,10 @@ class OnlineCheck:
         here = self.numbers[(self.numbers >= chunk.first) & (self.numbers < chunk.first + len(rows))] - chunk.first
         for r in here.tolist():
             row = rows.slice(r, 1)
-            if ids := row["item_id"][0].as_py():
+            if self.plan.kind == "vectors":
+                self._note(np.abs(self._online_vector(chunk, r) - row["vector"][0].as_py()))
+                self.num_compared += 1
+            elif ids := row["item_id"][0].as_py():
                 self._compare(chunk, r, row, ids)
                 self.num_compared += 1
 
@@ -65,6 +77,26 @@ class OnlineCheck:
             raise result
         return result.scores
 
+    @torch.inference_mode()
+    def _online_vector(self, chunk: Chunk, r: int) -> np.ndarray:
+        """The user's own token, made from the state that the serving path has of the user at the time of the request."""
+        assert self.scorer
+        scorer, model, user_id = self.scorer, self.scorer.model, chunk.user_id_R.slice(r, 1)
+        version = StateVersion(scorer.info.model_version, scorer.info.schema.hash(), scorer.info.model.encoding)
+        resolver = StateResolver(model, version, scorer.history, scorer.online, scorer.cache)
+        asked = Pending(user_id, int(stable_keys(user_id)[0]), int(chunk.questions.request_ts_R[r]), None)
+        resolver.resolve([asked])
+        if asked.error:
+            raise asked.error
+        assert asked.state
+        together = gather(model, [asked.state])
+        events = event_tensors(asked.state.partial, model.norm_head.weight.device)
+        row_1 = torch.zeros_like(together.num_events_B)
+        partial = model.partial_groups(events, model.embedding.events(events), row_1, together.num_events_B)
+        tail = model.tail(together.context, row_1, together.num_events_B, events.user_key_B, *partial)
+        assert tail.x_RTD is not None
+        return tail.x_RTD[0, -1].double().cpu().numpy()
+
     def _features(self, request: pa.Table, some: Int64) -> dict[str, list[Any]]:
         values = {name: request[name][0].as_py() for name in self.plan.schema.features_of("item")}
         return {name: [of_item[i] for i in some] for name, of_item in values.items()}
@@ -74,7 +106,7 @@ class OnlineCheck:
         self.max_abs_diff = max(self.max_abs_diff, worst)
         if worst > MAX_DIFFERENCE:
             raise ArithmeticError(
-                f"scores of one request differ by {worst:.1e} between the offline and the serving path, "
+                f"answers to one request differ by {worst:.1e} between the offline and the serving path, "
                 f"more than {MAX_DIFFERENCE}"
             )
 

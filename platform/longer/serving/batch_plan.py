@@ -5,6 +5,8 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any, Literal
 
+import torch
+
 from longer.batch_settings import BatchSettings, UserSettings
 from longer.config import Settings
 from longer.data.events import iso_time
@@ -14,6 +16,7 @@ from longer.data.tables import open_version
 from longer.errors import UserError
 from longer.schema import EventSchema
 from longer.storage import TABLE_FORMAT, Version, fingerprint
+from longer.training.checkpoints import load_appendable, load_model
 from longer.training.inputs import Inputs
 
 Kind = Literal["requests", "lists", "top_k", "vectors"]
@@ -101,13 +104,20 @@ def plan_scores(settings: Settings) -> Plan:
 
 def plan_vectors(settings: Settings) -> Plan:
     """What `export_embeddings` asks."""
-    plan = _plan_users(settings, settings.export_embeddings, "vectors")
-    if not settings.model.num_self_layers:
+    return _plan_users(settings, settings.export_embeddings, "vectors")
+
+
+def check_model(plan: Plan) -> None:
+    """A UserError if the plan's checkpoint cannot answer it: told once here, not by every actor."""
+    load, path = load_model if plan.kind == "requests" else load_appendable, plan.checkpoint.path
+    model, info = load(path, expected_schema=plan.schema)
+    if not all(bool(torch.isfinite(weights).all()) for weights in model.parameters()):
+        raise UserError(f"{path}/model.safetensors: weights that are not finite: train again")
+    if plan.kind == "vectors" and not info.model.num_self_layers:
         raise UserError(
-            "model.num_self_layers=0: the user's token of such a model is never read after it has seen the history: "
-            "train one with self layers"
+            f"{path}/model.json: model.num_self_layers=0: the user's token of such a model is never read after it has seen "
+            "the history: train one with self layers"
         )
-    return plan
 
 
 def _plan_users(settings: Settings, asked: UserSettings, kind: Kind) -> Plan:
@@ -142,7 +152,7 @@ def _plan_users(settings: Settings, asked: UserSettings, kind: Kind) -> Plan:
         users=users,
         candidates=candidates,
         top_k=asked.top_k if isinstance(asked, BatchSettings) else None,
-        check_requests=asked.check_requests if isinstance(asked, BatchSettings) else 0,
+        check_requests=asked.check_requests,
         batch_bytes=asked.batch_bytes,
         device=asked.device,
     )
