@@ -118,12 +118,20 @@ def publish_requests(settings: Settings, sequences: Version) -> Version:
 
 def publish_random_model(settings: Settings, seed: int = 0, scale: float = 0.1) -> Version:
     """A checkpoint of weights so large that scores differ between candidates and histories."""
+    return publish_model(settings, random_model(settings, seed, scale), fingerprint("random", seed, str(scale)))
+
+
+def random_model(settings: Settings, seed: int, scale: float = 0.1) -> Longer:
     torch.manual_seed(seed)
     model = Longer(settings.model, settings.event_schema, settings.train.tasks)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * scale)
-    table, version_id = Table(settings.path("checkpoints")), fingerprint("random", seed, str(scale))
+    return model
+
+
+def publish_model(settings: Settings, model: Longer, version_id: str) -> Version:
+    table = Table(settings.path("checkpoints"))
     path = table.begin(version_id)
     model_version = save_model(path, model, settings.model, settings.event_schema, settings.train.tasks)
     return table.publish(version_id, {"schema_hash": settings.event_schema.hash(), "model_version": model_version})

@@ -134,8 +134,18 @@ def test_a_difference_in_one_score_is_seen_and_other_candidates_are_refused(worl
     broken = score_rows(asked, {"label": scores}, world.event_schema)
     assert max_abs_diff(zeros, broken, world.train.tasks)[0] == np.inf
     for other in (changed, broken):
-        with pytest.raises(ArithmeticError, match="scores of one request differ"):
+        with pytest.raises(ArithmeticError, match=r"scores of label differ by (2\.5e-01|inf) between two paths"):
             check_difference(zeros, other, world.train.tasks)
+    large = score_rows(asked, {"label": np.full(len(scores), 3e4, np.float32)}, world.event_schema)
+    for gap, is_rounding in ((0.2, True), (0.5, False)):  # of regression values: one is 7e-6 of them, one 2e-5
+        scores[:] = 3e4
+        scores[-1] += gap
+        other = score_rows(asked, {"label": scores}, world.event_schema)
+        if is_rounding:
+            assert check_difference(large, other, world.train.tasks)[0] > 0.1
+        else:
+            with pytest.raises(ArithmeticError, match=r"more than 1e-05 of their size, 3e\+04"):
+                check_difference(large, other, world.train.tasks)
     items = pa.array([["x"]] * len(asked), pa.list_(pa.string()))
     with pytest.raises(ValueError, match="other candidates"):
         max_abs_diff(zeros, changed.set_column(3, "item_id", items), world.train.tasks)

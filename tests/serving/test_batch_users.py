@@ -12,7 +12,7 @@ import torch
 
 from longer.arrays import Candidates, Histories
 from longer.batch_settings import BatchSettings, ExportSettings
-from longer.config import ModelSettings, Settings
+from longer.config import ModelSettings, Settings, TaskSettings
 from longer.data.columns import read_columns
 from longer.data.id_lists import IdList
 from longer.data.items import ItemTable, items_version
@@ -39,8 +39,10 @@ from tests.serving.tables import (
     START_MS,
     build_world,
     checkpoint_path,
+    publish_model,
     publish_random_model,
     publish_requests,
+    random_model,
 )
 from tests.serving.test_offline import forward
 
@@ -58,7 +60,7 @@ def asking(world: Settings, **chosen: object) -> Settings:
     return world.model_copy(update={"batch_score": BatchSettings(**chosen)})
 
 
-def ids_file(folder: Path, **column: list) -> str:
+def ids_file(folder: Path, **column: list | pa.Array) -> str:
     path = folder / f"{next(iter(column))}.parquet"
     pq.write_table(pa.table(column), path)
     return str(path)
@@ -239,7 +241,7 @@ def test_a_score_that_the_serving_path_does_not_give_fails_the_run(world: Settin
         check = OnlineCheck(scorer._plan, scorer._scorer, scorer._answers.items, np.array([0]))
         check.see(chunk, rows)
         assert check.num_compared == 1
-        scores = pa.chunked_array([[[score + 1e-4 for score in row] for row in rows["score_label"].to_pylist()]])
+        scores = pa.chunked_array([[[score + 2e-5 for score in row] for row in rows["score_label"].to_pylist()]])
         wrong = rows.set_column(rows.column_names.index("score_label"), "score_label", scores)
         with pytest.raises(ArithmeticError, match="between the offline and the serving path"):
             check.see(chunk, wrong)
@@ -252,6 +254,35 @@ def test_a_score_that_the_serving_path_does_not_give_fails_the_run(world: Settin
         only_last = only_last.set_column(rows.column_names.index(name), name, kept)
     with pytest.raises(ArithmeticError):  # two items that score higher are left out
         check.see(chunk, only_last)
+
+
+def test_a_regression_head_of_any_scale_is_compared_relative_to_it(tmp_path: Path) -> None:
+    world = build_world(tmp_path / "world")
+    tasks = (TaskSettings(name="label"), TaskSettings(name="watch_ms", kind="regression"))
+    world = world.model_copy(update={"train": world.train.model_copy(update={"tasks": tasks})})
+    model = random_model(world, 1)
+    head = [part for part in model.modules() if isinstance(part, torch.nn.Linear) and part.out_features == 2][-1]
+    with torch.no_grad():
+        head.weight[1] *= 1000
+        head.bias[1] *= 1000
+    publish_model(world, model, "large")
+    candidates = ids_file(tmp_path, item_id=[f"item{i}" for i in range(NUM_ITEMS)])
+    for top_k in (None, 3):
+        asked = asking(world, candidates=candidates, top_k=top_k, check_requests=NUM_USERS)
+        rows = written_here(plan_scores(asked), tmp_path / f"{top_k}")
+        values = np.array(rows["score_watch_ms"].to_pylist())
+        assert np.abs(values).max() > 300
+    plan, run = plan_scores(asked), Run(str(tmp_path / "again"))
+    spooled_buckets(plan, run)
+    scorer = BucketScorer(plan, run)
+    chunk = next(iter(scorer._reader.chunks(1)))
+    rows = scorer._answers.rows(chunk)
+    wrong = pa.array(
+        [[score * 1.0001 for score in row] for row in rows["score_watch_ms"].to_pylist()], rows["score_watch_ms"].type
+    )
+    check = OnlineCheck(scorer._plan, scorer._scorer, scorer._answers.items, np.arange(len(rows)))
+    with pytest.raises(ArithmeticError, match="scores of watch_ms differ by"):
+        check.see(chunk, rows.set_column(rows.column_names.index("score_watch_ms"), "score_watch_ms", wrong))
 
 
 def test_a_vector_that_the_serving_path_does_not_give_fails_the_run(world: Settings, tmp_path: Path) -> None:
@@ -290,7 +321,8 @@ def test_weights_that_are_not_finite_are_one_line(tmp_path: Path) -> None:
 
 
 def test_ids_that_cannot_be_read_are_one_line(world: Settings, tmp_path: Path) -> None:
-    good = ids_file(tmp_path, item_id=["item1"])
+    good, other = ids_file(tmp_path, item_id=["item1"]), tmp_path / "other"
+    other.mkdir()
     mistakes = {
         "no Parquet file there": str(tmp_path / "nowhere"),
         "no column user_id": good,
@@ -299,8 +331,16 @@ def test_ids_that_cannot_be_read_are_one_line(world: Settings, tmp_path: Path) -
     for said, path in mistakes.items():
         with pytest.raises(UserError, match=said):
             batch_score(asking(world, users=path, candidates=good))
-    with pytest.raises(UserError, match="1 rows without user_id"):
-        batch_score(asking(world, users=ids_file(tmp_path, user_id=[1, None]), candidates=good))
+    for ids in ([1, None], [None]):
+        with pytest.raises(UserError, match="1 rows without user_id"):
+            batch_score(asking(world, users=ids_file(tmp_path, user_id=ids), candidates=good))
+    for top_k in (None, 3):
+        for type_ in (pa.string(), pa.null()):
+            nothing = ids_file(other, item_id=pa.array([], type_))
+            with pytest.raises(UserError, match=r"batch_score\.candidates=\S+: names no item_id: name some"):
+                batch_score(asking(world, candidates=nothing, top_k=top_k))
+    with pytest.raises(UserError, match=r"batch_score\.users=\S+: names no user_id: name some"):
+        batch_score(asking(world, users=ids_file(tmp_path, user_id=pa.array([], pa.int64())), candidates=good))
     (tmp_path / "user_id.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(UserError, match="not a readable Parquet file"):
         batch_score(asking(world, users=str(tmp_path / "user_id.parquet"), candidates=good))

@@ -43,10 +43,13 @@ class IdList:
         return files
 
     def digest(self) -> str:
-        """Identifies the ids and their order, however they are cut into files and pages."""
-        hashed = hashlib.sha256()
+        """Identifies the ids and their order, however they are cut into files and pages; a UserError if there are none."""
+        hashed, num_ids = hashlib.sha256(), 0
         for piece in self.pieces():
             hashed.update(stable_keys(piece).tobytes())
+            num_ids += len(piece)
+        if not num_ids:
+            raise UserError(f"{self.setting}={self.path}: names no {self.column}: name some, or leave the setting out")
         return hashed.hexdigest()[:12]
 
     def again(self, digest: str) -> Iterator[pa.Array]:
@@ -78,12 +81,12 @@ class IdList:
             if self.type == pa.int64()
             else lambda t: pa.types.is_string(t) or pa.types.is_large_string(t)
         )
+        if ids.null_count:
+            raise UserError(f"{path}: {ids.null_count} rows without {self.column}: leave them out")
         if not is_one(ids.type):
             raise UserError(
                 f"{path}: {self.column} is {ids.type}, the tables' is {self.type}: see event_schema.{self.column}"
             )
-        if ids.null_count:
-            raise UserError(f"{path}: {ids.null_count} rows without {self.column}: leave them out")
         return ids.cast(self.type)
 
 

@@ -22,7 +22,6 @@ from longer.data.id_lists import spool, spread
 from longer.data.records import Record, scratch
 from longer.data.scores import check_difference, read_scores
 from longer.data.tables import RequestTable, SequenceTable
-from longer.errors import UserError
 from longer.progress import say, track
 from longer.serving.batch_answers import Answers
 from longer.serving.batch_check import OnlineCheck, chosen_numbers
@@ -69,6 +68,7 @@ class BucketScorer:
     def write_bucket(self, bucket: int) -> Record:
         """Writes one bucket's file; its record, of no file if nobody is asked about in it."""
         started = time.perf_counter()
+        self._run.begin(bucket, f"{self._plan.section}.batch_bytes")
         record: Record = {"bucket": bucket, "begun_at": time.time(), "num_requests": 0, "num_users": 0, "num_scores": 0}
         num_checked = self._plan.check_requests if self._scorer else 0
         numbers = chosen_numbers(self._reader.num_requests(bucket), num_checked)
@@ -162,8 +162,6 @@ def _buckets(plan: Plan, run: Run) -> list[int]:
     if plan.users:
         num_buckets = plan.sequences.manifest["settings"]["num_buckets"]
         count_P = spread(plan.users, plan.inputs["users"], num_buckets, run.users)
-        if not count_P.any():
-            raise UserError(f"{plan.users.setting}={plan.users.path}: names no user: leave it out to ask about all")
         return [int(bucket) for bucket in np.argsort(-count_P, kind="stable") if count_P[bucket]]
     if plan.kind == "requests":
         requests = RequestTable(f"{plan.root}/tables/requests", plan.schema, plan.inputs["requests"]).version

@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from longer.arrays import Int64
-from longer.data.scores import MAX_DIFFERENCE, score_column
+from longer.arrays import Float32, Int64
+from longer.data.columns import flat_list
+from longer.data.scores import Float64, absolute_gaps, check_gaps, root_mean_square, score_column
 from longer.errors import UserError
 from longer.hashing import stable_keys
 from longer.model.inputs import event_tensors
@@ -21,6 +22,8 @@ from longer.serving.batch_plan import Plan
 from longer.serving.cache import StateVersion
 from longer.serving.resolver import Pending, StateResolver
 from longer.serving.scorer import Scorer, ScoreRequest
+
+_SCORE = score_column("")
 
 _MOST_CANDIDATES = 200
 """Candidates of a request that are compared, spread evenly."""
@@ -41,33 +44,38 @@ class OnlineCheck:
     def see(self, chunk: Chunk, rows: pa.Table) -> None:
         """ArithmeticError if the serving path scores one of the chosen requests otherwise than its row says."""
         here = self.numbers[(self.numbers >= chunk.first) & (self.numbers < chunk.first + len(rows))] - chunk.first
+        if not len(here):
+            return
+        tasks = [name.removeprefix(_SCORE) for name in rows.column_names if name.startswith(_SCORE)]
+        scales = {task: root_mean_square(_flat(rows[score_column(task)])) for task in tasks}
         for r in here.tolist():
             row = rows.slice(r, 1)
             if self.plan.kind == "vectors":
-                self._note(np.abs(self._online_vector(chunk, r) - row["vector"][0].as_py()))
+                self._note(self._online_vector(chunk, r), np.array(row["vector"][0].as_py()), "a user's vectors")
                 self.num_compared += 1
             elif ids := row["item_id"][0].as_py():
-                self._compare(chunk, r, row, ids)
+                self._compare(chunk, r, row, ids, scales)
                 self.num_compared += 1
 
-    def _compare(self, chunk: Chunk, r: int, row: pa.Table, ids: list[Any]) -> None:
+    def _compare(self, chunk: Chunk, r: int, row: pa.Table, ids: list[Any], scales: dict[str, float]) -> None:
         some = _spread(len(ids))
         features = {} if chunk.rows is None else self._features(chunk.rows.slice(r, 1), some)
         online = self._online(chunk, r, [ids[i] for i in some], features)
         for task, scores in online.items():
             offline = np.array(row[score_column(task)][0].as_py(), np.float32)
-            self._note(np.abs(scores.astype(np.float64) - offline[some]))
+            self._note(scores, offline[some], f"scores of {task}", scales[task])
         if self.plan.top_k and self.items:
-            self._note(self._better_left_out(chunk, r, row, set(ids)))
+            self._check_left_out(chunk, r, row, set(ids), scales)
 
-    def _better_left_out(self, chunk: Chunk, r: int, row: pa.Table, kept: set[Any]) -> np.ndarray:
-        """By how much items that are not among a user's best score more than the last that is."""
+    def _check_left_out(self, chunk: Chunk, r: int, row: pa.Table, kept: set[Any], scales: dict[str, float]) -> None:
+        """Items that are not among a user's best score no more than the last that is."""
         ids = self.items.item_id_I.take(pa.array(_spread(len(self.items.item_id_I)))).to_pylist()  # type: ignore[union-attr]
         others = [item for item in ids if item not in kept]
         if not others:
-            return np.zeros(1)
+            return
         task, scores = next(iter(self._online(chunk, r, others, {}).items()))
-        return np.maximum(scores.astype(np.float64) - row[score_column(task)][0].as_py()[-1], 0)
+        last = np.float32(row[score_column(task)][0].as_py()[-1])
+        self._note(np.maximum(scores, last), np.full(len(scores), last), f"scores of {task}", scales[task])
 
     def _online(self, chunk: Chunk, r: int, ids: list[Any], features: dict[str, list[Any]]) -> dict[str, np.ndarray]:
         user_id, request_ts = chunk.user_id_R[r].as_py(), int(chunk.questions.request_ts_R[r])
@@ -101,20 +109,20 @@ class OnlineCheck:
         values = {name: request[name][0].as_py() for name in self.plan.schema.features_of("item")}
         return {name: [of_item[i] for i in some] for name, of_item in values.items()}
 
-    def _note(self, gaps: np.ndarray) -> None:
-        worst = float(np.nan_to_num(gaps, nan=np.inf).max())
-        self.max_abs_diff = max(self.max_abs_diff, worst)
-        if worst > MAX_DIFFERENCE:
-            raise ArithmeticError(
-                f"answers to one request differ by {worst:.1e} between the offline and the serving path, "
-                f"more than {MAX_DIFFERENCE}"
-            )
+    def _note(self, online: np.ndarray, offline: np.ndarray, what: str, scale: float | None = None) -> None:
+        gaps: Float64 = absolute_gaps(online, offline)
+        self.max_abs_diff = max(self.max_abs_diff, float(gaps.max()))
+        check_gaps(gaps, online, what, "the offline and the serving path", scale)
 
 
 def chosen_numbers(num_requests: int, num_chosen: int) -> Int64:
     """Numbers of the requests that are compared, spread evenly; the same ones every time."""
     chosen = min(num_requests, num_chosen)
     return np.arange(chosen) * num_requests // max(1, chosen)
+
+
+def _flat(lists: pa.ChunkedArray) -> Float32:
+    return flat_list(lists)[1].to_numpy()
 
 
 def _spread(num: int) -> Int64:

@@ -10,9 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from longer.data.records import Record, finished, remember, scratch
-from longer.storage import DataFile, checked_output, make_parents
+from longer.errors import UserError
+from longer.storage import DataFile, checked_output, file_sizes, make_parents, write_bytes
 
 _ROW_GROUP_BYTES = 16 << 20
+_MOST_ATTEMPTS = 4
+"""At one bucket in a run: nodes are lost, but the same bucket with each is no accident."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,16 @@ class Run:
     @property
     def candidates(self) -> str:
         return f"{self.folder}/candidates"
+
+    def begin(self, bucket: int, setting: str) -> None:
+        """Notes that an actor begins with a bucket; a UserError if that has been the end of too many. `setting` bounds memory."""
+        begun = f"{self.folder}/begun/{bucket:04d}"
+        if len(file_sizes(begun)) >= _MOST_ATTEMPTS:
+            raise UserError(
+                f"bucket {bucket}: {_MOST_ATTEMPTS} actors died while they had it, as they do when memory runs out: lower "
+                f"{setting} or the concurrency, then run again: buckets that are done stay"
+            )
+        write_bytes(f"{begun}/{uuid.uuid4().hex}", b"")
 
 
 def write_rows(version_path: str, file: str, parts: Iterable[pa.Table]) -> DataFile | None:

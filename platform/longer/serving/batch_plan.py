@@ -49,6 +49,11 @@ class Plan:
     device: str = "cpu"
 
     @property
+    def section(self) -> str:
+        """Of the settings that ask this."""
+        return "export_embeddings" if self.kind == "vectors" else "batch_score"
+
+    @property
     def table_path(self) -> str:
         return f"{self.root}/{_TABLES[self.kind]}"
 
