@@ -16,19 +16,20 @@ from longer.config import ModelSettings, Settings, TaskSettings
 from longer.data.columns import read_columns
 from longer.data.id_lists import IdList
 from longer.data.items import ItemTable, items_version
+from longer.data.records import Record
 from longer.data.tables import SequenceTable
 from longer.errors import UserError
 from longer.hashing import stable_keys
 from longer.model.longer import Longer
 from longer.model.ranker import Ranker
 from longer.model.sweep import Sweep
-from longer.serving import batch_input
+from longer.serving import batch, batch_input
 from longer.serving.batch import BucketScorer, batch_score, export_vectors, spooled_buckets
 from longer.serving.batch_check import OnlineCheck
-from longer.serving.batch_output import Run
+from longer.serving.batch_output import Run, remember_bucket
 from longer.serving.batch_plan import Plan, check_model, plan_scores, plan_vectors
 from longer.serving.offline import Questions
-from longer.storage import Table, Version
+from longer.storage import Table, Version, checksum, file_sizes, write_bytes
 from longer.training.checkpoints import load_model
 from tests.serving.tables import (
     DAY_MS,
@@ -77,6 +78,12 @@ def written_here(plan: Plan, folder: Path) -> pa.Table:
     scorer = BucketScorer(plan, run)
     files = [scorer.write_bucket(bucket)["file"]["path"] for bucket in buckets]
     return pa.concat_tables([read_columns(f"{folder}/{file}") for file in files]).sort_by("user_id")
+
+
+def score_here(plan: Plan, _pool: object, _where: object, run: Run, buckets: list[int], _job: str) -> list[Record]:
+    """In the place of Ray's actors."""
+    scorer = BucketScorer(plan, run)
+    return [scorer.write_bucket(bucket) for bucket in buckets]
 
 
 def questions_of(world: Settings, users: list[int], request_ts: int) -> Questions:
@@ -224,13 +231,68 @@ def test_chunks_cut_anywhere_give_the_same_rows(
     monkeypatch.setattr(batch_input, "_CHUNK_REQUESTS", 3)
     monkeypatch.setattr(batch_input, "_CHUNK_EVENTS", 10)
     cut = BucketScorer(plan_scores(world), Run(str(tmp_path / "cut"))).write_bucket(1)
-    rows = [read_columns(f"{tmp_path}/{name}/{whole['file']['path']}") for name in ("whole", "cut")]
+    written = {"whole": whole, "cut": cut}.items()
+    rows = [read_columns(f"{tmp_path}/{name}/{record['file']['path']}") for name, record in written]
     same = [name for name in rows[0].column_names if name != "score_label"]
     assert rows[0].select(same).equals(rows[1].select(same))
     scores = [part["score_label"].combine_chunks().flatten().to_numpy() for part in rows]
     np.testing.assert_allclose(*scores, atol=1e-6)
     counts = ("num_requests", "num_users", "num_scores", "num_compared")
     assert [whole[name] for name in counts] == [cut[name] for name in counts]
+
+
+@pytest.mark.parametrize(
+    "chosen", [{"catalogue": True, "top_k": 3}, {"candidates": "candidates"}], ids=["ends", "dies"]
+)
+def test_the_slower_of_two_runs_on_s3_uses_what_the_faster_has_published(
+    chosen: dict, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both write other bytes, since their batches differ. One that reads files of its own finds them gone, and dies of it."""
+    local = build_world(tmp_path / "run")
+    if "candidates" in chosen:
+        chosen = {
+            "candidates": ids_file(tmp_path, item_id=["item1", "item2"]),
+            "users": ids_file(tmp_path, user_id=list(range(1, NUM_USERS + 1))),
+        }
+    for file in (tmp_path / "run").rglob("*.*"):
+        if file.is_file():
+            write_bytes(f"{s3}/run/{file.relative_to(tmp_path / 'run')}", file.read_bytes())
+    world = local.model_copy(update={"root": f"{s3}/run"})
+    faster = []
+
+    def overtaken(plan: Plan, _pool: object, _where: object, run: Run, buckets: list[int], _job: str) -> list[Record]:
+        scorer = BucketScorer(plan, run)
+        first = scorer.write_bucket(buckets[0])
+        monkeypatch.setattr(batch, "_score_buckets", score_here)
+        faster.append(batch_score(asking(world, **chosen, batch_bytes=1 << 20)))
+        return [first] + [scorer.write_bucket(bucket) for bucket in buckets[1:]]
+
+    monkeypatch.setattr(batch, "_score_buckets", overtaken)
+    slower = batch_score(asking(world, **chosen))
+    assert slower == faster[0]
+    assert "another run has published it meanwhile" in capsys.readouterr().err
+    assert [checksum(slower.path_of(file)) for file in slower.data_files()] == [f.sha256 for f in slower.data_files()]
+    assert {f"{slower.path}/{path}" for path in file_sizes(slower.path) if path != "_MANIFEST.json"} == set(
+        slower.files()
+    )
+
+
+def test_a_finished_run_says_that_it_was_checked_less_than_is_asked_and_on_what_it_ran(
+    world: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(batch, "_score_buckets", score_here)
+    chosen = {"catalogue": True, "top_k": 2, "check_requests": 2}
+    plan = plan_scores(asking(world, **chosen))
+    gpu = BucketScorer(plan, Run(Table(plan.table_path).resume(plan.version_id))).write_bucket(0)
+    remember_bucket(f"{plan.table_path}/{plan.version_id}", gpu | {"device": "cuda", "device_s": 100.0})
+    version = batch_score(asking(world, **chosen))
+    assert version.manifest["device"] == "cpu+cuda"
+    assert 100 < version.manifest["device_s"] < 150
+    assert "CPU+GPU-s a million" in capsys.readouterr().err
+    assert batch_score(asking(world, **chosen | {"check_requests": 1})) == version
+    assert "compared" not in capsys.readouterr().err
+    assert batch_score(asking(world, **chosen | {"check_requests": 3})) == version
+    assert "2 requests of each bucket compared: for 3, remove" in capsys.readouterr().err
 
 
 def test_a_score_that_the_serving_path_does_not_give_fails_the_run(world: Settings, tmp_path: Path) -> None:

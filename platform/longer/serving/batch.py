@@ -26,8 +26,9 @@ from longer.progress import say, track
 from longer.serving.batch_answers import Answers
 from longer.serving.batch_check import OnlineCheck, chosen_numbers
 from longer.serving.batch_input import Reader
-from longer.serving.batch_output import Run, done_buckets, remember_bucket, write_rows
+from longer.serving.batch_output import Run, done_buckets, remember_bucket, remove_unnamed, write_rows
 from longer.serving.batch_plan import Plan, check_model, plan_scores, plan_vectors
+from longer.serving.batch_totals import cost_in_words, in_words, rates_of, totals_of
 from longer.serving.offline import Budget
 from longer.serving.scorer import Scorer
 from longer.storage import TABLE_FORMAT, DataFile, Table, Version, fingerprint, remove_tree
@@ -73,11 +74,12 @@ class BucketScorer:
         num_checked = self._plan.check_requests if self._scorer else 0
         numbers = chosen_numbers(self._reader.num_requests(bucket), num_checked)
         check = OnlineCheck(self._plan, self._scorer, self._answers.items, numbers)
-        file = f"bucket={bucket:04d}/part-0.parquet"
-        written = write_rows(self._run.version_path, file, self._parts(bucket, check, record))
+        written = write_rows(self._run.version_path, self._run.file_of(bucket), self._parts(bucket, check, record))
         record |= {
             "file": asdict(written) if written else None,
-            "seconds": time.perf_counter() - started,
+            "device": self._plan.device,
+            "device_s": (time.perf_counter() - started) * self._plan.device_share,
+            "check_requests": self._plan.check_requests,
             "peak_bytes": self._peak_bytes(),
             "max_abs_diff": check.max_abs_diff,
             "num_compared": check.num_compared,
@@ -123,10 +125,37 @@ def _run(plan: Plan, pool: ScorerPool, where: RaySettings, job: str) -> Version:
     table = Table(plan.table_path)
     if published := table.reuse(plan.version_id):
         remove_tree(scratch(published.path))  # if a run was killed before it could
-        say(job, f"version {plan.version_id} is already there, nothing changed")
+        say(job, f"version {plan.version_id} is already there, nothing changed{_less_checked(published, plan)}")
         return published
     run = Run(table.resume(plan.version_id))
     check_model(plan)
+    try:
+        manifest, files = _scored(plan, pool, where, run, job)
+    except Exception:  # of any kind: the faster run has removed what this one reads
+        if not (published := table.find(plan.version_id)):
+            raise
+    else:
+        published = table.find(plan.version_id)
+    told = "another run has published it meanwhile, which is used" if published else in_words(manifest)
+    version = published or table.publish(plan.version_id, manifest, files)
+    remove_unnamed(version, run)
+    remove_tree(scratch(version.path))
+    say(job, f"version {version.id}: {told}")
+    return version
+
+
+def _less_checked(published: Version, plan: Plan) -> str:
+    """If fewer requests of its buckets were compared than are asked for now: the rows would be the same."""
+    was = published.manifest["online_check"].get("check_requests", plan.check_requests)
+    if was >= plan.check_requests:
+        return ""
+    return f", {was} requests of each bucket compared: for {plan.check_requests}, remove {published.path} and run again"
+
+
+def _scored(
+    plan: Plan, pool: ScorerPool, where: RaySettings, run: Run, job: str
+) -> tuple[dict[str, Any], list[DataFile]]:
+    """The manifest and the files of all buckets, once those that are missing are done."""
     buckets, done = spooled_buckets(plan, run), done_buckets(run.version_path)
     missing = [bucket for bucket in buckets if bucket not in done]
     if done:
@@ -138,16 +167,12 @@ def _run(plan: Plan, pool: ScorerPool, where: RaySettings, job: str) -> Version:
     records = [done[bucket] for bucket in buckets if bucket in done] + fresh
     manifest = {
         **plan.manifest,
-        **_totals(records, pool),
+        **totals_of(records),
         "seconds": seconds,
         "start_s": start_s,  # of them, until the first actor was there with its model
-        **_rates(fresh, seconds),
+        **rates_of(fresh, seconds),
     }
-    files = [DataFile(**record["file"]) for record in records if record["file"]]
-    version = table.publish(plan.version_id, manifest, files)
-    remove_tree(scratch(run.version_path))
-    say(job, f"version {version.id}: {_in_words(manifest)}")
-    return version
+    return manifest, [DataFile(**record["file"]) for record in records if record["file"]]
 
 
 def spooled_buckets(plan: Plan, run: Run) -> list[int]:
@@ -192,11 +217,12 @@ def _score_buckets(
         **scorer_options(pool, where),
     )
     records: list[Record] = []
-    started = time.perf_counter()
 
     def note() -> str:
-        totals, rates = _totals(records, pool), _rates(records, time.perf_counter() - started)
-        return f"{rates['rows_per_s']:.0f} scores/s, {rates['users_per_s']:.1f} users/s{_cost_in_words(totals)}"
+        rates = rates_of(records, time.time() - min(record["begun_at"] for record in records))
+        return (
+            f"{rates['rows_per_s']:.0f} scores/s, {rates['users_per_s']:.1f} users/s{cost_in_words(totals_of(records))}"
+        )
 
     def finished() -> Iterator[Record]:
         for row in written.iter_rows():
@@ -204,52 +230,6 @@ def _score_buckets(
             yield records[-1]
 
     return list(track(finished(), len(buckets), job.replace("_", " "), "buckets", note))
-
-
-def _totals(records: list[Record], pool: ScorerPool) -> dict[str, Any]:
-    """Of all buckets, whichever run has done them; a device is a GPU, its share that an actor has, or a CPU."""
-    num_scores, compared = (sum(record[name] for record in records) for name in ("num_scores", "num_compared"))
-    device_s = sum(record["seconds"] for record in records) * (pool.num_gpus_per_scorer or 1)
-    return {
-        "num_requests": sum(record["num_requests"] for record in records),
-        "num_users": sum(record["num_users"] for record in records),
-        "num_rows": num_scores,
-        "device": pool.device,
-        "device_s": device_s,
-        "peak_bytes": max((record["peak_bytes"] for record in records), default=0),
-        "device_s_per_million_scores": device_s / num_scores * 1e6 if num_scores else None,
-        "online_check": {
-            "requests": compared,
-            "max_abs_diff": max((record["max_abs_diff"] for record in records), default=0.0) if compared else None,
-        },
-    }
-
-
-def _rates(fresh: list[Record], seconds: float) -> dict[str, float]:
-    """Of the buckets that this run has done."""
-    return {
-        "rows_per_s": sum(record["num_scores"] for record in fresh) / seconds,
-        "users_per_s": sum(record["num_users"] for record in fresh) / seconds,
-    }
-
-
-def _in_words(manifest: dict[str, Any]) -> str:
-    check = manifest["online_check"]
-    told = f"{manifest['num_users']} users"
-    if manifest["num_rows"]:
-        told += f", {manifest['num_rows']} scores, {manifest['rows_per_s']:.0f} a second{_cost_in_words(manifest)}"
-    if check["requests"]:
-        told += f"; {check['requests']} requests scored by the serving path too, largest difference {check['max_abs_diff']:.1e}"
-    return told
-
-
-def _cost_in_words(totals: dict[str, Any]) -> str:
-    cost = totals["device_s_per_million_scores"]
-    return (
-        ""
-        if cost is None
-        else f", {cost:.3g} {totals['device'].replace('cuda', 'GPU').replace('cpu', 'CPU')}-s a million scores"
-    )
 
 
 def check_against_online(settings: Settings, scored: Version) -> Version:

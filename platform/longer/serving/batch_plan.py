@@ -47,6 +47,8 @@ class Plan:
     check_requests: int = 0
     batch_bytes: int = 0
     device: str = "cpu"
+    device_share: float = 1.0
+    """Devices that an actor has: a part of a GPU, or one or more."""
 
     @property
     def section(self) -> str:
@@ -104,6 +106,7 @@ def plan_scores(settings: Settings) -> Plan:
         check_requests=asked.check_requests,
         batch_bytes=asked.batch_bytes,
         device=asked.device,
+        device_share=asked.num_gpus_per_scorer or 1.0,
     )
 
 
@@ -160,6 +163,7 @@ def _plan_users(settings: Settings, asked: UserSettings, kind: Kind) -> Plan:
         check_requests=asked.check_requests,
         batch_bytes=asked.batch_bytes,
         device=asked.device,
+        device_share=asked.num_gpus_per_scorer or 1.0,
     )
 
 
