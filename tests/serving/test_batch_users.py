@@ -25,7 +25,7 @@ from longer.model.ranker import Ranker
 from longer.model.sweep import Sweep
 from longer.serving import batch, batch_input
 from longer.serving.batch import BucketScorer, batch_score, export_vectors, spooled_buckets
-from longer.serving.batch_check import OnlineCheck
+from longer.serving.batch_check import OnlineCheck, num_left_out
 from longer.serving.batch_output import Run, remember_bucket
 from longer.serving.batch_plan import Plan, check_model, plan_scores, plan_vectors
 from longer.serving.offline import Questions
@@ -316,6 +316,35 @@ def test_a_score_that_the_serving_path_does_not_give_fails_the_run(world: Settin
         only_last = only_last.set_column(rows.column_names.index(name), name, kept)
     with pytest.raises(ArithmeticError):  # two items that score higher are left out
         check.see(chunk, only_last)
+
+
+def test_a_block_lost_from_a_large_catalogue_is_met_by_the_items_drawn(world: Settings, tmp_path: Path) -> None:
+    """The 30 best of 30,000 items, lost for a user: how likely that is seen does not depend on the catalogue's size."""
+    strangers = ids_file(tmp_path, item_id=[f"stranger{i}" for i in range(32_000)])
+    run = Run(str(tmp_path / "scores"))
+    plan = plan_scores(asking(world, candidates=strangers))
+    spooled_buckets(plan, run)
+    scorer = BucketScorer(plan, run)
+    chunk = next(iter(scorer._reader.chunks(1)))
+    one = scorer._answers.rows(chunk).slice(0, 1)
+    ids, scores = (np.array(one[name][0].as_py()) for name in ("item_id", "score_label"))
+    best, others = ids[scores == scores.max()][:30], ids[scores < scores.max()][: 30_000 - 30]
+    assert len(best) + len(others) == 30_000
+    plan = plan_scores(asking(world, candidates=ids_file(tmp_path, item_id=[*best, *others]), top_k=100))
+    spooled_buckets(plan, run)
+    scorer = BucketScorer(plan, run)
+    rows = scorer._answers.rows(chunk).slice(0, 1)
+    assert set(rows["item_id"][0].as_py()[:30]) == set(best)
+    for name in ("item_id", "score_label"):
+        kept = pa.chunked_array([[rows[name][0].as_py()[30:]]], rows[name].type)
+        rows = rows.set_column(rows.column_names.index(name), name, kept)
+    drawn = num_left_out(40, 30_000, 1)
+    assert drawn == 12_000
+    assert num_left_out(40, 10**6, 4) == 10**5
+    assert num_left_out(4, 100, 4) == 100
+    check = OnlineCheck(plan, scorer._scorer, scorer._answers.items, np.zeros(1, np.int64), drawn)
+    with pytest.raises(ArithmeticError, match="scores of label differ"):
+        check.see(chunk, rows)
 
 
 def test_a_regression_head_of_any_scale_is_compared_relative_to_it(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from longer.data.scores import check_difference, read_scores
 from longer.data.tables import RequestTable, SequenceTable
 from longer.progress import say, track
 from longer.serving.batch_answers import Answers
-from longer.serving.batch_check import OnlineCheck, chosen_numbers
+from longer.serving.batch_check import OnlineCheck, chosen_numbers, num_left_out
 from longer.serving.batch_input import Reader
 from longer.serving.batch_output import Run, done_buckets, remember_bucket, remove_unnamed, write_rows
 from longer.serving.batch_plan import Plan, check_model, plan_scores, plan_vectors
@@ -72,8 +72,10 @@ class BucketScorer:
         self._run.begin(bucket, f"{self._plan.section}.batch_bytes")
         record: Record = {"bucket": bucket, "begun_at": time.time(), "num_requests": 0, "num_users": 0, "num_scores": 0}
         num_checked = self._plan.check_requests if self._scorer else 0
-        numbers = chosen_numbers(self._reader.num_requests(bucket), num_checked)
-        check = OnlineCheck(self._plan, self._scorer, self._answers.items, numbers)
+        num_requests, items = self._reader.num_requests(bucket), self._answers.items
+        numbers = chosen_numbers(num_requests, num_checked)
+        others = num_left_out(num_requests, len(items.item_id_I), len(numbers)) if items else 0
+        check = OnlineCheck(self._plan, self._scorer, items, numbers, others)
         written = write_rows(self._run.version_path, self._run.file_of(bucket), self._parts(bucket, check, record))
         record |= {
             "file": asdict(written) if written else None,

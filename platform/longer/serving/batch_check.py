@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from longer.arrays import Float32, Int64
-from longer.data.columns import flat_list
+from longer.data.columns import flat_list, single_array
 from longer.data.scores import Float64, absolute_gaps, check_gaps, root_mean_square, score_column
 from longer.errors import UserError
 from longer.hashing import stable_keys
@@ -28,6 +29,10 @@ _SCORE = score_column("")
 _MOST_CANDIDATES = 200
 """Candidates of a request that are compared, spread evenly."""
 
+_FEWEST_LEFT_OUT = 200
+_PART_LEFT_OUT = 0.01
+_PIECE_ITEMS = 4096
+
 
 @dataclass
 class OnlineCheck:
@@ -38,6 +43,7 @@ class OnlineCheck:
     """None where there is no serving path: `numbers` are then none."""
     items: Items | None
     numbers: Int64
+    num_left_out: int = _FEWEST_LEFT_OUT
     max_abs_diff: float = 0.0
     num_compared: int = 0
 
@@ -65,19 +71,23 @@ class OnlineCheck:
             offline = np.array(row[score_column(task)][0].as_py(), np.float32)
             self._note(scores, offline[some], f"scores of {task}", scales[task])
         if self.plan.top_k and self.items:
-            self._check_left_out(chunk, r, row, set(ids), scales)
+            self._check_left_out(chunk, r, row, scales)
 
-    def _check_left_out(self, chunk: Chunk, r: int, row: pa.Table, kept: set[Any], scales: dict[str, float]) -> None:
-        """Items that are not among a user's best score no more than the last that is."""
-        ids = self.items.item_id_I.take(pa.array(_spread(len(self.items.item_id_I)))).to_pylist()  # type: ignore[union-attr]
-        others = [item for item in ids if item not in kept]
-        if not others:
-            return
-        task, scores = next(iter(self._online(chunk, r, others, {}).items()))
-        last = np.float32(row[score_column(task)][0].as_py()[-1])
-        self._note(np.maximum(scores, last), np.full(len(scores), last), f"scores of {task}", scales[task])
+    def _check_left_out(self, chunk: Chunk, r: int, row: pa.Table, scales: dict[str, float]) -> None:
+        """Items that are not among a user's best, drawn for this user, score no more than the last that is."""
+        assert self.items
+        all_ids, drawn = self.items.item_id_I, np.random.default_rng(int(chunk.questions.histories.user_key_B[r]))
+        chosen = drawn.choice(len(all_ids), min(len(all_ids), self.num_left_out), replace=False, shuffle=False)
+        ids = all_ids.take(pa.array(chosen))
+        others = ids.filter(pc.invert(pc.is_in(ids, single_array(row["item_id"]).flatten())))
+        for begin in range(0, len(others), _PIECE_ITEMS):
+            task, scores = next(iter(self._online(chunk, r, others.slice(begin, _PIECE_ITEMS), {}).items()))
+            last = np.float32(row[score_column(task)][0].as_py()[-1])
+            self._note(np.maximum(scores, last), np.full(len(scores), last), f"scores of {task}", scales[task])
 
-    def _online(self, chunk: Chunk, r: int, ids: list[Any], features: dict[str, list[Any]]) -> dict[str, np.ndarray]:
+    def _online(
+        self, chunk: Chunk, r: int, ids: list[Any] | pa.Array, features: dict[str, list[Any]]
+    ) -> dict[str, np.ndarray]:
         user_id, request_ts = chunk.user_id_R[r].as_py(), int(chunk.questions.request_ts_R[r])
         assert self.scorer
         [result] = self.scorer.score([ScoreRequest(user_id, ids, features, request_ts)])
@@ -119,6 +129,17 @@ def chosen_numbers(num_requests: int, num_chosen: int) -> Int64:
     """Numbers of the requests that are compared, spread evenly; the same ones every time."""
     chosen = min(num_requests, num_chosen)
     return np.arange(chosen) * num_requests // max(1, chosen)
+
+
+def num_left_out(num_requests: int, num_items: int, num_chosen: int) -> int:
+    """Items of each chosen user's catalogue that are scored to see that none of them belongs among the best.
+
+    Together a hundredth of the pairs of user and item that the bucket scores, or all items of each: where m pairs that belong
+    among the best are missing, alike for all users, a run meets about m / 100, however large the catalogue, and so misses all of
+    them with a probability of e^(-m/100). A part f of the items lost for N users is m = f * top_k * N.
+    """
+    a_user = _PART_LEFT_OUT * num_requests * num_items / max(1, num_chosen)
+    return min(num_items, max(_FEWEST_LEFT_OUT, round(a_user)))
 
 
 def _flat(lists: pa.ChunkedArray) -> Float32:
