@@ -19,17 +19,14 @@ from longer.serving.batch_input import Chunk
 from longer.serving.batch_output import Run, write_rows
 from longer.serving.batch_plan import check_model, plan_scores, plan_vectors
 from longer.serving.offline import Budget
-from longer.storage import Table
 from tests.model.generate import small_model
-from tests.serving.tables import NUM_USERS, build_world, publish_requests
-from tests.serving.test_batch_users import asking, ids_file
+from tests.serving.batch_runs import asking, ids_file, world_with_requests
+from tests.serving.tables import NUM_USERS
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    settings = build_world(tmp_path_factory.mktemp("bounds"))
-    publish_requests(settings, Table(settings.path("tables", "sequences")).require("jobs.build_sequences"))
-    return settings
+    return world_with_requests(tmp_path_factory.mktemp("bounds"))
 
 
 def chunks_of(settings: Settings, folder: Path) -> list[Chunk]:

@@ -81,13 +81,20 @@ class IdList:
             if self.type == pa.int64()
             else lambda t: pa.types.is_string(t) or pa.types.is_large_string(t)
         )
+        if pa.types.is_dictionary(ids.type):
+            ids = ids.dictionary_decode()
         if ids.null_count:
             raise UserError(f"{path}: {ids.null_count} rows without {self.column}: leave them out")
         if not is_one(ids.type):
             raise UserError(
                 f"{path}: {self.column} is {ids.type}, the tables' is {self.type}: see event_schema.{self.column}"
             )
-        return ids.cast(self.type)
+        try:
+            return ids.cast(self.type)
+        except pa.ArrowInvalid:  # of uint64 only
+            raise UserError(
+                f"{path}: {self.column} above the largest int64: the tables have none such: leave them out"
+            ) from None
 
 
 def spool(ids: IdList, digest: str, folder: str) -> None:

@@ -1,7 +1,7 @@
 """What an offline run is asked and what decides its content: versions of model and tables, users, items, and the moment."""
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from typing import Any, Literal
 
@@ -27,6 +27,8 @@ _TABLES: dict[Kind, str] = {
     "vectors": "user_vectors",
 }
 """Under the root, one table a kind of question: their rows differ."""
+
+_EPOCH, _MILLISECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(milliseconds=1)
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def _plan_users(settings: Settings, asked: UserSettings, kind: Kind) -> Plan:
 
 
 def _moment(asked: UserSettings, sequences: Version) -> int:
-    """In milliseconds: the settings' or just after the newest event."""
+    """In milliseconds, as events are: the settings', rounded up so that no event before it is lost, or after the newest event."""
     if asked.request_ts:
-        return round(asked.request_ts.timestamp() * 1000)
-    return round(datetime.fromisoformat(sequences.manifest["watermark"]).timestamp() * 1000) + 1
+        return -((_EPOCH - asked.request_ts) // _MILLISECOND)
+    return (datetime.fromisoformat(sequences.manifest["watermark"]) - _EPOCH) // _MILLISECOND + 1
