@@ -45,6 +45,7 @@ from longer.model.outputs import to_scores
 from longer.runner import start_ray
 from longer.serving.batch import batch_score
 from longer.serving.batch_input import Chunk, Reader
+from longer.serving.batch_output import Run
 from longer.serving.batch_plan import plan_scores
 from longer.serving.offline import Budget, score_lists
 from longer.storage import Table, Version, fingerprint, remove_tree
@@ -228,7 +229,7 @@ def _bare_loops(settings: Settings, device: str) -> dict[str, Callable[[], None]
     model, _ = load_model(plan.checkpoint.path, device)
     requests = RequestTable(settings.path("tables", "requests"), plan.schema)
     sequences = SequenceTable(settings.path("tables", "sequences"), plan.schema, plan.sequences.id)
-    reader = Reader(plan, sequences, requests, "", model.windows, 1)
+    reader = Reader(plan, sequences, requests, Run(""), model.windows, 1)
     chunks = [chunk for bucket in sequences.buckets for chunk in reader.chunks(bucket)]
     batches = list(_packed(model, chunks, device))
     budget = Budget(model, settings.batch_score.batch_bytes)

@@ -53,7 +53,12 @@ class UserSettings(ScorerPool):
     request_ts: AwareDatetime | None = Field(
         None,
         description="The moment of which all users are asked, with a time zone: each history is the events strictly before it. "
+        "A part of a millisecond counts as a whole one. "
         "null: one millisecond after the sequence table's watermark, so after every event.",
+    )
+
+    check_requests: int = Field(
+        4, ge=1, description="Requests or users of each bucket that the serving path answers too, to compare."
     )
 
     @field_validator("users", "candidates", check_fields=False)
@@ -70,12 +75,13 @@ class BatchSettings(UserSettings):
         None,
         description="Parquet file, or folder of such, whose column item_id names the items that every user is asked about.",
     )
-    catalogue: bool = Field(False, description="Ask every user about all items of the catalogue; needs top_k.")
+    catalogue: bool = Field(
+        False,
+        description="Ask every user about all items of the catalogue; needs top_k. The catalogue is all that the sequence table "
+        "has seen: with a request_ts in the past, items first seen after it are scored too.",
+    )
     top_k: int | None = Field(
         None, ge=1, description="Keep each user's best items only, by the first task; null keeps all scores."
-    )
-    check_requests: int = Field(
-        4, ge=1, description="Requests of each bucket that the serving path scores too, to compare."
     )
 
     @model_validator(mode="after")

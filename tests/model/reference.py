@@ -18,17 +18,33 @@ def reference_outputs(
     model: Longer, histories: Histories, request_ts: np.ndarray, candidates: Candidates
 ) -> np.ndarray:
     """[C, tasks] of requests asked at the end of each whole history (event 0 on)."""
-    outputs = []
+    return _all_requests(model, histories, request_ts, candidates)[0]
+
+
+def reference_vectors(model: Longer, histories: Histories) -> np.ndarray:
+    """[B, D]: each user's own global token as the last layer reads it, at the end of each whole history (event 0 on)."""
+    features = {name: np.zeros(0, np.int64) for name in ("item_id", "category")} | {"weight": np.zeros(0, np.float32)}
+    nothing = Candidates(np.zeros(len(histories) + 1, np.int64), features)
+    return _all_requests(model, histories, np.zeros(len(histories), np.int64), nothing)[1]
+
+
+def _all_requests(
+    model: Longer, histories: Histories, request_ts: np.ndarray, candidates: Candidates
+) -> tuple[np.ndarray, np.ndarray]:
+    answers = []
     for b in range(len(histories)):
         end = int(histories.offsets_B1[b + 1] - histories.offsets_B1[b])
         user = histories.slice_events(np.array([b]), np.array([0]), np.array([end]))
         begin_c, end_c = candidates.offsets_R1[b], candidates.offsets_R1[b + 1]
         own = {name: values[begin_c:end_c] for name, values in candidates.features.items()}
-        outputs.append(_one_request(model, user, int(request_ts[b]), own))
-    return torch.cat(outputs).detach().numpy()
+        answers.append(_one_request(model, user, int(request_ts[b]), own))
+    outputs, user_tokens = zip(*answers, strict=True)
+    return torch.cat(outputs).detach().numpy(), torch.stack(user_tokens).detach().numpy()
 
 
-def _one_request(model: Longer, user: Histories, request_ts: int, candidates: dict[str, np.ndarray]) -> Tensor:
+def _one_request(
+    model: Longer, user: Histories, request_ts: int, candidates: dict[str, np.ndarray]
+) -> tuple[Tensor, Tensor]:
     s, K = model.settings.stride_groups, model.settings.merge_size
     W, k = model.settings.history_events // K, model.settings.query_groups
     num_events = len(user.event_ts_E)
@@ -59,6 +75,7 @@ def _one_request(model: Longer, user: Histories, request_ts: int, candidates: di
         x_cand = x_cand + model.interaction_token(counts)
 
     user_globals = [*model.embedding.user_globals(torch.from_numpy(user.user_key_B))[0]]
+    own_token = len(user_globals) - 1
     if model.settings.queries == "learnable":
         user_globals += [*model.variant.queries_QD]
     num_globals = len(user_globals)
@@ -71,6 +88,8 @@ def _one_request(model: Longer, user: Histories, request_ts: int, candidates: di
         in_query_window = torch.tensor(
             [kind != "group" or int(p) in chosen for kind, p in zip(kinds, positions, strict=True)]
         )
+        if number == len(model.blocks) - 1:
+            user_token = x[kinds.count("group") + own_token]
         turned = positions * 0 if in_paper else positions
         query = block.queries(x, turned)
         key, value = block.keys_values(x, turned)
@@ -86,7 +105,7 @@ def _one_request(model: Longer, user: Histories, request_ts: int, candidates: di
             kinds = [kind for kind, kept in zip(kinds, in_query_window, strict=True) if kept]
     x = x[-len(x_cand) :] if len(x_cand) else x[:0]
     biases = model.item_bias(torch.from_numpy(candidates["item_id"]))
-    return model.head(torch.cat([model.norm_head(x), counts], -1)) + biases
+    return model.head(torch.cat([model.norm_head(x), counts], -1)) + biases, user_token
 
 
 def _chosen(queries: str, history_start: int, query_start: int, g: int, k: int) -> set[int]:

@@ -12,7 +12,7 @@ from longer.model.inputs import feature_tensors
 from longer.model.longer import Longer
 from longer.model.sweep import Asked, Sweep
 from tests.model.generate import random_candidates, random_histories, small_model
-from tests.model.reference import reference_outputs
+from tests.model.reference import reference_outputs, reference_vectors
 
 MODELS = {
     "default": small_model(),
@@ -75,7 +75,7 @@ def test_requests_on_the_way_equal_the_dense_reference_across_window_moves(
     swept(MODELS[name], np.random.default_rng(seed), lengths, num_requests)
 
 
-def test_a_user_vector_is_that_of_a_sweep_begun_anew_and_tells_histories_apart() -> None:
+def test_a_user_vector_is_that_of_the_dense_reference_and_tells_histories_apart() -> None:
     model = MODELS["default"]
     histories = random_histories(np.random.default_rng(3), [80, 80])
     stepwise, at_once, before = Sweep(model, histories), Sweep(model, histories), Sweep(model, histories)
@@ -88,4 +88,7 @@ def test_a_user_vector_is_that_of_a_sweep_begun_anew_and_tells_histories_apart()
         return sweep.ask(np.arange(2), np.array([end, end]), np.zeros(2, np.int64)).user_vectors_RD
 
     torch.testing.assert_close(vectors(stepwise, 80), vectors(at_once, 80), rtol=1e-10, atol=1e-10)
+    expected = reference_vectors(model, histories)
+    np.testing.assert_allclose(vectors(at_once, 80).numpy(), expected, rtol=1e-10, atol=1e-10)
+    assert np.abs(expected[0] - expected[1]).max() > 1e-3, "users are not told apart"
     assert not torch.allclose(vectors(at_once, 80), vectors(before, 79), atol=1e-3)

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from longer.config import ModelSettings, Settings, load_settings
+from longer.config import Settings, load_settings
 from longer.data.catalogue import first_seen
 from longer.data.items import items_version
 from longer.data.ray_requests import RequestBuilder
@@ -116,14 +116,22 @@ def publish_requests(settings: Settings, sequences: Version) -> Version:
     return table.publish(sequences.id, manifest, [file for s in stats for file in s["files"]])
 
 
-def publish_random_model(settings: Settings, seed: int = 0) -> Version:
+def publish_random_model(settings: Settings, seed: int = 0, scale: float = 0.1) -> Version:
     """A checkpoint of weights so large that scores differ between candidates and histories."""
+    return publish_model(settings, random_model(settings, seed, scale), fingerprint("random", seed, str(scale)))
+
+
+def random_model(settings: Settings, seed: int, scale: float = 0.1) -> Longer:
     torch.manual_seed(seed)
-    model = Longer(ModelSettings(**MODEL), settings.event_schema, settings.train.tasks)
+    model = Longer(settings.model, settings.event_schema, settings.train.tasks)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    table, version_id = Table(settings.path("checkpoints")), fingerprint("random", seed)
+            parameter.add_(torch.randn_like(parameter) * scale)
+    return model
+
+
+def publish_model(settings: Settings, model: Longer, version_id: str) -> Version:
+    table = Table(settings.path("checkpoints"))
     path = table.begin(version_id)
     model_version = save_model(path, model, settings.model, settings.event_schema, settings.train.tasks)
     return table.publish(version_id, {"schema_hash": settings.event_schema.hash(), "model_version": model_version})

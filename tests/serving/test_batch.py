@@ -14,14 +14,19 @@ from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import UserError
 from longer.serving.batch import BucketScorer
 from longer.serving.batch import batch_score as score_split
-from longer.serving.batch_output import done_buckets
+from longer.serving.batch_output import Run, done_buckets
 from longer.serving.batch_plan import plan_scores
 from longer.serving.check import choose_requests
 from longer.serving.scorer import Scorer, ScoreRequest, ScoreResult
-from longer.storage import Table, checked_output
+from longer.storage import Table, Version, checked_output
 from longer.training.inputs import Inputs
 from longer.training.loader import concat_requests, read_split
 from tests.serving.tables import build_world, checkpoint_path, publish_requests
+
+
+def checksums(version: Version) -> dict[str, str]:
+    """By bucket: each run names its own files."""
+    return {file.path.partition("/")[0]: file.sha256 for file in version.data_files()}
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +85,13 @@ def test_batch_scores_equal_online_ones_and_a_rerun_finds_them(
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[: len(whole) // 2])
     again = score_split(world)
-    assert damaged.read_bytes() == whole
-    assert again.files() == scored.files()
+    assert checksums(again) == checksums(scored)
+    assert not damaged.exists(), "a file that the version does not name"
+    assert again.is_whole()
 
 
 def test_a_bucket_written_twice_is_the_same_bytes(world: Settings, tmp_path: Path) -> None:
-    scorer = BucketScorer(plan_scores(world), str(tmp_path))
+    scorer = BucketScorer(plan_scores(world), Run(str(tmp_path)))
     written = scorer.write_bucket(0)
     assert written["num_scores"] > 0
     assert done_buckets(str(tmp_path)) == {0: written}
@@ -134,8 +140,18 @@ def test_a_difference_in_one_score_is_seen_and_other_candidates_are_refused(worl
     broken = score_rows(asked, {"label": scores}, world.event_schema)
     assert max_abs_diff(zeros, broken, world.train.tasks)[0] == np.inf
     for other in (changed, broken):
-        with pytest.raises(ArithmeticError, match="scores of one request differ"):
+        with pytest.raises(ArithmeticError, match=r"scores of label differ by (2\.5e-01|inf) between two paths"):
             check_difference(zeros, other, world.train.tasks)
+    large = score_rows(asked, {"label": np.full(len(scores), 3e4, np.float32)}, world.event_schema)
+    for gap, is_rounding in ((0.2, True), (0.5, False)):  # of regression values: one is 7e-6 of them, one 2e-5
+        scores[:] = 3e4
+        scores[-1] += gap
+        other = score_rows(asked, {"label": scores}, world.event_schema)
+        if is_rounding:
+            assert check_difference(large, other, world.train.tasks)[0] > 0.1
+        else:
+            with pytest.raises(ArithmeticError, match=r"more than 1e-05 of their size, 3e\+04"):
+                check_difference(large, other, world.train.tasks)
     items = pa.array([["x"]] * len(asked), pa.list_(pa.string()))
     with pytest.raises(ValueError, match="other candidates"):
         max_abs_diff(zeros, changed.set_column(3, "item_id", items), world.train.tasks)

@@ -1,6 +1,7 @@
 """An offline run that loses its driver or an actor ends with the same table, and does no bucket twice."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from jobs import batch_score, build_sequences
 from longer.batch_settings import BatchSettings
 from longer.config import Settings
 from longer.data.records import Record
+from longer.runner import user_error_in
 from longer.serving import batch
 from longer.serving.batch import BucketScorer
 from longer.serving.batch_check import OnlineCheck
@@ -63,7 +65,7 @@ def undisturbed(asked: Settings) -> Version:
 
 
 def checksums(version: Version) -> dict[str, str]:
-    return {file.path: file.sha256 for file in version.data_files()}
+    return {file.path.partition("/")[0]: file.sha256 for file in version.data_files()}
 
 
 def test_a_run_killed_half_way_does_the_missing_buckets_only(world: Settings, tmp_path: Path) -> None:
@@ -97,14 +99,14 @@ class Dying(BucketScorer):
     """The first time that it has rows of a bucket's second half, it kills its worker."""
 
     def write_bucket(self, bucket: int) -> Record:
-        with Path(f"{self._version_path}.attempts").open("a") as attempts:
+        with Path(f"{self._run.version_path}.attempts").open("a") as attempts:
             attempts.write(f"{bucket}\n")
         return super().write_bucket(bucket)
 
     def _parts(self, bucket: int, check: OnlineCheck, record: Record) -> Iterator[pa.Table]:
         for rows in super()._parts(bucket, check, record):
             yield rows
-            mark = Path(f"{self._version_path}.died")
+            mark = Path(f"{self._run.version_path}.died")
             if bucket % 10 == 7 and not mark.exists():
                 mark.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -119,6 +121,31 @@ def test_a_killed_actor_costs_its_bucket_only(world: Settings, monkeypatch: pyte
     attempts = Path(f"{version.path}.attempts").read_text().split()
     assert len(attempts) == len(version.data_files()) + 1, "buckets of other actors were done twice"
     assert checksums(version) == checksums(undisturbed(asked))
+
+
+class Poisoned(BucketScorer):
+    """Dies of some bucket every time, as when memory runs out."""
+
+    def _parts(self, bucket: int, check: OnlineCheck, record: Record) -> Iterator[pa.Table]:
+        if bucket % 10 == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super()._parts(bucket, check, record)
+
+
+def test_a_bucket_that_kills_every_actor_ends_the_run_in_one_line(
+    world: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some twenty seconds: an actor is started anew each time."""
+    asked = asking(world, "2030-01-04T00:00:00Z")
+    monkeypatch.setattr(batch, "BucketScorer", Poisoned)
+    with pytest.raises(Exception) as raised:  # noqa: PT011  (Ray wraps it)
+        batch_score.run(asked)
+    assert re.match(
+        r"bucket \d*7: 4 actors died while they had it, .*: lower batch_score.batch_bytes or the concurrency",
+        str(user_error_in(raised.value)),
+    )
+    monkeypatch.undo()
+    assert checksums(batch_score.run(asked)) == checksums(undisturbed(asked))
 
 
 class Failing(BucketScorer):

@@ -1,85 +1,43 @@
 """Users times candidates, users' best items, users' vectors: what is published is what the model says of each user."""
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import torch
 
-from longer.arrays import Candidates
-from longer.batch_settings import BatchSettings, ExportSettings
+from longer.batch_settings import ExportSettings
 from longer.config import Settings
 from longer.data.columns import read_columns
-from longer.data.items import ItemTable, items_version
+from longer.data.records import Record
 from longer.data.tables import SequenceTable
 from longer.errors import UserError
-from longer.hashing import stable_keys
-from longer.model.sweep import Sweep
-from longer.serving import batch_input
+from longer.serving import batch, batch_input, batch_output
 from longer.serving.batch import BucketScorer, batch_score, export_vectors
-from longer.serving.batch_check import OnlineCheck
-from longer.serving.batch_plan import plan_scores
-from longer.serving.offline import Questions
-from longer.storage import Table, Version
+from longer.serving.batch_output import Run
+from longer.serving.batch_plan import Plan, plan_scores, plan_vectors
+from longer.storage import checksum, file_sizes, write_bytes
 from longer.training.checkpoints import load_model
-from tests.serving.tables import (
-    DAY_MS,
-    NUM_BUCKETS,
-    NUM_ITEMS,
-    NUM_USERS,
-    START_MS,
-    build_world,
-    checkpoint_path,
-    publish_requests,
+from tests.serving.batch_runs import (
+    asking,
+    expected_scores,
+    ids_file,
+    questions_of,
+    rows_of,
+    score_here,
+    vector_of,
+    world_with_requests,
+    written_here,
 )
-from tests.serving.test_offline import forward
+from tests.serving.tables import DAY_MS, NUM_BUCKETS, NUM_ITEMS, NUM_USERS, START_MS, build_world, checkpoint_path
 
 MIDDAY = "2023-12-11T12:00:00Z"
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    settings = build_world(tmp_path_factory.mktemp("users"))
-    publish_requests(settings, Table(settings.path("tables", "sequences")).require("jobs.build_sequences"))
-    return settings
-
-
-def asking(world: Settings, **chosen: object) -> Settings:
-    return world.model_copy(update={"batch_score": BatchSettings(**chosen)})
-
-
-def ids_file(folder: Path, **column: list) -> str:
-    path = folder / f"{next(iter(column))}.parquet"
-    pq.write_table(pa.table(column), path)
-    return str(path)
-
-
-def rows_of(version: Version) -> pa.Table:
-    return pa.concat_tables([read_columns(file) for file in version.files()]).sort_by("user_id")
-
-
-def questions_of(world: Settings, users: list[int], request_ts: int) -> Questions:
-    histories = SequenceTable(world.path("tables", "sequences"), world.event_schema).get(users)
-    ends = [
-        int(first + (histories.event_ts_E[begin:end] < request_ts).sum())
-        for first, begin, end in zip(
-            histories.first_index_B, histories.offsets_B1[:-1], histories.offsets_B1[1:], strict=True
-        )
-    ]
-    return Questions(histories, np.arange(len(users)), np.array(ends), np.full(len(users), request_ts))
-
-
-def expected_scores(world: Settings, users: list[int], items: list[str], request_ts: int) -> np.ndarray:
-    """[users, items] of the training forward pass, item features from the catalogue."""
-    model, _ = load_model(checkpoint_path(world))
-    keys, schema = stable_keys(pa.array(items * len(users))), world.event_schema
-    sequences = Table(world.path("tables", "sequences")).require("jobs.build_sequences").id
-    features = ItemTable(world.path("tables", "items"), schema, items_version(sequences, schema)).lookup(keys)
-    candidates = Candidates(np.arange(len(users) + 1) * len(items), {"item_id": keys, **features})
-    outputs = forward(model, questions_of(world, users, request_ts), candidates)[:, 0]
-    return torch.from_numpy(outputs).sigmoid().numpy().reshape(len(users), len(items))
+    return world_with_requests(tmp_path_factory.mktemp("users"))
 
 
 @pytest.mark.ray
@@ -135,24 +93,41 @@ def test_vectors_are_the_users_own_tokens_at_the_moment(world: Settings) -> None
     assert rows["user_id"].to_pylist() == everyone
     questions = questions_of(world, everyone, int(rows["request_ts"].cast(pa.int64())[0].as_py()))
     assert rows["num_events"].to_pylist() == questions.history_end_R.tolist()
+    assert exported.manifest["online_check"]["requests"] > NUM_BUCKETS
+    assert exported.manifest["online_check"]["max_abs_diff"] <= 1e-5
     vectors = np.array(rows["vector"].to_pylist(), np.float32)
-    for user in range(NUM_USERS):
-        end = questions.history_end_R[user : user + 1]
-        start = model.windows.history_start(end) * model.windows.merge_size
-        sweep = Sweep(model, questions.histories.slice_events(np.array([user]), start, end))
-        sweep.advance(end)
-        expected = sweep.ask(np.zeros(1, np.int64), end, questions.request_ts_R[:1]).user_vectors_RD.numpy()
+    for user, end in enumerate(questions.history_end_R.tolist()):
+        expected = vector_of(model, questions.histories, user, end)
         np.testing.assert_allclose(vectors[user : user + 1], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_event_at_the_very_moment_of_the_request_is_not_seen(world: Settings, tmp_path: Path) -> None:
+    """The time of a user's last but two events: a state that held it would tell the future."""
+    histories = SequenceTable(world.path("tables", "sequences"), world.event_schema).get([7])
+    moment, items = int(histories.event_ts_E[-3]), ["item1", "item2", "item3"]
+    seen = int((histories.event_ts_E < moment).sum()) + int(histories.first_index_B[0])
+    chosen = {"users": ids_file(tmp_path, user_id=[7]), "request_ts": datetime.fromtimestamp(moment / 1000, UTC)}
+    asked = asking(world, candidates=ids_file(tmp_path, item_id=items), **chosen)
+    rows = written_here(plan_scores(asked), tmp_path / "scores")
+    expected, told = (expected_scores(world, [7], items, ts) for ts in (moment, moment + 1))
+    assert np.abs(expected - told).max() > 1e-3, "the event makes no difference"
+    np.testing.assert_allclose(rows["score_label"].to_pylist(), expected, atol=1e-5)
+    exported = world.model_copy(update={"export_embeddings": ExportSettings(**chosen)})
+    rows = written_here(plan_vectors(exported), tmp_path / "vectors")
+    assert rows["num_events"].to_pylist() == [seen]
+    model, _ = load_model(checkpoint_path(world))
+    np.testing.assert_allclose(rows["vector"].to_pylist(), vector_of(model, histories, 0, seen), rtol=1e-5, atol=1e-5)
 
 
 def test_chunks_cut_anywhere_give_the_same_rows(
     world: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = BucketScorer(plan_scores(world), str(tmp_path / "whole")).write_bucket(1)
+    whole = BucketScorer(plan_scores(world), Run(str(tmp_path / "whole"))).write_bucket(1)
     monkeypatch.setattr(batch_input, "_CHUNK_REQUESTS", 3)
     monkeypatch.setattr(batch_input, "_CHUNK_EVENTS", 10)
-    cut = BucketScorer(plan_scores(world), str(tmp_path / "cut")).write_bucket(1)
-    rows = [read_columns(f"{tmp_path}/{name}/{whole['file']['path']}") for name in ("whole", "cut")]
+    cut = BucketScorer(plan_scores(world), Run(str(tmp_path / "cut"))).write_bucket(1)
+    written = {"whole": whole, "cut": cut}.items()
+    rows = [read_columns(f"{tmp_path}/{name}/{record['file']['path']}") for name, record in written]
     same = [name for name in rows[0].column_names if name != "score_label"]
     assert rows[0].select(same).equals(rows[1].select(same))
     scores = [part["score_label"].combine_chunks().flatten().to_numpy() for part in rows]
@@ -161,49 +136,59 @@ def test_chunks_cut_anywhere_give_the_same_rows(
     assert [whole[name] for name in counts] == [cut[name] for name in counts]
 
 
-def test_a_score_that_the_serving_path_does_not_give_fails_the_run(world: Settings, tmp_path: Path) -> None:
-    for settings in (world, asking(world, catalogue=True, top_k=3)):
-        scorer = BucketScorer(plan_scores(settings), str(tmp_path))
-        chunk = next(iter(scorer._reader.chunks(0)))
-        rows = scorer._answers.rows(chunk)
-        check = OnlineCheck(scorer._plan, scorer._scorer, scorer._answers.items, np.array([0]))
-        check.see(chunk, rows)
-        assert check.num_compared == 1
-        scores = pa.chunked_array([[[score + 1e-4 for score in row] for row in rows["score_label"].to_pylist()]])
-        wrong = rows.set_column(rows.column_names.index("score_label"), "score_label", scores)
-        with pytest.raises(ArithmeticError, match="between the offline and the serving path"):
-            check.see(chunk, wrong)
-    worst_kept = rows["item_id"].to_pylist()[0][::-1]
-    expected = expected_scores(world, [chunk.user_id_R[0].as_py()], worst_kept, int(chunk.questions.request_ts_R[0]))
-    assert (np.diff(expected[0]) > 0).all()
-    only_last = rows.slice(0, 1)
-    for name in ("item_id", "score_label"):
-        kept = pa.chunked_array([[rows[name][0].as_py()[-1:]]], rows[name].type)
-        only_last = only_last.set_column(rows.column_names.index(name), name, kept)
-    with pytest.raises(ArithmeticError):  # two items that score higher are left out
-        check.see(chunk, only_last)
+@pytest.mark.parametrize(
+    "chosen", [{"catalogue": True, "top_k": 3}, {"candidates": "candidates"}], ids=["ends", "dies"]
+)
+def test_the_slower_of_two_runs_on_s3_uses_what_the_faster_has_published(
+    chosen: dict, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both write other bytes, as with other batches. One that reads files of its own finds them gone, and dies of it."""
+    local = build_world(tmp_path / "run")
+    if "candidates" in chosen:
+        chosen = {
+            "candidates": ids_file(tmp_path, item_id=["item1", "item2"]),
+            "users": ids_file(tmp_path, user_id=list(range(1, NUM_USERS + 1))),
+        }
+    for file in (tmp_path / "run").rglob("*.*"):
+        if file.is_file():
+            write_bytes(f"{s3}/run/{file.relative_to(tmp_path / 'run')}", file.read_bytes())
+    world = local.model_copy(update={"root": f"{s3}/run"})
+    faster = []
+
+    def overtaken(plan: Plan, _pool: object, _where: object, run: Run, buckets: list[int], _job: str) -> list[Record]:
+        scorer = BucketScorer(plan, run)
+        first = scorer.write_bucket(buckets[0])
+        monkeypatch.setattr(batch, "_score_buckets", score_here)
+        faster.append(batch_score(asking(world, **chosen, batch_bytes=1 << 20)))
+        monkeypatch.setattr(batch_input, "_CHUNK_REQUESTS", 1)
+        monkeypatch.setattr(batch_output, "_ROW_GROUP_BYTES", 1)
+        return [first] + [scorer.write_bucket(bucket) for bucket in buckets[1:]]
+
+    monkeypatch.setattr(batch, "_score_buckets", overtaken)
+    slower = batch_score(asking(world, **chosen))
+    assert slower == faster[0]
+    assert "another run has published it meanwhile" in capsys.readouterr().err
+    assert [checksum(slower.path_of(file)) for file in slower.data_files()] == [f.sha256 for f in slower.data_files()]
+    assert {f"{slower.path}/{path}" for path in file_sizes(slower.path) if path != "_MANIFEST.json"} == set(
+        slower.files()
+    )
 
 
-def test_ids_that_cannot_be_read_are_one_line(world: Settings, tmp_path: Path) -> None:
-    good = ids_file(tmp_path, item_id=["item1"])
-    mistakes = {
-        "no Parquet file there": str(tmp_path / "nowhere"),
-        "no column user_id": good,
-        "user_id is string, the tables' is int64": ids_file(tmp_path, user_id=["1"]),
-    }
-    for said, path in mistakes.items():
-        with pytest.raises(UserError, match=said):
-            batch_score(asking(world, users=path, candidates=good))
-    with pytest.raises(UserError, match="1 rows without user_id"):
-        batch_score(asking(world, users=ids_file(tmp_path, user_id=[1, None]), candidates=good))
-    (tmp_path / "user_id.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(UserError, match="not a readable Parquet file"):
-        batch_score(asking(world, users=str(tmp_path / "user_id.parquet"), candidates=good))
+@pytest.mark.parametrize(("asked", "milliseconds"), [(0, 0), (400, 1), (999, 1), (1000, 1), (1001, 2), (-400, 0)])
+def test_a_part_of_a_millisecond_loses_no_event_before_it(world: Settings, asked: int, milliseconds: int) -> None:
+    moment = datetime.fromisoformat(MIDDAY)
+    plans = [
+        plan_scores(asking(world, catalogue=True, top_k=1, request_ts=moment + timedelta(microseconds=us)))
+        for us in (0, asked)
+    ]
+    assert plans[0].request_ts is not None
+    assert plans[1].request_ts == plans[0].request_ts + milliseconds
+    assert plans[0].request_ts == moment.timestamp() * 1000
 
 
 def test_a_moment_that_the_table_no_longer_covers_is_refused(world: Settings, tmp_path: Path) -> None:
     past = asking(world, catalogue=True, top_k=1, request_ts="2023-11-20T00:00:00Z")
-    scorer = BucketScorer(plan_scores(past), str(tmp_path))
+    scorer = BucketScorer(plan_scores(past), Run(str(tmp_path)))
 
     def score_all_buckets() -> None:
         for bucket in range(NUM_BUCKETS):

@@ -1,5 +1,6 @@
 """Ids that a user of a job names in Parquet files: read in pieces, checked, and spread over the buckets of users. No Ray."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,13 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from longer.arrays import Int64
-from longer.data.columns import single_array
+from longer.data.columns import read_columns, single_array
 from longer.errors import UserError, one_line
 from longer.hashing import bucket_of, stable_keys
-from longer.storage import arrow_filesystem, checked_output, checksum, filesystem, fingerprint, open_input
+from longer.storage import arrow_filesystem, checked_output, filesystem, open_input
 
 _PIECE_IDS = 1 << 20
 _ROW_GROUP_IDS = 1 << 16
+_SPOOL = "ids.parquet"
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,23 @@ class IdList:
         return files
 
     def digest(self) -> str:
-        """Identifies the files' content, whatever their names."""
-        return fingerprint(sorted(checksum(path) for path in self.files))
+        """Identifies the ids and their order, however they are cut into files and pages; a UserError if there are none."""
+        hashed, num_ids = hashlib.sha256(), 0
+        for piece in self.pieces():
+            hashed.update(stable_keys(piece).tobytes())
+            num_ids += len(piece)
+        if not num_ids:
+            raise UserError(f"{self.setting}={self.path}: names no {self.column}: name some, or leave the setting out")
+        return hashed.hexdigest()[:12]
+
+    def again(self, digest: str) -> Iterator[pa.Array]:
+        """The pieces once more; a UserError after the last one if they are not those that had this digest."""
+        hashed = hashlib.sha256()
+        for piece in self.pieces():
+            hashed.update(stable_keys(piece).tobytes())
+            yield piece
+        if hashed.hexdigest()[:12] != digest:
+            raise UserError(f"{self.setting}={self.path}: changed while this run read it: run again once it is written")
 
     def pieces(self) -> Iterator[pa.Array]:
         """The ids in order, about a million at a time; a UserError names a file that does not hold them."""
@@ -58,30 +75,45 @@ class IdList:
             except (pa.ArrowException, OSError) as error:
                 raise UserError(f"{path}: not a readable Parquet file ({one_line(error)}): write it again") from None
 
-    def distinct(self) -> pa.Array:
-        """Every id once, in the order of their first mention."""
-        pieces = [piece.unique() for piece in self.pieces()]
-        return single_array(pa.chunked_array(pieces, self.type)).unique()
-
     def _checked(self, path: str, ids: pa.Array) -> pa.Array:
         is_one = (
             pa.types.is_integer
             if self.type == pa.int64()
             else lambda t: pa.types.is_string(t) or pa.types.is_large_string(t)
         )
+        if pa.types.is_dictionary(ids.type):
+            ids = ids.dictionary_decode()
+        if ids.null_count:
+            raise UserError(f"{path}: {ids.null_count} rows without {self.column}: leave them out")
         if not is_one(ids.type):
             raise UserError(
                 f"{path}: {self.column} is {ids.type}, the tables' is {self.type}: see event_schema.{self.column}"
             )
-        if ids.null_count:
-            raise UserError(f"{path}: {ids.null_count} rows without {self.column}: leave them out")
-        return ids.cast(self.type)
+        try:
+            return ids.cast(self.type)
+        except pa.ArrowInvalid:  # of uint64 only
+            raise UserError(
+                f"{path}: {self.column} above the largest int64: the tables have none such: leave them out"
+            ) from None
 
 
-def spread(ids: IdList, num_buckets: int, folder: str) -> Int64:
-    """Writes the users' ids to `folder`, each piece sorted by bucket; how many each bucket has, [P]."""
+def spool(ids: IdList, digest: str, folder: str) -> None:
+    """Writes every id once, in the order of their first mention, for `read_spool`; a UserError as `again`."""
+    pieces = [piece.unique() for piece in ids.again(digest)]
+    distinct = single_array(pa.chunked_array(pieces, ids.type)).unique()
+    with checked_output(folder, _SPOOL) as sink:
+        pq.write_table(pa.table({ids.column: distinct}), sink, compression="zstd")
+
+
+def read_spool(folder: str, column: str) -> pa.Array:
+    """The ids that `spool` has written."""
+    return single_array(read_columns(f"{folder}/{_SPOOL}")[column])
+
+
+def spread(ids: IdList, digest: str, num_buckets: int, folder: str) -> Int64:
+    """Writes the users' ids to `folder`, each piece sorted by bucket; how many each bucket has, [P]. A UserError as `again`."""
     count_P = np.zeros(num_buckets, np.int64)
-    for number, piece in enumerate(ids.pieces()):
+    for number, piece in enumerate(ids.again(digest)):
         bucket = bucket_of(stable_keys(piece), num_buckets)
         order = np.argsort(bucket, kind="stable")
         rows = pa.table({"bucket": pa.array(bucket[order]), ids.column: piece.take(pa.array(order))})

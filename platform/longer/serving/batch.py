@@ -18,21 +18,21 @@ import torch
 
 from longer.batch_settings import ScorerPool
 from longer.config import RaySettings, Settings
-from longer.data.id_lists import spread
+from longer.data.id_lists import spool, spread
 from longer.data.records import Record, scratch
 from longer.data.scores import check_difference, read_scores
 from longer.data.tables import RequestTable, SequenceTable
-from longer.errors import UserError
 from longer.progress import say, track
 from longer.serving.batch_answers import Answers
-from longer.serving.batch_check import OnlineCheck, chosen_numbers
+from longer.serving.batch_check import OnlineCheck, chosen_numbers, num_left_out
 from longer.serving.batch_input import Reader
-from longer.serving.batch_output import done_buckets, remember_bucket, write_rows
-from longer.serving.batch_plan import Plan, plan_scores, plan_vectors
+from longer.serving.batch_output import Run, done_buckets, remember_bucket, remove_unnamed, write_rows
+from longer.serving.batch_plan import Plan, check_model, plan_scores, plan_vectors
+from longer.serving.batch_totals import cost_in_words, in_words, rates_of, totals_of
 from longer.serving.offline import Budget
 from longer.serving.scorer import Scorer
 from longer.storage import TABLE_FORMAT, DataFile, Table, Version, fingerprint, remove_tree
-from longer.training.checkpoints import load_appendable, load_model
+from longer.training.checkpoints import load_model
 from longer.training.loader import prefetch
 
 _CACHE_BYTES = 64 << 20
@@ -41,8 +41,8 @@ _CACHE_BYTES = 64 << 20
 class BucketScorer:
     """Writes the answers of the buckets it is given; one instance an actor, which loads the model once."""
 
-    def __init__(self, plan: Plan, version_path: str) -> None:
-        self._plan, self._version_path = plan, version_path
+    def __init__(self, plan: Plan, run: Run) -> None:
+        self._plan, self._run = plan, run
         sequences = f"{plan.root}/tables/sequences"
         model, info = load_model(plan.checkpoint.path, plan.device)
         self._scorer: Scorer | None = None  # without user states, there is no serving path to compare with
@@ -51,13 +51,13 @@ class BucketScorer:
                 plan.checkpoint.path, sequences, _CACHE_BYTES, plan.items_path, plan.sequences.id, plan.device
             )
             model = self._scorer.model
-        self._answers = Answers.of(plan, Budget(model, plan.batch_bytes))
+        self._answers = Answers.of(plan, Budget(model, plan.batch_bytes), run)
         requests = plan.inputs.get("requests")
         self._reader = Reader(
             plan=plan,
             sequences=SequenceTable(sequences, plan.schema, plan.sequences.id),
             requests=RequestTable(f"{plan.root}/tables/requests", plan.schema, requests) if requests else None,
-            users_folder=_users_folder(version_path),
+            run=run,
             windows=model.windows,
             outputs_a_request=self._answers.values_a_user,
         )
@@ -69,20 +69,24 @@ class BucketScorer:
     def write_bucket(self, bucket: int) -> Record:
         """Writes one bucket's file; its record, of no file if nobody is asked about in it."""
         started = time.perf_counter()
+        self._run.begin(bucket, f"{self._plan.section}.batch_bytes")
         record: Record = {"bucket": bucket, "begun_at": time.time(), "num_requests": 0, "num_users": 0, "num_scores": 0}
         num_checked = self._plan.check_requests if self._scorer else 0
-        numbers = chosen_numbers(self._reader.num_requests(bucket), num_checked)
-        check = OnlineCheck(self._plan, self._scorer, self._answers.items, numbers)
-        file = f"bucket={bucket:04d}/part-0.parquet"
-        written = write_rows(self._version_path, file, self._parts(bucket, check, record))
+        num_requests, items = self._reader.num_requests(bucket), self._answers.items
+        numbers = chosen_numbers(num_requests, num_checked)
+        others = num_left_out(num_requests, len(items.item_id_I), len(numbers)) if items else 0
+        check = OnlineCheck(self._plan, self._scorer, items, numbers, others)
+        written = write_rows(self._run.version_path, self._run.file_of(bucket), self._parts(bucket, check, record))
         record |= {
             "file": asdict(written) if written else None,
-            "seconds": time.perf_counter() - started,
+            "device": self._plan.device,
+            "device_s": (time.perf_counter() - started) * self._plan.device_share,
+            "check_requests": self._plan.check_requests,
             "peak_bytes": self._peak_bytes(),
             "max_abs_diff": check.max_abs_diff,
             "num_compared": check.num_compared,
         }
-        return remember_bucket(self._version_path, record)
+        return remember_bucket(self._run.version_path, record)
 
     def _peak_bytes(self) -> int:
         """The most memory that this actor has held so far: of its GPU, or else of its process."""
@@ -123,41 +127,68 @@ def _run(plan: Plan, pool: ScorerPool, where: RaySettings, job: str) -> Version:
     table = Table(plan.table_path)
     if published := table.reuse(plan.version_id):
         remove_tree(scratch(published.path))  # if a run was killed before it could
-        say(job, f"version {plan.version_id} is already there, nothing changed")
+        say(job, f"version {plan.version_id} is already there, nothing changed{_less_checked(published, plan)}")
         return published
-    version_path = table.resume(plan.version_id)
-    load = load_model if plan.kind == "requests" else load_appendable
-    load(plan.checkpoint.path, expected_schema=plan.schema)  # a mistake is told here once, not by every actor
-    buckets, done = _buckets(plan, version_path), done_buckets(version_path)
+    run = Run(table.resume(plan.version_id))
+    check_model(plan)
+    try:
+        manifest, files = _scored(plan, pool, where, run, job)
+    except Exception:  # of any kind: the faster run has removed what this one reads
+        if not (published := table.find(plan.version_id)):
+            raise
+    else:
+        published = table.find(plan.version_id)
+    told = "another run has published it meanwhile, which is used" if published else in_words(manifest)
+    version = published or table.publish(plan.version_id, manifest, files)
+    remove_unnamed(version, run)
+    remove_tree(scratch(version.path))
+    say(job, f"version {version.id}: {told}")
+    return version
+
+
+def _less_checked(published: Version, plan: Plan) -> str:
+    """If fewer requests of its buckets were compared than are asked for now: the rows would be the same."""
+    was = published.manifest["online_check"].get("check_requests", plan.check_requests)
+    if was >= plan.check_requests:
+        return ""
+    return f", {was} requests of each bucket compared: for {plan.check_requests}, remove {published.path} and run again"
+
+
+def _scored(
+    plan: Plan, pool: ScorerPool, where: RaySettings, run: Run, job: str
+) -> tuple[dict[str, Any], list[DataFile]]:
+    """The manifest and the files of all buckets, once those that are missing are done."""
+    buckets, done = spooled_buckets(plan, run), done_buckets(run.version_path)
     missing = [bucket for bucket in buckets if bucket not in done]
     if done:
         say(job, f"{len(buckets) - len(missing)} of {len(buckets)} buckets are there from an interrupted run")
     started, started_at = time.perf_counter(), time.time()
-    fresh = _score_buckets(plan, pool, where, version_path, missing, job) if missing else []
+    fresh = _score_buckets(plan, pool, where, run, missing, job) if missing else []
     seconds = time.perf_counter() - started
     start_s = min((record["begun_at"] for record in fresh), default=started_at) - started_at
     records = [done[bucket] for bucket in buckets if bucket in done] + fresh
     manifest = {
         **plan.manifest,
-        **_totals(records, pool),
+        **totals_of(records),
         "seconds": seconds,
         "start_s": start_s,  # of them, until the first actor was there with its model
-        **_rates(fresh, seconds),
+        **rates_of(fresh, seconds),
     }
-    files = [DataFile(**record["file"]) for record in records if record["file"]]
-    version = table.publish(plan.version_id, manifest, files)
-    remove_tree(scratch(version_path))
-    say(job, f"version {version.id}: {_in_words(manifest)}")
-    return version
+    return manifest, [DataFile(**record["file"]) for record in records if record["file"]]
 
 
-def _buckets(plan: Plan, version_path: str) -> list[int]:
+def spooled_buckets(plan: Plan, run: Run) -> list[int]:
+    """Copies the files that name users and candidates, which may change, for the actors. The buckets to do, as `_buckets`."""
+    if plan.candidates:
+        spool(plan.candidates, plan.inputs["candidates"], run.candidates)
+    return _buckets(plan, run)
+
+
+def _buckets(plan: Plan, run: Run) -> list[int]:
     """The buckets in which somebody is asked about, those with most first, so that none is waited for at the end."""
     if plan.users:
         num_buckets = plan.sequences.manifest["settings"]["num_buckets"]
-        count_P = spread(plan.users, num_buckets, _users_folder(version_path))
-        if not count_P.any():
-            raise UserError(f"{plan.users.setting}={plan.users.path}: names no user: leave it out to ask about all")
+        count_P = spread(plan.users, plan.inputs["users"], num_buckets, run.users)
         return [int(bucket) for bucket in np.argsort(-count_P, kind="stable") if count_P[bucket]]
     if plan.kind == "requests":
         requests = RequestTable(f"{plan.root}/tables/requests", plan.schema, plan.inputs["requests"]).version
@@ -168,35 +199,32 @@ def _buckets(plan: Plan, version_path: str) -> list[int]:
     return SequenceTable(f"{plan.root}/tables/sequences", plan.schema, plan.sequences.id).buckets
 
 
-def _users_folder(version_path: str) -> str:
-    return f"{scratch(version_path)}/users"
-
-
 def scorer_options(pool: ScorerPool, where: RaySettings) -> dict[str, Any]:
     """Ray's options of an actor of the pool."""
     return where.options(num_cpus=1, num_gpus=pool.num_gpus_per_scorer)
 
 
 def _score_buckets(
-    plan: Plan, pool: ScorerPool, where: RaySettings, version_path: str, buckets: list[int], job: str
+    plan: Plan, pool: ScorerPool, where: RaySettings, run: Run, buckets: list[int], job: str
 ) -> list[Record]:
     """Records of the buckets, as the actors finish them. An actor that dies is started again, and so is its bucket."""
     fewest, most = (min(number, len(buckets)) for number in pool.concurrency)
     rows = ray.data.from_items([{"bucket": bucket} for bucket in buckets], override_num_blocks=len(buckets))
     written = rows.map_batches(
         BucketScorer,
-        fn_constructor_args=(plan, version_path),
+        fn_constructor_args=(plan, run),
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=most),
         **scorer_options(pool, where),
     )
     records: list[Record] = []
-    started = time.perf_counter()
 
     def note() -> str:
-        totals, rates = _totals(records, pool), _rates(records, time.perf_counter() - started)
-        return f"{rates['rows_per_s']:.0f} scores/s, {rates['users_per_s']:.1f} users/s{_cost_in_words(totals)}"
+        rates = rates_of(records, time.time() - min(record["begun_at"] for record in records))
+        return (
+            f"{rates['rows_per_s']:.0f} scores/s, {rates['users_per_s']:.1f} users/s{cost_in_words(totals_of(records))}"
+        )
 
     def finished() -> Iterator[Record]:
         for row in written.iter_rows():
@@ -204,52 +232,6 @@ def _score_buckets(
             yield records[-1]
 
     return list(track(finished(), len(buckets), job.replace("_", " "), "buckets", note))
-
-
-def _totals(records: list[Record], pool: ScorerPool) -> dict[str, Any]:
-    """Of all buckets, whichever run has done them; a device is a GPU, its share that an actor has, or a CPU."""
-    num_scores, compared = (sum(record[name] for record in records) for name in ("num_scores", "num_compared"))
-    device_s = sum(record["seconds"] for record in records) * (pool.num_gpus_per_scorer or 1)
-    return {
-        "num_requests": sum(record["num_requests"] for record in records),
-        "num_users": sum(record["num_users"] for record in records),
-        "num_rows": num_scores,
-        "device": pool.device,
-        "device_s": device_s,
-        "peak_bytes": max((record["peak_bytes"] for record in records), default=0),
-        "device_s_per_million_scores": device_s / num_scores * 1e6 if num_scores else None,
-        "online_check": {
-            "requests": compared,
-            "max_abs_diff": max((record["max_abs_diff"] for record in records), default=0.0) if compared else None,
-        },
-    }
-
-
-def _rates(fresh: list[Record], seconds: float) -> dict[str, float]:
-    """Of the buckets that this run has done."""
-    return {
-        "rows_per_s": sum(record["num_scores"] for record in fresh) / seconds,
-        "users_per_s": sum(record["num_users"] for record in fresh) / seconds,
-    }
-
-
-def _in_words(manifest: dict[str, Any]) -> str:
-    check = manifest["online_check"]
-    told = f"{manifest['num_users']} users"
-    if manifest["num_rows"]:
-        told += f", {manifest['num_rows']} scores, {manifest['rows_per_s']:.0f} a second{_cost_in_words(manifest)}"
-    if check["requests"]:
-        told += f"; {check['requests']} requests scored by the serving path too, largest difference {check['max_abs_diff']:.1e}"
-    return told
-
-
-def _cost_in_words(totals: dict[str, Any]) -> str:
-    cost = totals["device_s_per_million_scores"]
-    return (
-        ""
-        if cost is None
-        else f", {cost:.3g} {totals['device'].replace('cuda', 'GPU').replace('cpu', 'CPU')}-s a million scores"
-    )
 
 
 def check_against_online(settings: Settings, scored: Version) -> Version:

@@ -20,6 +20,7 @@ from longer.model.inputs import tensors_of
 from longer.model.outputs import to_scores
 from longer.schema import TIMESTAMP
 from longer.serving.batch_input import Chunk, Items
+from longer.serving.batch_output import Run
 from longer.serving.batch_plan import Plan
 from longer.serving.offline import Budget, best_items, score_all, score_lists, waves
 
@@ -34,9 +35,9 @@ class Answers:
     item_features: dict[str, Tensor]
 
     @staticmethod
-    def of(plan: Plan, budget: Budget) -> "Answers":
+    def of(plan: Plan, budget: Budget, run: Run) -> "Answers":
         """Reads the items that users are asked about, if the plan has some."""
-        items = Items.of(plan) if plan.kind in ("lists", "top_k") else None
+        items = Items.of(plan, run) if plan.kind in ("lists", "top_k") else None
         return Answers(plan, budget, items, tensors_of(items.features, plan.device) if items else {})
 
     @property

@@ -1,20 +1,37 @@
-"""Online equals offline: some requests of every run go through the serving path's own scorer, and the scores are compared."""
+"""Online equals offline: some requests of every run go through the serving path's own scorer, and the scores are compared.
+
+Of users' vectors, the serving path's own states: the user's token once more from what a state keeps.
+"""
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import torch
 
-from longer.arrays import Int64
-from longer.data.scores import MAX_DIFFERENCE, score_column
+from longer.arrays import Float32, Int64
+from longer.data.columns import flat_list, single_array
+from longer.data.scores import Float64, absolute_gaps, check_gaps, root_mean_square, score_column
 from longer.errors import UserError
+from longer.hashing import stable_keys
+from longer.model.inputs import event_tensors
+from longer.model.states import gather
 from longer.serving.batch_input import Chunk, Items
 from longer.serving.batch_plan import Plan
+from longer.serving.cache import StateVersion
+from longer.serving.resolver import Pending, StateResolver
 from longer.serving.scorer import Scorer, ScoreRequest
+
+_SCORE = score_column("")
 
 _MOST_CANDIDATES = 200
 """Candidates of a request that are compared, spread evenly."""
+
+_FEWEST_LEFT_OUT = 200
+_PART_LEFT_OUT = 0.01
+_PIECE_ITEMS = 4096
 
 
 @dataclass
@@ -26,38 +43,51 @@ class OnlineCheck:
     """None where there is no serving path: `numbers` are then none."""
     items: Items | None
     numbers: Int64
+    num_left_out: int = _FEWEST_LEFT_OUT
     max_abs_diff: float = 0.0
     num_compared: int = 0
 
     def see(self, chunk: Chunk, rows: pa.Table) -> None:
         """ArithmeticError if the serving path scores one of the chosen requests otherwise than its row says."""
         here = self.numbers[(self.numbers >= chunk.first) & (self.numbers < chunk.first + len(rows))] - chunk.first
+        if not len(here):
+            return
+        tasks = [name.removeprefix(_SCORE) for name in rows.column_names if name.startswith(_SCORE)]
+        scales = {task: root_mean_square(_flat(rows[score_column(task)])) for task in tasks}
         for r in here.tolist():
             row = rows.slice(r, 1)
-            if ids := row["item_id"][0].as_py():
-                self._compare(chunk, r, row, ids)
+            if self.plan.kind == "vectors":
+                self._note(self._online_vector(chunk, r), np.array(row["vector"][0].as_py()), "a user's vectors")
+                self.num_compared += 1
+            elif ids := row["item_id"][0].as_py():
+                self._compare(chunk, r, row, ids, scales)
                 self.num_compared += 1
 
-    def _compare(self, chunk: Chunk, r: int, row: pa.Table, ids: list[Any]) -> None:
+    def _compare(self, chunk: Chunk, r: int, row: pa.Table, ids: list[Any], scales: dict[str, float]) -> None:
         some = _spread(len(ids))
         features = {} if chunk.rows is None else self._features(chunk.rows.slice(r, 1), some)
         online = self._online(chunk, r, [ids[i] for i in some], features)
         for task, scores in online.items():
             offline = np.array(row[score_column(task)][0].as_py(), np.float32)
-            self._note(np.abs(scores.astype(np.float64) - offline[some]))
+            self._note(scores, offline[some], f"scores of {task}", scales[task])
         if self.plan.top_k and self.items:
-            self._note(self._better_left_out(chunk, r, row, set(ids)))
+            self._check_left_out(chunk, r, row, scales)
 
-    def _better_left_out(self, chunk: Chunk, r: int, row: pa.Table, kept: set[Any]) -> np.ndarray:
-        """By how much items that are not among a user's best score more than the last that is."""
-        ids = self.items.item_id_I.take(pa.array(_spread(len(self.items.item_id_I)))).to_pylist()  # type: ignore[union-attr]
-        others = [item for item in ids if item not in kept]
-        if not others:
-            return np.zeros(1)
-        task, scores = next(iter(self._online(chunk, r, others, {}).items()))
-        return np.maximum(scores.astype(np.float64) - row[score_column(task)][0].as_py()[-1], 0)
+    def _check_left_out(self, chunk: Chunk, r: int, row: pa.Table, scales: dict[str, float]) -> None:
+        """Items that are not among a user's best, drawn for this user, score no more than the last that is."""
+        assert self.items
+        all_ids, drawn = self.items.item_id_I, np.random.default_rng(int(chunk.questions.histories.user_key_B[r]))
+        chosen = drawn.choice(len(all_ids), min(len(all_ids), self.num_left_out), replace=False, shuffle=False)
+        ids = all_ids.take(pa.array(chosen))
+        others = ids.filter(pc.invert(pc.is_in(ids, single_array(row["item_id"]).flatten())))
+        for begin in range(0, len(others), _PIECE_ITEMS):
+            task, scores = next(iter(self._online(chunk, r, others.slice(begin, _PIECE_ITEMS), {}).items()))
+            last = np.float32(row[score_column(task)][0].as_py()[-1])
+            self._note(np.maximum(scores, last), np.full(len(scores), last), f"scores of {task}", scales[task])
 
-    def _online(self, chunk: Chunk, r: int, ids: list[Any], features: dict[str, list[Any]]) -> dict[str, np.ndarray]:
+    def _online(
+        self, chunk: Chunk, r: int, ids: list[Any] | pa.Array, features: dict[str, list[Any]]
+    ) -> dict[str, np.ndarray]:
         user_id, request_ts = chunk.user_id_R[r].as_py(), int(chunk.questions.request_ts_R[r])
         assert self.scorer
         [result] = self.scorer.score([ScoreRequest(user_id, ids, features, request_ts)])
@@ -65,24 +95,55 @@ class OnlineCheck:
             raise result
         return result.scores
 
+    @torch.inference_mode()
+    def _online_vector(self, chunk: Chunk, r: int) -> np.ndarray:
+        """The user's own token, made from the state that the serving path has of the user at the time of the request."""
+        assert self.scorer
+        scorer, model, user_id = self.scorer, self.scorer.model, chunk.user_id_R.slice(r, 1)
+        version = StateVersion(scorer.info.model_version, scorer.info.schema.hash(), scorer.info.model.encoding)
+        resolver = StateResolver(model, version, scorer.history, scorer.online, scorer.cache)
+        asked = Pending(user_id, int(stable_keys(user_id)[0]), int(chunk.questions.request_ts_R[r]), None)
+        resolver.resolve([asked])
+        if asked.error:
+            raise asked.error
+        assert asked.state
+        together = gather(model, [asked.state])
+        events = event_tensors(asked.state.partial, model.norm_head.weight.device)
+        row_1 = torch.zeros_like(together.num_events_B)
+        partial = model.partial_groups(events, model.embedding.events(events), row_1, together.num_events_B)
+        tail = model.tail(together.context, row_1, together.num_events_B, events.user_key_B, *partial)
+        assert tail.x_RTD is not None
+        return tail.x_RTD[0, -1].double().cpu().numpy()
+
     def _features(self, request: pa.Table, some: Int64) -> dict[str, list[Any]]:
         values = {name: request[name][0].as_py() for name in self.plan.schema.features_of("item")}
         return {name: [of_item[i] for i in some] for name, of_item in values.items()}
 
-    def _note(self, gaps: np.ndarray) -> None:
-        worst = float(np.nan_to_num(gaps, nan=np.inf).max())
-        self.max_abs_diff = max(self.max_abs_diff, worst)
-        if worst > MAX_DIFFERENCE:
-            raise ArithmeticError(
-                f"scores of one request differ by {worst:.1e} between the offline and the serving path, "
-                f"more than {MAX_DIFFERENCE}"
-            )
+    def _note(self, online: np.ndarray, offline: np.ndarray, what: str, scale: float | None = None) -> None:
+        gaps: Float64 = absolute_gaps(online, offline)
+        self.max_abs_diff = max(self.max_abs_diff, float(gaps.max()))
+        check_gaps(gaps, online, what, "the offline and the serving path", scale)
 
 
 def chosen_numbers(num_requests: int, num_chosen: int) -> Int64:
     """Numbers of the requests that are compared, spread evenly; the same ones every time."""
     chosen = min(num_requests, num_chosen)
     return np.arange(chosen) * num_requests // max(1, chosen)
+
+
+def num_left_out(num_requests: int, num_items: int, num_chosen: int) -> int:
+    """Items of each chosen user's catalogue that are scored to see that none of them belongs among the best.
+
+    Together a hundredth of the pairs of user and item that the bucket scores, or all items of each: where m pairs that belong
+    among the best are missing, alike for all users, a run meets about m / 100, however large the catalogue, and so misses all of
+    them with a probability of e^(-m/100). A part f of the items lost for N users is m = f * top_k * N.
+    """
+    a_user = _PART_LEFT_OUT * num_requests * num_items / max(1, num_chosen)
+    return min(num_items, max(_FEWEST_LEFT_OUT, round(a_user)))
+
+
+def _flat(lists: pa.ChunkedArray) -> Float32:
+    return flat_list(lists)[1].to_numpy()
 
 
 def _spread(num: int) -> Int64:

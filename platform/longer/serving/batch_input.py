@@ -16,12 +16,13 @@ import pyarrow.parquet as pq
 from longer.arrays import Histories, Int64
 from longer.data.batches import Requests, rows_of_requests
 from longer.data.columns import changes, open_parquet, read_columns, requests_of, single_array
-from longer.data.id_lists import read_spread
+from longer.data.id_lists import read_spool, read_spread
 from longer.data.items import ItemTable, read_items
 from longer.data.layout import bucket_files
 from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import UserError
 from longer.hashing import stable_keys
+from longer.serving.batch_output import Run
 from longer.serving.batch_plan import Plan
 from longer.serving.offline import Questions
 from longer.windows import WindowRule
@@ -51,9 +52,9 @@ class Items:
     features: dict[str, np.ndarray]
 
     @staticmethod
-    def of(plan: Plan) -> "Items":
-        """The plan's candidates, or all of its catalogue."""
-        ids = plan.candidates.distinct() if plan.candidates else None
+    def of(plan: Plan, run: Run) -> "Items":
+        """The plan's candidates as the run has spooled them, or all of its catalogue."""
+        ids = read_spool(run.candidates, plan.candidates.column) if plan.candidates else None
         if plan.items_path is None:
             assert ids is not None
             return Items(ids, {"item_id": stable_keys(ids)})
@@ -71,7 +72,7 @@ class Reader:
     plan: Plan
     sequences: SequenceTable
     requests: RequestTable | None
-    users_folder: str
+    run: Run
     windows: WindowRule
     outputs_a_request: int
 
@@ -120,7 +121,7 @@ class Reader:
             yield Chunk(begin, questions, some)
 
     def _named(self, bucket: int) -> pa.Array:
-        return read_spread(self.users_folder, bucket, "user_id")
+        return read_spread(self.run.users, bucket, "user_id")
 
     def _check(self, questions: Questions) -> None:
         """A UserError if a history window is not all in the sequence table, or a request has more events than that."""

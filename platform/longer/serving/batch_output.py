@@ -4,15 +4,61 @@ import os
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from longer.data.records import Record, finished, remember, scratch
-from longer.storage import DataFile, checked_output, make_parents
+from longer.errors import UserError
+from longer.storage import (
+    DataFile,
+    Version,
+    checked_output,
+    file_sizes,
+    make_parents,
+    remove_tree,
+    write_bytes,
+)
 
 _ROW_GROUP_BYTES = 16 << 20
+_MOST_ATTEMPTS = 4
+"""At one bucket in a run: nodes are lost, but the same bucket with each is no accident."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run at a version. What it writes is named after it, so that another run of the version never reads or replaces it."""
+
+    version_path: str
+    id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
+
+    @property
+    def folder(self) -> str:
+        """What only this run reads, gone with the version's scratch."""
+        return f"{scratch(self.version_path)}/run-{self.id}"
+
+    @property
+    def users(self) -> str:
+        return f"{self.folder}/users"
+
+    @property
+    def candidates(self) -> str:
+        return f"{self.folder}/candidates"
+
+    def file_of(self, bucket: int) -> str:
+        """The bucket's data file, by its path in the version."""
+        return f"bucket={bucket:04d}/part-{self.id}.parquet"
+
+    def begin(self, bucket: int, setting: str) -> None:
+        """Notes that an actor begins with a bucket; a UserError if that has been the end of too many. `setting` bounds memory."""
+        begun = f"{self.folder}/begun/{bucket:04d}"
+        if len(file_sizes(begun)) >= _MOST_ATTEMPTS:
+            raise UserError(
+                f"bucket {bucket}: {_MOST_ATTEMPTS} actors died while they had it, as they do when memory runs out: lower "
+                f"{setting} or the concurrency, then run again: buckets that are done stay"
+            )
+        write_bytes(f"{begun}/{uuid.uuid4().hex}", b"")
 
 
 def write_rows(version_path: str, file: str, parts: Iterable[pa.Table]) -> DataFile | None:
@@ -41,6 +87,15 @@ def write_rows(version_path: str, file: str, parts: Iterable[pa.Table]) -> DataF
         make_parents(f"{version_path}/{file}")
         os.replace(f"{folder}/{name}", f"{version_path}/{file}")
     return replace(sink.data_file, path=file)
+
+
+def remove_unnamed(version: Version, run: Run) -> None:
+    """Removes buckets' files that a published version does not name: of any run, on S3, where others may write, of this one."""
+    named, on_s3 = {file.path for file in version.data_files()}, version.path.startswith("s3://")
+    for path in file_sizes(version.path):
+        is_bucket, bucket = path.startswith("bucket="), path[len("bucket=") :].partition("/")[0]
+        if is_bucket and path not in named and (not on_s3 or path == run.file_of(int(bucket))):
+            remove_tree(f"{version.path}/{path}")
 
 
 def _row_groups(parts: Iterable[pa.Table]) -> Iterator[pa.Table]:

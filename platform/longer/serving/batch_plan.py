@@ -1,9 +1,11 @@
 """What an offline run is asked and what decides its content: versions of model and tables, users, items, and the moment."""
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from typing import Any, Literal
+
+import torch
 
 from longer.batch_settings import BatchSettings, UserSettings
 from longer.config import Settings
@@ -14,6 +16,7 @@ from longer.data.tables import open_version
 from longer.errors import UserError
 from longer.schema import EventSchema
 from longer.storage import TABLE_FORMAT, Version, fingerprint
+from longer.training.checkpoints import load_appendable, load_model
 from longer.training.inputs import Inputs
 
 Kind = Literal["requests", "lists", "top_k", "vectors"]
@@ -24,6 +27,8 @@ _TABLES: dict[Kind, str] = {
     "vectors": "user_vectors",
 }
 """Under the root, one table a kind of question: their rows differ."""
+
+_EPOCH, _MILLISECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(milliseconds=1)
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,13 @@ class Plan:
     check_requests: int = 0
     batch_bytes: int = 0
     device: str = "cpu"
+    device_share: float = 1.0
+    """Devices that an actor has: a part of a GPU, or one or more."""
+
+    @property
+    def section(self) -> str:
+        """Of the settings that ask this."""
+        return "export_embeddings" if self.kind == "vectors" else "batch_score"
 
     @property
     def table_path(self) -> str:
@@ -96,18 +108,26 @@ def plan_scores(settings: Settings) -> Plan:
         check_requests=asked.check_requests,
         batch_bytes=asked.batch_bytes,
         device=asked.device,
+        device_share=asked.num_gpus_per_scorer or 1.0,
     )
 
 
 def plan_vectors(settings: Settings) -> Plan:
     """What `export_embeddings` asks."""
-    plan = _plan_users(settings, settings.export_embeddings, "vectors")
-    if not settings.model.num_self_layers:
+    return _plan_users(settings, settings.export_embeddings, "vectors")
+
+
+def check_model(plan: Plan) -> None:
+    """A UserError if the plan's checkpoint cannot answer it: told once here, not by every actor."""
+    load, path = load_model if plan.kind == "requests" else load_appendable, plan.checkpoint.path
+    model, info = load(path, expected_schema=plan.schema)
+    if not all(bool(torch.isfinite(weights).all()) for weights in model.parameters()):
+        raise UserError(f"{path}/model.safetensors: weights that are not finite: train again")
+    if plan.kind == "vectors" and not info.model.num_self_layers:
         raise UserError(
-            "model.num_self_layers=0: the user's token of such a model is never read after it has seen the history: "
-            "train one with self layers"
+            f"{path}/model.json: model.num_self_layers=0: the user's token of such a model is never read after it has seen "
+            "the history: train one with self layers"
         )
-    return plan
 
 
 def _plan_users(settings: Settings, asked: UserSettings, kind: Kind) -> Plan:
@@ -142,14 +162,15 @@ def _plan_users(settings: Settings, asked: UserSettings, kind: Kind) -> Plan:
         users=users,
         candidates=candidates,
         top_k=asked.top_k if isinstance(asked, BatchSettings) else None,
-        check_requests=asked.check_requests if isinstance(asked, BatchSettings) else 0,
+        check_requests=asked.check_requests,
         batch_bytes=asked.batch_bytes,
         device=asked.device,
+        device_share=asked.num_gpus_per_scorer or 1.0,
     )
 
 
 def _moment(asked: UserSettings, sequences: Version) -> int:
-    """In milliseconds: the settings' or just after the newest event."""
+    """In milliseconds, as events are: the settings', rounded up so that no event before it is lost, or after the newest event."""
     if asked.request_ts:
-        return round(asked.request_ts.timestamp() * 1000)
-    return round(datetime.fromisoformat(sequences.manifest["watermark"]).timestamp() * 1000) + 1
+        return -((_EPOCH - asked.request_ts) // _MILLISECOND)
+    return (datetime.fromisoformat(sequences.manifest["watermark"]) - _EPOCH) // _MILLISECOND + 1

@@ -1,0 +1,53 @@
+"""What buckets' records say of a run together, as its manifest and its lines tell it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from longer.data.records import Record
+
+
+def totals_of(records: Sequence[Record]) -> dict[str, Any]:
+    """Of all buckets, whichever run has done them on what; a device is a GPU, its share that an actor has, or a CPU."""
+    num_scores, compared = (sum(record[name] for record in records) for name in ("num_scores", "num_compared"))
+    device_s = sum(record["device_s"] for record in records)
+    return {
+        "num_requests": sum(record["num_requests"] for record in records),
+        "num_users": sum(record["num_users"] for record in records),
+        "num_rows": num_scores,
+        "device": "+".join(sorted({record["device"] for record in records})),
+        "device_s": device_s,
+        "peak_bytes": max((record["peak_bytes"] for record in records), default=0),
+        "device_s_per_million_scores": device_s / num_scores * 1e6 if num_scores else None,
+        "online_check": {
+            "requests": compared,
+            "check_requests": min((record["check_requests"] for record in records), default=0),
+            "max_abs_diff": max((record["max_abs_diff"] for record in records), default=0.0) if compared else None,
+        },
+    }
+
+
+def rates_of(fresh: Sequence[Record], seconds: float) -> dict[str, float]:
+    """Of the buckets that this run has done."""
+    return {
+        "rows_per_s": sum(record["num_scores"] for record in fresh) / seconds,
+        "users_per_s": sum(record["num_users"] for record in fresh) / seconds,
+    }
+
+
+def in_words(manifest: dict[str, Any]) -> str:
+    check = manifest["online_check"]
+    told = f"{manifest['num_users']} users"
+    if manifest["num_rows"]:
+        told += f", {manifest['num_rows']} scores, {manifest['rows_per_s']:.0f} a second{cost_in_words(manifest)}"
+    if check["requests"]:
+        told += f"; {check['requests']} requests scored by the serving path too, largest difference {check['max_abs_diff']:.1e}"
+    return told
+
+
+def cost_in_words(totals: dict[str, Any]) -> str:
+    cost = totals["device_s_per_million_scores"]
+    return (
+        ""
+        if cost is None
+        else f", {cost:.3g} {totals['device'].replace('cuda', 'GPU').replace('cpu', 'CPU')}-s a million scores"
+    )

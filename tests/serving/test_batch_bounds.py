@@ -1,0 +1,111 @@
+"""An offline run holds a bounded part of a bucket, whatever is in it, and refuses tables that do not fit each other."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from longer.config import Settings
+from longer.errors import UserError
+from longer.model.longer import Longer
+from longer.serving import batch_input, batch_output
+from longer.serving.batch import BucketScorer, spooled_buckets
+from longer.serving.batch_input import Chunk
+from longer.serving.batch_output import Run, write_rows
+from longer.serving.batch_plan import check_model, plan_scores, plan_vectors
+from longer.serving.offline import Budget
+from tests.model.generate import small_model
+from tests.serving.batch_runs import asking, ids_file, world_with_requests
+from tests.serving.tables import NUM_USERS
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return world_with_requests(tmp_path_factory.mktemp("bounds"))
+
+
+def chunks_of(settings: Settings, folder: Path) -> list[Chunk]:
+    plan, run = plan_scores(settings), Run(str(folder))
+    buckets = spooled_buckets(plan, run)
+    reader = BucketScorer(plan, run)._reader
+    return [chunk for bucket in buckets for chunk in reader.chunks(bucket)]
+
+
+@pytest.mark.parametrize("of_users", [False, True])
+def test_a_chunk_holds_a_bounded_number_of_events_or_one_user(
+    world: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_users: bool
+) -> None:
+    monkeypatch.setattr(batch_input, "_CHUNK_EVENTS", 50)
+    chunks = chunks_of(asking(world, catalogue=True, top_k=1) if of_users else world, tmp_path)
+    for chunk in chunks:
+        num_events_B = np.diff(chunk.questions.histories.offsets_B1)
+        assert num_events_B[1:].sum() < 50, "users after the first one fill more than a chunk"
+    assert any(len(chunk.questions.histories) > 1 for chunk in chunks)
+    assert len(chunks) > 4
+
+
+def test_a_chunk_of_users_keeps_a_bounded_number_of_scores(
+    world: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidates = ids_file(tmp_path, item_id=["item1", "item2", "item3"])
+    monkeypatch.setattr(batch_input, "_CHUNK_VALUES", 7)
+    chunks = chunks_of(asking(world, candidates=candidates), tmp_path / "values")
+    assert max(len(chunk.questions) for chunk in chunks) == 2
+    monkeypatch.setattr(batch_input, "_CHUNK_VALUES", 1)
+    assert {len(chunk.questions) for chunk in chunks_of(asking(world, candidates=candidates), tmp_path / "one")} == {1}
+    monkeypatch.setattr(batch_input, "_CHUNK_VALUES", 1 << 20)
+    monkeypatch.setattr(batch_input, "_CHUNK_REQUESTS", 3)
+    chunks = chunks_of(asking(world, candidates=candidates), tmp_path / "requests")
+    assert max(len(chunk.questions) for chunk in chunks) == 3
+    assert sum(len(chunk.questions) for chunk in chunks) == NUM_USERS
+
+
+def test_rows_go_to_the_file_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most the row group that is made, the one that is written and the one that waits are ahead of the file."""
+    monkeypatch.setattr(batch_output, "_ROW_GROUP_BYTES", 1 << 20)
+    part, sizes = pa.table({"x": np.random.default_rng(0).random(1 << 17)}), []
+
+    def parts() -> Iterator[pa.Table]:
+        for _ in range(12):
+            yield part
+            sizes.append(max((path.stat().st_size for path in tmp_path.rglob("*.parquet")), default=0))
+
+    written = write_rows(str(tmp_path), "rows.parquet", parts())
+    assert written
+    assert sizes[-1] >= (12 - 4) * part.nbytes * 0.9, "the rows waited in memory"
+    with pq.ParquetFile(tmp_path / "rows.parquet") as file:
+        assert [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)] == [1 << 17] * 12
+
+
+def test_users_are_encoded_together_within_half_of_the_bytes_or_alone() -> None:
+    num_events_B = np.random.default_rng(0).integers(0, 3000, 200)
+    budget = Budget(small_model(dtype=torch.float32), 1 << 22)
+    assert isinstance(budget.model, Longer)
+    batches = budget.users(num_events_B)
+    np.testing.assert_array_equal(np.sort(np.concatenate(batches)), np.arange(200))
+    for users in batches:
+        num_bytes = np.sort(budget.user_bytes(num_events_B[users]))
+        assert num_bytes[1:].sum() < budget.num_bytes // 2
+    assert 1 < len(batches) < 200
+
+
+def test_requests_with_more_history_than_the_table_holds_are_refused(world: Settings, tmp_path: Path) -> None:
+    reader = BucketScorer(plan_scores(world), Run(str(tmp_path)))._reader
+    questions = next(iter(reader.chunks(1))).questions
+    reader._check(questions)
+    held_R = questions.histories.end_index_B[questions.row_R]
+    with pytest.raises(UserError, match=r"1 test requests have more history than .* `python -m jobs\.verify`"):
+        reader._check(replace(questions, history_end_R=held_R + (np.arange(len(held_R)) == 0)))
+
+
+def test_a_checkpoint_of_another_schema_is_refused_before_any_actor_starts(world: Settings) -> None:
+    other = world.event_schema.model_copy(update={"features": world.event_schema.features[:2]})
+    for plan in (plan_scores(world), plan_vectors(world)):
+        check_model(plan)
+        with pytest.raises(UserError, match="is not the settings' event_schema"):
+            check_model(replace(plan, schema=other))

@@ -1,0 +1,166 @@
+"""What an offline run compares with the serving path, and what of it its manifest tells."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from longer.config import ModelSettings, Settings, TaskSettings
+from longer.errors import UserError
+from longer.serving import batch
+from longer.serving.batch import BucketScorer, batch_score, export_vectors, spooled_buckets
+from longer.serving.batch_check import OnlineCheck, num_left_out
+from longer.serving.batch_output import Run, remember_bucket
+from longer.serving.batch_plan import check_model, plan_scores, plan_vectors
+from longer.storage import Table
+from tests.serving.batch_runs import asking, expected_scores, ids_file, score_here, world_with_requests, written_here
+from tests.serving.tables import (
+    MODEL,
+    NUM_ITEMS,
+    NUM_USERS,
+    build_world,
+    publish_model,
+    publish_random_model,
+    random_model,
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return world_with_requests(tmp_path_factory.mktemp("check"))
+
+
+def test_a_score_that_the_serving_path_does_not_give_fails_the_run(world: Settings, tmp_path: Path) -> None:
+    for settings in (world, asking(world, catalogue=True, top_k=3)):
+        scorer = BucketScorer(plan_scores(settings), Run(str(tmp_path)))
+        chunk = next(iter(scorer._reader.chunks(0)))
+        rows = scorer._answers.rows(chunk)
+        check = OnlineCheck(scorer._plan, scorer._scorer, scorer._answers.items, np.array([0]))
+        check.see(chunk, rows)
+        assert check.num_compared == 1
+        scores = pa.chunked_array([[[score + 2e-5 for score in row] for row in rows["score_label"].to_pylist()]])
+        wrong = rows.set_column(rows.column_names.index("score_label"), "score_label", scores)
+        with pytest.raises(ArithmeticError, match="between the offline and the serving path"):
+            check.see(chunk, wrong)
+    worst_kept = rows["item_id"].to_pylist()[0][::-1]
+    expected = expected_scores(world, [chunk.user_id_R[0].as_py()], worst_kept, int(chunk.questions.request_ts_R[0]))
+    assert (np.diff(expected[0]) > 0).all()
+    only_last = rows.slice(0, 1)
+    for name in ("item_id", "score_label"):
+        kept = pa.chunked_array([[rows[name][0].as_py()[-1:]]], rows[name].type)
+        only_last = only_last.set_column(rows.column_names.index(name), name, kept)
+    with pytest.raises(ArithmeticError):  # two items that score higher are left out
+        check.see(chunk, only_last)
+
+
+def test_a_block_lost_from_a_large_catalogue_is_met_by_the_items_drawn(world: Settings, tmp_path: Path) -> None:
+    """The 30 best of 30,000 items, lost for a user: how likely that is seen does not depend on the catalogue's size."""
+    strangers = ids_file(tmp_path, item_id=[f"stranger{i}" for i in range(32_000)])
+    run = Run(str(tmp_path / "scores"))
+    plan = plan_scores(asking(world, candidates=strangers))
+    spooled_buckets(plan, run)
+    scorer = BucketScorer(plan, run)
+    chunk = next(iter(scorer._reader.chunks(1)))
+    one = scorer._answers.rows(chunk).slice(0, 1)
+    ids, scores = (np.array(one[name][0].as_py()) for name in ("item_id", "score_label"))
+    best, others = ids[scores == scores.max()][:30], ids[scores < scores.max()][: 30_000 - 30]
+    assert len(best) + len(others) == 30_000
+    plan = plan_scores(asking(world, candidates=ids_file(tmp_path, item_id=[*best, *others]), top_k=100))
+    spooled_buckets(plan, run)
+    scorer = BucketScorer(plan, run)
+    rows = scorer._answers.rows(chunk).slice(0, 1)
+    assert set(rows["item_id"][0].as_py()[:30]) == set(best)
+    for name in ("item_id", "score_label"):
+        kept = pa.chunked_array([[rows[name][0].as_py()[30:]]], rows[name].type)
+        rows = rows.set_column(rows.column_names.index(name), name, kept)
+    drawn = num_left_out(40, 30_000, 1)
+    assert drawn == 12_000
+    assert num_left_out(40, 10**6, 4) == 10**5
+    assert num_left_out(4, 100, 4) == 100
+    check = OnlineCheck(plan, scorer._scorer, scorer._answers.items, np.zeros(1, np.int64), drawn)
+    with pytest.raises(ArithmeticError, match="scores of label differ"):
+        check.see(chunk, rows)
+
+
+def test_a_regression_head_of_any_scale_is_compared_relative_to_it(tmp_path: Path) -> None:
+    world = build_world(tmp_path / "world")
+    tasks = (TaskSettings(name="label"), TaskSettings(name="watch_ms", kind="regression"))
+    world = world.model_copy(update={"train": world.train.model_copy(update={"tasks": tasks})})
+    model = random_model(world, 1)
+    head = [part for part in model.modules() if isinstance(part, torch.nn.Linear) and part.out_features == 2][-1]
+    with torch.no_grad():
+        head.weight[1] *= 1000
+        head.bias[1] *= 1000
+    publish_model(world, model, "large")
+    candidates = ids_file(tmp_path, item_id=[f"item{i}" for i in range(NUM_ITEMS)])
+    for top_k in (None, 3):
+        asked = asking(world, candidates=candidates, top_k=top_k, check_requests=NUM_USERS)
+        rows = written_here(plan_scores(asked), tmp_path / f"{top_k}")
+        values = np.array(rows["score_watch_ms"].to_pylist())
+        assert np.abs(values).max() > 300
+    plan, run = plan_scores(asked), Run(str(tmp_path / "again"))
+    spooled_buckets(plan, run)
+    scorer = BucketScorer(plan, run)
+    chunk = next(iter(scorer._reader.chunks(1)))
+    rows = scorer._answers.rows(chunk)
+    wrong = pa.array(
+        [[score * 1.0001 for score in row] for row in rows["score_watch_ms"].to_pylist()], rows["score_watch_ms"].type
+    )
+    check = OnlineCheck(scorer._plan, scorer._scorer, scorer._answers.items, np.arange(len(rows)))
+    with pytest.raises(ArithmeticError, match="scores of watch_ms differ by"):
+        check.see(chunk, rows.set_column(rows.column_names.index("score_watch_ms"), "score_watch_ms", wrong))
+
+
+def test_a_vector_that_the_serving_path_does_not_give_fails_the_run(world: Settings, tmp_path: Path) -> None:
+    scorer = BucketScorer(plan_vectors(world), Run(str(tmp_path)))
+    chunk = next(iter(scorer._reader.chunks(1)))
+    rows = scorer._answers.rows(chunk)
+    check = OnlineCheck(scorer._plan, scorer._scorer, None, np.arange(len(rows)))
+    check.see(chunk, rows)
+    assert check.num_compared == len(rows) > 1
+    assert 0 < check.max_abs_diff <= 1e-5
+    vectors = np.array(rows["vector"].to_pylist(), np.float32)
+    of_another_user, broken = np.roll(vectors, 1, axis=0), np.where(np.arange(vectors.shape[1]) == 3, np.nan, vectors)
+    for wrong in (of_another_user, broken, vectors * 1.001):
+        column = pa.chunked_array([pa.array(list(wrong))])
+        with pytest.raises(ArithmeticError, match="between the offline and the serving path"):
+            check.see(chunk, rows.set_column(rows.column_names.index("vector"), "vector", column))
+
+
+def test_a_finished_run_says_that_it_was_checked_less_than_is_asked_and_on_what_it_ran(
+    world: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(batch, "_score_buckets", score_here)
+    chosen = {"catalogue": True, "top_k": 2, "check_requests": 2}
+    plan = plan_scores(asking(world, **chosen))
+    gpu = BucketScorer(plan, Run(Table(plan.table_path).resume(plan.version_id))).write_bucket(0)
+    remember_bucket(f"{plan.table_path}/{plan.version_id}", gpu | {"device": "cuda", "device_s": 100.0})
+    version = batch_score(asking(world, **chosen))
+    assert version.manifest["device"] == "cpu+cuda"
+    assert 100 < version.manifest["device_s"] < 150
+    assert "CPU+GPU-s a million" in capsys.readouterr().err
+    assert batch_score(asking(world, **chosen | {"check_requests": 1})) == version
+    assert "compared" not in capsys.readouterr().err
+    assert batch_score(asking(world, **chosen | {"check_requests": 3})) == version
+    assert "2 requests of each bucket compared: for 3, remove" in capsys.readouterr().err
+
+
+def test_the_checkpoint_not_the_settings_says_whether_there_are_vectors(tmp_path: Path) -> None:
+    world = build_world(tmp_path)
+    no_layers = world.model_copy(update={"model": ModelSettings(**{**MODEL, "num_self_layers": 0})})
+    check_model(plan_vectors(no_layers))
+    publish_random_model(no_layers, seed=1)
+    with pytest.raises(
+        UserError, match=r"model\.json: model\.num_self_layers=0: the user's token of such a model is never"
+    ):
+        export_vectors(world)
+
+
+def test_weights_that_are_not_finite_are_one_line(tmp_path: Path) -> None:
+    world = build_world(tmp_path)
+    publish_random_model(world, seed=1, scale=np.nan)
+    for run in (export_vectors, lambda settings: batch_score(asking(settings, catalogue=True, top_k=1))):
+        with pytest.raises(UserError, match=r"model\.safetensors: weights that are not finite: train again"):
+            run(world)

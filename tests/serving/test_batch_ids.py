@@ -1,0 +1,97 @@
+"""Files that name users and candidates: read as they were when the run began, or refused in one line."""
+
+import tempfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from longer.config import Settings
+from longer.data.columns import read_columns
+from longer.data.id_lists import IdList
+from longer.errors import UserError
+from longer.serving.batch import BucketScorer, batch_score, spooled_buckets
+from longer.serving.batch_output import Run
+from longer.serving.batch_plan import plan_scores
+from tests.serving.batch_runs import asking, ids_file, world_with_requests
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return world_with_requests(tmp_path_factory.mktemp("ids"))
+
+
+def test_files_replaced_under_a_run_never_become_its_answers(world: Settings, tmp_path: Path) -> None:
+    users, candidates = ids_file(tmp_path, user_id=[5, 3]), ids_file(tmp_path, item_id=["item1", "item2"])
+    plan, run = plan_scores(asking(world, users=users, candidates=candidates)), Run(str(tmp_path / "version"))
+    buckets = spooled_buckets(plan, run)
+    ids_file(tmp_path, user_id=[9]), ids_file(tmp_path, item_id=["item7"])  # a nightly export lands here
+    files = [BucketScorer(plan, run).write_bucket(bucket)["file"]["path"] for bucket in buckets]
+    rows = pa.concat_tables([read_columns(f"{run.version_path}/{file}") for file in files])
+    assert sorted(rows["user_id"].to_pylist()) == [3, 5]
+    assert rows["item_id"].to_pylist() == [["item1", "item2"]] * 2
+    with pytest.raises(UserError, match=r"batch_score\.candidates=\S+: changed while this run read it"):
+        spooled_buckets(plan, Run(str(tmp_path / "version")))
+    ids_file(tmp_path, item_id=["item1", "item2"])
+    with pytest.raises(UserError, match=r"batch_score\.users=\S+: changed while this run read it"):
+        spooled_buckets(plan, Run(str(tmp_path / "version")))
+
+
+def test_ids_of_other_files_are_other_inputs_however_they_are_cut(tmp_path: Path) -> None:
+    def digest(*files: list[str]) -> str:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        for number, ids in enumerate(files):
+            pq.write_table(pa.table({"item_id": ids}), folder / f"{number}.parquet")
+        return IdList(str(folder), "item_id", pa.string(), "batch_score.candidates").digest()
+
+    assert digest(["a", "b", "c"]) == digest(["a"], ["b", "c"])
+    assert len({digest(["a", "b"]), digest(["b", "a"]), digest(["a"]), digest(["a", "b", "b"])}) == 4
+
+
+def test_ids_that_cannot_be_read_are_one_line(world: Settings, tmp_path: Path) -> None:
+    good, other = ids_file(tmp_path, item_id=["item1"]), tmp_path / "other"
+    other.mkdir()
+    mistakes = {
+        "no Parquet file there": str(tmp_path / "nowhere"),
+        "no column user_id": good,
+        "user_id is string, the tables' is int64": ids_file(tmp_path, user_id=["1"]),
+        "user_id above the largest int64: .* leave them out": ids_file(
+            other, user_id=pa.array([1, 2**63], pa.uint64())
+        ),
+    }
+    for said, path in mistakes.items():
+        with pytest.raises(UserError, match=said):
+            batch_score(asking(world, users=path, candidates=good))
+    for ids in ([1, None], [None]):
+        with pytest.raises(UserError, match="1 rows without user_id"):
+            batch_score(asking(world, users=ids_file(tmp_path, user_id=ids), candidates=good))
+    for top_k in (None, 3):
+        for type_ in (pa.string(), pa.null()):
+            nothing = ids_file(other, item_id=pa.array([], type_))
+            with pytest.raises(UserError, match=r"batch_score\.candidates=\S+: names no item_id: name some"):
+                batch_score(asking(world, candidates=nothing, top_k=top_k))
+    with pytest.raises(UserError, match=r"batch_score\.users=\S+: names no user_id: name some"):
+        batch_score(asking(world, users=ids_file(tmp_path, user_id=pa.array([], pa.int64())), candidates=good))
+    (tmp_path / "user_id.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(UserError, match="not a readable Parquet file"):
+        batch_score(asking(world, users=str(tmp_path / "user_id.parquet"), candidates=good))
+
+
+def test_ids_of_any_integer_or_string_type_are_taken(tmp_path: Path) -> None:
+    """Categoricals of pandas are dictionaries; ids that fit are ids, whatever held them."""
+
+    def read(column: pa.Array, type_: pa.DataType) -> list:
+        path = ids_file(tmp_path, some_id=column)
+        return pa.chunked_array(list(IdList(path, "some_id", type_, "batch_score.users").pieces())).to_pylist()
+
+    for type_ in (pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())):
+        assert read(pa.array(["b", "a", "b"], pa.string()).cast(type_), pa.string()) == ["b", "a", "b"]
+    for column in (
+        pa.array([2, 1, 2], pa.int8()),
+        pa.array([2, 1, 2], pa.uint64()),
+        pa.array([2, 1, 2]).dictionary_encode(),
+    ):
+        assert read(column, pa.int64()) == [2, 1, 2]
+    with pytest.raises(UserError, match="1 rows without some_id"):
+        read(pa.DictionaryArray.from_arrays(pa.array([0, None]), pa.array(["a"])), pa.string())
