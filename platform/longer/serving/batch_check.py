@@ -103,15 +103,19 @@ class OnlineCheck:
         version = StateVersion(scorer.info.model_version, scorer.info.schema.hash(), scorer.info.model.encoding)
         resolver = StateResolver(model, version, scorer.history, scorer.online, scorer.cache)
         asked = Pending(user_id, int(stable_keys(user_id)[0]), int(chunk.questions.request_ts_R[r]), None)
-        resolver.resolve([asked])
-        if asked.error:
-            raise asked.error
-        assert asked.state
-        together = gather(model, [asked.state])
-        events = event_tensors(asked.state.partial, model.norm_head.weight.device)
-        row_1 = torch.zeros_like(together.num_events_B)
-        partial = model.partial_groups(events, model.embedding.events(events), row_1, together.num_events_B)
-        tail = model.tail(together.context, row_1, together.num_events_B, events.user_key_B, *partial)
+        try:
+            resolver.resolve([asked])
+            if asked.error:
+                raise asked.error
+            assert asked.state
+            together = gather(model, scorer.cache.pool, [asked.state])
+            events = event_tensors(asked.state.partial, model.norm_head.weight.device)
+            row_1 = torch.zeros_like(together.num_events_B)
+            partial = model.partial_groups(events, model.embedding.events(events), row_1, together.num_events_B)
+            partial_1D = model.embedding.groups(*partial)
+            tail = model.tail_of_groups(together.context, row_1, together.num_events_B, events.user_key_B, partial_1D)
+        finally:
+            scorer.cache.release()
         assert tail.x_RTD is not None
         return tail.x_RTD[0, -1].double().cpu().numpy()
 
