@@ -113,3 +113,9 @@ def test_help_documents_every_setting_with_its_default(capsys: pytest.CaptureFix
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda file: file.name)
 def test_every_settings_file_here_is_valid(file: Path) -> None:
     load_settings(str(file))
+
+
+@pytest.mark.parametrize(("given", "meant"), [("2", 2), ("[1,3]", (1, 3)), ("1,3", (1, 3))])
+def test_workers_on_the_command_line_are_a_number_or_a_range(given: str, meant: object) -> None:
+    settings, _ = parse_settings("a job", ["--train.num_workers", given])
+    assert settings.train.num_workers == meant

@@ -316,6 +316,12 @@ class TrainSettings(Section):
     )
     max_failures: int = Field(2, ge=0, description="Worker failures survived by restarting from the last checkpoint.")
 
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _one_number_is_no_range(cls, asked: Any) -> Any:
+        """The command line, which takes several values here, makes a list of one."""
+        return asked[0] if isinstance(asked, list) and len(asked) == 1 else asked
+
     @field_validator("num_workers")
     @classmethod
     def _range_ascends(cls, asked: int | tuple[int, int]) -> int | tuple[int, int]:
