@@ -82,15 +82,15 @@ def measured(root: Path = ROOT) -> Measured:
         page.cell(large, "longer", "result MB", "sequence table, MB", at_200m),
         points.figure(("p50_ms",), "point read of one user, p50 ms", f"1 M users of 20 events, {cpu}, one at a time"),
         points.figure(("s3_bytes",), "bytes of the one ranged read it is over S3", "a local S3 server, not timed"),
-        gpu.figure((*train, "ms_per_step", "ours"), "training step, kernel by kernel as in `jobs.train`, ms", at_train),
+        gpu.figure((*train, "ms_per_step", "ours"), "training step, kernel by kernel, ms", at_train),
         gpu.figure((*train, "users"), "users of that step, one request each", at_train),
         gpu.figure((*train, "mean_events"), "their mean events", "Zipf lengths up to 10,000"),
-        gpu.figure((*train, "ms_per_step", "ours captured"), "the step as a CUDA graph, ms (not in the trainer)", at_train),
+        gpu.figure((*train, "ms_per_step", "ours captured"), "the step as a CUDA graph, as `jobs.train` runs it since, ms", at_train),
         gpu.figure((*full, "ms_per_step", "ours"), "training step of full histories of 2,000 events, ms", at_full),
         gpu.figure((*full, "users"), "users of that step, one request each", at_full),
         gpu.figure((*scored, "score"), "`score()` of one batch, ms", at_score),
         gpu.figure((*scored, "model"), "its model part, ms", at_score),
-        gpu.figure((*scored, "graph"), "its model part as a CUDA graph, ms (not in serving)", at_score),
+        gpu.figure((*scored, "graph"), "its model part as a CUDA graph, which replicas on GPUs use since, ms", at_score),
         *_limits(root),
     )  # fmt: skip
 
