@@ -80,7 +80,7 @@ def build_app(args: ScoringArgs) -> serve.Application:
             downscale_delay_s=args.downscale_delay_s,
             metrics_interval_s=min(max(args.upscale_delay_s / 3, _METRICS_S[0]), _METRICS_S[1]),
             policy=AutoscalingPolicy(
-                policy_function="serve_apps.autoscaling:ReplicaPolicy",
+                policy_function="longer.autoscaling:ReplicaPolicy",
                 policy_kwargs={"warm_s": args.warm_states_s, "gpu_memory_share": args.max_gpu_memory_share},
             ),
         ),

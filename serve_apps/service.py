@@ -233,7 +233,7 @@ class ScoringService:
         self._metrics.export()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What `serve_apps/autoscaling.py` goes by, twice a second: a `ReplicaLoad` since the last call."""
+        """What `longer/autoscaling.py` goes by, twice a second: a `ReplicaLoad` since the last call."""
         cache, now_s = self._scorer.cache, time.monotonic()
         (since_s, before), self._evicted = self._evicted, (now_s, cache.counters.evict)
         self._metrics.gpu_memory_share = self._gpu_memory_share()

@@ -85,12 +85,12 @@ def measured(root: Path = ROOT) -> Measured:
         gpu.figure((*train, "ms_per_step", "ours"), "training step, kernel by kernel, ms", at_train),
         gpu.figure((*train, "users"), "users of that step, one request each", at_train),
         gpu.figure((*train, "mean_events"), "their mean events", "Zipf lengths up to 10,000"),
-        gpu.figure((*train, "ms_per_step", "ours captured"), "the step as a CUDA graph, as `jobs.train` runs it since, ms", at_train),
+        gpu.figure((*train, "ms_per_step", "ours captured"), "the step as a CUDA graph, now in `jobs.train`, ms", at_train),
         gpu.figure((*full, "ms_per_step", "ours"), "training step of full histories of 2,000 events, ms", at_full),
         gpu.figure((*full, "users"), "users of that step, one request each", at_full),
         gpu.figure((*scored, "score"), "`score()` of one batch, ms", at_score),
         gpu.figure((*scored, "model"), "its model part, ms", at_score),
-        gpu.figure((*scored, "graph"), "its model part as a CUDA graph, which replicas on GPUs use since, ms", at_score),
+        gpu.figure((*scored, "graph"), "its model part as a CUDA graph, now in serving, ms", at_score),
         *_limits(root),
     )  # fmt: skip
 

@@ -66,7 +66,7 @@ class Service:
         bounds = {"min_replicas": num_replicas, "max_replicas": num_replicas}
         delays = {"upscale_delay_s": 0, "downscale_delay_s": 0}
         kwargs = {"warm_s": 600, "gpu_memory_share": 0.95}
-        policy = {"policy_function": "serve_apps.autoscaling:ReplicaPolicy", "policy_kwargs": kwargs}
+        policy = {"policy_function": "longer.autoscaling:ReplicaPolicy", "policy_kwargs": kwargs}
         deployment = {"name": "scoring", "autoscaling_config": {**bounds, **delays, "policy": policy}}
         deployment["user_config"] = {"checkpoint": checkpoint} if checkpoint else None
         application = {

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray.serve.config import AutoscalingConfig
 
-from serve_apps.autoscaling import ReplicaLoad, ReplicaPolicy, Rule, eviction_age_s, wanted_replicas
+from longer.autoscaling import ReplicaLoad, ReplicaPolicy, Rule, eviction_age_s, wanted_replicas
 from tests.serve_apps.services import END_MS, running
 from tests.serving.tables import build_world
 

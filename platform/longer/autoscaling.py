@@ -85,6 +85,7 @@ class ReplicaPolicy:
         names = ReplicaLoad.__dataclass_fields__
         replicas = set.intersection(*(set(told.get(name, {})) for name in names))
         loads = [ReplicaLoad(**{name: told[name][replica] for name in names}) for replica in replicas]
+        assert context.config
         num_replicas, target = context.current_num_replicas, context.config.get_target_ongoing_requests()
         if num_replicas == 0:
             return context.target_num_replicas, {}
