@@ -142,7 +142,7 @@ def recompute_ms(users: Users, num_candidates: int) -> float:
         asked.request_id_R,
     )
     block = to_tensors(per_impression(batch, min(BLOCK_CANDIDATES, num_candidates)), DEVICE)
-    num_blocks = -(-num_candidates // BLOCK_CANDIDATES)
+    num_blocks = num_candidates / min(BLOCK_CANDIDATES, num_candidates)
     with torch.inference_mode():
         return seconds(lambda: users.model(block), 3, 2) * num_blocks * 1e3
 

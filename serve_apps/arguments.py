@@ -44,7 +44,7 @@ class ScoringArgs(BaseModel):
         description="Autoscaling adds a replica when states have to go that were asked for within so many seconds.",
     )
     max_gpu_memory_share: float = Field(
-        0.95, gt=0, le=1, description="Share of a GPU's memory in use above which autoscaling adds a replica."
+        0.95, gt=0, le=1, description="Share of a GPU's memory in use about which autoscaling lets no replica go."
     )
     cache_bytes: int = Field(256 << 20, ge=0, description="Budget of a replica's user states on its device, in bytes.")
     host_cache_bytes: int = Field(

@@ -102,6 +102,9 @@ class ScoringService:
             outcome = Refusal(504, "not answered in time: allow more, or send fewer candidates")
         except UserError as error:
             outcome = Refusal(status_of(error), reason_of(error))
+        except Exception:
+            _logger.exception("a call to %s failed", route)
+            outcome = Refusal(500, "internal error: the replica's log has it")
         status = outcome.status if isinstance(outcome, Refusal) else 200
         self._metrics.record(route, (time.perf_counter() - started_s) * 1000, status)
         return outcome
@@ -213,11 +216,11 @@ class ScoringService:
         try:
             checkpoint = Rollout.model_validate(user_config).checkpoint
             loaded = await asyncio.to_thread(self._scorer.load_checkpoint, checkpoint)
+            await self._in_worker(self._scorer.adopt, *loaded)
         except Exception as error:  # whatever it is, raising would end this replica and its states
             self._refused_rollout = True
             _logger.error("roll-out refused, model %s serves on: %s", self._scorer.info.model_version, one_line(error))
             return
-        await self._in_worker(self._scorer.adopt, *loaded)
         self._refused_rollout = False
         self._metrics.export()
         _logger.info("model: now %s", self._scorer.info.model_version)
@@ -229,7 +232,7 @@ class ScoringService:
             self._upkeep = asyncio.create_task(self._look_at_ring())
         if is_due:
             self._refreshed_s = time.monotonic()
-        await self._in_worker(self._refresh if is_due else lambda: None)
+        await self._in_worker(self._refresh if is_due else self._touch_device)
         self._metrics.export()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
@@ -252,7 +255,12 @@ class ScoringService:
         idle_bytes = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return 1 - (free_bytes + idle_bytes) / total_bytes
 
+    def _touch_device(self) -> None:
+        """An error where the device no longer computes: a CUDA context does not recover from some."""
+        torch.zeros(1, device=self._scorer.cache.pool.device).item()
+
     def _refresh(self) -> None:
+        self._touch_device()
         try:
             if self._scorer.refresh():
                 _logger.info("sequences: now at version %s", self._scorer.history.version_id)

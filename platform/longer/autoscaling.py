@@ -4,9 +4,10 @@
     states     A full cache evicts what was not asked for longest. How long that is follows from what it holds and what it evicts:
                age = states / evictions a second. Below `warm_s` one more replica is wanted, and none goes while with one fewer
                the age would be below twice that. Evictions of older states, and a cache that is merely full, are as it should be.
-    memory     One more replica when a GPU's memory is fuller than `gpu_memory_share`; none goes just below that.
+    memory     None goes while a GPU's memory is about as full as `gpu_memory_share`: what it holds would have to fit elsewhere. It
+               asks for no more: what a replica has allocated, another one does not take from it.
 
-States and memory ask for one more at a time: each change moves the states of 1/N of the users. Serve applies bounds and delays.
+States ask for one more at a time: each change moves the states of 1/N of the users. Serve applies bounds and delays.
 
 The controller runs this, pickled by value: nothing of this repository can be imported here.
 """
@@ -69,8 +70,6 @@ def _for_states(num_replicas: int, loads: Sequence[ReplicaLoad], rule: Rule) -> 
 
 def _for_memory(num_replicas: int, loads: Sequence[ReplicaLoad], rule: Rule) -> int:
     fullest = max((load.gpu_memory_share for load in loads), default=0.0)
-    if fullest > rule.gpu_memory_share:
-        return num_replicas + 1
     return num_replicas if fullest > rule.gpu_memory_share - _MEMORY_SLACK else 0
 
 

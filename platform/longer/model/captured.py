@@ -76,7 +76,7 @@ class CapturedPass:
         torch.cuda.current_stream().wait_stream(beside)
         self.graph = torch.cuda.CUDAGraph()
         model.zero_grad(set_to_none=True)
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # another thread stages batches meanwhile
             self.value = self._run()
         self.gradients = [parameter.grad for parameter in model.parameters()]
         self.reads = [list(table.reads or ()) for table in self._tables]

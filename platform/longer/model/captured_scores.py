@@ -105,7 +105,7 @@ class _Graph:
                 self._outputs(model, pool, tensors)
         torch.cuda.current_stream().wait_stream(beside)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=memory):
+        with torch.cuda.graph(self._graph, pool=memory, capture_error_mode="thread_local"):
             self._output_CT = self._outputs(model, pool, tensors)
 
     def replay(self, arrays: dict[str, npt.NDArray]) -> Tensor:

@@ -11,6 +11,7 @@ The sequence table may move to another version, and events may come late: a stat
 same in the user's history as it is now.
 """
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -28,6 +29,9 @@ from longer.serving.online import OnlineEvents
 from longer.serving.requests import Source
 from longer.serving.stages import stage
 from longer.serving.store import HeldState, StateStore
+
+_PATIENCE_S = 1.0
+"""How long users of a batch that could not be read together are tried one by one."""
 
 
 @dataclass
@@ -161,15 +165,27 @@ class StateResolver:
         return [update for update in planned if update is not None]
 
     def _read(self, requests: Sequence[Pending]) -> list[UserHistory | None]:
-        """Each request's user; None, and the request's error, where the table cannot be read: others are not disturbed."""
+        """Each request's user; None, and the request's error, where the table cannot be read: others are not disturbed.
+
+        Damage is soon found. A table that keeps silent is not: once single reads have taken `_PATIENCE_S`, the rest is not tried.
+        """
         online = self._online.of([request.user_key for request in requests])
         try:
             return list(self._history.read(pa.concat_arrays([request.user_id for request in requests]), online))
         except StorageError as error:
-            if len(requests) == 1:
-                requests[0].error = error
-                return [None]
-        return [self._read([request])[0] for request in requests]
+            together = error
+        if len(requests) == 1:
+            requests[0].error = together
+            return [None]
+        histories: list[UserHistory | None] = []
+        deadline = time.monotonic() + _PATIENCE_S
+        for request in requests:
+            if time.monotonic() < deadline:
+                histories += self._read([request])
+            else:
+                request.error = together
+                histories.append(None)
+        return histories
 
     def _plan(self, request: Pending, held: HeldState | None, history: UserHistory) -> _Update | None:
         """How to bring the user's state to the request's time; None, and the request's error, if the table cannot tell."""
@@ -221,12 +237,12 @@ class StateResolver:
         try:
             with stage("append"):
                 states = append(self._model, store.pool, bases, new, slots)
+            for (update, _), state in zip(updates, states, strict=True):
+                self._finish(update, "append", state)
         except BaseException:
-            for update, _ in updates:  # half-written
+            for update, _ in updates:  # half-written, or longer than what is known of them
                 store.forget(update.request.user_key)
             raise
-        for (update, _), state in zip(updates, states, strict=True):
-            self._finish(update, "append", state)
 
     def _finish(self, update: _Update, source: Source, state: UserState) -> None:
         """Gives the request its state, and the store too unless it has a newer one."""

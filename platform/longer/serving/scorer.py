@@ -66,12 +66,12 @@ class Scorer:
         state_precision: Precision = "float32",
     ) -> None:
         self._device = device
-        model, info = load_appendable(checkpoint, device)
-        self.history = HistorySource(sequences, info.schema, sequences_version)
-        self._items_path, self._reader = items, RequestReader(info.schema)
-        self.cache = StateStore(model, cache_bytes, host_bytes, state_precision)
-        self.online = OnlineEvents(info.schema, event_limits or EventLimits())
-        self.adopt(model, info)
+        self.model, self.info = load_appendable(checkpoint, device)
+        self.history = HistorySource(sequences, self.info.schema, sequences_version)
+        self._items_path, self._reader = items, RequestReader(self.info.schema)
+        self.cache = StateStore(self.model, cache_bytes, host_bytes, state_precision)
+        self.online = OnlineEvents(self.info.schema, event_limits or EventLimits())
+        self._serve_states()
         self.items = self._items_of(self.history.version_id)
 
     def load_checkpoint(self, path: str) -> tuple[Longer, CheckpointInfo]:
@@ -83,20 +83,30 @@ class Scorer:
         return model, info
 
     def adopt(self, model: Longer, info: CheckpointInfo) -> None:
-        """Scores with this model from now on. States of others stay until they are asked for, which is a miss, or have to go."""
-        self.model, self.info = model, info
-        self.cache.fit(model)
-        self._score = scorer_of(model, self.cache.pool)
-        version = StateVersion(info.model_version, info.schema.hash(), info.model.encoding)
-        self._states = StateResolver(model, version, self.history, self.online, self.cache)
+        """Scores with this model from now on. States of others stay until they are asked for, which is a miss, or have to go.
+
+        Where its states' memory cannot be had, the error leaves the old model serving, from an empty store.
+        """
+        del self._score  # it holds the pool and its graphs
+        try:
+            self.cache.fit(model)
+            self.model, self.info = model, info
+        finally:
+            self._serve_states()
+
+    def _serve_states(self) -> None:
+        version = StateVersion(self.info.model_version, self.info.schema.hash(), self.info.model.encoding)
+        self._score = scorer_of(self.model, self.cache.pool)
+        self._states = StateResolver(self.model, version, self.history, self.online, self.cache)
 
     def refresh(self) -> bool:
         """Goes over to newer served sequences with their catalogue; UserError, and no change, until both are there."""
         newer = self.history.newer_version()
         if newer is None:
             return False
-        self.items = self._items_of(newer)
+        items = self._items_of(newer)
         self.history.move_to(newer)
+        self.items = items
         return True
 
     def _items_of(self, sequences_version: str) -> ItemTable | None:

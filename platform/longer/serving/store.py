@@ -46,12 +46,21 @@ class StateStore:
         self._host = _HostPool(layout, self.host_budget_bytes, self._copies) if self.host_budget_bytes else None
 
     def fit(self, model: Longer) -> None:
-        """Goes over to a model of another shape, if it is one: its states need other memory, so that none of the old ones stays."""
+        """Goes over to a model of another shape, if it is one: its states need other memory, so that none of the old ones stays.
+
+        Nobody else may hold the pool. Where the memory cannot be had, the error leaves an empty store of the old shape.
+        """
         layout, device = StateLayout.of(model, self.precision), model.norm_head.weight.device
-        if layout != self.layout:
-            self._index.clear()
-            del self.pool, self._host
+        if layout == self.layout:
+            return
+        before = self.layout
+        self._index.clear()
+        del self.pool, self._host
+        try:
             self._allocate(layout, device)
+        except BaseException:
+            self._allocate(before, device)
+            raise
 
     # -- what is here -------------------------------------------------------------------------------------------------
 
@@ -148,6 +157,7 @@ class StateStore:
         self._in_use.append(held)
 
     def _slot(self, num_rows: int) -> Slot:
+        self._copies.wait()  # an allocation may move what is being copied
         while (slot := self.pool.slots.allocate(num_rows)) is None:
             self._push_out()
             self._copies.wait()
