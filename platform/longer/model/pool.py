@@ -209,6 +209,14 @@ class StatePool:
     def trash_word(self) -> int:
         return self.words_NI.numel() - 1
 
+    @property
+    def trash_row(self) -> int:
+        return len(self.words_NI) - 1
+
+    @property
+    def trash_vector(self) -> int:
+        return len(self.words_VI) - 1
+
     def places(self, starts: Int64, sizes: Int64) -> Places:
         groups = np.array([self.layout.groups_in(int(size)) for size in sizes], np.int64)
         return Places(self.layout, starts, groups)

@@ -9,15 +9,13 @@ B states, L events of a state (padded), M new events of all states, n of a state
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from longer.arrays import Int64
 from longer.model.fuse import fused_on_cuda
-from longer.model.inputs import tensors_of
+from longer.model.growth import Room
 from longer.model.interactions import PAD, features_of_counts, number_of, pair, query_pairs
-from longer.model.pool import Places, StatePool
+from longer.model.pool import StatePool
 
 
 @dataclass(frozen=True)
@@ -69,60 +67,46 @@ def _rank(words_I: Tensor, begin_CF: Tensor, held_C: Tensor, wanted_CFV: Tensor,
     return low_CFV
 
 
-@dataclass(frozen=True)
-class IndexStep:
-    """B indices before and after their next events: `kept_B` events of which the first `dropped_B` go, M new ones.
+def grow_index(
+    pool: StatePool,
+    at: dict[str, Tensor],
+    room: Room,
+    keys_MF: Tensor,
+    event_ts_M: Tensor,
+    row_M: Tensor,
+    number_M: Tensor,
+    exists_M: Tensor,
+) -> None:
+    """Writes B indices with M new events (and fillers) in their new places; the old ones' memory may be the same.
 
-    New event m belongs to state `row_M[m]`, is its `slot_M[m]`th new one and has `number_M[m]` in its window.
+    `at` holds each state's `kept` events, of which the first `dropped` go. New event m belongs to state `row_M[m]` and has
+    `number_M[m]` in its window.
     """
+    num_fields, num_states, words_I = keys_MF.shape[1], len(at["kept"]), pool.words_I
+    field_F = 1 + torch.arange(num_fields, device=pool.device)
+    stay_B = at["kept"] - at["dropped"]
+    place_M = row_M * room.newest + number_M - stay_B[row_M]
+    new_F1n = keys_MF.new_full((num_fields, num_states * room.newest + 1), PAD)  # the last is for fillers
+    new_F1n[:, torch.where(exists_M, place_M, num_states * room.newest)] = pair(keys_MF, number_M[:, None]).T
+    new_BFn = new_F1n[:, :-1].unflatten(1, (num_states, room.newest)).transpose(0, 1).contiguous().sort(dim=-1).values
+    begin_BF = at["event_ts"][:, None] + field_F * at["event_words"][:, None]
 
-    old: Places
-    new: Places
-    kept_B: Int64
-    dropped_B: Int64
-    row_M: Int64
-    slot_M: Int64
-    number_M: Int64
-
-    def carry_out(self, pool: StatePool, keys_MF: Tensor, event_ts_M: Tensor) -> None:
-        """Writes the indices in their new places; the old ones' memory may be the same."""
-        arrays = {
-            "old": self.old.event_ts_B,
-            "old_words": self.old.event_words_B,
-            "new": self.new.event_ts_B,
-            "new_words": self.new.event_words_B,
-            "kept": self.kept_B,
-            "dropped": self.dropped_B,
-            "row": self.row_M,
-            "slot": self.slot_M,
-            "number": self.number_M,
-        }
-        at = tensors_of(arrays, pool.device)
-        num_states, num_fields = len(self.kept_B), keys_MF.shape[1]
-        field_F = 1 + torch.arange(num_fields, device=pool.device)
-        most_new, most_kept = int(self.slot_M.max(initial=-1)) + 1, int(self.kept_B.max(initial=0))
-        new_BnF = keys_MF.new_full((num_states, most_new, num_fields), PAD)
-        new_BnF[at["row"], at["slot"]] = pair(keys_MF, at["number"][:, None])
-        new_BFn = new_BnF.transpose(1, 2).contiguous().sort(dim=-1).values
-        begin_BF = at["new"][:, None] + field_F * at["new_words"][:, None]
-
-        number_L = torch.arange(most_kept, device=pool.device)
-        is_kept_BL = number_L < at["kept"][:, None]
-        old_BF = at["old"][:, None] + field_F * at["old_words"][:, None]
-        read_BFL = torch.where(is_kept_BL[:, None], old_BF[..., None] + number_L, pool.trash_word)
-        old_BFL = pool.words_I[read_BFL].masked_fill(~is_kept_BL[:, None], PAD)
-        old_ts_BL = pool.words_I[torch.where(is_kept_BL, at["old"][:, None] + number_L, pool.trash_word)]
-        if self.dropped_B.any():
-            old_BFL = _without(old_BFL, at["dropped"])
-        for pairs, others in ((old_BFL, new_BFn), (new_BFn, old_BFL)):
-            place = torch.arange(pairs.shape[-1], device=pool.device) + torch.searchsorted(others, pairs)
-            target = torch.where(pairs < PAD, begin_BF[..., None] + place, pool.trash_word)
-            pool.words_I[target] = pairs
-        if (self.dropped_B > 0).any() or not np.array_equal(self.old.start_B, self.new.start_B):
-            number_BL = number_L - at["dropped"][:, None]
-            stays_BL = is_kept_BL & (number_BL >= 0)
-            pool.words_I[torch.where(stays_BL, at["new"][:, None] + number_BL, pool.trash_word)] = old_ts_BL
-        pool.words_I[at["new"][at["row"]] + at["number"]] = event_ts_M
+    number_L = torch.arange(room.kept, device=pool.device)
+    is_kept_BL = number_L < at["kept"][:, None]
+    old_BF = at["old_event_ts"][:, None] + field_F * at["old_event_words"][:, None]
+    read_BFL = torch.where(is_kept_BL[:, None], old_BF[..., None] + number_L, pool.trash_word)
+    old_BFL = words_I[read_BFL].masked_fill(~is_kept_BL[:, None], PAD)
+    old_ts_BL = words_I[torch.where(is_kept_BL, at["old_event_ts"][:, None] + number_L, pool.trash_word)]
+    if room.moves:
+        old_BFL = _without(old_BFL, at["dropped"])
+    for pairs, others in ((old_BFL, new_BFn), (new_BFn, old_BFL)):
+        place = torch.arange(pairs.shape[-1], device=pool.device) + torch.searchsorted(others, pairs)
+        words_I[torch.where(pairs < PAD, begin_BF[..., None] + place, pool.trash_word)] = pairs
+    if room.moves:
+        number_BL = number_L - at["dropped"][:, None]
+        stays_BL = is_kept_BL & (number_BL >= 0)
+        words_I[torch.where(stays_BL, at["event_ts"][:, None] + number_BL, pool.trash_word)] = old_ts_BL
+    words_I[torch.where(exists_M, at["event_ts"][row_M] + number_M, pool.trash_word)] = event_ts_M
 
 
 def _without(pairs_BFL: Tensor, dropped_B: Tensor) -> Tensor:

@@ -20,8 +20,7 @@ from longer.model.inputs import event_tensors
 from longer.model.states import gather
 from longer.serving.batch_input import Chunk, Items
 from longer.serving.batch_plan import Plan
-from longer.serving.cache import StateVersion
-from longer.serving.resolver import Pending, StateResolver
+from longer.serving.resolver import Pending
 from longer.serving.scorer import Scorer, ScoreRequest
 
 _SCORE = score_column("")
@@ -100,11 +99,9 @@ class OnlineCheck:
         """The user's own token, made from the state that the serving path has of the user at the time of the request."""
         assert self.scorer
         scorer, model, user_id = self.scorer, self.scorer.model, chunk.user_id_R.slice(r, 1)
-        version = StateVersion(scorer.info.model_version, scorer.info.schema.hash(), scorer.info.model.encoding)
-        resolver = StateResolver(model, version, scorer.history, scorer.online, scorer.cache)
         asked = Pending(user_id, int(stable_keys(user_id)[0]), int(chunk.questions.request_ts_R[r]), None)
         try:
-            resolver.resolve([asked])
+            scorer.states.resolve([asked])
             if asked.error:
                 raise asked.error
             assert asked.state

@@ -18,7 +18,7 @@ from longer.arrays import NO_EVENT_TS, Candidates
 from longer.data.items import ItemTable, items_version
 from longer.errors import UserError
 from longer.hashing import stable_keys
-from longer.model.captured_scores import scorer_of
+from longer.model.engine import StateEngine
 from longer.model.longer import Longer
 from longer.model.outputs import to_scores
 from longer.model.pool import Precision
@@ -87,7 +87,7 @@ class Scorer:
 
         Where its states' memory cannot be had, the error leaves the old model serving, from an empty store.
         """
-        del self._score  # it holds the pool and its graphs
+        del self._engine, self.states  # they hold the pool and its graphs
         try:
             self.cache.fit(model)
             self.model, self.info = model, info
@@ -96,8 +96,8 @@ class Scorer:
 
     def _serve_states(self) -> None:
         version = StateVersion(self.info.model_version, self.info.schema.hash(), self.info.model.encoding)
-        self._score = scorer_of(self.model, self.cache.pool)
-        self._states = StateResolver(self.model, version, self.history, self.online, self.cache)
+        self._engine = StateEngine(self.model, self.cache.pool)
+        self.states = StateResolver(self._engine, version, self.history, self.online, self.cache)
 
     def refresh(self) -> bool:
         """Goes over to newer served sequences with their catalogue; UserError, and no change, until both are there."""
@@ -123,7 +123,7 @@ class Scorer:
         outcomes = [self._prepare(request) for request in requests]
         for wave in _waves([outcome for outcome in outcomes if isinstance(outcome, _Asked)]):
             try:
-                self._states.resolve(wave)
+                self.states.resolve(wave)
                 self._answer([request for request in wave if request.error is None])
             finally:
                 self.cache.release()
@@ -134,7 +134,7 @@ class Scorer:
         outcomes = [self._prepare_events(request) for request in requests]
         for wave in _waves([outcome for outcome in outcomes if isinstance(outcome, Pending)]):
             try:
-                self._states.add_events(wave)
+                self.states.add_events(wave)
             finally:
                 self.cache.release()
         return [
@@ -176,7 +176,7 @@ class Scorer:
         }
         states = [request.state for request in requests if request.state is not None]
         request_ts_R = np.array([request.request_ts for request in requests], np.int64)
-        outputs_CT = self._score(states, request_ts_R, Candidates(offsets_R1, features))
+        outputs_CT = self._engine.score(states, request_ts_R, Candidates(offsets_R1, features))
         for request, state, start, end in zip(requests, states, offsets_R1[:-1], offsets_R1[1:], strict=True):
             assert request.source is not None
             scores = to_scores(outputs_CT[start:end], self.model.tasks)
