@@ -28,10 +28,8 @@ def test_sizes_of_graphs_are_few_and_waste_little() -> None:
 
 
 def in_larger_rooms(growth: Growth) -> None:
-    arrays = growth.arrays()
-    carry_out(
-        MODEL, growth.context(), tensors_of(arrays, "cpu"), room_for(growth, power_of_two(len(growth.events)))
-    )
+    numbers, events = (tensors_of(arrays, "cpu") for arrays in (growth.numbers(), growth.event_arrays()))
+    carry_out(MODEL, growth.context(), numbers, events, room_for(growth, power_of_two(len(growth.events))))
 
 
 def grown_by_turns(
@@ -40,9 +38,7 @@ def grown_by_turns(
     """States of the histories' heads, encoded and then appended to, after each step."""
     rows, totals = np.arange(len(histories)), histories.end_index_B
     end = np.minimum(totals, steps[0])
-    states = [
-        encode(model, pool, histories.slice_events(rows, 0 * end, end), slots_for(pool, totals), carry_out)
-    ]
+    states = [encode(model, pool, histories.slice_events(rows, 0 * end, end), slots_for(pool, totals), carry_out)]
     for step in steps[1:]:
         begin, end = end, np.minimum(totals, end + step)
         new = histories.slice_events(rows, begin, end)

@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class CapturedCall:
         self._device = torch.empty_like(self._host, device=device)
         self._copied = torch.cuda.Event()
         tensors = {
-            name: self._device[begin:end].view(torch.from_numpy(example[name][:0]).dtype)
+            name: self._device[begin:end].view(torch.from_numpy(example[name].reshape(-1)[:0]).dtype)
             for name, (begin, end) in self._views.items()
         }
         self._send(example)
@@ -56,7 +57,7 @@ class CapturedCall:
         host = self._host.numpy()
         for name, (begin, _) in self._views.items():
             array = arrays[name]
-            host[begin : begin + array.nbytes] = array.view("u1")
+            host[begin : begin + array.nbytes] = array.reshape(-1).view(np.uint8)
         self._device.copy_(self._host, non_blocking=True)
         self._copied.record()
 

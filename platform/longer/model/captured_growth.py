@@ -7,12 +7,12 @@ users without events, whose tails nobody reads.
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from longer.model.captured_call import Graphs, power_of_two, rounded
 from longer.model.grow import carry_out
 from longer.model.growth import Growth, Room
+from longer.model.inputs import under
 from longer.model.longer import Longer
 from longer.model.pool import StatePool
 from longer.model.pool_context import StagedContext
@@ -27,32 +27,25 @@ class CapturedGrowth:
 
     def grow(self, growth: Growth) -> None:
         """Writes everything that the states after `growth.events` hold into their places; the device is not waited for."""
+        numbers = growth.numbers()
+        events = {f"event.{name}": values for name, values in growth.event_arrays().items()}
         num_users = power_of_two(len(growth.events))
-        room = room_for(growth, num_users)
-        arrays = growth.arrays()
-        fillers = {name: self._filler(name) for name in arrays}
+        size = num_users, room_for(growth, num_users)
+        names = list(numbers)
+        numbers_AU = np.zeros((len(names), num_users), np.int64)
+        numbers_AU[[name.startswith("tail") for name in names]] = self._pool.trash_row  # of users who have nothing
         graph = self._graphs.of(
-            (num_users, room),
-            lambda tensors: self._carry_out(tensors, room),
-            lambda: {
-                name: np.full(room.events if name.startswith("event.") else num_users, fillers[name], array.dtype)
-                for name, array in arrays.items()
-            },
+            size,
+            lambda tensors: self._carry_out(names, tensors, size[1]),
+            lambda: {"numbers": numbers_AU, **{name: np.zeros(size[1].events, x.dtype) for name, x in events.items()}},
         )
-        graph(
-            {
-                name: array if name.startswith("event.") else _filled(array, num_users, fillers[name])
-                for name, array in arrays.items()
-            }
-        )
+        numbers_AU[:, : len(growth.events)] = list(numbers.values())
+        graph({"numbers": numbers_AU, **events})
 
-    def _filler(self, name: str) -> int:
-        """A user who has nothing, and whose tail goes where nobody reads."""
-        return self._pool.trash_row if name.startswith("tail") else 0
-
-    def _carry_out(self, tensors: dict[str, Tensor], room: Room) -> None:
+    def _carry_out(self, names: list[str], tensors: dict[str, Tensor], room: Room) -> None:
+        at = dict(zip(names, tensors["numbers"].view(len(names), -1).unbind(), strict=True))
         with computing(self._model, self._pool):
-            carry_out(self._model, StagedContext(self._pool, tensors), tensors, room)
+            carry_out(self._model, StagedContext(self._pool, at), at, under("event.", tensors), room)
 
 
 def room_for(growth: Growth, num_users: int) -> Room:
@@ -73,7 +66,3 @@ def room_for(growth: Growth, num_users: int) -> Room:
         newest=rounded(exact.newest),
         moves=num_moving > 0,
     )
-
-
-def _filled(array: npt.NDArray, size: int, filler: int) -> npt.NDArray:
-    return np.append(array, np.full(size - len(array), filler, array.dtype))

@@ -45,21 +45,28 @@ class Spans:
 
 def grow(model: Longer, growth: Growth) -> None:
     """Writes everything that the states after `growth.events` hold into their places."""
-    at = tensors_of(growth.arrays(), growth.pool.device)
-    carry_out(model, growth.context(), at, growth.room())
+    arrays = growth.numbers() | {f"event.{name}": values for name, values in growth.event_arrays().items()}
+    sent = tensors_of(arrays, growth.pool.device)
+    carry_out(model, growth.context(), sent, under("event.", sent), growth.room())
 
 
-def carry_out(model: Longer, context: PoolContext | StagedContext, at: dict[str, Tensor], room: Room) -> None:
-    """`grow` from `Growth.arrays` on the device; `context` is that of the states as they will be."""
+def carry_out(
+    model: Longer,
+    context: PoolContext | StagedContext,
+    at: dict[str, Tensor],
+    features: dict[str, Tensor],
+    room: Room,
+) -> None:
+    """`grow` from `Growth.numbers` and `Growth.event_arrays` on the device; `context` is that of the states as they will be."""
     pool, merge_size = context.pool, model.windows.merge_size
-    end_B, event_0_B, features = at["num_events"], at["event_0"], under("event.feature.", at)
+    end_B, event_0_B, event_ts_E = at["num_events"], at["event_0"], features["event_ts"]
     full_B = end_B // merge_size
     new = Spans.of(at["new_begin"], full_B, room.groups)
     start_N = event_0_B[new.row_P] + new.value_P * merge_size
     x_GD = model.embedding.event_groups(
         features,
-        at["event.ts"],
-        at["event.previous_ts"],
+        event_ts_E,
+        _previous_ts(event_ts_E, at),
         torch.cat([start_N, event_0_B + full_B * merge_size]),
         torch.cat([new.exists_P * merge_size, end_B - full_B * merge_size]),
     )
@@ -78,8 +85,16 @@ def carry_out(model: Longer, context: PoolContext | StagedContext, at: dict[str,
         event_M = index.at(event_0_B, 0)
         keys_MF = torch.stack([features[name][event_M] for name in model.interaction_fields], dim=-1)
         number_M = index.value_P - (at["first"] * merge_size)[index.row_P]
-        new_events = (keys_MF, at["event.ts"][event_M], index.row_P, number_M, index.exists_P)
+        new_events = (keys_MF, event_ts_E[event_M], index.row_P, number_M, index.exists_P)
         grow_index(pool, at, room, *new_events)
+
+
+def _previous_ts(event_ts_E: Tensor, at: dict[str, Tensor]) -> Tensor:
+    """[E]: time of the event before each, which a user's first one is told. Users without events say what nobody reads."""
+    padded_E = torch.nn.functional.pad(event_ts_E.roll(1), (0, 1))
+    nowhere = len(event_ts_E)
+    padded_E[torch.where(at["num_new_events"] > 0, at["events_begin"], nowhere)] = at["prev_event_ts"]
+    return padded_E[:-1]
 
 
 def _grow_layers(model: Longer, context: PoolContext | StagedContext, at: dict[str, Tensor], computed: Spans) -> None:

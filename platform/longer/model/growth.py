@@ -133,16 +133,20 @@ class Growth:
         is_put_B = ~self.is_elsewhere_B & (self.old_query_first_B == self.query_first_B)
         return np.where(is_put_B, self.old_full_B, np.maximum(self.old_query_first_B, self.query_first_B))
 
-    def arrays(self) -> dict[str, npt.NDArray]:
-        """Everything that the device must know: numbers of users, each [B], and their events, each [E] under `event`.
+    def numbers(self) -> dict[str, Int64]:
+        """What the device must know of the users, each [B].
 
-        `row0` and so on are the row of group 0 in each layer, were it kept, and `vector` that of its input vector.
+        `row0` and so on are the row of group 0 in each layer, were it kept, and `vector` that of its input vector; `event_0` is
+        where event 0 would lie among `events`.
         """
         events, old, new = self.events, self.old_places, self.places
         arrays = {
             **self.context().arrays,
             "user_key": events.user_key_B,
             "event_0": events.offsets_B1[:-1] - events.first_index_B,
+            "events_begin": events.offsets_B1[:-1],
+            "num_new_events": np.diff(events.offsets_B1),
+            "prev_event_ts": events.prev_event_ts_B,
             "new_begin": self.new_begin_B,
             "computed_begin": self.computed_begin_B,
             "old_full": self.old_full_B,
@@ -162,12 +166,17 @@ class Growth:
             arrays[f"old_row{layer}"] = old.layer_B(layer) - old_first_B
             arrays[f"row{layer}"] = new.layer_B(layer) - first_B
             arrays[f"rows_begin{layer}"] = self.copied_begin[layer]
-        return arrays | _event_arrays(events)
+        return arrays
+
+    def event_arrays(self) -> dict[str, npt.NDArray]:
+        """The events, each [E]; one that nobody reads if there are none."""
+        arrays = {"event_ts": self.events.event_ts_E, **self.events.features}
+        return arrays if len(self.events.event_ts_E) else {name: np.zeros(1, x.dtype) for name, x in arrays.items()}
 
     def room(self) -> Room:
         """Exactly as much as it takes."""
         return Room(
-            events=len(self.events.event_ts_E),
+            events=max(1, len(self.events.event_ts_E)),
             groups=_total(self.new_begin_B, self.full_B),
             computed=_total(self.computed_begin_B, self.full_B),
             copied_rows=sum(_total(begin_B, self.old_full_B) for begin_B in self.copied_begin),
@@ -183,13 +192,3 @@ class Growth:
 
 def _total(begin_B: Int64, end_B: Int64) -> int:
     return int(np.maximum(end_B - begin_B, 0).sum())
-
-
-def _event_arrays(events: Histories) -> dict[str, npt.NDArray]:
-    """The events, with the time before each; one that nobody reads if there are none."""
-    previous_E = np.roll(events.event_ts_E, 1)
-    has_events_B = np.diff(events.offsets_B1) > 0
-    previous_E[events.offsets_B1[:-1][has_events_B]] = events.prev_event_ts_B[has_events_B]
-    arrays = {"event.ts": events.event_ts_E, "event.previous_ts": previous_E}
-    arrays |= {f"event.feature.{name}": values for name, values in events.features.items()}
-    return arrays if len(previous_E) else {name: np.zeros(1, x.dtype) for name, x in arrays.items()}

@@ -72,7 +72,8 @@ def encode(
     """
     end_B, windows = histories.end_index_B, model.windows
     start_B = windows.history_start(end_B) * windows.merge_size
-    window = histories.slice_events(np.arange(len(histories)), start_B, end_B)
+    is_whole = np.array_equal(start_B, histories.first_index_B)
+    window = histories if is_whole else histories.slice_events(np.arange(len(histories)), start_B, end_B)
     places = _places(pool, slots)
     growth = Growth(pool, window, places, start_B, windows.query_start(end_B), start_B, places)
     return _advanced(model, growth, slots, carry_out)
@@ -210,8 +211,8 @@ def _advanced(model: Longer, growth: Growth, slots: Sequence[Slot], carry_out: G
             num_events=int(end_B[b]),
             last_event_ts=int(last_ts_B[b]),
             query_first=int(query_first_B[b]),
-            partial=partial.slice_events(rows[b : b + 1], partial.first_index_B[b : b + 1], end_B[b : b + 1]),
+            partial=partial_1,
             slot=slot,
         )
-        for b, slot in enumerate(slots)
+        for b, (partial_1, slot) in enumerate(zip(partial.split(), slots, strict=True))
     ]
