@@ -42,10 +42,15 @@ class HashedTable(nn.Module):
         nn.init.normal_(self.embedding.weight, std=std)
 
     def forward(self, keys: Tensor) -> Tensor:
-        rows = torch.where(keys == 0, 0, keys % (self.num_rows - 1) + 1)
+        rows = _rows_of(keys, self.num_rows)
         if self.reads is None or not torch.is_grad_enabled():
             return self.embedding(rows)
         return _NotedLookup.apply(self.embedding.weight, rows, self.reads)
+
+
+@fused_on_cuda
+def _rows_of(keys: Tensor, num_rows: int) -> Tensor:
+    return torch.where(keys == 0, 0, keys % (num_rows - 1) + 1)
 
 
 class _NotedLookup(torch.autograd.Function):
@@ -213,6 +218,7 @@ class Embedding(nn.Module):
         cls_RMD = self.cls_MD.expand(len(user_key_R), -1, -1)
         return torch.cat([cls_RMD, self.user(user_key_R).unflatten(1, (self.num_user_tokens, -1))], dim=1)
 
+    @fused_on_cuda
     def requests(self, request_ts_R: Tensor, last_event_ts_R: Tensor) -> Tensor:
         """[R, D]: what is known of a request when it is scored."""
         return self.request_gap(request_ts_R, last_event_ts_R) + self.request_hour(request_ts_R)

@@ -224,10 +224,13 @@ class Longer(Ranker):
         request_RD = self.embedding.requests(batch.request_ts_R, last_event_ts_R)
         features_CF = None if index is None else self.interactions(index, batch, row_C, request_C, request_RD.dtype)
         x_CD = self.enter(request_RD, request_C, features_CF, batch.candidates)
-        full_C = (batch.history_end_R // self.windows.merge_size)[request_C]
-        position_C = self.windows.num_groups(batch.history_end_R)[request_C]
-        turn = self.layers[0].rotation.turn(position_C, x_CD.dtype)
-        sees_tail_CT = self.candidates_see_tail(tail.exists_RT)[request_C]
+        turn_R = self.layers[0].rotation.turn(self.windows.num_groups(batch.history_end_R), x_CD.dtype)
+        turn = turn_R[0].index_select(0, request_C), turn_R[1].index_select(0, request_C)
+        full_R = batch.history_end_R // self.windows.merge_size
+        num_visible = [
+            (full_R - context.first_of_layer_B(layer)[batch.row_R]).index_select(0, request_C) for layer in (0, 1)
+        ]
+        sees_tail_CT = self.candidates_see_tail(tail.exists_RT).index_select(0, request_C)
         num_rows = len(context.first_of_layer_B(0))
         if has_kernels(x_CD):
             offsets_B1 = batch.candidate_offsets_R1[offsets_of(batch.row_R, num_rows)]
@@ -242,7 +245,7 @@ class Longer(Ranker):
             sees_CS = torch.cat([sees_tail_CT, sees_tail_CT.new_ones(len(row_C), 1)], dim=1)
         for layer, block in enumerate(self.layers):
             query_CHZ, key_CHZ, value_CHZ = block.project(x_CD, *turn)
-            num_visible_C = full_C - context.first_of_layer_B(layer)[row_C]
+            num_visible_C = num_visible[min(layer, 1)]
             if has_kernels(x_CD):
                 groups = context.groups(layer, query_CHZ.dtype)
                 readers = groups.over(readers) if readers else groups.readers(offsets_B1, **reads)

@@ -38,22 +38,41 @@ class PoolIndex:
         count_events: Sequence[int],
         dtype: torch.dtype,
     ) -> Tensor:
-        words_I, first_C = self.pool.words_I, self.first_index_B[row_C]
-        end_C, begin_C = end_C - first_C, begin_C - first_C
-        field_F = torch.arange(keys_CF.shape[1], device=keys_CF.device)
-        begin_CF = self.event_ts_B[row_C][:, None] + (1 + field_F) * self.event_words_B[row_C][:, None]
-        wanted_CFV = query_pairs(keys_CF, begin_C, end_C, count_events)
-        held_C = self.num_events_B[row_C] - first_C
         most_events = (self.pool.layout.most_groups + 1) * self.pool.layout.windows.merge_size
-        rank_CFV = _rank(words_I, begin_CF, held_C, wanted_CFV, most_events.bit_length())
-        count_CFV = rank_CFV[..., :1] - rank_CFV[..., 1:]
-        newest_CF = number_of(words_I[begin_CF + (rank_CFV[..., 0] - 1).clamp_min(0)])
-        newest_CF = torch.where(count_CFV[..., 0] > 0, newest_CF, 0)
-        newest_ts_CF = words_I[self.event_ts_B[row_C][:, None] + newest_CF]
-        return features_of_counts(keys_CF, count_CFV, newest_CF, newest_ts_CF, end_C, request_ts_C, dtype)
+        places = self.event_ts_B, self.event_words_B, self.first_index_B, self.num_events_B
+        asked = row_C, begin_C, end_C, request_ts_C, keys_CF
+        return _features(self.pool.words_I, *places, *asked, tuple(count_events), most_events.bit_length(), dtype)
 
 
 @fused_on_cuda
+def _features(
+    words_I: Tensor,
+    event_ts_B: Tensor,
+    event_words_B: Tensor,
+    first_index_B: Tensor,
+    num_events_B: Tensor,
+    row_C: Tensor,
+    begin_C: Tensor,
+    end_C: Tensor,
+    request_ts_C: Tensor,
+    keys_CF: Tensor,
+    count_events: tuple[int, ...],
+    num_steps: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    first_C = first_index_B[row_C]
+    end_C, begin_C = end_C - first_C, begin_C - first_C
+    field_F = torch.arange(keys_CF.shape[1], device=keys_CF.device)
+    begin_CF = event_ts_B[row_C][:, None] + (1 + field_F) * event_words_B[row_C][:, None]
+    wanted_CFV = query_pairs(keys_CF, begin_C, end_C, count_events)
+    rank_CFV = _rank(words_I, begin_CF, num_events_B[row_C] - first_C, wanted_CFV, num_steps)
+    count_CFV = rank_CFV[..., :1] - rank_CFV[..., 1:]
+    newest_CF = number_of(words_I[begin_CF + (rank_CFV[..., 0] - 1).clamp_min(0)])
+    newest_CF = torch.where(count_CFV[..., 0] > 0, newest_CF, 0)
+    newest_ts_CF = words_I[event_ts_B[row_C][:, None] + newest_CF]
+    return features_of_counts(keys_CF, count_CFV, newest_CF, newest_ts_CF, end_C, request_ts_C, dtype)
+
+
 def _rank(words_I: Tensor, begin_CF: Tensor, held_C: Tensor, wanted_CFV: Tensor, num_steps: int) -> Tensor:
     """How many of the `held_C` sorted words from `begin_CF` on are smaller than each wanted one."""
     low_CFV = torch.zeros_like(wanted_CFV)
