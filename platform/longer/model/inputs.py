@@ -64,9 +64,13 @@ class RequestTensors:
         return len(self.row_R)
 
     @property
+    def num_candidates(self) -> int:
+        """Known here, so that a device need not be asked."""
+        return len(self.candidates["item_id"])
+
+    @property
     def request_of_candidate_C(self) -> Tensor:
-        num_candidates = len(self.candidates["item_id"])  # known here, so that a device need not be asked
-        return torch.repeat_interleave(self.candidate_offsets_R1.diff(), output_size=num_candidates)
+        return torch.repeat_interleave(self.candidate_offsets_R1.diff(), output_size=self.num_candidates)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ B states, L events of a state (padded), M new events of all states, n of a state
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,46 +87,72 @@ def _rank(words_I: Tensor, begin_CF: Tensor, held_C: Tensor, wanted_CFV: Tensor,
     return low_CFV
 
 
-def grow_index(
-    pool: StatePool,
-    at: dict[str, Tensor],
-    room: Room,
-    keys_MF: Tensor,
-    event_ts_M: Tensor,
-    row_M: Tensor,
-    number_M: Tensor,
-    exists_M: Tensor,
-) -> None:
-    """Writes B indices with M new events (and fillers) in their new places; the old ones' memory may be the same.
+class NewEvents(NamedTuple):
+    """M events new to B indices, and fillers that do not exist: event m has `number_M[m]` in the window of state `row_M[m]`."""
 
-    `at` holds each state's `kept` events, of which the first `dropped` go. New event m belongs to state `row_M[m]` and has
-    `number_M[m]` in its window.
+    keys_MF: Tensor
+    event_ts_M: Tensor
+    row_M: Tensor
+    number_M: Tensor
+    exists_M: Tensor
+
+
+def grow_index(pool: StatePool, at: dict[str, Tensor], room: Room, new: NewEvents) -> None:
+    """Writes B indices with their new events in their new places; the old ones' memory may be the same.
+
+    `at` holds how many events each state `kept`, of which the first `dropped` go, and where they lie.
     """
-    num_fields, num_states, words_I = keys_MF.shape[1], len(at["kept"]), pool.words_I
-    field_F = 1 + torch.arange(num_fields, device=pool.device)
-    stay_B = at["kept"] - at["dropped"]
-    place_M = row_M * room.newest + number_M - stay_B[row_M]
-    new_F1n = keys_MF.new_full((num_fields, num_states * room.newest + 1), PAD)  # the last is for fillers
-    new_F1n[:, torch.where(exists_M, place_M, num_states * room.newest)] = pair(keys_MF, number_M[:, None]).T
-    new_BFn = new_F1n[:, :-1].unflatten(1, (num_states, room.newest)).transpose(0, 1).contiguous().sort(dim=-1).values
-    begin_BF = at["event_ts"][:, None] + field_F * at["event_words"][:, None]
+    new_BFn = _padded_pairs(new.keys_MF, new, at["kept"] - at["dropped"], room.newest).sort(dim=-1).values
+    words_I, trash_word = pool.words_I, pool.trash_word
+    target_W, word_W = _written(words_I, new_BFn, at, new, room.kept, room.moves, trash_word)
+    words_I[target_W] = word_W
 
-    number_L = torch.arange(room.kept, device=pool.device)
+
+@fused_on_cuda
+def _padded_pairs(keys_MF: Tensor, new: NewEvents, stay_B: Tensor, newest: int) -> Tensor:
+    """[B, F, n]: the new events' pairs, in no order."""
+    num_fields, num_states = keys_MF.shape[1], len(stay_B)
+    place_M = new.row_M * newest + new.number_M - stay_B[new.row_M]
+    place_M = torch.where(new.exists_M, place_M, num_states * newest)  # the last place is for fillers
+    pairs_F1n = keys_MF.new_full((num_fields, num_states * newest + 1), PAD)
+    fields_F1 = torch.arange(num_fields, device=keys_MF.device)[:, None]
+    pairs_F1n = pairs_F1n.index_put((fields_F1, place_M), pair(keys_MF, new.number_M[:, None]).T)
+    return pairs_F1n[:, :-1].unflatten(1, (num_states, newest)).transpose(0, 1).contiguous()
+
+
+@fused_on_cuda
+def _written(
+    words_I: Tensor,
+    new_BFn: Tensor,
+    at: dict[str, Tensor],
+    new: NewEvents,
+    most_kept: int,
+    moves: bool,
+    trash_word: int,
+) -> tuple[Tensor, Tensor]:
+    """Words to write, and where: pairs kept and new, and times."""
+    field_F = 1 + torch.arange(new_BFn.shape[1], device=words_I.device)
+    begin_BF = at["event_ts"][:, None] + field_F * at["event_words"][:, None]
+    number_L = torch.arange(most_kept, device=words_I.device)
     is_kept_BL = number_L < at["kept"][:, None]
     old_BF = at["old_event_ts"][:, None] + field_F * at["old_event_words"][:, None]
-    read_BFL = torch.where(is_kept_BL[:, None], old_BF[..., None] + number_L, pool.trash_word)
+    read_BFL = torch.where(is_kept_BL[:, None], old_BF[..., None] + number_L, trash_word)
     old_BFL = words_I[read_BFL].masked_fill(~is_kept_BL[:, None], PAD)
-    old_ts_BL = words_I[torch.where(is_kept_BL, at["old_event_ts"][:, None] + number_L, pool.trash_word)]
-    if room.moves:
+    if moves:
         old_BFL = _without(old_BFL, at["dropped"])
+    targets = [torch.where(new.exists_M, at["event_ts"][new.row_M] + new.number_M, trash_word)]
+    words = [new.event_ts_M]
     for pairs, others in ((old_BFL, new_BFn), (new_BFn, old_BFL)):
-        place = torch.arange(pairs.shape[-1], device=pool.device) + torch.searchsorted(others, pairs)
-        words_I[torch.where(pairs < PAD, begin_BF[..., None] + place, pool.trash_word)] = pairs
-    if room.moves:
+        place = torch.arange(pairs.shape[-1], device=words_I.device) + torch.searchsorted(others, pairs)
+        targets.append(torch.where(pairs < PAD, begin_BF[..., None] + place, trash_word).flatten())
+        words.append(pairs.flatten())
+    if moves:
         number_BL = number_L - at["dropped"][:, None]
         stays_BL = is_kept_BL & (number_BL >= 0)
-        words_I[torch.where(stays_BL, at["event_ts"][:, None] + number_BL, pool.trash_word)] = old_ts_BL
-    words_I[torch.where(exists_M, at["event_ts"][row_M] + number_M, pool.trash_word)] = event_ts_M
+        old_ts_BL = words_I[torch.where(is_kept_BL, at["old_event_ts"][:, None] + number_L, trash_word)]
+        targets.append(torch.where(stays_BL, at["event_ts"][:, None] + number_BL, trash_word).flatten())
+        words.append(old_ts_BL.flatten())
+    return torch.cat(targets), torch.cat(words)
 
 
 def _without(pairs_BFL: Tensor, dropped_B: Tensor) -> Tensor:
