@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 from longer.serving.scorer import Scorer
+from serve_apps.keeping import StateKeeper
 
 _LATENCY_EDGES_MS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
 _BATCH_EDGES = [1, 2, 4, 8, 16, 32, 64, 128]
@@ -19,8 +20,8 @@ _BATCH_EDGES = [1, 2, 4, 8, 16, 32, 64, 128]
 class ReplicaMetrics:
     """What one replica did and holds; `record` after every request, `export` now and then as well."""
 
-    def __init__(self, scorer: Scorer, lost_affinity: Counts[str]) -> None:
-        self._scorer, self._lost_affinity = scorer, lost_affinity
+    def __init__(self, scorer: Scorer, lost_affinity: Counts[str], keeper: StateKeeper) -> None:
+        self._scorer, self._lost_affinity, self._keeper = scorer, lost_affinity, keeper
         self._exported: Counts[tuple[str, str]] = Counts()
         self._model_version = ""
         self.num_queued = 0
@@ -31,6 +32,11 @@ class ReplicaMetrics:
         self._counters = {
             "state": Counter("longer_user_states", "Requests by what the cache held, and states dropped.", ("event",)),
             "online": Counter("longer_online_events", "Events received, known already, dropped, expired.", ("event",)),
+            "kept": Counter(
+                "longer_kept_states",
+                "States dumped, restored and encoded beforehand; dumps left alone as of another model, or torn.",
+                ("event",),
+            ),
             "lost": Counter(
                 "longer_lost_affinity", "Requests that came without a session, or for another's.", ("event",)
             ),
@@ -72,6 +78,7 @@ class ReplicaMetrics:
         for name, counts in (
             ("state", cache.counters.as_dict()),
             ("online", online.counters.as_dict()),
+            ("kept", self._keeper.counters),
             ("lost", self._lost_affinity),
         ):
             for event, count in counts.items():
