@@ -46,9 +46,17 @@ class ScoringArgs(BaseModel):
     max_gpu_memory_share: float = Field(
         0.95, gt=0, le=1, description="Share of a GPU's memory in use about which autoscaling lets no replica go."
     )
-    cache_bytes: int = Field(256 << 20, ge=0, description="Budget of a replica's user states on its device, in bytes.")
+    cache_bytes: int = Field(
+        256 << 20,
+        ge=0,
+        description="Budget of a replica's user states on its device, in bytes; room for the states of one batch stands beside it: "
+        "about 90 of the largest. /v1/stats tells what is allocated.",
+    )
     host_cache_bytes: int = Field(
-        0, ge=0, description="Budget of the states that had to leave the device and wait in host memory, in bytes."
+        0,
+        ge=0,
+        description="Budget of the states that had to leave the device and wait in host memory, in bytes; allocated at the start, "
+        "exactly so much and at most one slab of two states more.",
     )
     state_dump: str | None = Field(
         None,

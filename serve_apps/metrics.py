@@ -8,6 +8,7 @@ Latency of a scored batch by stage: `queue` (one request's wait for its batch), 
 from collections import Counter as Counts
 from collections.abc import Mapping, Sequence
 
+import torch
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 from longer.serving.scorer import Scorer
@@ -48,6 +49,7 @@ class ReplicaMetrics:
         self._num_states = Gauge("longer_held_user_states", "User states held.")
         self._bytes = Gauge("longer_user_state_bytes", "Bytes of user states held, by tier.", ("tier",))
         self._budget = Gauge("longer_user_state_budget_bytes", "Most bytes of user states, by tier.", ("tier",))
+        self._memory = Gauge("longer_memory_bytes", "Bytes allocated, by where and for what.", ("where", "what"))
         self._event_bytes = Gauge("longer_online_event_bytes", "Bytes of online events held.")
         self._gpu_memory = Gauge("longer_gpu_memory_share", "Share of the GPU's memory in use; 0 without a GPU.")
         self._model = Gauge("longer_served_model", "1 for the model version that answers.", ("model_version",))
@@ -72,6 +74,9 @@ class ReplicaMetrics:
         for tier, (num_bytes, budget_bytes) in tiers(self._scorer).items():
             self._bytes.set(num_bytes, tags={"tier": tier})
             self._budget.set(budget_bytes, tags={"tier": tier})
+        for where, by_use in memory(self._scorer).items():
+            for what, num_bytes in by_use.items():
+                self._memory.set(num_bytes, tags={"where": where, "what": what})
         self._event_bytes.set(online.num_bytes)
         self._gpu_memory.set(self.gpu_memory_share)
         self._export_model(self._scorer.info.model_version)
@@ -99,6 +104,21 @@ def tiers(scorer: Scorer) -> dict[str, tuple[int, int]]:
     return {
         "device": (store.num_bytes, store.budget_bytes),
         "host": (store.host_bytes, store.host_budget_bytes),
+    }
+
+
+def memory(scorer: Scorer) -> dict[str, dict[str, int]]:
+    """Bytes allocated on the device and in host memory. `states` are whole pools, whatever is in them: the budget, and on the
+    device room for a batch beside it. `work` is what else torch has there: graphs, their buffers, and tensors in use."""
+    store = scorer.cache
+    device_bytes, host_bytes = store.reserved_bytes
+    model_bytes = sum(weights.nbytes for weights in scorer.model.parameters())
+    on_device = {"model": model_bytes, "states": device_bytes}
+    if store.pool.device.type == "cuda":
+        on_device["work"] = max(0, torch.cuda.memory_allocated() - model_bytes - device_bytes)
+    return {
+        "device": on_device,
+        "host": {"states": host_bytes, "index": store.index_bytes, "events": scorer.online.num_bytes},
     }
 
 

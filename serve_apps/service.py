@@ -20,7 +20,7 @@ from serve_apps.account import Recent, service_status
 from serve_apps.affinity import Affinity
 from serve_apps.arguments import Rollout, ScoringArgs
 from serve_apps.keeping import StateKeeper
-from serve_apps.metrics import ReplicaMetrics
+from serve_apps.metrics import ReplicaMetrics, memory
 from serve_apps.peers import Peers
 from serve_apps.protocol import Asked, BodyError
 
@@ -207,6 +207,7 @@ class ScoringService:
             "lost_affinity": dict(self._affinity.lost),
             "queued_requests": self._metrics.num_queued,
             "recent": self._recent.account(),
+            "memory_bytes": memory(self._scorer),
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
 

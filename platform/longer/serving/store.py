@@ -20,6 +20,9 @@ from longer.slots import Move, Slot
 BATCH_USERS = 32
 """Most users whose states one batch uses: room for them stands beside the budget."""
 
+_ENTRY_BYTES = 4_000
+"""Of a state's Python objects, its partial group's arrays and its fingerprint's sums, as measured over thousands of states."""
+
 HeldState = Held[UserState]
 StateEntry = Entry[UserState]
 
@@ -55,6 +58,7 @@ class StateStore:
             return
         before = self.layout
         self._index.clear()
+        self._copies.finish()  # no memory goes while it is copied
         del self.pool, self._host
         try:
             self._allocate(layout, device)
@@ -77,6 +81,17 @@ class StateStore:
     def host_bytes(self) -> int:
         """Bytes of the states in host memory."""
         return self._index.tiers[Tier.HOST].num_bytes
+
+    @property
+    def reserved_bytes(self) -> tuple[int, int]:
+        """What is really allocated on the device and in host memory: the budgets in whole slabs, and beside the device's the room
+        for one batch and for what may lie idle."""
+        return self.pool.words_NI.nbytes, self._host.words_NI.nbytes if self._host else 0
+
+    @property
+    def index_bytes(self) -> int:
+        """About what Python keeps of the states besides, in host memory."""
+        return len(self) * _ENTRY_BYTES
 
     @property
     def free_bytes(self) -> int:
