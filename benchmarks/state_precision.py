@@ -1,9 +1,9 @@
 """What keeping user states in fewer bits costs in AUC and in scores: python -m benchmarks.state_precision [--root runs/quickstart]
 
 The quickstart's served checkpoint answers its test split from states, as serving does: each household's state is encoded at the
-first request, and appended to before each later one, in float32, bf16, int8 (a scale for each head of each vector) and fp8. Besides, the
-forward pass over every request's whole window, which keeps nothing. Run `python -m jobs.pipeline --config configs/quickstart.yaml`
-before. Prints a Markdown page; last, one JSON line.
+first request, and appended to before each later one, in float32, bf16, int8 (a scale for each head of each vector) and fp8.
+Besides, the forward pass over every request's whole window, which keeps nothing. Needs the pipeline's tables and checkpoint:
+`python -m jobs.pipeline --config configs/quickstart.yaml`. Prints a Markdown page; last, one JSON line.
 """
 
 import argparse
@@ -148,8 +148,8 @@ def main() -> None:
     )
     print(
         f"- {settings.import_events.dataset}, {args.config}: {len(data.requests)} test requests, {len(exact.probability_C)} "
-        f"candidates, {len(np.unique(data.row_R))} users; model {info.model_version}, {sizes.width} wide, L={sizes.history_events}, "
-        f"one cross and {sizes.num_self_layers} self layer(s), {sizes.num_heads} heads"
+        f"candidates, {len(np.unique(data.row_R))} users; model {info.model_version}, {sizes.width} wide, "
+        f"L={sizes.history_events}, one cross and {sizes.num_self_layers} self layer(s), {sizes.num_heads} heads"
     )
     print("- differences of probabilities and costs are from the states in float32\n")
     print(
