@@ -8,10 +8,7 @@ from torch import Tensor
 
 
 def pinned_words(num_words: int) -> Tensor:
-    """Words in memory of their own, zero, pinned; unpinned and given back with their storage.
-
-    Whoever drops them makes sure that no copy from or to them is under way.
-    """
+    """Words in memory of their own, zero, pinned; unpinned and given back with their storage."""
     memory = mmap.mmap(-1, max(1, num_words) * 8)
     words = torch.frombuffer(memory, dtype=torch.int64, count=num_words)
     cuda = torch.cuda.cudart()
@@ -23,5 +20,6 @@ def pinned_words(num_words: int) -> Tensor:
 
 
 def _unpin(address: int, memory: mmap.mmap) -> None:
-    """Holds the memory until then: what is still pinned must not be unmapped."""
+    """Holds the memory until no copy from or to it is under way: what is still pinned must not be unmapped."""
+    torch.cuda.synchronize()
     torch.cuda.cudart().cudaHostUnregister(address)

@@ -58,7 +58,6 @@ class StateStore:
             return
         before = self.layout
         self._index.clear()
-        self._copies.finish()  # no memory goes while it is copied
         del self.pool, self._host
         try:
             self._allocate(layout, device)
