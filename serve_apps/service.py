@@ -19,7 +19,8 @@ from serve_apps.access import TIMEOUT_HEADER, Gate, reason_of, status_of
 from serve_apps.account import Recent, service_status
 from serve_apps.affinity import Affinity
 from serve_apps.arguments import Rollout, ScoringArgs
-from serve_apps.metrics import ReplicaMetrics
+from serve_apps.keeping import StateKeeper
+from serve_apps.metrics import ReplicaMetrics, memory
 from serve_apps.peers import Peers
 from serve_apps.protocol import Asked, BodyError
 
@@ -64,7 +65,8 @@ class ScoringService:
         for batch in (self._score_batch, self._events_batch):
             batch.set_max_batch_size(args.max_batch_requests)
             batch.set_batch_wait_timeout_s(args.batch_wait_ms / 1000)
-        self._metrics = ReplicaMetrics(self._scorer, self._affinity.lost)
+        self._keeper = StateKeeper(args, self._scorer, self._replica, self._in_worker)
+        self._metrics = ReplicaMetrics(self._scorer, self._affinity.lost, self._keeper)
         self._metrics.export()
 
     def _load(self) -> Scorer:
@@ -132,6 +134,7 @@ class ScoringService:
 
     async def forget_everywhere(self, user_id: int | str) -> tuple[int, int]:
         """The number of replicas, which all have dropped what they held of the user, and of those that held anything."""
+        await self._keeper.mark_forgotten(user_id)
         held = await self.forget(user_id)
         others = await self._peers.ask(self.forget, user_id)
         if any(isinstance(outcome, BaseException) for outcome in others):
@@ -186,7 +189,7 @@ class ScoringService:
 
     async def forget(self, user_id: int | str) -> bool:
         """Drops what this one holds of the user; whether it held anything."""
-        return await self._in_worker(self._scorer.forget, user_id)
+        return await self._in_worker(self._keeper.forget, user_id)
 
     async def account(self) -> dict[str, Any]:
         """What this replica holds, and what it has done since it started and lately."""
@@ -199,10 +202,12 @@ class ScoringService:
             "sequences_version": self._scorer.history.version_id,
             "refused_rollout": self._refused_rollout,
             "cache": {**cache.counters.as_dict(), **states},
+            "kept_states": self._keeper.counters,
             "online_events": {**online.counters.as_dict(), **events},
             "lost_affinity": dict(self._affinity.lost),
             "queued_requests": self._metrics.num_queued,
             "recent": self._recent.account(),
+            "memory_bytes": memory(self._scorer),
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
 
@@ -271,5 +276,11 @@ class ScoringService:
 
     async def _look_at_ring(self) -> None:
         names = [name for name in await self._peers.ask(self.replica_id) if isinstance(name, str)]
-        if names:  # else the ring stays what it was: it only serves a count
+        if names:  # else the ring stays what it was
             self._affinity.see(names)
+        if self._affinity.ring:
+            await self._keeper.bring(self._affinity.ring)
+
+    async def __del__(self) -> None:
+        """Serve calls it once the replica has answered all that it was asked, before it ends."""
+        await self._keeper.leave()

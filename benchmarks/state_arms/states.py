@@ -52,10 +52,7 @@ def rows_of(users: Users, num_users: Sequence[int], num_candidates: Sequence[int
 
 def recompute(users: Users, asked: RequestBatch) -> dict[str, float]:
     """One user, every candidate with a history of its own, in blocks that fit, which lie on the device before the clock starts."""
-    request = users.request(asked, users.num_events)
-    num_candidates = len(asked.candidates.features["item_id"])
-    bounds = [*range(0, num_candidates, _BLOCK_CANDIDATES), num_candidates]
-    blocks = [to_tensors(per_impression(_part(request, *span), span[1] - span[0]), DEVICE) for span in pairwise(bounds)]
+    blocks = [to_tensors(block, DEVICE) for block in blocks_of(users, asked)]
 
     def step() -> None:
         for block in blocks:
@@ -63,6 +60,14 @@ def recompute(users: Users, asked: RequestBatch) -> dict[str, float]:
 
     with torch.inference_mode(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=ON_CUDA, cache_enabled=False):
         return rounds_ms(step, 1, 3)
+
+
+def blocks_of(users: Users, asked: RequestBatch) -> list[RequestBatch]:
+    """One user's candidates, each once and with a copy of the history; the last block is what is left."""
+    request = users.request(asked, users.num_events)
+    num_candidates = len(asked.candidates.features["item_id"])
+    bounds = [*range(0, num_candidates, _BLOCK_CANDIDATES), num_candidates]
+    return [per_impression(_part(request, *span), span[1] - span[0]) for span in pairwise(bounds)]
 
 
 def _part(request: RequestBatch, begin: int, end: int) -> RequestBatch:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from longer.arrays import Int64
 from longer.model.longer import Longer
+from longer.model.pinned import pinned_words
 from longer.slots import Move, SlotAllocator, slot_sizes
 from longer.windows import WindowRule
 
@@ -170,9 +171,11 @@ class StatePool:
         self.layout = layout
         slab_rows = 2 * layout.largest_rows
         num_rows = -(-num_bytes // (slab_rows * layout.row_bytes)) * slab_rows
-        self.words_NI = torch.empty(
-            num_rows + 1, 2 * layout.vector_words, dtype=torch.int64, device=device, pin_memory=pinned
-        )
+        shape = num_rows + 1, 2 * layout.vector_words
+        if pinned:
+            self.words_NI = pinned_words(shape[0] * shape[1]).view(shape)
+        else:
+            self.words_NI = torch.empty(shape, dtype=torch.int64, device=device)
         self.slots = SlotAllocator(num_rows, layout.largest_rows, layout.smallest_rows, self._move)
 
     @staticmethod

@@ -257,6 +257,7 @@ class StateResolver:
             self._known(request.user_key),
             _print(update, state, self._engine.model.windows.stride_events),
             update.holds_table,
+            request.user_id[0].as_py(),
         )
         if base is not None and base.entry.state.slot is state.slot:
             self._store.update(request.user_key, entry)

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 
 from longer.arrays import NO_EVENT_TS, Candidates
@@ -95,9 +96,9 @@ class Scorer:
             self._serve_states()
 
     def _serve_states(self) -> None:
-        version = StateVersion(self.info.model_version, self.info.schema.hash(), self.info.model.encoding)
+        self.version = StateVersion(self.info.model_version, self.info.schema.hash(), self.info.model.encoding)
         self._engine = StateEngine(self.model, self.cache.pool)
-        self.states = StateResolver(self._engine, version, self.history, self.online, self.cache)
+        self.states = StateResolver(self._engine, self.version, self.history, self.online, self.cache)
 
     def refresh(self) -> bool:
         """Goes over to newer served sequences with their catalogue; UserError, and no change, until both are there."""
@@ -142,9 +143,24 @@ class Scorer:
             for o in outcomes
         ]
 
+    def warm(self, user_ids: pa.Array) -> int:
+        """Encodes the users of whom no state is here, as far as none has to go for them; how many, `BATCH_USERS` at most."""
+        keys, most = stable_keys(user_ids).tolist(), self.cache.free_bytes // self.cache.most_state_bytes
+        unknown = [n for n, user_key in enumerate(keys) if self.cache.peek(user_key, self.version) is None]
+        wave = [Pending(user_ids[n : n + 1], keys[n], now_ms(), None) for n in unknown[: min(most, BATCH_USERS)]]
+        try:
+            self.states.resolve(wave)
+        finally:
+            self.cache.release()
+        return sum(request.error is None for request in wave)
+
+    def user_key(self, user_id: int | str) -> int:
+        """What the user is known by in here. A UserError if it is no user id."""
+        return int(stable_keys(self._reader.user(user_id))[0])
+
     def forget(self, user_id: int | str) -> bool:
         """Drops the user's state, from all tiers, and online events; whether there was any. A UserError if it is no user id."""
-        user_key = int(stable_keys(self._reader.user(user_id))[0])
+        user_key = self.user_key(user_id)
         had_events, had_state = self.online.forget(user_key), self.cache.forget(user_key)
         return had_events or had_state
 
