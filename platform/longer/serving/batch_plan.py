@@ -48,6 +48,7 @@ class Plan:
     top_k: int | None = None
     check_requests: int = 0
     batch_bytes: int = 0
+    most_actors: int = 1
     device: str = "cpu"
     device_share: float = 1.0
     """Devices that an actor has: a part of a GPU, or one or more."""
@@ -107,6 +108,7 @@ def plan_scores(settings: Settings) -> Plan:
         split=asked.split,
         check_requests=asked.check_requests,
         batch_bytes=asked.batch_bytes,
+        most_actors=asked.concurrency[1],
         device=asked.device,
         device_share=asked.num_gpus_per_scorer or 1.0,
     )
@@ -164,6 +166,7 @@ def _plan_users(settings: Settings, asked: UserSettings, kind: Kind) -> Plan:
         top_k=asked.top_k if isinstance(asked, BatchSettings) else None,
         check_requests=asked.check_requests,
         batch_bytes=asked.batch_bytes,
+        most_actors=asked.concurrency[1],
         device=asked.device,
         device_share=asked.num_gpus_per_scorer or 1.0,
     )
