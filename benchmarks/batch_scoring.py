@@ -134,6 +134,7 @@ def _timed(stage: str, stages: dict[str, float]) -> Iterator[None]:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the model runs (default cpu)")
+    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="bf16 on a GPU only")
     parser.add_argument("--scorers", type=int, default=1, help="actors that share a device (default 1)")
     parser.add_argument("--history-events", type=int, default=1_000, help="L (default 1,000)")
     parser.add_argument("--merge-size", type=int, default=4, help="K (default 4)")

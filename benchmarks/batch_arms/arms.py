@@ -18,6 +18,7 @@ from longer.data.tables import RequestTable, SequenceTable
 from longer.model.inputs import BatchTensors, to_tensors
 from longer.model.longer import Longer
 from longer.model.outputs import to_scores
+from longer.serving.batch_answers import computing_in
 from longer.serving.batch_input import Chunk, Reader
 from longer.serving.batch_output import Run
 from longer.serving.batch_plan import plan_scores
@@ -72,7 +73,8 @@ class FromScratch:
 
     @torch.inference_mode()
     def _forward(self, batch: RequestBatch) -> Float32:
-        return self._model(to_tensors(batch, self._plan.device)).float().cpu().numpy()
+        with computing_in(self._plan.precision, self._plan.device):
+            return self._model(to_tensors(batch, self._plan.device)).float().cpu().numpy()
 
 
 def from_scratch(settings: Settings, num_requests: int) -> float:
@@ -116,10 +118,16 @@ def bare_loops(settings: Settings, device: str) -> dict[str, Loop]:
     def appended() -> int:
         return sum(len(_scored(chunk, budget)) for chunk in chunks)
 
+    def computed(loop: Loop) -> Loop:
+        def run() -> int:
+            with computing_in(plan.precision, device):
+                return loop()
+
+        run()
+        return run
+
     loops = {"requests packed as in training": packed, "the job's scoring of chunks": appended}
-    for loop in loops.values():
-        loop()
-    return {f"bare loop: {name}": loop for name, loop in loops.items()}
+    return {f"bare loop: {name}": computed(loop) for name, loop in loops.items()}
 
 
 def loop_rate(loop: Loop, device: str) -> float:

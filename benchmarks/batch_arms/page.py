@@ -89,7 +89,7 @@ def _conditions(asked: argparse.Namespace, settings: Settings, num_devices: int)
     device = f"one core of {cpu_model()}"
     if asked.device == "cuda":
         device = f"{num_devices} x {torch.cuda.get_device_name()}, {os.cpu_count()} CPU cores"
-    precision = "float32" if asked.device == "cpu" else "float32, no TF32"
+    precision = "float32, no TF32" if asked.precision == "float32" else asked.precision
     return [
         f"`python -m benchmarks.batch_scoring {' '.join(sys.argv[1:])}`\n",
         f"- hardware: {device}; {asked.scorers} scorers a device",

@@ -72,6 +72,7 @@ def pool_of(asked: argparse.Namespace, num_actors: int) -> dict[str, Any]:
         "concurrency": (num_actors, num_actors),
         "num_gpus_per_scorer": num_gpus,
         "batch_bytes": asked.batch_bytes,
+        "precision": asked.precision,
     }
 
 

@@ -56,7 +56,13 @@ class BucketScorer:
         self._scorer: Scorer | None = None  # without user states, there is no serving path to compare with
         if info.model.is_appendable:
             self._scorer = Scorer(
-                plan.checkpoint.path, sequences, _CACHE_BYTES, plan.items_path, plan.sequences.id, plan.device
+                plan.checkpoint.path,
+                sequences,
+                _CACHE_BYTES,
+                plan.items_path,
+                plan.sequences.id,
+                plan.device,
+                state_precision=plan.precision,
             )
             model = self._scorer.model
         budget = Budget(model, plan.batch_bytes)
@@ -70,7 +76,7 @@ class BucketScorer:
             windows=model.windows,
             outputs_a_request=self._answers.values_a_user,
         )
-        warm_up(model, budget, self._scorer)
+        warm_up(model, budget, plan.precision, self._scorer)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         with _memory_told(self._plan):

@@ -13,7 +13,15 @@ import torch
 
 from longer.arrays import Float32, Int64
 from longer.data.columns import flat_list, single_array
-from longer.data.scores import Float64, absolute_gaps, check_gaps, root_mean_square, score_column
+from longer.data.scores import (
+    MAX_DIFFERENCE,
+    MAX_DIFFERENCE_BF16,
+    Float64,
+    absolute_gaps,
+    check_gaps,
+    root_mean_square,
+    score_column,
+)
 from longer.errors import UserError
 from longer.hashing import stable_keys
 from longer.model.inputs import event_tensors
@@ -134,7 +142,8 @@ class OnlineCheck:
     def _note(self, online: np.ndarray, offline: np.ndarray, what: str, scale: float | None = None) -> None:
         gaps: Float64 = absolute_gaps(online, offline)
         self.max_abs_diff = max(self.max_abs_diff, float(gaps.max()))
-        check_gaps(gaps, online, what, "the offline and the serving path", scale)
+        most = MAX_DIFFERENCE_BF16 if self.plan.precision == "bf16" else MAX_DIFFERENCE
+        check_gaps(gaps, online, what, "the offline and the serving path", scale, most)
 
 
 def _request(chunk: Chunk, r: int, ids: list[Any] | pa.Array, features: dict[str, list[Any]]) -> ScoreRequest:

@@ -9,6 +9,7 @@ import torch
 from longer.arrays import NO_EVENT_TS, Candidates, Histories
 from longer.model.ranker import Ranker
 from longer.schema import EventSchema
+from longer.serving.batch_answers import computing_in
 from longer.serving.offline import Budget, Questions, score_lists
 from longer.serving.scorer import Scorer
 
@@ -17,7 +18,7 @@ _NUM_CANDIDATES = 80
 _NOW = 1_700_000_000_000
 
 
-def warm_up(model: Ranker, budget: Budget, scorer: Scorer | None) -> None:
+def warm_up(model: Ranker, budget: Budget, precision: str, scorer: Scorer | None) -> None:
     """Users of full windows, asked before and after their windows move; on a CPU, where nothing is compiled, nothing."""
     if not model.norm_head.weight.is_cuda:
         return
@@ -35,7 +36,8 @@ def warm_up(model: Ranker, budget: Budget, scorer: Scorer | None) -> None:
     )
     row_R, request_ts_R = np.repeat(np.arange(_NUM_USERS), len(ends)), np.full(num_asked, 2 * _NOW)
     questions = Questions(histories, row_R, np.tile(ends, _NUM_USERS), request_ts_R)
-    score_lists(questions, _candidates(schema, num_asked), budget)
+    with computing_in(precision, "cuda"):
+        score_lists(questions, _candidates(schema, num_asked), budget)
     if scorer:
         scorer.warm_up(histories, request_ts_R[:_NUM_USERS], _candidates(schema, _NUM_USERS))
     torch.cuda.synchronize()
