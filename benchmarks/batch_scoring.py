@@ -8,7 +8,7 @@ in which all users are alike, with a model of random weights:
     bare model loop   the model alone over what is in memory: requests packed onto shared histories as in training, batches made
                       before; and the job's own scoring function over chunks that were read before. The faster one is the limit.
     best items        users x the whole catalogue with top_k, and the memory that took against the size of the score matrix
-    linear in users   a quarter, a half and all of the users x 1,000 candidates
+    linear in users   a quarter and all of the users x 1,000 candidates
 
 With `--catalogue-items N` only the best items, of N, for a quarter and for all of `--top-k-users`, on all GPUs of the machine.
 
@@ -75,14 +75,16 @@ def _split(asked: argparse.Namespace) -> tuple[list[str], dict[str, float]]:
     loops.clear()  # the actors need the memory
     torch.cuda.empty_cache()
     pool = pool_of(asked, asked.scorers)
-    with _timed("best items", stages):
-        users = users_file(settings, min(asked.users, asked.top_k_users))
-        best = fresh_run(settings, BatchSettings(**pool, catalogue=True, top_k=asked.top_k, users=users))
+    best = None
+    if asked.top_k_users:
+        with _timed("best items", stages):
+            users = users_file(settings, min(asked.users, asked.top_k_users))
+            best = fresh_run(settings, BatchSettings(**pool, catalogue=True, top_k=asked.top_k, users=users))
     with _timed("linear in users", stages):
         items = items_file(settings, NUM_CANDIDATES)
         linear = {
             n: fresh_run(settings, BatchSettings(**pool, users=users_file(settings, n), candidates=items))
-            for n in (asked.users // 4, asked.users // 2, asked.users)
+            for n in (asked.users // 4, asked.users)
         }
     measured = Measured(asked, settings, dict(rates), scored, best, linear, stages)
     job, scratch = median(rates[JOB]), median(rates[SCRATCH])
@@ -131,28 +133,48 @@ def _timed(stage: str, stages: dict[str, float]) -> Iterator[None]:
     say("batch_scoring", f"{stage}: {seconds:.1f} s")
 
 
+DEFAULTS = {
+    "cpu": {"scorers": 1, "event_width": 16, "self_layers": 2, "users": 200, "requests_per_user": 40, "top_k_users": 50}
+    | {"scratch_requests": 1_000, "batch_bytes": 256 << 20, "runs": 3},
+    "cuda": {
+        "scorers": 4,
+        "event_width": 32,
+        "self_layers": 3,
+        "users": 1_600,
+        "requests_per_user": 200,
+        "top_k_users": 0,
+    }
+    | {"scratch_requests": 2_000, "batch_bytes": 4_000_000_000, "runs": 2},
+}
+"""Sizes that keep the device busy for some seconds."""
+
+
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    epilog = "\n".join(f"defaults on {device}: {sizes}" for device, sizes in DEFAULTS.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the model runs (default cpu)")
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="bf16 on a GPU only")
-    parser.add_argument("--scorers", type=int, default=1, help="actors that share a device (default 1)")
+    parser.add_argument("--scorers", type=int, help="actors that share a device")
     parser.add_argument("--history-events", type=int, default=1_000, help="L (default 1,000)")
     parser.add_argument("--merge-size", type=int, default=4, help="K (default 4)")
     parser.add_argument("--query-groups", type=int, default=50, help="k, twice the stride in groups (default 50)")
-    parser.add_argument("--event-width", type=int, default=16, help="d; tokens are K*d wide (default 16)")
-    parser.add_argument("--self-layers", type=int, default=2, help="N (default 2)")
-    parser.add_argument("--users", type=int, default=200, help="users of the log (default 200)")
-    parser.add_argument("--requests-per-user", type=int, default=40, help="about how many (default 40)")
+    parser.add_argument("--event-width", type=int, help="d; tokens are K*d wide")
+    parser.add_argument("--self-layers", type=int, help="N")
+    parser.add_argument("--users", type=int, help="users of the log")
+    parser.add_argument("--requests-per-user", type=int, help="about how many")
     parser.add_argument("--negatives", type=int, default=9, help="candidates of a request besides its item (default 9)")
     parser.add_argument("--items", type=int, default=10_000, help="items of the log (default 10,000)")
     parser.add_argument("--top-k", type=int, default=100, help="best items of a user that are kept (default 100)")
-    parser.add_argument("--top-k-users", type=int, default=50, help="users who get the best items of all (default 50)")
+    parser.add_argument("--top-k-users", type=int, help="users who get the best items of all, if not 0")
     parser.add_argument("--catalogue-items", type=int, help="only best items, of a catalogue of so many")
-    parser.add_argument("--scratch-requests", type=int, default=1_000, help="scored from scratch (default 1,000)")
-    parser.add_argument("--batch-bytes", type=int, default=256 << 20, help="batch_score.batch_bytes (default 256 MiB)")
+    parser.add_argument("--scratch-requests", type=int, help="scored from scratch")
+    parser.add_argument("--batch-bytes", type=int, help="batch_score.batch_bytes")
     parser.add_argument("--data", default="runs/benchmark_batch_scoring", help="folder for tables, which stay")
-    parser.add_argument("--runs", type=int, default=3, help="rounds over the arms; rates are medians (default 3)")
+    parser.add_argument("--runs", type=int, help="rounds over the arms; rates are medians")
     parser.add_argument("--seed", type=int, default=1)
+    parser.set_defaults(**DEFAULTS[parser.parse_args().device])
     return parser.parse_args()
 
 

@@ -31,7 +31,7 @@ class Measured:
     settings: Settings
     rates: dict[str, list[float]]
     scored: Version
-    best: Version
+    best: Version | None
     linear: dict[int, Version]
     stages: dict[str, float]
 
@@ -52,7 +52,7 @@ def page(of: Measured, summary: dict[str, float]) -> list[str]:
         ),
         f"\nBefore its scores, the last run of the job took {told['start_s']:.1f} s until its first actor was up; "
         f"{told['device_s_per_million_scores']:.2f} device-seconds a million scores; {_memory(of.scored)}. {_checked(of.scored)}\n",
-        _best_in_words(of.best),
+        *([_best_in_words(of.best)] if of.best else []),
         *_linear(of.linear),
         *_goals(
             ("end to end, of the bare loop", ">= 90% on a GPU", f"{summary['vs_bare_loop']:.0%}", summary["vs_bare_loop"] >= 0.9),
