@@ -1,7 +1,6 @@
 """The benchmark's Markdown page: hardware, versions, commit, sizes, rates, and the goals beside what was measured."""
 
 import argparse
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -88,7 +87,7 @@ def _conditions(asked: argparse.Namespace, settings: Settings, num_devices: int)
     sizes = settings.model
     device = f"one core of {cpu_model()}"
     if asked.device == "cuda":
-        device = f"{num_devices} x {torch.cuda.get_device_name()}, {os.cpu_count()} CPU cores"
+        device = f"{num_devices} x {torch.cuda.get_device_name()}, {ray.cluster_resources()['CPU']:.0f} CPU cores"
     precision = "float32, no TF32" if asked.precision == "float32" else asked.precision
     return [
         f"`python -m benchmarks.batch_scoring {' '.join(sys.argv[1:])}`\n",

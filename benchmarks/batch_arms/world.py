@@ -61,7 +61,7 @@ def settings_of(asked: argparse.Namespace, num_actors: int) -> Settings:
             },
             "model": model,
             "batch_score": pool_of(asked, num_actors),
-            "ray": {"num_cpus": max(4, os.cpu_count() or 4, num_actors + 2)},
+            "ray": {"num_cpus": None if asked.device == "cuda" else 4},  # else as many as Ray finds
         }
     )
 
