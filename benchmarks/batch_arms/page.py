@@ -11,7 +11,7 @@ import pyarrow as pa
 import ray
 import torch
 
-from benchmarks.batch_arms.world import scoring_seconds
+from benchmarks.batch_arms.world import num_cores, scoring_seconds
 from benchmarks.point_reads import commit
 from benchmarks.quickstart import cpu_model
 from longer.config import Settings
@@ -87,7 +87,7 @@ def _conditions(asked: argparse.Namespace, settings: Settings, num_devices: int)
     sizes = settings.model
     device = f"one core of {cpu_model()}"
     if asked.device == "cuda":
-        device = f"{num_devices} x {torch.cuda.get_device_name()}, {ray.cluster_resources()['CPU']:.0f} CPU cores"
+        device = f"{num_devices} x {torch.cuda.get_device_name()}, {num_cores()} CPU cores"
     precision = "float32, no TF32" if asked.precision == "float32" else asked.precision
     return [
         f"`python -m benchmarks.batch_scoring {' '.join(sys.argv[1:])}`\n",

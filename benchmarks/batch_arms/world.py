@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,9 +62,21 @@ def settings_of(asked: argparse.Namespace, num_actors: int) -> Settings:
             },
             "model": model,
             "batch_score": pool_of(asked, num_actors),
-            "ray": {"num_cpus": None if asked.device == "cuda" else 4},  # else as many as Ray finds
+            "ray": {
+                "num_cpus": max(4, num_actors + 2, num_cores()),
+                "object_store_bytes": (8 if asked.device == "cuda" else 1) << 30,
+            },
         }
     )
+
+
+def num_cores() -> int:
+    """That this process may use, in a container too."""
+    quota, limit = Path("/sys/fs/cgroup/cpu.max"), len(os.sched_getaffinity(0))
+    if quota.exists():
+        share, period = quota.read_text().split()
+        limit = limit if share == "max" else min(limit, max(1, int(share) // int(period)))
+    return limit
 
 
 def pool_of(asked: argparse.Namespace, num_actors: int) -> dict[str, Any]:
