@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from longer.arrays import NO_EVENT_TS, Candidates
+from longer.arrays import NO_EVENT_TS, Candidates, Histories, Int64
 from longer.data.items import ItemTable, items_version
 from longer.errors import UserError
 from longer.hashing import stable_keys
@@ -23,6 +23,7 @@ from longer.model.engine import StateEngine
 from longer.model.longer import Longer
 from longer.model.outputs import to_scores
 from longer.model.pool import Precision
+from longer.model.states import encode, new_slots
 from longer.serving.cache import StateVersion
 from longer.serving.history import HistorySource, check_kept
 from longer.serving.online import EventLimits, OnlineEvents
@@ -115,6 +116,14 @@ class Scorer:
         return (
             ItemTable(self._items_path, schema, items_version(sequences_version, schema)) if self._items_path else None
         )
+
+    def warm_up(self, histories: Histories, request_ts_B: Int64, candidates: Candidates) -> None:
+        """Answers once for users that nobody has, and forgets them: kernels are compiled before anybody waits for them."""
+        pool = self.cache.pool
+        slots = new_slots(pool, histories.end_index_B)
+        self._score(encode(self.model, pool, histories, slots), request_ts_B, candidates)
+        for slot in slots:
+            pool.slots.free(slot)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult | UserError]:
         """One outcome a request, in order; a request that cannot be answered has its error and does not disturb the others.
