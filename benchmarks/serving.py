@@ -141,7 +141,6 @@ def options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="of one measurement (default 10; 1.5 with --quick)")
     parser.add_argument("--cache-bytes", type=int, default=4 << 30, help="of a replica at 100%% hit (default 4 GiB)")
     parser.add_argument("--max-batch-requests", type=int, default=16, help="requests scored together (default 16)")
-    parser.add_argument("--batch-wait-ms", type=float, default=1.0, help="of the first one (default 1)")
     parser.add_argument("--torch-threads", type=int, default=1, help="threads of one operation (default 1)")
     parser.add_argument("--logical-cpus", type=int, default=8, help="CPUs that Ray counts with (default 8)")
     parser.add_argument("--data", default="runs/benchmark_serving", help="folder for tables, which stay")

@@ -106,7 +106,7 @@ class Bench:
         sizes = {
             "max_body_bytes": 8 << 20,
             "max_batch_requests": asked.max_batch_requests,
-            "batch_wait_ms": asked.batch_wait_ms,
+            "usual_candidates": asked.candidates,
         }
         args = {"checkpoint": self.world.checkpoint, **tables, **gpus, **sizes, "cache_bytes": asked.cache_bytes}
         args |= {"num_cpus": 0.5, "torch_threads": asked.torch_threads, "timeout_s": 60, "refresh_s": 2, **arguments}

@@ -41,10 +41,10 @@ def service(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     world = build_world(tmp_path_factory.mktemp("grpc"))
     token = Path(world.path("token"))
     token.write_text(TOKEN)
-    limits = {"max_candidates": 3, "max_events": 2, "max_body_bytes": 2000, "batch_wait_ms": 50}
+    limits = {"max_candidates": 3, "max_events": 2, "max_body_bytes": 2000}
     args = ScoringArgs(checkpoint=world.path("checkpoints"), token_file=str(token), num_cpus=0.5, **limits)
     port, rpc_port = free_port("127.0.0.1", 8399), free_port("127.0.0.1", 8398)
-    servicer = "serve_apps.grpc.scoring_pb2_grpc.add_ScoringServicer_to_server"
+    servicer = "serve_apps.grpc.proxy.add_scoring"
     try:
         serve.start(
             http_options={"host": "127.0.0.1", "port": port},
@@ -140,7 +140,7 @@ def test_token_and_deadline_hold_here_too(service: tuple[ScoringStub, str]) -> N
         stub.Score(request, metadata=METADATA[:1], timeout=30)
     assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
     with pytest.raises(grpc.RpcError) as late:
-        stub.Score(request, metadata=(*METADATA, ("x-timeout-ms", "10")), timeout=30)
+        stub.Score(request, metadata=(*METADATA, ("x-timeout-ms", "1")), timeout=30)
     assert (late.value.code(), late.value.details()[:20]) == (
         grpc.StatusCode.DEADLINE_EXCEEDED,
         "not answered in time",
