@@ -58,15 +58,13 @@ class MicroBatcher(Generic[Item, Outcome]):
     async def ask(self, *items: Item) -> list[tuple[Outcome, Times]]:
         """Each item's outcome. Who is cancelled before the batch begins is left out of it."""
         loop, now_s = asyncio.get_running_loop(), time.perf_counter()
-        asked = [_Waiting[Item, Outcome](item, loop.create_future(), now_s) for item in items]
+        asked: list[_Waiting[Item, Outcome]] = [_Waiting(item, loop.create_future(), now_s) for item in items]
         with self._lock:
             self._waiting += asked
             starts, self._is_running = not self._is_running, True
         if starts:
             self._worker.submit(self._run, loop)
-        return (
-            [await one.answer for one in asked] if len(asked) == 1 else await asyncio.gather(*(a.answer for a in asked))
-        )
+        return await asyncio.gather(*(one.answer for one in asked))
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         batch = self._next()

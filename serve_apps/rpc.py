@@ -1,4 +1,4 @@
-"""The service over gRPC, through Serve's gRPC proxy: `serve_apps/grpc/scoring.proto` says what is called and answered.
+"""The service over gRPC, through Serve's gRPC proxy: `platform/longer/rpc/scoring.proto` says what is called and answered.
 
 The generated code asks for a protobuf as new as it was made with; it is imported by the first call, so that who speaks HTTP only
 does not need it.
@@ -29,10 +29,11 @@ Context = RayServegRPCContext
 
 
 class RpcService(ScoringService):
-    """Calls by their names in the .proto file; bodies come undecoded (`serve_apps/grpc/proxy.py`): their size is checked first."""
+    """Calls by their names in the .proto file; bodies come undecoded (`serve_apps/grpc_proxy.py`): their size is checked first."""
 
     async def Score(self, body: bytes, grpc_context: Context) -> Any:
-        from serve_apps.grpc import messages, scoring_pb2
+        from longer.rpc import scoring_pb2
+        from serve_apps import messages
 
         async def work(request: Any, session: str | None, call: Call) -> Any:
             asked = messages.parse_score(request, self._args.limits)
@@ -44,7 +45,8 @@ class RpcService(ScoringService):
         return await self._reply("rpc Score", body, grpc_context, work, *types)
 
     async def AddEvents(self, body: bytes, grpc_context: Context) -> Any:
-        from serve_apps.grpc import messages, scoring_pb2
+        from longer.rpc import scoring_pb2
+        from serve_apps import messages
 
         async def work(request: Any, session: str | None, call: Call) -> Any:
             sent = messages.parse_events(request, self._args.limits)
@@ -54,7 +56,8 @@ class RpcService(ScoringService):
         return await self._reply("rpc AddEvents", body, grpc_context, work, *types)
 
     async def ForgetUser(self, body: bytes, grpc_context: Context) -> Any:
-        from serve_apps.grpc import messages, scoring_pb2
+        from longer.rpc import scoring_pb2
+        from serve_apps import messages
 
         async def work(request: Any, *_: Any) -> Any:
             user_id = checked_id(messages.value_of(request.user_id), self._scorer.info.schema.user_id)
