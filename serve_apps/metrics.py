@@ -23,7 +23,6 @@ class ReplicaMetrics:
     def __init__(self, scorer: Scorer, lost_affinity: Counts[str]) -> None:
         self._scorer, self._lost_affinity = scorer, lost_affinity
         self._exported: Counts[tuple[str, str]] = Counts()
-        self._model_version = ""
         self.num_queued = 0
         """Requests that wait for their batch."""
         self.gpu_memory_share = 0.0
@@ -60,7 +59,7 @@ class ReplicaMetrics:
             self._stages.observe(ms, tags={"stage": stage})
 
     def export(self) -> None:
-        """Brings gauges and increments up to date."""
+        """Brings gauges and increments up to date. Ray drops a gauge's series that is not set again, as that of the last model."""
         cache, online = self._scorer.cache, self._scorer.online
         self._queued.set(self.num_queued)
         self._num_states.set(len(cache))
@@ -69,7 +68,7 @@ class ReplicaMetrics:
             self._budget.set(budget_bytes, tags={"tier": tier})
         self._event_bytes.set(online.num_bytes)
         self._gpu_memory.set(self.gpu_memory_share)
-        self._export_model(self._scorer.info.model_version)
+        self._model.set(1, tags={"model_version": self._scorer.info.model_version})
         for name, counts in (
             ("state", cache.counters.as_dict()),
             ("online", online.counters.as_dict()),
@@ -79,12 +78,6 @@ class ReplicaMetrics:
                 if (grown := count - self._exported[name, event]) > 0:
                     self._counters[name].inc(grown, tags={"event": event})
                     self._exported[name, event] = count
-
-    def _export_model(self, version: str) -> None:
-        if version != self._model_version and self._model_version:
-            self._model.set(0, tags={"model_version": self._model_version})
-        self._model_version = version
-        self._model.set(1, tags={"model_version": version})
 
 
 def tiers(scorer: Scorer) -> dict[str, tuple[int, int]]:

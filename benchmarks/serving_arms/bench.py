@@ -147,7 +147,10 @@ class Bench:
         }
 
     def _num_replicas(self, app: str) -> int:
-        status = requests.get(f"{self.url(app)}/v1/status", timeout=30)
+        try:
+            status = requests.get(f"{self.url(app)}/v1/status", timeout=30)
+        except requests.RequestException:  # it is being started
+            return 0
         return len(status.json()["replicas"]) if status.status_code == 200 else 0
 
     def state_bytes(self, app: str) -> float:
