@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import resource
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -185,6 +186,7 @@ class ScoringService:
         events = {"users": len(online), "bytes": online.num_bytes, "budget_bytes": self._args.events_bytes}
         return {
             "replica": self._replica,
+            "process_id": os.getpid(),
             "model_version": self._scorer.info.model_version,
             "sequences_version": self._scorer.history.version_id,
             "refused_rollout": self._rollouts.is_refused,

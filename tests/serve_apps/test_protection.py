@@ -1,6 +1,8 @@
 """What keeps a service up and its secrets in: token, deadline, a bounded queue, quiet logs."""
 
 import asyncio
+import json
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +92,27 @@ def test_nothing_that_was_sent_is_in_a_log(url: str) -> None:
         if response.status_code == 422:
             assert ITEM not in response.text
     logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    replica = httpx.get(f"{url}/v1/stats", headers=BEARER, timeout=30).json()["replica"]
+    deadline, lines = time.monotonic() + 20, list[dict]()
+    while "stats" not in {line["route"] for line in lines}:  # the last call is written, so all are
+        assert time.monotonic() < deadline, lines
+        time.sleep(0.2)
+        log = logs / "serve" / f"access_{replica}.jsonl"
+        lines = list(map(json.loads, log.read_text().splitlines())) if log.exists() else []
+    told = Counter((line["route"], line["status"], line["num_candidates"], line["source"]) for line in lines[-5:])
+    assert told == Counter(
+        [
+            ("score", 200, 1, "cold"),
+            ("score", 422, 1, None),
+            ("events", 422, 0, None),
+            ("users", 200, 0, None),
+            ("stats", 200, 0, None),
+        ]
+    )
+    scored = next(line for line in lines if (line["route"], line["status"]) == ("score", 200))
+    assert {"parse", "queue", "score", "answer"} <= scored["stages_ms"].keys()
+    assert sum(scored["stages_ms"].values()) <= scored["latency_ms"] + 0.01
+    assert scored["model_version"] == httpx.get(f"{url}/v1/model", headers=BEARER).json()["model_version"]
     found = [
         (file.name, secret)
         for file in logs.rglob("*")
