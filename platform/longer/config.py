@@ -367,7 +367,6 @@ class ServeSettings(Section):
     )
     max_candidates: int = Field(2_000, ge=1, description="Most candidates of one request.")
     max_batch_requests: int = Field(16, ge=1, description="Requests scored together.")
-    batch_wait_ms: float = Field(1.0, ge=0, description="How long the first request of a batch waits for company.")
     check_requests: int = Field(400, ge=1, description="Test requests that the quickstart sends.")
 
 

@@ -131,7 +131,13 @@ def test_nothing_is_left_of_a_user_who_is_forgotten_in_any_tier() -> None:
             world.store.release()
     assert world.store.counters.demote > 0
     assert world.store.counters.evict > 0
-    assert sum(world.store.forget(user) for user in range(NUM_USERS)) == 4
+    held = [found for user in range(NUM_USERS) if (found := world.store._index.find(user))]
+    slots = [one.entry.state.slot for one in held]
+    memory = [world.store._pool_of(h).words_NI[s.start : s.start + s.size] for h, s in zip(held, slots, strict=True)]
+    assert len(memory) == 4
+    assert all(words.any() for words in memory)
+    assert sum(world.store.forget(user) for user in range(NUM_USERS)) == world.store.counters.forget == 4
+    assert not any(words.any() for words in memory)
     assert (len(world.store), world.store.num_bytes, world.store.host_bytes) == (0, 0, 0)
     assert world.store.pool.slots.used_units == 0
 

@@ -58,6 +58,8 @@ def new_slots(pool: StatePool, end_index_B: Int64) -> list[Slot]:
     slots = [pool.slots.allocate(int(num_rows)) for num_rows in rows_for(pool.layout, end_index_B)]
     found = [slot for slot in slots if slot is not None]
     if len(found) < len(slots):
+        for slot in found:
+            pool.slots.free(slot)
         raise MemoryError(f"{len(slots) - len(found)} of {len(slots)} states do not fit into {pool.num_bytes} bytes")
     return found
 

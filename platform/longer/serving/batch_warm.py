@@ -39,7 +39,8 @@ def warm_up(model: Ranker, budget: Budget, precision: str, scorer: Scorer | None
     with computing_in(precision, "cuda"):
         score_lists(questions, _candidates(schema, num_asked), budget)
     if scorer:
-        scorer.warm_up(histories, request_ts_R[:_NUM_USERS], _candidates(schema, _NUM_USERS))
+        for call in scorer.warm_ups(1, _NUM_CANDIDATES):
+            call()
     torch.cuda.synchronize()
 
 

@@ -241,7 +241,7 @@ class StateResolver:
                 self._finish(update, "append", state)
         except BaseException:
             for update, _ in updates:  # half-written, or longer than what is known of them
-                store.forget(update.request.user_key)
+                store.drop_stale(update.request.user_key)
             raise
 
     def _finish(self, update: _Update, source: Source, state: UserState) -> None:

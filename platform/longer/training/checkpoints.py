@@ -109,7 +109,10 @@ def save_weights(
 def load_model(
     path: str, device: str = "cpu", expected_schema: EventSchema | None = None
 ) -> tuple[Ranker, CheckpointInfo]:
-    """The model under `path`, local or s3://, in eval mode; a UserError names what is missing, changed or does not fit."""
+    """The model under `path`, local or s3://, in eval mode.
+
+    A UserError names what is missing, changed, not finite or does not fit.
+    """
     about = _read_json(path, "model.json")
     info = _info(path, about)
     if expected_schema and expected_schema.hash() != info.schema.hash():
@@ -126,6 +129,8 @@ def load_model(
         raise UserError(
             f"{path}/model.safetensors: content is not that of model.json's model_version: copy both files again"
         )
+    if not all(bool(torch.isfinite(values).all()) for values in weights.values()):
+        raise UserError(f"{path}/model.safetensors: weights that are not finite: train again")
     model.load_state_dict(weights)
     return model.to(device).eval(), info
 
