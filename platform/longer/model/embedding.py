@@ -42,9 +42,7 @@ class HashedTable(nn.Module):
         nn.init.normal_(self.embedding.weight, std=std)
 
     def forward(self, keys: Tensor) -> Tensor:
-        rows = _rows_of(keys.flatten(), self.num_rows).view_as(
-            keys
-        )  # flat, so that one compiled kernel serves any shape
+        rows = _rows_of(keys.flatten(), self.num_rows).view_as(keys)  # flat: one compiled kernel serves any shape
         if self.reads is None or not torch.is_grad_enabled():
             return self.embedding(rows)
         return _NotedLookup.apply(self.embedding.weight, rows, self.reads)
