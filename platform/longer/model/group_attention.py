@@ -21,6 +21,11 @@ def attend_in_groups(qkv_NKd: Tensor, exists_NK: Tensor | None) -> Tensor:
     """
     if has_kernels(qkv_NKd) and qkv_NKd.shape[1] <= _MOST_EVENTS and exists_NK is not None and len(qkv_NKd):
         return _GroupAttention.apply(qkv_NKd, exists_NK)
+    return by_products(qkv_NKd, exists_NK)
+
+
+def by_products(qkv_NKd: Tensor, exists_NK: Tensor | None) -> Tensor:
+    """The same in plain PyTorch."""
     query, key, value = qkv_NKd.chunk(3, dim=-1)
     scores_NKK = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     if exists_NK is not None:
