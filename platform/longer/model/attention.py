@@ -34,9 +34,13 @@ class Rotation(nn.Module):
     def turn(self, position_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine of each position's angles, in float32 at least: the same for every layer."""
         frequencies = _frequencies(self.head_width, self.base, position_T.device)
-        angles = position_T.to(torch.float64)[..., None, None] * frequencies
-        exact = torch.promote_types(dtype, torch.float32)
-        return angles.cos().to(exact), angles.sin().to(exact)
+        return _cos_sin(position_T, frequencies, torch.promote_types(dtype, torch.float32))
+
+
+@fused_on_cuda
+def _cos_sin(position_T: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    angles = position_T.to(torch.float64)[..., None, None] * frequencies
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 @cache

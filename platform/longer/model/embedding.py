@@ -44,10 +44,15 @@ class HashedTable(nn.Module):
         nn.init.normal_(self.embedding.weight, std=std)
 
     def forward(self, keys: Tensor) -> Tensor:
-        rows = torch.where(keys == 0, 0, keys % (self.num_rows - 1) + 1)
+        rows = _rows_of(keys, self.num_rows)
         if self.reads is None or not torch.is_grad_enabled():
             return self.embedding(rows)
         return _NotedLookup.apply(self.embedding.weight, rows, self.reads)
+
+
+@fused_on_cuda
+def _rows_of(keys: Tensor, num_rows: int) -> Tensor:
+    return torch.where(keys == 0, 0, keys % (num_rows - 1) + 1)
 
 
 class _NotedLookup(torch.autograd.Function):
@@ -115,6 +120,15 @@ class InnerTrans(nn.Module):
         return x_NKd + self.feed_forward(self.norm_feed_forward(x_NKd))
 
 
+@fused_on_cuda
+def _events_of_groups(start_N: Tensor, size_N: Tensor, key_E: Tensor, merge_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, K]: which events of each group exist, their places (0 where there is none), and their keys."""
+    slots_K = torch.arange(merge_size, device=start_N.device)
+    exists_NK = slots_K < size_N[:, None]
+    event_NK = torch.where(exists_NK, start_N[:, None] + slots_K, 0)
+    return exists_NK, event_NK, key_E[event_NK]
+
+
 class Embedding(nn.Module):
     """Events and candidates in one space: both pass through the same item table and the same merge.
 
@@ -178,11 +192,8 @@ class Embedding(nn.Module):
 
         There must be an event; what a partial group lacks counts as zeros.
         """
-        slots_K = torch.arange(self.merge_size, device=start_N.device)
-        exists_NK = slots_K < size_N[:, None]
-        event_NK = torch.where(exists_NK, start_N[:, None] + slots_K, 0)
-        # The table of items is read outside of compiled code, which would not note what was read.
-        id_NKd = self.item(features["item_id"][event_NK])
+        exists_NK, event_NK, key_NK = _events_of_groups(start_N, size_N, features["item_id"], self.merge_size)
+        id_NKd = self.item(key_NK)  # outside of compiled code, which would not note what was read
         args = id_NKd, exists_NK, event_NK, features, event_ts_E, previous_ts_E
         return run(self._read_groups, *args, recompute=self.recompute)
 
