@@ -7,14 +7,14 @@ S private keys of a query.
 import math
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from longer.model.fuse import fused_on_cuda
+from longer.model.recompute import run
 
 
 class Rotation(nn.Module):
@@ -76,10 +76,8 @@ class Block(nn.Module):
 
     def run(self, layer: Callable[..., Tensor], *args: Any) -> Tensor:
         """`layer(*args)`; with `recompute`, what happens inside is not kept for the gradient but computed once more."""
-        if not self.recompute or not torch.is_grad_enabled():
-            return layer(*args)
         has_randomness = self.dropout.p > 0 and self.training
-        return cast(Tensor, checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=has_randomness))
+        return run(layer, *args, recompute=self.recompute, has_randomness=has_randomness)
 
     def queries(self, x_TD: Tensor, position_T: Tensor) -> Tensor:
         """[..., H, Z], rotated."""
@@ -92,11 +90,11 @@ class Block(nn.Module):
 
     @fused_on_cuda
     def project(self, x_TD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of tokens that are both, [..., H, Z]; the normalised input and the angles are shared."""
-        x_TD = self.norm_attention(x_TD)
-        key, value = self.key_value(x_TD).chunk(2, dim=-1)
-        query, key = rotate(self._heads(self.query(x_TD)), cos, sin), rotate(self._heads(key), cos, sin)
-        return query, key, self._heads(value)
+        """Queries, keys and values of tokens that are both, [..., H, Z]: one product."""
+        weight = torch.cat([self.query.weight, self.key_value.weight])
+        bias = torch.cat([self.query.bias, self.key_value.bias])
+        query, key, value = F.linear(self.norm_attention(x_TD), weight, bias).chunk(3, dim=-1)
+        return rotate(self._heads(query), cos, sin), rotate(self._heads(key), cos, sin), self._heads(value)
 
     @fused_on_cuda
     def project_queries(self, x_TD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -106,6 +104,17 @@ class Block(nn.Module):
     def project_keys_values(self, x_TD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         key, value = self.key_value(self.norm_attention(x_TD)).chunk(2, dim=-1)
         return rotate(self._heads(key), cos, sin), self._heads(value)
+
+    @fused_on_cuda
+    def project_last(
+        self, x_TD: Tensor, num_queries: int, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries of the last tokens, keys and values of all, and a copy of the last tokens: gradients of all meet in one place."""
+        normed_TD = self.norm_attention(x_TD)
+        key, value = self.key_value(normed_TD).chunk(2, dim=-1)
+        last = [x.narrow(0, len(x_TD) - num_queries, num_queries) for x in (normed_TD, cos, sin, x_TD)]
+        query = rotate(self._heads(self.query(last[0])), last[1], last[2])
+        return query, rotate(self._heads(key), cos, sin), self._heads(value), last[3].clone()
 
     @fused_on_cuda
     def finish(self, x_TD: Tensor, attended_TD: Tensor) -> Tensor:
