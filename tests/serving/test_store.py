@@ -19,6 +19,7 @@ from longer.serving.kept_states import pack, unpack
 from longer.serving.store import BATCH_USERS, StateStore
 from tests.model.generate import random_candidates, random_histories, small_model
 from tests.model.reference import reference_outputs
+from tests.model.test_precision import TOLERANCE as SHORTENED
 
 NO_EVENTS = EventPrint(0, 0, np.zeros(1, np.uint64), np.uint64(0))
 NUM_USERS, MOST_EVENTS = 6, 60
@@ -28,12 +29,9 @@ MODELS: dict[Precision, list[Longer]] = {
     "float32": [small_model(0, torch.float32), small_model(1, torch.float32)],
 }
 EXACT = {model: small_model(seed) for models in MODELS.values() for seed, model in enumerate(models)}
-MODELS |= dict.fromkeys(("bf16", "int8", "fp8"), MODELS["float32"])
-TOLERANCE: dict[Precision, float] = {"float64": 1e-10, "float32": 1e-5}
+MODELS |= dict.fromkeys(SHORTENED, MODELS["float32"])
+EXACTLY: dict[Precision, float] = {"float64": 1e-10, "float32": 1e-5}
 """Relative, and absolute near zero."""
-
-SHORTENED: dict[Precision, float] = {"bf16": 1e-3, "int8": 2e-3, "fp8": 1e-2}
-"""Most that a probability moves, of weights that are deliberately large."""
 
 
 class World:
@@ -92,8 +90,8 @@ class World:
         self.check(scores, reference_outputs(EXACT[self.model], whole, request_ts, candidates))
 
     def check(self, scores: np.ndarray, expected: np.ndarray) -> None:
-        if self.precision in TOLERANCE:
-            tolerance = TOLERANCE[self.precision]
+        if self.precision in EXACTLY:
+            tolerance = EXACTLY[self.precision]
             np.testing.assert_allclose(scores, expected, rtol=tolerance, atol=tolerance)
         else:
             probabilities = (
@@ -114,20 +112,20 @@ class World:
 BATCH = st.lists(st.tuples(st.integers(0, NUM_USERS - 1), st.integers(0, 12)), min_size=1, max_size=NUM_USERS)
 
 
-@pytest.mark.parametrize("precision", MODELS)
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    budgets=st.sampled_from([(0, 0), (2, 0), (0, 3), (2, 2), (9, 0)]),
-    batches=st.lists(
+LIVES = {
+    "seed": st.integers(0, 2**32 - 1),
+    "budgets": st.sampled_from([(0, 0), (2, 0), (0, 3), (2, 2), (9, 0)]),
+    "batches": st.lists(
         st.tuples(BATCH, st.sampled_from(["", "", "", "", "other model", "forget", "restart"])), min_size=3, max_size=12
     ),
-)
-@settings(max_examples=20, deadline=None)
-def test_no_history_of_a_state_shows_in_its_scores(
+}
+"""Random appends across window moves, eviction to host memory and back, other models, forgetting, restarts, batches that mix all"""
+
+
+def live(
     precision: Precision, seed: int, budgets: tuple[int, int], batches: list[tuple[list[tuple[int, int]], str]]
 ) -> None:
-    """Random appends across window moves, eviction to host memory and back, other models, forgetting, restarts, batches that mix
-    all. Slow: each example has up to twelve batches, and the float64 reference of each."""
+    """Each batch's scores are compared with the float64 reference, and each byte is accounted for."""
     world = World(precision, seed, *budgets)
     for batch, happening in batches:
         if happening == "other model":
@@ -143,6 +141,25 @@ def test_no_history_of_a_state_shows_in_its_scores(
         assert world.store.num_bytes <= world.store.budget_bytes
         assert world.store.host_bytes <= world.store.host_budget_bytes
         assert world.store.pool.slots.used_units * world.store.layout.row_bytes == world.store.num_bytes
+
+
+@pytest.mark.parametrize("precision", EXACTLY)
+@given(**LIVES)
+@settings(max_examples=30, deadline=None)
+def test_no_history_of_a_state_shows_in_its_scores(
+    precision: Precision, seed: int, budgets: tuple[int, int], batches: list[tuple[list[tuple[int, int]], str]]
+) -> None:
+    """Slow: each example has up to twelve batches, and the float64 reference of each."""
+    live(precision, seed, budgets, batches)
+
+
+@pytest.mark.parametrize("precision", SHORTENED)
+@given(**LIVES)
+@settings(max_examples=8, deadline=None)
+def test_no_history_of_a_state_moves_its_scores_beyond_what_fewer_bits_do(
+    precision: Precision, seed: int, budgets: tuple[int, int], batches: list[tuple[list[tuple[int, int]], str]]
+) -> None:
+    live(precision, seed, budgets, batches)
 
 
 def test_nothing_is_left_of_a_user_who_is_forgotten_in_any_tier() -> None:
