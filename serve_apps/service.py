@@ -220,8 +220,11 @@ class ScoringService:
         await self._in_worker(self._touch_device)
         self._tell()
 
-    def record_autoscaling_stats(self) -> dict[str, float]:
-        """What `longer/autoscaling.py` goes by, twice a second: a `ReplicaLoad` since the last call."""
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `longer/autoscaling.py` goes by, twice a second: a `ReplicaLoad` since the last call.
+
+        Of the event loop as all that tells: Serve runs what is not async in threads.
+        """
         cache, now_s = self._scorer.cache, time.monotonic()
         (since_s, before), self._evicted = self._evicted, (now_s, cache.counters.evict)
         self._metrics.gpu_memory_share = self._gpu_memory_share()
