@@ -151,6 +151,21 @@ class ScoringService:
             raise BodyError(503, "not every replica has answered: send the same again")
         return len(others), sum([held, *others])
 
+    def about_model(self) -> dict[str, Any]:
+        """The model that answers, and what it reads."""
+        info = self._scorer.info
+        return {
+            "model_version": info.model_version,
+            "refused_rollout": self._rollouts.is_refused,
+            "schema_hash": info.schema.hash(),
+            "encoding": info.model.encoding,
+            "tasks": [task.model_dump(include={"name", "kind"}) for task in info.tasks],
+            "item_features": list(info.schema.features_of("item")),
+            "event_fields": [field.name for field in info.schema.event_fields()],
+            "history_events": info.model.history_events,
+            "sequences_version": self._scorer.history.version_id,
+        }
+
     async def status(self) -> dict[str, Any]:
         """What all replicas hold and have done lately."""
         schema = self._scorer.info.schema
