@@ -28,6 +28,8 @@ from serve_apps.protocol import Asked, BodyError
 from serve_apps.rollout import Rollouts
 
 RETRY_AFTER_S = 1
+_HUNG_UP = 499
+"""Status, in metrics and the access log, of a call whose caller has gone before it was answered."""
 _logger = logging.getLogger("ray.serve")
 
 T = TypeVar("T")
@@ -102,6 +104,9 @@ class ScoringService:
             self._gate.check_token(headers.get("authorization"))
             async with asyncio.timeout(self._gate.time_left_s(headers.get(TIMEOUT_HEADER))):
                 outcome = await work(call)
+        except asyncio.CancelledError:
+            self._note(call, _HUNG_UP)
+            raise
         except TimeoutError:
             outcome = Refusal(504, "not answered in time: allow more, or send fewer candidates")
         except UserError as error:
@@ -109,11 +114,14 @@ class ScoringService:
         except Exception:
             _logger.exception("a call to %s failed", route)
             outcome = Refusal(500, "internal error: the replica's log has it")
-        status, latency_ms = outcome.status if isinstance(outcome, Refusal) else 200, call.latency_ms
-        self._metrics.record(route, latency_ms, status)
+        self._note(call, outcome.status if isinstance(outcome, Refusal) else 200)
+        return outcome
+
+    def _note(self, call: Call, status: int) -> None:
+        latency_ms = call.latency_ms
+        self._metrics.record(call.route, latency_ms, status)
         if self._access_log:
             self._access_log.note(call, status, latency_ms)
-        return outcome
 
     async def score_one(self, asked: Asked, session: str | None, call: Call) -> tuple[ScoreResult, str]:
         """The scores that the call asks for, and the version of the model that they are of."""
