@@ -194,6 +194,13 @@ def test_an_error_while_actors_start_ends_the_run_and_says_whose_it_is(
         assert str(user_error_in(raised.value)) == told
 
 
+def test_gpus_that_this_machine_does_not_have_are_refused_not_waited_for(world: Settings) -> None:
+    asked = asking(world, "2030-01-07T00:00:00Z")
+    on_gpus = asked.batch_score.model_copy(update={"num_gpus_per_scorer": 64.0})
+    with pytest.raises(UserError, match=r"batch_score.num_gpus_per_scorer=64.0: this machine has no such GPUs"):
+        batch_score.run(asked.model_copy(update={"batch_score": on_gpus}))
+
+
 class Failing(BucketScorer):
     """Finds, in some bucket, that the serving path says something else."""
 
