@@ -64,7 +64,7 @@ def _train_missing(asked: argparse.Namespace, results: Path, records: list[dict[
         return records
     log = read_log(asked.log, asked.root, sizes=_GENERATED_QUICK if asked.quick else _GENERATED)
     about = _about(asked, device)
-    if f"{asked.log}/baselines" not in done:
+    if asked.shard[0] == 0 and f"{asked.log}/baselines" not in done:
         found = baselines(log, budget, model_settings(arms[0], base), base.long_from)
         _append(results, records, {"key": f"{asked.log}/baselines", "log": asked.log, "baselines": found, **about})
     longest_s = 0.0
@@ -74,7 +74,11 @@ def _train_missing(asked: argparse.Namespace, results: Path, records: list[dict[
             break
         started = time.monotonic()
         rate = arm.embedding_rate or rates.get((arm.log, arm.encoder))
-        record = {**run(arm, base, log, budget, rate), **about}
+        try:
+            record = {**run(arm, base, log, budget, rate), **about}
+        except torch.OutOfMemoryError as error:  # of a card that several processes share: the other arms go on
+            _say(f"{arm.key}: left out: {error}")
+            continue
         longest_s = max(longest_s, time.monotonic() - started)
         _append(results, records, record)
         found = record.get("test", record["valid"])

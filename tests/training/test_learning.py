@@ -43,9 +43,7 @@ def _asked(rng: np.random.Generator) -> RequestBatch:
         row_R=np.arange(_USERS),
         history_end_R=np.full(_USERS, _EVENTS),
         request_ts_R=np.full(_USERS, 1_600_000_000_000),
-        candidates=Candidates(
-            np.arange(_USERS + 1) * _CANDIDATES, {"item_id": _ITEM_KEYS[candidate_UC.ravel()]}
-        ),
+        candidates=Candidates(np.arange(_USERS + 1) * _CANDIDATES, {"item_id": _ITEM_KEYS[candidate_UC.ravel()]}),
         request_id_R=np.arange(_USERS),
         labels={"label": label_UC.ravel().astype(np.float32)},
     )
