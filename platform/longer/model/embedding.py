@@ -22,6 +22,10 @@ _MS_PER_HOUR = 3_600_000
 _HOURS_PER_WEEK = 168
 _THURSDAY = 72  # 1970-01-01 was a Thursday; the week starts on Monday 00:00 UTC
 _NUM_GAPS = 64
+_STD, _ITEM_STD, _ITEM_SIDE_STD = 0.05, 0.2, 0.1
+"""Of first weights: events of one item begin much alike, those of one category somewhat, whatever else differs."""
+CANDIDATE_STD = 0.5
+"""Of the first weights of what tells candidates from events."""
 _NO_EVENT_TS = int(NO_EVENT_TS)  # a NumPy scalar would break compiled graphs
 
 
@@ -36,7 +40,7 @@ class HashedTable(nn.Module):
     then updates those rows only. Without, the gradient is the parameter's, as large as the table.
     """
 
-    def __init__(self, num_rows: int, width: int, std: float = 0.05):
+    def __init__(self, num_rows: int, width: int, std: float = _STD):
         super().__init__()
         self.num_rows = num_rows
         self.embedding = nn.Embedding(num_rows, width)
@@ -76,7 +80,7 @@ class Gap(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.embedding = nn.Embedding(_NUM_GAPS + 1, width)
-        nn.init.normal_(self.embedding.weight, std=0.05)
+        nn.init.normal_(self.embedding.weight, std=_STD)
         edges_s = torch.tensor([round(2 ** (i / 2)) for i in range(1, _NUM_GAPS)])
         self.register_buffer("edges_s", edges_s, persistent=False)  # integers: a bin never depends on rounding
 
@@ -90,14 +94,24 @@ class HourOfWeek(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.embedding = nn.Embedding(_HOURS_PER_WEEK, width)
-        nn.init.normal_(self.embedding.weight, std=0.05)
+        nn.init.normal_(self.embedding.weight, std=_STD)
 
     def forward(self, ts: Tensor) -> Tensor:
         return self.embedding((ts // _MS_PER_HOUR + _THURSDAY) % _HOURS_PER_WEEK)
 
 
+def _number(width: int) -> nn.Linear:
+    """Of a numeric feature, no larger than the tables' rows: with torch's own start the numbers drown which item it was."""
+    linear = nn.Linear(1, width, bias=False)
+    nn.init.normal_(linear.weight, std=_STD)
+    return linear
+
+
 class InnerTrans(nn.Module):
-    """A transformer block inside each group of K events (arXiv 2505.04421, section 3.4); one head."""
+    """A transformer block inside each group of K events (arXiv 2505.04421, section 3.4); one head.
+
+    It begins as the identity, so that events are what they are alone, as candidates see them.
+    """
 
     def __init__(self, width: int):
         super().__init__()
@@ -105,7 +119,11 @@ class InnerTrans(nn.Module):
         self.query_key_value = nn.Linear(width, 3 * width)
         self.output = nn.Linear(width, width)
         self.norm_feed_forward = nn.LayerNorm(width)
-        self.feed_forward = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        last = nn.Linear(2 * width, width)
+        self.feed_forward = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), last)
+        for linear in (self.output, last):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
 
     def forward(self, x_NKd: Tensor, exists_NK: Tensor | None) -> Tensor:
         return self.finish(x_NKd, attend_in_groups(self.project(x_NKd), exists_NK))
@@ -142,7 +160,7 @@ class Embedding(nn.Module):
         self.merge_size = settings.merge_size
         self.num_user_tokens = settings.num_user_tokens
         self.num_globals = settings.num_cls_tokens + settings.num_user_tokens
-        self.item = HashedTable(settings.item_rows, d)
+        self.item = HashedTable(settings.item_rows, d, std=_ITEM_STD)
         self.event_categories = nn.ModuleDict(
             {
                 name: HashedTable(settings.categorical_rows, d)
@@ -150,20 +168,26 @@ class Embedding(nn.Module):
             }
         )
         self.item_categories = nn.ModuleDict(
-            {name: HashedTable(settings.categorical_rows, d) for name in schema.features_of("item", "categorical")}
+            {
+                name: HashedTable(settings.categorical_rows, d, std=_ITEM_SIDE_STD)
+                for name in schema.features_of("item", "categorical")
+            }
         )
-        self.event_numbers = nn.ModuleDict({name: nn.Linear(1, d) for name in schema.features_of("event", "numeric")})
-        self.item_numbers = nn.ModuleDict({name: nn.Linear(1, d) for name in schema.features_of("item", "numeric")})
+        self.event_numbers = nn.ModuleDict({name: _number(d) for name in schema.features_of("event", "numeric")})
+        self.item_numbers = nn.ModuleDict({name: _number(d) for name in schema.features_of("item", "numeric")})
         self.gap = Gap(d)
         self.hour = HourOfWeek(d)
         self.norm = nn.LayerNorm(d)
         self.inner = InnerTrans(d) if settings.inner_transformer else None
         self.merge = nn.Linear(width, width)
+        nn.init.eye_(self.merge.weight)  # concatenation itself: a candidate and an event begin alike, slot by slot
+        nn.init.zeros_(self.merge.bias)
         self.user = HashedTable(settings.user_rows, settings.num_user_tokens * width)
-        self.cls_MD = nn.Parameter(torch.randn(settings.num_cls_tokens, width) * 0.05)
+        self.cls_MD = nn.Parameter(torch.randn(settings.num_cls_tokens, width) * _STD)
         self.request_gap = Gap(width)
         self.request_hour = HourOfWeek(width)
         self.recompute = False
+        self.request_D = nn.Parameter(torch.randn(width) * CANDIDATE_STD)
 
     def events(self, events: EventTensors) -> Tensor:
         """[E, d]: everything that was fixed when each event happened."""
@@ -248,8 +272,8 @@ class Embedding(nn.Module):
 
     @fused_on_cuda
     def requests(self, request_ts_R: Tensor, last_event_ts_R: Tensor) -> Tensor:
-        """[R, D]: what is known of a request when it is scored."""
-        return self.request_gap(request_ts_R, last_event_ts_R) + self.request_hour(request_ts_R)
+        """[R, D]: what is known of a request when it is scored, and what tells its candidates from the groups of its history."""
+        return self.request_gap(request_ts_R, last_event_ts_R) + self.request_hour(request_ts_R) + self.request_D
 
     def event_number(self, name: str, values: Tensor) -> Tensor:
         """[..., d]: a numeric feature of events."""
