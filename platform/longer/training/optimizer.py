@@ -11,6 +11,7 @@ from longer.config import TrainSettings
 from longer.model.embedding import Reads
 from longer.model.fuse import has_kernels
 from longer.model.ranker import Ranker
+from longer.training.sharding import over_owners
 from longer.training.table_gradients import TableGradient, combine, over_workers
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8
@@ -101,14 +102,21 @@ class Optimizer:
             noted.extend(reads)
 
     @torch.no_grad()
-    def step(self, num_workers: int) -> Tensor:
-        """One update from the gradients of all workers, summed; returns their norm before it was clipped."""
+    def step(self, num_workers: int, owns_rows: bool = False) -> Tensor:
+        """One update from the gradients of all workers, summed; returns their norm before it was clipped.
+
+        With `owns_rows` the tables are this worker's blocks, and what was noted of them is all workers' already.
+        """
         dense = [p.grad for group in self._dense.param_groups for p in group["params"] if p.grad is not None]
         tables = {parameter: combine(table.reads) for parameter, table in self.tables.items() if table.reads}
         if num_workers > 1:
             _sum_over_workers(dense)
+        if num_workers > 1 and not owns_rows:
             tables = {parameter: over_workers(gradient) for parameter, gradient in tables.items()}
-        norm = get_total_norm([*dense, *(gradient.gradient_Ud for gradient in tables.values())], foreach=True)
+        of_tables = get_total_norm([gradient.gradient_Ud for gradient in tables.values()], foreach=True)
+        if owns_rows:
+            of_tables = over_owners(of_tables)
+        norm = torch.hypot(get_total_norm(dense, foreach=True), of_tables)
         scale = (self.clip_norm / (norm + 1e-6)).clamp_max(1.0)
         torch._foreach_mul_(dense, scale)
         self._dense.step()

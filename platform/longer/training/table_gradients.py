@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from longer.model.embedding import Reads
@@ -41,11 +42,12 @@ def combine(reads: Reads) -> TableGradient:
 def over_workers(mine: TableGradient) -> TableGradient:
     """The sum of all workers' gradients, the same on each; every worker calls this."""
     num_workers, device = dist.get_world_size(), mine.rows_U.device
-    longest = torch.tensor(len(mine.rows_U), device=device)
-    dist.all_reduce(longest, dist.ReduceOp.MAX)
-    filling = int(longest) - len(mine.rows_U)
-    rows_U = torch.cat([mine.rows_U, mine.rows_U.new_zeros(filling)])
-    gradient_Ud = torch.cat([mine.gradient_Ud, mine.gradient_Ud.new_zeros(filling, mine.gradient_Ud.shape[1])])
+    most = mine.num_rows.to(device, torch.int64, copy=True)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    size = int(most)  # what is behind any worker's rows stays where it is: on CUDA it is most of them
+    filling = max(0, size - len(mine.rows_U))
+    rows_U = F.pad(mine.rows_U[:size], (0, filling))
+    gradient_Ud = F.pad(mine.gradient_Ud[:size], (0, 0, 0, filling))
     all_rows = rows_U.new_empty(num_workers * len(rows_U))
     all_gradients = gradient_Ud.new_empty(num_workers * len(rows_U), gradient_Ud.shape[1])
     dist.all_gather_into_tensor(all_rows, rows_U)
