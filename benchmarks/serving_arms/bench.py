@@ -142,10 +142,10 @@ class Bench:
         session, body = self.world.hits[0]
         return requests.post(f"{self.url}/v1/score", data=body, headers={"x-session-id": session}, timeout=60).content
 
-    def floor(self, answer: bytes, num_replicas: int) -> Arm:
+    def floor(self, answer: bytes, num_replicas: int, with_open: bool = True) -> Arm:
         app = floor_app(answer, num_replicas, 4 * self.asked.max_batch_requests)
         serve.run(app, name="floor", route_prefix="/")
-        arm = self.measure(f"floor, {num_replicas} replica(s)", self.url, self.world.hits)
+        arm = self.measure(f"floor, {num_replicas} replica(s)", self.url, self.world.hits, with_open)
         serve.delete("floor")
         return arm
 
