@@ -63,7 +63,11 @@ def outcome(part: str, asked: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What the parts found under the names of the last line; null where a part was not run."""
     step, resume, serving = (found.get(part, {}) for part in ("step", "resume", "serving"))
-    scaling = {key: serving[key] for key in ("throughput", "hit_rate", "load_generator_rps")} if serving else None
+    scaling = (
+        {key: serving[key] for key in ("throughput", "hit_rate", "serve_rps", "load_generator_rps")}
+        if serving
+        else None
+    )
     return {
         **{key: step.get(key) for key in OF_STEP},
         "resume_exact": resume.get("resume_exact"),
@@ -75,8 +79,9 @@ def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def header(asked: argparse.Namespace) -> str:
     device = f"{asked.devices} x {torch.cuda.get_device_name()}" if ON_CUDA else "no GPU: a dry run"
+    command_line = f"python -m benchmarks.multi_gpu {' '.join(sys.argv[1:])}"
     return (
-        f"# Several GPUs of one host\n\n`python -m benchmarks.multi_gpu {' '.join(sys.argv[1:])}` at commit {asked.commit}, one run: "
+        f"# Several GPUs of one host\n\n`{command_line}` at commit {asked.commit}, one run: "
         f"{device}, {len(os.sched_getaffinity(0))} CPU cores, torch {torch.__version__}, NCCL_NVLS_ENABLE=0.\n"
     )
 

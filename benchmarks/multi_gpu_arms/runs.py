@@ -79,9 +79,10 @@ def is_exact(settings: Settings, version: Version) -> bool:
 
 
 def parts(version: Version) -> list[list[dict[str, Any]]]:
-    """The records of speed of each part of the run, whose clock starts anew where it was resumed."""
+    """The records of speed of each part of the run: where it was resumed, impressions are counted from zero again."""
     records = [record for record in version.manifest["history"] if "elapsed_s" in record]
-    starts = [n for n in range(1, len(records)) if records[n]["elapsed_s"] < records[n - 1]["elapsed_s"]]
+    counts = [record["impressions_per_s"] * record["elapsed_s"] for record in records]
+    starts = [n for n in range(1, len(records)) if counts[n] < counts[n - 1]]
     return [records[begin:end] for begin, end in zip([0, *starts], [*starts, len(records)], strict=True)]
 
 
