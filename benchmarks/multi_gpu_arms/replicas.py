@@ -22,7 +22,7 @@ from longer.runner import start_ray
 
 _ON_CUDA = (
     "--device cuda --gpus-per-replica 1 --history-events 2000 --merge-size 8 --event-width 64 --query-groups 100 --self-layers 3 "
-    "--users 512 --items 200000 --trace-per-user 2 --candidates 500 --seconds 5 --cache-bytes 17179869184 --load-processes 8"
+    "--users 512 --items 200000 --trace-per-user 2 --candidates 500 --seconds 4 --load-processes 8"
 )
 _ON_CPU = "--history-events 256 --query-groups 16 --users 40 --trace-per-user 4 --candidates 20 --seconds 2 --load-processes 2"
 
@@ -54,7 +54,7 @@ def rows(bench: Bench, asked: argparse.Namespace) -> tuple[list[Row], Limits]:
     found = []
     for num in asked.replicas:
         asked.clients = [num * clients for clients in asked.clients_each]
-        bench.deploy(num)
+        bench.deploy(num, state_precision="bf16" if ON_CUDA else "float32")
         warm_up = bench.load.once(bench.url, bench.world.hits)
         if warm_up.failed:
             raise RuntimeError(f"warming up failed: {dict(warm_up.failed)}")

@@ -11,9 +11,12 @@ A step's time is that of the slowest device. Prints Markdown; last, one JSON lin
 """
 
 import argparse
+import itertools
 import json
 import os
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.synchronize import Barrier
@@ -25,7 +28,6 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from benchmarks.model_arms.sizes import ON_CUDA, SCHEMA, TASKS, model_settings, random_batch, seconds, zipf_lengths
-from jobs.serve import free_port
 from longer.arrays import Int64
 from longer.config import TrainSettings
 from longer.model.longer import Longer
@@ -160,38 +162,43 @@ class Device:
         return combine(values)
 
 
-def device_process(rank: int, asked: argparse.Namespace, ports: list[int], barrier: Barrier, out: Any) -> None:
-    """Takes part wherever its device does; the smallest world first, whose compiled kernels the others find on disk."""
+def device_process(rank: int, asked: argparse.Namespace, folder: str, barrier: Barrier, out: Any) -> None:
+    """Takes part wherever its device does; one device first, whose compiled kernels the others find on disk."""
+    torch._dynamo.config.recompile_limit = 64  # each arm's model counts
     if ON_CUDA:
         torch.cuda.set_device(rank)
     else:
         torch.set_num_threads(1)
-    for num_devices, port in zip(asked.worlds, ports, strict=True):
+    for size, num_devices in itertools.product(asked.sizes, sorted(asked.worlds)):
         if rank < num_devices:
+            meet = f"file://{folder}/{size.name}_{num_devices}"
             if num_devices > 1:
-                meet = f"tcp://127.0.0.1:{port}"
-                dist.init_process_group(
-                    "nccl" if ON_CUDA else "gloo", init_method=meet, rank=rank, world_size=num_devices
-                )
-            for size in asked.sizes:
-                rows = Device(rank, num_devices, size, asked.steps).rows()
-                if rank == 0:
-                    out.put(rows)
+                dist.init_process_group("nccl" if ON_CUDA else "gloo", meet, rank=rank, world_size=num_devices)
+            rows = Device(rank, num_devices, size, asked.steps).rows()
+            if rank == 0:
+                out.put(rows)
             if num_devices > 1:
                 dist.destroy_process_group()
         barrier.wait()
 
 
 def measured(asked: argparse.Namespace) -> list[Row]:
+    """Every arm, or those that were measured within `asked.seconds`."""
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     most, context = max(asked.worlds), torch.multiprocessing.get_context("spawn")
-    ports = [free_port("127.0.0.1", 29_500 + 10 * number) for number in range(len(asked.worlds))]
     barrier, out = context.Barrier(most), context.SimpleQueue()
-    running = torch.multiprocessing.spawn(device_process, (asked, ports, barrier, out), nprocs=most, join=False)
     rows: list[Row] = []
-    while not running.join(timeout=0.2):  # raises what a process raised
-        while not out.empty():
-            rows += out.get()
+    deadline = time.monotonic() + asked.seconds
+    with tempfile.TemporaryDirectory() as folder:
+        running = torch.multiprocessing.spawn(device_process, (asked, folder, barrier, out), nprocs=most, join=False)
+        while not running.join(timeout=0.2):  # raises what a process raised
+            while not out.empty():
+                rows += out.get()
+            if time.monotonic() > deadline:
+                print(f"cut off after {asked.seconds:.0f} s", file=sys.stderr)
+                for process in running.processes:
+                    process.kill()
+                return rows
     while not out.empty():
         rows += out.get()
     return rows
@@ -241,6 +248,9 @@ def main() -> None:
     parser.add_argument("--worlds", type=int, nargs="+", default=worlds, help="numbers of devices (default: all)")
     parser.add_argument(
         "--steps", type=int, default=24 if ON_CUDA else 4, help="steps of a measurement, a multiple of 4"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=600, help="what is not measured by then is left out (default 600)"
     )
     parser.add_argument("--size", action="append", choices=[size.name for size in SIZES], help="default: all")
     asked = parser.parse_args()
