@@ -109,10 +109,11 @@ class Optimizer:
         """
         dense = [p.grad for group in self._dense.param_groups for p in group["params"] if p.grad is not None]
         tables = {parameter: combine(table.reads) for parameter, table in self.tables.items() if table.reads}
-        if num_workers > 1:
+        if owns_rows:
             _sum_over_workers(dense)
-        if num_workers > 1 and not owns_rows:
-            tables = {parameter: over_workers(gradient) for parameter, gradient in tables.items()}
+        elif num_workers > 1:
+            summed = over_workers(list(tables.values()), meanwhile=lambda: _sum_over_workers(dense))
+            tables = dict(zip(tables, summed, strict=True))
         of_tables = get_total_norm([gradient.gradient_Ud for gradient in tables.values()], foreach=True)
         if owns_rows:
             of_tables = over_owners(of_tables)
@@ -150,5 +151,4 @@ def _sum_over_workers(gradients: list[Tensor]) -> None:
     """In place, as one message."""
     flat = torch._utils._flatten_dense_tensors(gradients)
     dist.all_reduce(flat)
-    for gradient, summed in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
-        gradient.copy_(summed)
+    torch._foreach_copy_(gradients, torch._utils._unflatten_dense_tensors(flat, gradients))
