@@ -16,6 +16,7 @@ Tables are built on the CPUs while the first part runs. Prints Markdown; last, o
 import argparse
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -51,9 +52,10 @@ def outcome(part: str, asked: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     try:
         printed = process.communicate(timeout=asked.seconds)[0].splitlines()
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
         return f"\n{part}: cut off after {asked.seconds:.0f} s.\n", {}
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     print(f"{part}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     if process.returncode:
         return f"\n{part}: failed with exit code {process.returncode}.\n", {}
@@ -99,6 +101,11 @@ def main(given: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(given)
     asked.commit = asked.commit or commit()
     os.environ["NCCL_NVLS_ENABLE"] = "0"
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault(
+        "RAY_AUTH_TOKEN", secrets.token_hex(32)
+    )  # the parts' Rays would each write one to the same file
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no part is left running
     parts = asked.part or ["step", "resume", "serving"]
     building = {
         module: subprocess.Popen(command(part, asked, "--prepare"), stdout=subprocess.DEVNULL)

@@ -92,8 +92,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=num_devices, help="W (default: one a device)")
     parser.add_argument("--width", type=int, default=512 if ON_CUDA else 32, help="D (default 512; 32 on a CPU)")
     parser.add_argument("--length", type=int, default=2_000 if ON_CUDA else 256, help="L (default 2,000; 256 on a CPU)")
-    parser.add_argument("--users", type=int, default=3_000 if ON_CUDA else 60)
-    parser.add_argument("--events", type=int, default=1_200_000 if ON_CUDA else 12_000)
+    parser.add_argument("--users", type=int, default=3_000 if ON_CUDA else 30)
+    parser.add_argument("--events", type=int, default=1_200_000 if ON_CUDA else 6_000)
     parser.add_argument(
         "--tokens", type=int, default=200_000 if ON_CUDA else 5_000, help="of a worker's part of a step"
     )
