@@ -14,7 +14,7 @@ from ray import serve
 
 from benchmarks import serving
 from benchmarks.model_arms.sizes import ON_CUDA
-from benchmarks.serving_arms.bench import Bench
+from benchmarks.serving_arms.bench import Bench, Service
 from benchmarks.serving_arms.servers import ServerArgs
 from benchmarks.serving_arms.world import build_world, settings_of
 from jobs.serve import free_port
@@ -51,15 +51,15 @@ class Limits:
 
 def rows(bench: Bench, asked: argparse.Namespace) -> tuple[list[Row], Limits]:
     """One for each number of replicas, and the limits with the most."""
-    found = []
+    found, url = [], bench.url("scoring")
     for num in asked.replicas:
         asked.clients = [num * clients for clients in asked.clients_each]
-        bench.deploy(num, state_precision="bf16" if ON_CUDA else "float32")
-        warm_up = bench.load.once(bench.url, bench.world.hits)
+        bench.deploy(scoring=Service(num, {"state_precision": "bf16" if ON_CUDA else "float32"}))
+        warm_up = bench.load.once(url, bench.world.hits)
         if warm_up.failed:
             raise RuntimeError(f"warming up failed: {dict(warm_up.failed)}")
-        answer = bench.answer()
-        arm = bench.measure(f"{num} replicas", bench.url, bench.world.hits, with_open=False)
+        answer = bench.answer("scoring")
+        arm = bench.measure(f"{num} replicas", url, bench.world.hits, with_open=False)
         best, failed = arm.best, sum(arm.best.failed.values())
         times = best.percentile_ms(50), best.percentile_ms(99)
         speed = best.rps, best.rps * asked.candidates

@@ -103,7 +103,7 @@ def test_a_captured_pass_gives_each_batch_its_own_gradients() -> None:
     with torch.compiler.set_stance("force_eager"):
         captured = CapturedPass(model, loss, stage(batches[0], model, room))
         for batch in batches:
-            value = float(captured(stage(batch, model, room), 1.0))
+            value = float(captured(stage(batch, model, room), torch.ones((), device=DEVICE)))
             ours = [p.grad.clone() for p in model.parameters()]
             outputs = flat_forward(model, batch, DEVICE)
             wanted = ((outputs[:, 0] - torch.from_numpy(batch.labels["click"]).to(DEVICE)) ** 2).sum()

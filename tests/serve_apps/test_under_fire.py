@@ -9,6 +9,7 @@ from pathlib import Path
 
 import boto3
 import httpx
+import numpy as np
 import pytest
 from ray import serve
 
@@ -20,11 +21,12 @@ from tests.serve_apps.services import (
     END_MS,
     Service,
     load,
+    num_answered,
     offline_scores,
-    processes_of_replicas,
 )
-from tests.serving.tables import build_world, checkpoint_path, publish_random_model
+from tests.serving.tables import NUM_USERS, build_world, checkpoint_path, publish_random_model
 
+USERS = set(range(1, NUM_USERS + 1))
 AFFINITY_S = 3.0
 """Within which a replica learns of another."""
 
@@ -82,7 +84,7 @@ def test_users_who_are_here_are_scored_while_the_table_cannot_be_read_and_the_ot
     answers.assert_equal(expected)
     store.plan = lambda request: None
     with load(service.url) as answers:
-        answers.wait_for(lambda so_far: so_far.users() == set(range(1, 10)))
+        answers.wait_for(lambda so_far: so_far.users() == USERS)
     assert (answers.lost, answers.refused) == ({}, {})
     answers.assert_equal(expected)
 
@@ -90,16 +92,18 @@ def test_users_who_are_here_are_scored_while_the_table_cannot_be_read_and_the_ot
 @pytest.mark.ray
 def test_a_replica_that_is_killed_costs_no_wrong_answer_and_is_replaced(service: Service, world: Settings) -> None:
     service.deploy(num_replicas=2)
-    before = service.wait_for(lambda replicas: len(replicas) == 2)
+    service.wait_for(lambda replicas: len(replicas) == 2)
     with load(service.url) as answers:
-        time.sleep(1)
-        os.kill(processes_of_replicas()[0], signal.SIGKILL)
-        after = service.wait_for(lambda replicas: len(replicas) == 2 and replicas.keys() != before.keys())
-        time.sleep(1)
+        before = service.wait_for(lambda replicas: sum(map(num_answered, replicas.values())) > 50)
+        victim = max(before.values(), key=num_answered)  # the load is on it
+        os.kill(victim["process_id"], signal.SIGKILL)
+        num_before = len(answers.answered)
+        after = service.wait_for(lambda replicas: len(replicas) == 2 and victim["replica"] not in replicas)
+        answers.wait_for(lambda so_far: {user for user, _ in so_far.answered[num_before:]} == USERS)
     print(len(answers.answered), answers.refused, answers.lost)
     assert len(after.keys() & before.keys()) == 1
     answers.assert_equal(offline_scores(world, checkpoint_path(world)))
-    assert answers.lost == {}
+    assert (answers.lost, answers.refused) == ({}, {})  # the client has asked again
 
 
 @pytest.mark.ray
@@ -108,11 +112,17 @@ def test_replicas_come_and_go_without_a_request_lost(service: Service, world: Se
     [first] = service.wait_for(lambda replicas: len(replicas) == 1)
     with load(service.url) as answers:
         service.deploy(num_replicas=3)
-        assert first in service.wait_for(lambda replicas: len(replicas) == 3)
+        three = service.wait_for(lambda replicas: len(replicas) == 3 and sum(map(num_answered, replicas.values())) > 50)
+        assert first in three
+        others = service.wait_for(
+            lambda replicas: any(num_answered(replicas[one]) for one in replicas.keys() - {first})
+        )
+        assert others.keys() == three.keys()  # they came, and have answered
         time.sleep(AFFINITY_S)
         service.deploy(num_replicas=1)
         service.wait_for(lambda replicas: len(replicas) == 1)
-        time.sleep(1)
+        num_before = len(answers.answered)
+        answers.wait_for(lambda so_far: {user for user, _ in so_far.answered[num_before:]} == USERS)
     print(len(answers.answered), answers.refused, answers.lost)
     assert (answers.lost, answers.refused) == ({}, {})
     answers.assert_equal(offline_scores(world, checkpoint_path(world)))
@@ -129,6 +139,7 @@ def test_models_roll_and_roll_back_without_a_request_lost_and_a_broken_one_is_re
     weights.write_bytes(weights.read_bytes()[:-9])
     expected = offline_scores(world, first_path, second_path)
     first, second = dict.fromkeys(version for version, _ in expected)
+    assert min(np.abs(expected[first, user] - expected[second, user]).max() for user in USERS) > 1e-4
 
     def wait_for(model: str, is_refused: bool) -> set[str]:
         def is_so(replicas: dict) -> bool:

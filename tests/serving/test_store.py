@@ -1,5 +1,7 @@
 """Whatever happened to a state on the way, its scores are those of a full recomputation: the contract's sixth section, whole."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,11 +10,12 @@ from hypothesis import strategies as st
 
 from longer.arrays import Histories
 from longer.model.longer import Longer
-from longer.model.pool import Precision
+from longer.model.pinned import pinned_words
+from longer.model.pool import Precision, StateLayout
 from longer.model.states import UserState, append, encode, rows_for, score
 from longer.serving.cache import Entry, Known, StateVersion
 from longer.serving.fingerprint import EventPrint
-from longer.serving.store import StateStore
+from longer.serving.store import BATCH_USERS, StateStore
 from tests.model.generate import random_candidates, random_histories, small_model
 from tests.model.reference import reference_outputs
 
@@ -128,9 +131,61 @@ def test_nothing_is_left_of_a_user_who_is_forgotten_in_any_tier() -> None:
             world.store.release()
     assert world.store.counters.demote > 0
     assert world.store.counters.evict > 0
-    assert sum(world.store.forget(user) for user in range(NUM_USERS)) == 4
+    held = [found for user in range(NUM_USERS) if (found := world.store._index.find(user))]
+    slots = [one.entry.state.slot for one in held]
+    memory = [world.store._pool_of(h).words_NI[s.start : s.start + s.size] for h, s in zip(held, slots, strict=True)]
+    assert len(memory) == 4
+    assert all(words.any() for words in memory)
+    assert sum(world.store.forget(user) for user in range(NUM_USERS)) == world.store.counters.forget == 4
+    assert not any(words.any() for words in memory)
     assert (len(world.store), world.store.num_bytes, world.store.host_bytes) == (0, 0, 0)
     assert world.store.pool.slots.used_units == 0
+
+
+def test_a_long_run_of_any_operations_accounts_for_every_byte_in_both_tiers() -> None:
+    """Slow: thirty thousand operations on the pools; a million of the allocator's alone are in tests/test_slots.py."""
+    model, rng = MODELS["float32"][0], np.random.default_rng(0)
+    layout = StateLayout.of(model, "float32")
+    largest_bytes = layout.largest_rows * layout.row_bytes
+    store = StateStore(model, 40 * largest_bytes, 60 * largest_bytes, "float32")
+    [empty] = encode(model, store.pool, random_histories(rng, [0]), store.slots([1]))
+    store.release()
+    version, rows = StateVersion("m", "s", "appendable"), np.arange(layout.smallest_rows, layout.largest_rows + 1)
+    for _ in range(3_000):
+        users = rng.choice(400, 8, replace=False, p=(p := np.arange(1.0, 401) ** -0.8) / p.sum())
+        for user in users.tolist():
+            held = store.take(user, version)
+            if held is None or rng.random() < 0.1:
+                [slot] = store.slots([int(rng.choice(rows))])
+                store.put(user, version, Entry(replace(empty, slot=slot), 0, 0, Known("t", 0), NO_EVENTS, True))
+            else:
+                store.bring([held])
+        store.forget(int(rng.integers(400)))
+        store.drop_stale(int(rng.integers(400)))
+        store.release()
+        assert store.num_bytes <= store.budget_bytes
+        assert store.host_bytes <= store.host_budget_bytes
+        assert store.pool.slots.used_units * layout.row_bytes == store.num_bytes
+        assert store._host is not None
+        assert store._host.slots.used_units * layout.row_bytes == store.host_bytes
+    counters = store.counters
+    assert min(counters.promote, counters.demote, counters.evict, counters.stale) > 100
+    device_bytes, host_bytes = store.reserved_bytes
+    assert store.budget_bytes < device_bytes < store.budget_bytes + 3 * (BATCH_USERS + 20) * largest_bytes
+    assert store.host_budget_bytes <= host_bytes <= store.host_budget_bytes + 2 * largest_bytes + layout.row_bytes
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pins memory for CUDA")
+def test_pinned_memory_is_as_large_as_asked_and_copies_both_ways() -> None:
+    words = pinned_words((1 << 20) + 7)
+    assert (words.is_pinned(), words.nbytes) == (True, words.untyped_storage().nbytes())
+    words.copy_(torch.arange(len(words)))
+    there = words.to("cuda", non_blocking=True)
+    torch.cuda.synchronize()
+    words.fill_(0)
+    words.copy_(there, non_blocking=True)
+    torch.cuda.synchronize()
+    assert torch.equal(words, torch.arange(len(words)))
 
 
 def test_a_model_of_another_shape_finds_none_of_the_old_states() -> None:

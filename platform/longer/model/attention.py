@@ -34,9 +34,7 @@ class Rotation(nn.Module):
     def turn(self, position_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine of each position's angles, in float32 at least: the same for every layer."""
         frequencies = _frequencies(self.head_width, self.base, position_T.device)
-        angles = position_T.to(torch.float64)[..., None, None] * frequencies
-        exact = torch.promote_types(dtype, torch.float32)
-        return angles.cos().to(exact), angles.sin().to(exact)
+        return _turn(position_T, frequencies, torch.promote_types(dtype, torch.float32))
 
 
 @cache
@@ -44,6 +42,12 @@ def _frequencies(head_width: int, base: float, device: torch.device) -> Tensor:
     """Not a buffer of the module, which would lose its float64 when the model is cast."""
     exponents = torch.arange(0, head_width, 2, dtype=torch.float64) / head_width
     return torch.tensor([base**-e for e in exponents.tolist()], dtype=torch.float64, device=device)
+
+
+@fused_on_cuda
+def _turn(position_T: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    angles = position_T.to(torch.float64)[..., None, None] * frequencies
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x_THZ: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class HashedTable(nn.Module):
 
     def rows_of(self, keys: Tensor) -> Tensor:
         """The row of each key."""
-        return torch.where(keys == 0, 0, keys % (self.num_rows - 1) + 1)
+        return _rows_of(keys.flatten(), self.num_rows).view_as(keys)  # flat: one compiled kernel serves any shape
 
     def room(self, num_rows: int) -> HeldRows:
         """For any `num_rows` rows; nothing is there yet."""
@@ -76,6 +76,11 @@ class HashedTable(nn.Module):
         if self.reads is None or not torch.is_grad_enabled():
             return F.embedding(rows, weight)
         return _NotedLookup.apply(self.embedding.weight, weight, rows, self.reads)
+
+
+@fused_on_cuda
+def _rows_of(keys: Tensor, num_rows: int) -> Tensor:
+    return torch.where(keys == 0, 0, keys % (num_rows - 1) + 1)
 
 
 class _NotedLookup(torch.autograd.Function):
@@ -245,6 +250,7 @@ class Embedding(nn.Module):
         cls_RMD = self.cls_MD.expand(len(user_key_R), -1, -1)
         return torch.cat([cls_RMD, self.user(user_key_R).unflatten(1, (self.num_user_tokens, -1))], dim=1)
 
+    @fused_on_cuda
     def requests(self, request_ts_R: Tensor, last_event_ts_R: Tensor) -> Tensor:
         """[R, D]: what is known of a request when it is scored."""
         return self.request_gap(request_ts_R, last_event_ts_R) + self.request_hour(request_ts_R)

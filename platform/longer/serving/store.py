@@ -5,10 +5,11 @@ for good; what is asked for there comes back. On CUDA both ways are copies on a 
 the host waits for none, and the device only where it needs the memory.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from longer.model.longer import Longer
 from longer.model.pool import Precision, StateLayout, StatePool
@@ -18,6 +19,9 @@ from longer.slots import Move, Slot
 
 BATCH_USERS = 32
 """Most users whose states one batch uses: room for them stands beside the budget."""
+
+_ENTRY_BYTES = 4_000
+"""Of a state's Python objects, its partial group's arrays and its fingerprint's sums, as measured over thousands of states."""
 
 HeldState = Held[UserState]
 StateEntry = Entry[UserState]
@@ -39,9 +43,8 @@ class StateStore:
     def _allocate(self, layout: StateLayout, device: torch.device) -> None:
         self.layout = layout
         self._copies = _Copies(device)
-        largest_bytes = layout.largest_rows * layout.row_bytes
         # a state that outgrows its slot has two for a moment; and what may lie idle (`SlotAllocator.most_idle_units`)
-        beside_bytes = 2 * (BATCH_USERS + len(StatePool.sizes_of(layout))) * largest_bytes
+        beside_bytes = 2 * (BATCH_USERS + len(StatePool.sizes_of(layout))) * self.most_state_bytes
         self.pool = StatePool(layout, self.budget_bytes + beside_bytes, device)
         self._host = _HostPool(layout, self.host_budget_bytes, self._copies) if self.host_budget_bytes else None
 
@@ -77,6 +80,27 @@ class StateStore:
     def host_bytes(self) -> int:
         """Bytes of the states in host memory."""
         return self._index.tiers[Tier.HOST].num_bytes
+
+    @property
+    def reserved_bytes(self) -> tuple[int, int]:
+        """What is really allocated on the device and in host memory: the budgets in whole slabs, and beside the device's the room
+        for one batch and for what may lie idle."""
+        return self.pool.words_NI.nbytes, self._host.words_NI.nbytes if self._host else 0
+
+    @property
+    def index_bytes(self) -> int:
+        """About what Python keeps of the states besides, in host memory."""
+        return len(self) * _ENTRY_BYTES
+
+    @property
+    def free_bytes(self) -> int:
+        """What both tiers can take before anything has to go for good."""
+        return self.budget_bytes + self.host_budget_bytes - self.num_bytes - self.host_bytes
+
+    @property
+    def most_state_bytes(self) -> int:
+        """Of the largest state."""
+        return self.layout.largest_rows * self.layout.row_bytes
 
     def __len__(self) -> int:
         return len(self._index)
@@ -147,8 +171,47 @@ class StateStore:
         self._index.drop_stale(user_key)
 
     def forget(self, user_key: int) -> bool:
-        """Drops everything held of a user, in all tiers; whether there was anything."""
-        return self._index.forget(user_key)
+        """Drops everything held of a user, in all tiers, and overwrites its memory; whether there was anything."""
+        held = self._index.find(user_key)
+        if held is None:
+            return False
+        pool, slot = self._pool_of(held), held.entry.state.slot
+        self._copies.finish()
+        pool.words_NI[slot.start : slot.start + slot.size].zero_()
+        self.counters.forget += self._index.forget(user_key)
+        return True
+
+    # -- what outlives it ---------------------------------------------------------------------------------------------
+
+    def hottest(self, version: StateVersion) -> Iterator[tuple[HeldState, bool]]:
+        """This version's states, who would go last first, and whether each is protected. Nothing may be in use."""
+        for tier in self._index.tiers:
+            held = [one for one in tier if one.version == version]
+            yield from ((one, tier.is_protected(one)) for one in reversed(held))
+
+    def words(self, held: HeldState) -> Tensor:
+        """Everything in the state's slot, [rows, words]: in host memory where it lies, or a copy from the device."""
+        pool, slot = (self.pool if held.tier == Tier.DEVICE else self._host), held.entry.state.slot
+        assert pool is not None
+        self._copies.finish()
+        return pool.words_NI[slot.start : slot.start + slot.size].cpu()
+
+    def restore(
+        self, user_key: int, version: StateVersion, entry: StateEntry, words_NI: Tensor, is_protected: bool
+    ) -> bool:
+        """Takes a kept state (`entry` with any slot) into host memory, if there is room and nothing is held of the user."""
+        num_bytes = len(words_NI) * self.layout.row_bytes
+        is_held = self._index.find(user_key) is not None
+        if is_held or self._host is None or self.host_bytes + num_bytes > self.host_budget_bytes:
+            return False
+        slot = self._host.slots.allocate(len(words_NI))
+        if slot is None:
+            return False
+        self._copies.finish()  # the slot's memory may still be read or written
+        self._host.words_NI[slot.start : slot.start + slot.size].copy_(words_NI)
+        entry = replace(entry, state=replace(entry.state, slot=slot))
+        self._index.restore(user_key, version, entry, num_bytes, is_protected)
+        return True
 
     # -- memory -------------------------------------------------------------------------------------------------------
 
@@ -190,9 +253,12 @@ class StateStore:
             self._index.evict(victim)
 
     def _free(self, held: HeldState) -> None:
+        self._pool_of(held).slots.free(held.entry.state.slot)
+
+    def _pool_of(self, held: HeldState) -> StatePool:
         pool = self.pool if held.tier == Tier.DEVICE else self._host
         assert pool is not None
-        pool.slots.free(held.entry.state.slot)
+        return pool
 
 
 def _lies_in(held: HeldState, slot: Slot) -> None:

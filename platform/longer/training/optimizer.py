@@ -11,6 +11,7 @@ from longer.config import TrainSettings
 from longer.model.embedding import Reads
 from longer.model.fuse import has_kernels
 from longer.model.ranker import Ranker
+from longer.training.scaling import Scaling
 from longer.training.sharding import over_owners
 from longer.training.table_gradients import TableGradient, combine, over_workers
 
@@ -28,7 +29,8 @@ class Optimizer:
     """Takes the place of a model's gradients and moments; the model's large tables note what they read from now on.
 
     A table's row whose gradient is zero, because nobody read it or nothing came of it, keeps its weights and moments (torch's
-    SparseAdam does the same). Moments lie in `state` under their parameter: a step touches no row that it did not read.
+    SparseAdam does the same). Moments lie in `state` under their parameter: a step touches no row that it did not read. A step
+    whose gradients are not finite changes no weight and no moment; `scaling` counts it.
     """
 
     def __init__(self, model: Ranker, settings: TrainSettings) -> None:
@@ -38,6 +40,7 @@ class Optimizer:
             table.reads = []
         device = model.norm_head.weight.device
         on_cuda = device.type == "cuda"
+        self.scaling = Scaling(device, is_scaled=settings.precision == "fp16")
 
         def rate(value: float) -> Tensor | float:
             return torch.tensor(value, device=device) if on_cuda else value
@@ -105,7 +108,8 @@ class Optimizer:
     def step(self, num_workers: int, owns_rows: bool = False) -> Tensor:
         """One update from the gradients of all workers, summed; returns their norm before it was clipped.
 
-        With `owns_rows` the tables are this worker's blocks, and what was noted of them is all workers' already.
+        They are those of `scaling.scale` times the loss. With `owns_rows` the tables are this worker's blocks, and what was
+        noted of them is all workers' already.
         """
         dense = [p.grad for group in self._dense.param_groups for p in group["params"] if p.grad is not None]
         tables = {parameter: combine(table.reads) for parameter, table in self.tables.items() if table.reads}
@@ -117,27 +121,33 @@ class Optimizer:
         of_tables = get_total_norm([gradient.gradient_Ud for gradient in tables.values()], foreach=True)
         if owns_rows:
             of_tables = over_owners(of_tables)
-        norm = torch.hypot(get_total_norm(dense, foreach=True), of_tables)
-        scale = (self.clip_norm / (norm + 1e-6)).clamp_max(1.0)
-        torch._foreach_mul_(dense, scale)
+        norm = torch.hypot(get_total_norm(dense, foreach=True), of_tables).float() / self.scaling.scale
+        is_finite = norm.isfinite()
+        divisor = ((norm + 1e-6) / self.clip_norm).clamp_min(1.0) * self.scaling.scale
+        self._dense.grad_scale, self._dense.found_inf = divisor, 1.0 - is_finite.float()  # type: ignore[attr-defined]
         self._dense.step()
-        rate = self._dense.param_groups[1]["lr"]
+        scale, rate = 1.0 / divisor, self._dense.param_groups[1]["lr"]
         for parameter, gradient in tables.items():
-            self._update(parameter, gradient, scale, rate)
+            num_rows = torch.where(is_finite, gradient.num_rows, 0)
+            self.state[parameter]["step"] += is_finite
+            self._update(parameter, gradient, num_rows, scale, rate)
+        self.scaling.update(is_finite)
         return norm
 
-    def _update(self, parameter: Tensor, gradient: TableGradient, scale: Tensor, rate: Tensor | float) -> None:
+    def _update(
+        self, parameter: Tensor, gradient: TableGradient, num_rows: Tensor, scale: Tensor, rate: Tensor | float
+    ) -> None:
         state = self.state[parameter]
-        state["step"] += 1
         moments = state["exp_avg"], state["exp_avg_sq"]
         if has_kernels(parameter):
             from longer.training.table_triton import update_rows
 
             assert isinstance(rate, Tensor)
-            rows = gradient.rows_U, gradient.gradient_Ud, gradient.num_rows
+            rows = gradient.rows_U, gradient.gradient_Ud, num_rows
             update_rows(parameter, moments, *rows, scale, rate, state["step"], _BETAS, _EPS)
             return
         learns_U = gradient.gradient_Ud.any(dim=1)
+        learns_U[int(num_rows) :] = False
         rows_U, gradient_Ud = gradient.rows_U[learns_U], gradient.gradient_Ud[learns_U] * scale
         mean_Ud = moments[0][rows_U].lerp_(gradient_Ud, 1 - _BETAS[0])
         square_Ud = moments[1][rows_U].mul_(_BETAS[1]).addcmul_(gradient_Ud, gradient_Ud, value=1 - _BETAS[1])

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from longer.rpc import scoring_pb2 as pb
 from longer.serving.requests import EventsRequest, EventsResult, ScoreRequest, ScoreResult
-from serve_apps.grpc import scoring_pb2 as pb
 from serve_apps.protocol import (
     MAX_COLUMNS,
     AboutRequest,

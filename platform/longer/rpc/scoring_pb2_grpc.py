@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from serve_apps.grpc import scoring_pb2 as serve__apps_dot_grpc_dot_scoring__pb2
+from longer.rpc import scoring_pb2 as longer_dot_rpc_dot_scoring__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in serve_apps/grpc/scoring_pb2_grpc.py depends on'
+        + ' but the generated code in longer/rpc/scoring_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -36,18 +36,18 @@ class ScoringStub:
         """
         self.Score = channel.unary_unary(
                 '/longer.scoring.v1.Scoring/Score',
-                request_serializer=serve__apps_dot_grpc_dot_scoring__pb2.ScoreRequest.SerializeToString,
-                response_deserializer=serve__apps_dot_grpc_dot_scoring__pb2.ScoreResponse.FromString,
+                request_serializer=longer_dot_rpc_dot_scoring__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=longer_dot_rpc_dot_scoring__pb2.ScoreResponse.FromString,
                 _registered_method=True)
         self.AddEvents = channel.unary_unary(
                 '/longer.scoring.v1.Scoring/AddEvents',
-                request_serializer=serve__apps_dot_grpc_dot_scoring__pb2.AddEventsRequest.SerializeToString,
-                response_deserializer=serve__apps_dot_grpc_dot_scoring__pb2.AddEventsResponse.FromString,
+                request_serializer=longer_dot_rpc_dot_scoring__pb2.AddEventsRequest.SerializeToString,
+                response_deserializer=longer_dot_rpc_dot_scoring__pb2.AddEventsResponse.FromString,
                 _registered_method=True)
         self.ForgetUser = channel.unary_unary(
                 '/longer.scoring.v1.Scoring/ForgetUser',
-                request_serializer=serve__apps_dot_grpc_dot_scoring__pb2.ForgetUserRequest.SerializeToString,
-                response_deserializer=serve__apps_dot_grpc_dot_scoring__pb2.ForgetUserResponse.FromString,
+                request_serializer=longer_dot_rpc_dot_scoring__pb2.ForgetUserRequest.SerializeToString,
+                response_deserializer=longer_dot_rpc_dot_scoring__pb2.ForgetUserResponse.FromString,
                 _registered_method=True)
 
 
@@ -80,18 +80,18 @@ def add_ScoringServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Score': grpc.unary_unary_rpc_method_handler(
                     servicer.Score,
-                    request_deserializer=serve__apps_dot_grpc_dot_scoring__pb2.ScoreRequest.FromString,
-                    response_serializer=serve__apps_dot_grpc_dot_scoring__pb2.ScoreResponse.SerializeToString,
+                    request_deserializer=longer_dot_rpc_dot_scoring__pb2.ScoreRequest.FromString,
+                    response_serializer=longer_dot_rpc_dot_scoring__pb2.ScoreResponse.SerializeToString,
             ),
             'AddEvents': grpc.unary_unary_rpc_method_handler(
                     servicer.AddEvents,
-                    request_deserializer=serve__apps_dot_grpc_dot_scoring__pb2.AddEventsRequest.FromString,
-                    response_serializer=serve__apps_dot_grpc_dot_scoring__pb2.AddEventsResponse.SerializeToString,
+                    request_deserializer=longer_dot_rpc_dot_scoring__pb2.AddEventsRequest.FromString,
+                    response_serializer=longer_dot_rpc_dot_scoring__pb2.AddEventsResponse.SerializeToString,
             ),
             'ForgetUser': grpc.unary_unary_rpc_method_handler(
                     servicer.ForgetUser,
-                    request_deserializer=serve__apps_dot_grpc_dot_scoring__pb2.ForgetUserRequest.FromString,
-                    response_serializer=serve__apps_dot_grpc_dot_scoring__pb2.ForgetUserResponse.SerializeToString,
+                    request_deserializer=longer_dot_rpc_dot_scoring__pb2.ForgetUserRequest.FromString,
+                    response_serializer=longer_dot_rpc_dot_scoring__pb2.ForgetUserResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -119,8 +119,8 @@ class Scoring:
             request,
             target,
             '/longer.scoring.v1.Scoring/Score',
-            serve__apps_dot_grpc_dot_scoring__pb2.ScoreRequest.SerializeToString,
-            serve__apps_dot_grpc_dot_scoring__pb2.ScoreResponse.FromString,
+            longer_dot_rpc_dot_scoring__pb2.ScoreRequest.SerializeToString,
+            longer_dot_rpc_dot_scoring__pb2.ScoreResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -146,8 +146,8 @@ class Scoring:
             request,
             target,
             '/longer.scoring.v1.Scoring/AddEvents',
-            serve__apps_dot_grpc_dot_scoring__pb2.AddEventsRequest.SerializeToString,
-            serve__apps_dot_grpc_dot_scoring__pb2.AddEventsResponse.FromString,
+            longer_dot_rpc_dot_scoring__pb2.AddEventsRequest.SerializeToString,
+            longer_dot_rpc_dot_scoring__pb2.AddEventsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -173,8 +173,8 @@ class Scoring:
             request,
             target,
             '/longer.scoring.v1.Scoring/ForgetUser',
-            serve__apps_dot_grpc_dot_scoring__pb2.ForgetUserRequest.SerializeToString,
-            serve__apps_dot_grpc_dot_scoring__pb2.ForgetUserResponse.FromString,
+            longer_dot_rpc_dot_scoring__pb2.ForgetUserRequest.SerializeToString,
+            longer_dot_rpc_dot_scoring__pb2.ForgetUserResponse.FromString,
             options,
             channel_credentials,
             insecure,
