@@ -4,10 +4,12 @@ With two GPUs, over NCCL and in CUDA graphs.
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,16 +17,19 @@ import torch.multiprocessing
 
 from longer.arrays import RequestBatch
 from longer.config import TaskSettings, TrainSettings
+from longer.data.batches import Requests
 from longer.model.longer import Longer
 from longer.training.checkpoints import Tensors, TrainerState, load_trainer, moments_of, save_trainer, weights_of
+from longer.training.loader import SplitData
 from longer.training.steps import Stepper
-from tests.model.generate import request_batch, small_model
+from longer.training.validation import validate
+from tests.model.generate import random_candidates, random_histories, request_batch, small_model
 
 NUM_WORKERS, NUM_STEPS = 2, 4
 ON_CUDA = torch.cuda.device_count() >= NUM_WORKERS
 DTYPE = torch.float32 if ON_CUDA else torch.float64
 CLOSE = {"rtol": 1e-3, "atol": 1e-3} if ON_CUDA else {"rtol": 1e-8, "atol": 1e-10}
-TRAIN = {"tasks": (TaskSettings(name="click"),), "clip_norm": 0.05}
+TRAIN: dict[str, Any] = {"tasks": (TaskSettings(name="click"),), "clip_norm": 0.05}
 """A norm that clips: updates then depend on the gradients of all workers."""
 
 
@@ -34,6 +39,7 @@ class Outcome:
 
     losses_and_norms: list[tuple[float, float]]
     outputs_CT: np.ndarray
+    metrics: dict[str, dict[str, float]]
     weights: Tensors
     moments: Tensors
     num_item_rows: int
@@ -45,6 +51,23 @@ def batches_of(model: Longer, step: int, rank: int) -> list[RequestBatch]:
     return [request_batch(model, 100 * step + 10 * rank + number, lengths) for number, lengths in enumerate(sizes)]
 
 
+def one_users_requests(model: Longer) -> SplitData:
+    """Two requests of one user, whom one worker alone scores in validation."""
+    rng, rows = np.random.default_rng(3), np.zeros(2, np.int64)
+    histories, candidates = random_histories(rng, [20]), random_candidates(rng, [9, 8])
+    requests = Requests(
+        request_id_R=np.arange(2),
+        user_id_R=pa.array([7, 7]),
+        user_key_R=histories.user_key_B[rows],
+        request_ts_R=rows + 2_000_000_000_000,
+        history_end_R=np.array([19, 20]),
+        candidates=candidates,
+        item_id_C=pa.array(range(17)),
+        labels={"click": (np.arange(17) % 2).astype(np.float32)},
+    )
+    return SplitData(histories, requests, rows, model.windows)
+
+
 def outcome_of(stepper: Stepper, rank: int) -> Outcome:
     steps, model = [], cast(Longer, stepper.model)
     for step in range(NUM_STEPS):
@@ -54,8 +77,9 @@ def outcome_of(stepper: Stepper, rank: int) -> Outcome:
         dist.all_reduce(loss)
         steps.append((float(loss), float(norm)))
     outputs_CT = stepper.outputs(request_batch(model, 5 + rank, [4, 19]))
+    metrics = validate(one_users_requests(model), stepper.outputs, TRAIN["tasks"], rank, NUM_WORKERS)
     whole = weights_of(model, stepper.whole), moments_of(model, stepper.optimizer, stepper.whole)
-    return Outcome(steps, outputs_CT, *whole, len(model.embedding.item.embedding.weight))
+    return Outcome(steps, outputs_CT, metrics, *whole, len(model.embedding.item.embedding.weight))
 
 
 def worker(rank: int, folder: str) -> None:
@@ -64,7 +88,9 @@ def worker(rank: int, folder: str) -> None:
     device = torch.device("cuda", rank) if ON_CUDA else torch.device("cpu")
     if ON_CUDA:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if ON_CUDA else "gloo", f"file://{folder}/meet", rank=rank, world_size=NUM_WORKERS)
+    backend, meet = "nccl" if ON_CUDA else "gloo", f"file://{folder}/meet"
+    waits = timedelta(seconds=100)  # where workers are not in step
+    dist.init_process_group(backend, meet, timeout=waits, rank=rank, world_size=NUM_WORKERS)
     for sharding in ("replicated", "rows"):
         model = small_model(dtype=DTYPE)
         stepper = Stepper(model, TrainSettings(**TRAIN, table_sharding=sharding), device, NUM_WORKERS)
@@ -96,9 +122,15 @@ def test_each_worker_holds_its_rows_only(outcomes: tuple[Outcome, Outcome]) -> N
 
 def test_spread_tables_learn_what_whole_ones_do(outcomes: tuple[Outcome, Outcome]) -> None:
     replicated, rows = outcomes
-    assert all(norm > TRAIN["clip_norm"] for _, norm in replicated.losses_and_norms)  # type: ignore[operator]
+    assert all(norm > TRAIN["clip_norm"] for _, norm in replicated.losses_and_norms)
     np.testing.assert_allclose(rows.losses_and_norms, replicated.losses_and_norms, rtol=CLOSE["rtol"])
     np.testing.assert_allclose(rows.outputs_CT, replicated.outputs_CT, rtol=1e-5, atol=max(1e-6, CLOSE["atol"]))
+
+
+def test_a_worker_with_nothing_to_validate_lends_its_rows_to_the_others(outcomes: tuple[Outcome, Outcome]) -> None:
+    replicated, rows = outcomes
+    assert rows.metrics["click"] == pytest.approx(replicated.metrics["click"], rel=1e-3)
+    assert 0 < rows.metrics["click"]["auc"] < 1
 
 
 def test_a_checkpoint_of_spread_tables_is_the_one_of_whole_ones(outcomes: tuple[Outcome, Outcome]) -> None:
