@@ -103,7 +103,12 @@ def main() -> None:
     parser.add_argument("--prepare", action="store_true", help="build the tables only")
     asked = parser.parse_args()
     train = {"epochs": asked.epochs, "validate_every_steps": EVERY, "max_failures": 0, "table_sharding": asked.sharding}
-    train |= {"num_workers": asked.workers, "tokens_per_step": asked.workers * asked.tokens}
+    most = asked.tokens + asked.length + 2_000  # so that half the workers take a step in two batches each
+    train |= {
+        "num_workers": asked.workers,
+        "tokens_per_step": asked.workers * asked.tokens,
+        "max_tokens_per_batch": most,
+    }
     settings = settings_of(asked, **train)
     settings = settings.model_copy(update={"ray": settings.ray.model_copy(update={"num_cpus": 4 * asked.workers + 4})})
     start_ray(settings.ray)

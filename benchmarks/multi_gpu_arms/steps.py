@@ -93,9 +93,8 @@ def imbalance(steps: Sequence[Sequence[Int64]]) -> float:
 class Device:
     """One process's part of every arm."""
 
-    def __init__(self, rank: int, num_devices: int, size: Size, num_steps: int) -> None:
-        self.rank, self.num_devices, self.size, self.num_steps = rank, num_devices, size, num_steps
-        self.device = torch.device("cuda", rank) if ON_CUDA else torch.device("cpu")
+    def __init__(self, device: torch.device, rank: int, num_devices: int, size: Size, num_steps: int) -> None:
+        self.device, self.rank, self.num_devices, self.size, self.num_steps = device, rank, num_devices, size, num_steps
         rng = np.random.default_rng(1)
         self.lengths = zipf_lengths(rng, size.users * NUM_BATCHES, size.longest)
 
@@ -147,7 +146,7 @@ class Device:
         peak_gb = torch.cuda.max_memory_allocated() / 1e9 if ON_CUDA else 0.0
         rate = float(np.mean(counts)) / step_s
         row = Row(self.size.name, self.num_devices, arm, step_s * 1e3, rate, imbalance(steps), peak_gb, first)
-        if self.rank == 0:
+        if self.rank == 0 and self.num_steps > 1:
             print(
                 f"{row.size} on {row.num_devices}, {arm}: {row.step_ms:.2f} ms, {rate:,.0f}/s",
                 file=sys.stderr,
@@ -163,18 +162,21 @@ class Device:
 
 
 def device_process(rank: int, asked: argparse.Namespace, folder: str, barrier: Barrier, out: Any) -> None:
-    """Takes part wherever its device does; one device first, whose compiled kernels the others find on disk."""
+    """Takes part wherever its device does, after all have compiled what they need."""
     torch._dynamo.config.recompile_limit = 64  # each arm's model counts
+    device = torch.device("cuda", rank) if ON_CUDA else torch.device("cpu")
     if ON_CUDA:
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(device)
     else:
         torch.set_num_threads(1)
+    Device(device, 0, 1, asked.sizes[0], num_steps=1).rows()
+    barrier.wait()
     for size, num_devices in itertools.product(asked.sizes, sorted(asked.worlds)):
         if rank < num_devices:
             meet = f"file://{folder}/{size.name}_{num_devices}"
             if num_devices > 1:
                 dist.init_process_group("nccl" if ON_CUDA else "gloo", meet, rank=rank, world_size=num_devices)
-            rows = Device(rank, num_devices, size, asked.steps).rows()
+            rows = Device(device, rank, num_devices, size, asked.steps).rows()
             if rank == 0:
                 out.put(rows)
             if num_devices > 1:
@@ -247,7 +249,7 @@ def main() -> None:
     worlds = [world for world in (1, 2, 4, 8) if world <= num_devices]
     parser.add_argument("--worlds", type=int, nargs="+", default=worlds, help="numbers of devices (default: all)")
     parser.add_argument(
-        "--steps", type=int, default=24 if ON_CUDA else 4, help="steps of a measurement, a multiple of 4"
+        "--steps", type=int, default=16 if ON_CUDA else 4, help="steps of a measurement, a multiple of 4"
     )
     parser.add_argument(
         "--seconds", type=float, default=600, help="what is not measured by then is left out (default 600)"
