@@ -15,6 +15,6 @@ def add_scoring(servicer: Any, server: grpc.Server) -> None:
     """For `grpc_servicer_functions` of a Serve config."""
     calls = {
         name: grpc.unary_unary_rpc_method_handler(getattr(servicer, name))
-        for name in ("Score", "AddEvents", "ForgetUser")
+        for name in ("Score", "ScoreBatch", "AddEvents", "ForgetUser", "Model")
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, calls),))

@@ -16,7 +16,7 @@ from longer.serving.cache import StateVersion
 from longer.serving.dumps import DumpCounters, StateDumps
 from longer.serving.kept_states import KeptState
 from longer.serving.scorer import Scorer
-from serve_apps.affinity import Ring
+from serve_apps.affinity import Ring, session_of
 from serve_apps.arguments import ScoringArgs
 
 _WARMED_TOGETHER = 4
@@ -65,7 +65,7 @@ class StateKeeper:
         if self._dumps is None:
             return
         version, layout = self._scorer.version, self._scorer.cache.layout
-        files = self._dumps.states(version, layout, lambda user_id: ring.owner(str(user_id)) == self._replica)
+        files = self._dumps.states(version, layout, lambda user_id: self._is_own(user_id, ring))
         taken = set[int]()
         while (states := await asyncio.to_thread(_next, files)) is not None:
             taken |= (some := await self._in_worker(self._take_in, states, version))
@@ -75,6 +75,9 @@ class StateKeeper:
         self._forgotten.clear()
         if taken:
             _logger.info("%d states of before are back, in host memory", len(taken))
+
+    def _is_own(self, user_id: int | str, ring: Ring) -> bool:
+        return ring.owner(session_of(user_id)) == self._replica
 
     def _take_in(self, states: list[KeptState], version: StateVersion) -> set[int]:
         """Keys of the users whose states are here from now on; none if the model is another by now."""
@@ -97,7 +100,7 @@ class StateKeeper:
         if not most:
             return
         active = await asyncio.to_thread(self._scorer.history.most_active, most)
-        own = [n for n, user_id in enumerate(active.to_pylist()) if ring.owner(str(user_id)) == self._replica][:wanted]
+        own = [n for n, user_id in enumerate(active.to_pylist()) if self._is_own(user_id, ring)][:wanted]
         users = active.take(pa.array(own, pa.int64()))
         for begin in range(0, len(users), _WARMED_TOGETHER):
             self.num_warmed += await self._in_worker(self._scorer.warm, users[begin : begin + _WARMED_TOGETHER])

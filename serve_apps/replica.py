@@ -129,19 +129,7 @@ class ScoringReplica(RpcService):
         return await self._answer(request, "model", self._answer_model)
 
     async def _answer_model(self, _request: Request, _call: Call) -> Answer:
-        info = self._scorer.info
-        about = {
-            "model_version": info.model_version,
-            "refused_rollout": self._rollouts.is_refused,
-            "schema_hash": info.schema.hash(),
-            "encoding": info.model.encoding,
-            "tasks": [task.model_dump(include={"name", "kind"}) for task in info.tasks],
-            "item_features": list(info.schema.features_of("item")),
-            "event_fields": [field.name for field in info.schema.event_fields()],
-            "history_events": info.model.history_events,
-            "sequences_version": self._scorer.history.version_id,
-        }
-        return as_json(about), JSON
+        return as_json(self.about_model()), JSON
 
     @api.get("/v1/stats", openapi_extra=about_call(SESSION_HEADER, TIMEOUT_HEADER), responses=errors())
     async def stats(self, request: Request) -> Response:

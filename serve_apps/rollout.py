@@ -54,5 +54,8 @@ class Rollouts:
             return
         self.is_refused = False
         _logger.info("model: now %s", self._scorer.info.model_version)
-        for warm_up in self._warm_ups(self._scorer):  # between batches: requests wait for one at a time
-            await self._in_worker(warm_up)
+        try:
+            for warm_up in self._warm_ups(self._scorer):  # between batches: requests wait for one at a time
+                await self._in_worker(warm_up)
+        except Exception:
+            _logger.exception("model %s serves, but its first batches will be slow", self._scorer.info.model_version)

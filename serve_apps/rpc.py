@@ -44,6 +44,21 @@ class RpcService(ScoringService):
         types = scoring_pb2.ScoreRequest, scoring_pb2.ScoreResponse
         return await self._reply("rpc Score", body, grpc_context, work, *types)
 
+    async def ScoreBatch(self, body: bytes, grpc_context: Context) -> Any:
+        from longer.rpc import scoring_pb2
+        from serve_apps import messages
+
+        async def work(request: Any, _session: str | None, call: Call) -> Any:
+            several = messages.parse_score_batch(request, self._args.limits)
+            call.ends("parse")
+            outcomes = await self.score_several(several, call)
+            results = [messages.score_result(asked, *one) for asked, one in zip(several, outcomes, strict=True)]
+            call.ends("answer")
+            return scoring_pb2.ScoreBatchResponse(results=results)
+
+        types = scoring_pb2.ScoreBatchRequest, scoring_pb2.ScoreBatchResponse
+        return await self._reply("rpc ScoreBatch", body, grpc_context, work, *types)
+
     async def AddEvents(self, body: bytes, grpc_context: Context) -> Any:
         from longer.rpc import scoring_pb2
         from serve_apps import messages
@@ -66,6 +81,15 @@ class RpcService(ScoringService):
 
         types = scoring_pb2.ForgetUserRequest, scoring_pb2.ForgetUserResponse
         return await self._reply("rpc ForgetUser", body, grpc_context, work, *types)
+
+    async def Model(self, body: bytes, grpc_context: Context) -> Any:
+        from longer.rpc import scoring_pb2
+
+        async def work(*_: Any) -> Any:
+            return scoring_pb2.ModelResponse(**self.about_model())
+
+        types = scoring_pb2.ModelRequest, scoring_pb2.ModelResponse
+        return await self._reply("rpc Model", body, grpc_context, work, *types)
 
     async def _reply(
         self,

@@ -29,6 +29,8 @@ from serve_apps.protocol import Asked, BodyError
 from serve_apps.rollout import Rollouts
 
 RETRY_AFTER_S = 1
+_HUNG_UP = 499
+"""Status, in metrics and the access log, of a call whose caller has gone before it was answered."""
 _logger = logging.getLogger("ray.serve")
 
 T = TypeVar("T")
@@ -104,6 +106,9 @@ class ScoringService:
             self._gate.check_token(headers.get("authorization"))
             async with asyncio.timeout(self._gate.time_left_s(headers.get(TIMEOUT_HEADER))):
                 outcome = await work(call)
+        except asyncio.CancelledError:
+            self._note(call, _HUNG_UP)
+            raise
         except TimeoutError:
             outcome = Refusal(504, "not answered in time: allow more, or send fewer candidates")
         except UserError as error:
@@ -111,11 +116,14 @@ class ScoringService:
         except Exception:
             _logger.exception("a call to %s failed", route)
             outcome = Refusal(500, "internal error: the replica's log has it")
-        status, latency_ms = outcome.status if isinstance(outcome, Refusal) else 200, call.latency_ms
-        self._metrics.record(route, latency_ms, status)
+        self._note(call, outcome.status if isinstance(outcome, Refusal) else 200)
+        return outcome
+
+    def _note(self, call: Call, status: int) -> None:
+        latency_ms = call.latency_ms
+        self._metrics.record(call.route, latency_ms, status)
         if self._access_log:
             self._access_log.note(call, status, latency_ms)
-        return outcome
 
     async def score_one(self, asked: Asked, session: str | None, call: Call) -> tuple[ScoreResult, str]:
         """The scores that the call asks for, and the version of the model that they are of."""
@@ -153,6 +161,21 @@ class ScoringService:
         if any(isinstance(outcome, BaseException) for outcome in others):
             raise BodyError(503, "not every replica has answered: send the same again")
         return len(others), sum([held, *others])
+
+    def about_model(self) -> dict[str, Any]:
+        """The model that answers, and what it reads."""
+        info = self._scorer.info
+        return {
+            "model_version": info.model_version,
+            "refused_rollout": self._rollouts.is_refused,
+            "schema_hash": info.schema.hash(),
+            "encoding": info.model.encoding,
+            "tasks": [task.model_dump(include={"name", "kind"}) for task in info.tasks],
+            "item_features": list(info.schema.features_of("item")),
+            "event_fields": [field.name for field in info.schema.event_fields()],
+            "history_events": info.model.history_events,
+            "sequences_version": self._scorer.history.version_id,
+        }
 
     async def status(self) -> dict[str, Any]:
         """What all replicas hold and have done lately."""
@@ -225,8 +248,11 @@ class ScoringService:
         await self._in_worker(self._touch_device)
         self._tell()
 
-    def record_autoscaling_stats(self) -> dict[str, float]:
-        """What `longer/autoscaling.py` goes by, twice a second: a `ReplicaLoad` since the last call."""
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `longer/autoscaling.py` goes by, twice a second: a `ReplicaLoad` since the last call.
+
+        Of the event loop as all that tells: Serve runs what is not async in threads.
+        """
         cache, now_s = self._scorer.cache, time.monotonic()
         (since_s, before), self._evicted = self._evicted, (now_s, cache.counters.evict)
         self._metrics.gpu_memory_share = self._gpu_memory_share()

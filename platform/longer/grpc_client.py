@@ -60,28 +60,18 @@ class GrpcScoringClient:
         top_k: int | None = None,
     ) -> dict[str, Any]:
         """What the HTTP client answers; candidates are ids, or objects with `id` and `features`, times milliseconds since 1970."""
-        objects = [c if isinstance(c, Mapping) else {"id": c} for c in candidates]
-        names = dict.fromkeys(name for one in objects for name in one.get("features", {}))
-        request = pb.ScoreRequest(
-            user_id=_id(user_id),
-            candidates=_ids([one["id"] for one in objects]),
-            features=[
-                pb.Column(name=name, values=[_value(one.get("features", {}).get(name)) for one in objects])
-                for name in names
-            ],
-            request_ts=request_ts,
-            events=list(map(_event, events)),
-            top_k=top_k,
-        )
-        answer = self._call(self._stub.Score, request, user_id)
-        state, ids = answer.user_state, answer.candidates
-        last_event_ts = state.last_event_ts if state.HasField("last_event_ts") else None
-        return {
-            "candidates": list(ids.numbers or ids.texts),
-            "scores": {task: list(scores.values) for task, scores in answer.scores.items()},
-            "model_version": answer.model_version,
-            "user_state": {"source": state.source, "num_events": state.num_events, "last_event_ts": last_event_ts},
-        }
+        request = _score_request(user_id, candidates, request_ts, events, top_k)
+        return _score_answer(self._call(self._stub.Score, request, user_id))
+
+    def score_batch(self, asked: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """One result a request, in order: scores, or `error` and `status`."""
+        request = pb.ScoreBatchRequest(requests=[_score_request(**one) for one in asked])
+        return [
+            _score_answer(result.response)
+            if result.HasField("response")
+            else {"error": result.refusal.error, "status": result.refusal.status}
+            for result in self._call(self._stub.ScoreBatch, request, None).results
+        ]
 
     def add_events(self, user_id: int | str, events: Sequence[Mapping[str, Any]]) -> dict[str, int]:
         """How many events were received, and how many of them were new."""
@@ -97,8 +87,10 @@ class GrpcScoringClient:
     def close(self) -> None:
         self._channel.close()
 
-    def _call(self, method: Callable[..., Any], request: Any, user_id: int | str, num_tries: int = 0) -> Any:
-        metadata = [*self._metadata, ("session_id", quote(str(user_id), safe=""))]  # as over HTTP: the same replica
+    def _call(self, method: Callable[..., Any], request: Any, user_id: int | str | None, num_tries: int = 0) -> Any:
+        metadata = self._metadata
+        if user_id is not None:
+            metadata = [*metadata, ("session_id", quote(str(user_id), safe=""))]  # as over HTTP: the same replica
         try:
             return method(request, metadata=metadata, timeout=self._timeout_s)
         except grpc.RpcError as error:
@@ -109,6 +101,37 @@ class GrpcScoringClient:
                 raise
         time.sleep(_PAUSES_S[code] * 2**num_tries * random.uniform(0.5, 1.0))
         return self._call(method, request, user_id, num_tries + 1)
+
+
+def _score_request(
+    user_id: int | str,
+    candidates: Sequence[Any],
+    request_ts: int | None = None,
+    events: Sequence[Mapping[str, Any]] = (),
+    top_k: int | None = None,
+) -> pb.ScoreRequest:
+    objects = [c if isinstance(c, Mapping) else {"id": c} for c in candidates]
+    given = [one.get("features", {}) for one in objects]
+    names = dict.fromkeys(name for features in given for name in features)
+    return pb.ScoreRequest(
+        user_id=_id(user_id),
+        candidates=_ids([one["id"] for one in objects]),
+        features=[pb.Column(name=name, values=[_value(features.get(name)) for features in given]) for name in names],
+        request_ts=request_ts,
+        events=list(map(_event, events)),
+        top_k=top_k,
+    )
+
+
+def _score_answer(answer: pb.ScoreResponse) -> dict[str, Any]:
+    state, ids = answer.user_state, answer.candidates
+    last_event_ts = state.last_event_ts if state.HasField("last_event_ts") else None
+    return {
+        "candidates": list(ids.numbers or ids.texts),
+        "scores": {task: list(scores.values) for task, scores in answer.scores.items()},
+        "model_version": answer.model_version,
+        "user_state": {"source": state.source, "num_events": state.num_events, "last_event_ts": last_event_ts},
+    }
 
 
 def _id(value: int | str) -> pb.Id:

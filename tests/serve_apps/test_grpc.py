@@ -10,6 +10,7 @@ import grpc
 import httpx
 import numpy as np
 import pytest
+from google.protobuf import json_format
 from ray import serve
 from ray.serve.config import gRPCOptions
 
@@ -45,7 +46,7 @@ def service(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     world = build_world(tmp_path_factory.mktemp("grpc"))
     token = Path(world.path("token"))
     token.write_text(TOKEN)
-    limits = {"max_candidates": 3, "max_events": 2, "max_body_bytes": 2000}
+    limits = {"max_candidates": 3, "max_events": 2, "max_body_bytes": 2000, "max_users": 3}
     args = ScoringArgs(checkpoint=world.path("checkpoints"), token_file=str(token), num_cpus=0.5, **limits)
     port, rpc_port = free_port("127.0.0.1", 8399), free_port("127.0.0.1", 8398)
     servicer = "serve_apps.grpc_proxy.add_scoring"
@@ -153,6 +154,24 @@ def test_token_and_deadline_hold_here_too(service: tuple[ScoringStub, str, str])
 
 
 @pytest.mark.ray
+def test_the_model_is_told_as_over_http_and_several_requests_have_their_bounds(
+    service: tuple[ScoringStub, str, str],
+) -> None:
+    stub, url, _ = service
+    told = json_format.MessageToDict(stub.Model(pb.ModelRequest(), metadata=METADATA), preserving_proto_field_name=True)
+    expected = httpx.get(f"{url}/v1/model", headers={"authorization": f"Bearer {TOKEN}"}, timeout=30).json()
+    assert not expected.pop("refused_rollout")  # nor is it in `told`, as false
+    assert told == {**expected, "history_events": str(expected["history_events"])}
+    for requests, code in (
+        ([], "INVALID_ARGUMENT"),
+        ([pb.ScoreRequest(user_id=USER, candidates=ITEMS)] * 4, "OUT_OF_RANGE"),
+    ):
+        with pytest.raises(grpc.RpcError, match="requests: ") as refused:
+            stub.ScoreBatch(pb.ScoreBatchRequest(requests=requests), metadata=METADATA, timeout=30)
+        assert refused.value.code().name == code
+
+
+@pytest.mark.ray
 def test_a_body_is_refused_for_its_size_before_it_is_decoded_and_one_that_is_no_message_is_told(
     service: tuple[ScoringStub, str, str],
 ) -> None:
@@ -183,6 +202,14 @@ def test_the_client_is_answered_what_the_http_client_is(service: tuple[ScoringSt
         sources = [one["user_state"].pop("source") for one in (answer, expected)]
         assert answer == expected
         assert sources[1] in ("hit", "load")
+    several = [{"user_id": user, "candidates": ["item1"], "request_ts": END_MS} for user in (6, "six", 7)]
+    for one, expected in zip(by_grpc.score_batch(several), by_http.score_batch(several), strict=True):
+        np.testing.assert_allclose(
+            one.pop("scores", {}).get("label", []), expected.pop("scores", {}).get("label", []), atol=1e-5
+        )
+        sources = [told["user_state"].pop("source") for told in (one, expected) if "user_state" in told]
+        assert one == expected
+        assert len(sources) == 2 or one["status"] == 422
     unknown = by_grpc.score(10**9, ["item1"])
     assert unknown["user_state"] == {"source": "cold", "num_events": 0, "last_event_ts": None}
     assert by_grpc.forget(5)["held"] == 1

@@ -102,7 +102,7 @@ def test_nothing_that_was_sent_is_in_a_log(url: str) -> None:
     told = Counter((line["route"], line["status"], line["num_candidates"], line["source"]) for line in lines[-5:])
     assert told == Counter(
         [
-            ("score", 200, 1, "cold"),
+            ("score", 200, 1, "load"),
             ("score", 422, 1, None),
             ("events", 422, 0, None),
             ("users", 200, 0, None),

@@ -10,6 +10,7 @@ from pathlib import Path
 import boto3
 import httpx
 import numpy as np
+import pyarrow as pa
 import pytest
 from ray import serve
 
@@ -19,12 +20,21 @@ from tests.s3.proxy import Fault, Proxy, proxy_before
 from tests.s3.server import running_bucket
 from tests.serve_apps.services import (
     END_MS,
+    NUM_CLIENTS,
     Service,
     load,
     num_answered,
     offline_scores,
 )
-from tests.serving.tables import NUM_USERS, build_world, checkpoint_path, publish_random_model
+from tests.serving.tables import (
+    NUM_USERS,
+    build_world,
+    checkpoint_path,
+    publish_catalogue,
+    publish_random_model,
+    publish_sequences,
+    random_events,
+)
 
 USERS = set(range(1, NUM_USERS + 1))
 AFFINITY_S = 3.0
@@ -36,15 +46,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     return build_world(tmp_path_factory.mktemp("under_fire"))
 
 
+def upload_sequences(world: Settings) -> None:
+    """A copy of the sequence table on S3, the pointer to its served version last."""
+    root = Path(world.path("tables"))
+    s3 = boto3.client("s3")
+    for file in sorted((root / "sequences").rglob("*"), key=lambda file: file.name == "_CURRENT.json"):
+        if file.is_file():
+            s3.upload_file(str(file), "tables", str(file.relative_to(root)))
+
+
 @pytest.fixture(scope="module")
 def store(world: Settings) -> Iterator[Proxy]:
-    """A copy of the sequence table on S3, through a proxy that can fail."""
+    """The sequence table on S3, through a proxy that can fail."""
     with pytest.MonkeyPatch.context() as patch, running_bucket(patch):
-        root = Path(world.path("tables"))
-        s3 = boto3.client("s3")
-        for file in (root / "sequences").rglob("*"):
-            if file.is_file():
-                s3.upload_file(str(file), "tables", str(file.relative_to(root)))
+        upload_sequences(world)
         with proxy_before(os.environ["AWS_ENDPOINT_URL"]) as proxy:
             yield proxy
 
@@ -161,3 +176,37 @@ def test_models_roll_and_roll_back_without_a_request_lost_and_a_broken_one_is_re
     answers.assert_equal(expected)
     seen = {(answer["model_version"], answer["user_state"]["source"]) for _, answer in answers.answered}
     assert seen >= {(version, source) for version in (first, second) for source in ("load", "hit")}
+
+
+@pytest.mark.ray
+def test_a_newer_table_is_read_under_load_and_states_are_appended_to_it(service: Service, world: Settings) -> None:
+    checkpoint, events = checkpoint_path(world), random_events(world.event_schema, seed=0)
+    before = offline_scores(world, checkpoint)
+    [version] = {version for version, _ in before}
+    service.deploy(1, checkpoint)
+    service.wait_for(lambda replicas: [one["model_version"] for one in replicas.values()] == [version])
+    new = events.filter(pa.compute.equal(events["item_id"], "item1")).slice(0, 1)
+    new = pa.concat_tables([new.set_column(0, "user_id", pa.array([user])) for user in sorted(USERS)])
+    at = events.schema.get_field_index("event_ts")
+    new = new.set_column(
+        at, events.schema.field(at), pa.array([END_MS - 1] * NUM_USERS).cast(events.schema.field(at).type)
+    )
+    with load(service.url) as answers:
+        answers.wait_for(lambda so_far: so_far.users() == USERS)
+        newer = publish_sequences(world, pa.concat_tables([events, new]))
+        publish_catalogue(world, newer)
+        upload_sequences(world)
+        service.wait_for(lambda replicas: {one["sequences_version"] for one in replicas.values()} == {newer.id})
+        num_before = len(answers.answered)
+        answers.wait_for(lambda so_far: {user for user, _ in so_far.answered[num_before + NUM_CLIENTS :]} == USERS)
+    assert (answers.lost, answers.refused) == ({}, {})
+    after = offline_scores(world, checkpoint)
+    assert min(np.abs(before[key] - after[key]).max() for key in after) > 1e-4
+    for user, answer in answers.answered:
+        num_events = answer["user_state"]["num_events"]
+        wanted = {user * user: before, user * user + 1: after}[num_events]
+        np.testing.assert_allclose(answer["scores"]["label"], wanted[answer["model_version"], user], rtol=0, atol=1e-5)
+    newest = answers.answered[num_before + NUM_CLIENTS :]
+    assert {answer["user_state"]["num_events"] - user * user for user, answer in newest} == {1}
+    appended = {user for user, answer in answers.answered if answer["user_state"]["source"] == "append"}
+    assert appended == USERS

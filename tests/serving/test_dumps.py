@@ -202,10 +202,22 @@ def test_a_torn_dump_is_left_alone_told_once_and_counted(
 def test_a_forgotten_user_does_not_come_back_by_a_dump(world: Settings, dumped: Path) -> None:
     scorer = scorer_of(world)
     StateDumps(str(dumped), "another").forget(scorer.user_key(3))
+    (dumped / "forgotten" / ".tmp-of-one-that-was-killed").touch()
     dumps = StateDumps(str(dumped), "after")
     assert sorted(map(int, restore(dumps, scorer))) == [user for user in USERS if user != 3]
     dumps.write(scorer.cache, scorer.version, 60)
     assert 3 not in restore(StateDumps(str(dumped), "the next"), scorer_of(world))
+
+
+def test_the_mark_of_a_forgotten_user_goes_when_no_dump_can_hold_the_user(world: Settings, dumped: Path) -> None:
+    scorer, dumps = scorer_of(world), StateDumps(str(dumped), "after")
+    for user, age_s in ((3, 10_000), (4, 0)):
+        dumps.forget(scorer.user_key(user))
+        mark = dumped / "forgotten" / f"{scorer.user_key(user)}.json"
+        mark.write_text(json.dumps({"forgotten_s": json.loads(mark.read_text())["forgotten_s"] - age_s}))
+    restore(dumps, scorer)
+    dumps.write(scorer.cache, scorer.version, 60)
+    assert dumps.forgotten() == {scorer.user_key(4)}
 
 
 def test_a_dump_goes_when_a_replica_that_had_it_leaves_its_own(world: Settings, dumped: Path) -> None:

@@ -36,6 +36,7 @@ class Longer(Ranker):
             Block(settings.width, settings.num_heads, settings.feed_forward_ratio, settings.dropout)
             for _ in range(settings.num_self_layers + 1)
         )
+        self.layers[0].begin_as_search(self.embedding.request_D)
         if not settings.is_appendable:
             self.variant = Variant(settings)
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18longer/rpc/scoring.proto\x12\x11longer.scoring.v1\".\n\x02Id\x12\x10\n\x06number\x18\x01 \x01(\x03H\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x42\x06\n\x04kind\"%\n\x03Ids\x12\x0f\n\x07numbers\x18\x01 \x03(\x03\x12\r\n\x05texts\x18\x02 \x03(\t\"D\n\x05Value\x12\x10\n\x06number\x18\x01 \x01(\x01H\x00\x12\x11\n\x07integer\x18\x02 \x01(\x03H\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x42\x06\n\x04kind\"@\n\x06\x43olumn\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x06values\x18\x02 \x03(\x0b\x32\x18.longer.scoring.v1.Value\"\xe6\x01\n\x05\x45vent\x12&\n\x07item_id\x18\x01 \x01(\x0b\x32\x15.longer.scoring.v1.Id\x12\x10\n\x08\x65vent_ts\x18\x02 \x01(\x03\x12\x13\n\x06\x61\x63tion\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x38\n\x08\x66\x65\x61tures\x18\x04 \x03(\x0b\x32&.longer.scoring.v1.Event.FeaturesEntry\x1aI\n\rFeaturesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\'\n\x05value\x18\x02 \x01(\x0b\x32\x18.longer.scoring.v1.Value:\x02\x38\x01\x42\t\n\x07_action\"\xff\x01\n\x0cScoreRequest\x12&\n\x07user_id\x18\x01 \x01(\x0b\x32\x15.longer.scoring.v1.Id\x12*\n\ncandidates\x18\x02 \x01(\x0b\x32\x16.longer.scoring.v1.Ids\x12+\n\x08\x66\x65\x61tures\x18\x03 \x03(\x0b\x32\x19.longer.scoring.v1.Column\x12\x17\n\nrequest_ts\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12(\n\x06\x65vents\x18\x05 \x03(\x0b\x32\x18.longer.scoring.v1.Event\x12\x12\n\x05top_k\x18\x06 \x01(\rH\x01\x88\x01\x01\x42\r\n\x0b_request_tsB\x08\n\x06_top_k\"\x1c\n\nTaskScores\x12\x0e\n\x06values\x18\x01 \x03(\x02\"]\n\tUserState\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x12\n\nnum_events\x18\x02 \x01(\x03\x12\x1a\n\rlast_event_ts\x18\x03 \x01(\x03H\x00\x88\x01\x01\x42\x10\n\x0e_last_event_ts\"\x90\x02\n\rScoreResponse\x12*\n\ncandidates\x18\x01 \x01(\x0b\x32\x16.longer.scoring.v1.Ids\x12<\n\x06scores\x18\x02 \x03(\x0b\x32,.longer.scoring.v1.ScoreResponse.ScoresEntry\x12\x15\n\rmodel_version\x18\x03 \x01(\t\x12\x30\n\nuser_state\x18\x04 \x01(\x0b\x32\x1c.longer.scoring.v1.UserState\x1aL\n\x0bScoresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12,\n\x05value\x18\x02 \x01(\x0b\x32\x1d.longer.scoring.v1.TaskScores:\x02\x38\x01\"d\n\x10\x41\x64\x64\x45ventsRequest\x12&\n\x07user_id\x18\x01 \x01(\x0b\x32\x15.longer.scoring.v1.Id\x12(\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x18.longer.scoring.v1.Event\"2\n\x11\x41\x64\x64\x45ventsResponse\x12\x10\n\x08received\x18\x01 \x01(\x03\x12\x0b\n\x03new\x18\x02 \x01(\x03\";\n\x11\x46orgetUserRequest\x12&\n\x07user_id\x18\x01 \x01(\x0b\x32\x15.longer.scoring.v1.Id\"4\n\x12\x46orgetUserResponse\x12\x10\n\x08replicas\x18\x01 \x01(\x03\x12\x0c\n\x04held\x18\x02 \x01(\x03\x32\x88\x02\n\x07Scoring\x12J\n\x05Score\x12\x1f.longer.scoring.v1.ScoreRequest\x1a .longer.scoring.v1.ScoreResponse\x12V\n\tAddEvents\x12#.longer.scoring.v1.AddEventsRequest\x1a$.longer.scoring.v1.AddEventsResponse\x12Y\n\nForgetUser\x12$.longer.scoring.v1.ForgetUserRequest\x1a%.longer.scoring.v1.ForgetUserResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18longer/rpc/scoring.proto\x12\x11longer.scoring.v1\".\n\x02Id\x12\x10\n\x06number\x18\x01 \x01(\x03H\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x42\x06\n\x04kind\"%\n\x03Ids\x12\x0f\n\x07numbers\x18\x01 \x03(\x03\x12\r\n\x05texts\x18\x02 \x03(\t\"D\n\x05Value\x12\x10\n\x06number\x18\x01 \x01(\x01H\x00\x12\x11\n\x07integer\x18\x02 \x01(\x03H\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x42\x06\n\x04kind\"@\n\x06\x43olumn\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x06values\x18\x02 \x03(\x0b\x32\x18.longer.scoring.v1.Value\"\xe6\x01\n\x05\x45vent\x12&\n\x07item_id\x18\x01 \x01(\x0b\x32\x15.longer.scoring.v1.Id\x12\x10\n\x08\x65vent_ts\x18\x02 \x01(\x03\x12\x13\n\x06\x61\x63tion\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x38\n\x08\x66\x65\x61tures\x18\x04 \x03(\x0b\x32&.longer.scoring.v1.Event.FeaturesEntry\x1aI\n\rFeaturesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\'\n\x05value\x18\x02 \x01(\x0b\x32\x18.longer.scoring.v1.Value:\x02\x38\x01\x42\t\n\x07_action\"\xff\x01\n\x0cScoreRequest\x12&\n\x07user_id\x18\x01 \x01(\x0b\x32\x15.longer.scoring.v1.Id\x12*\n\ncandidates\x18\x02 \x01(\x0b\x32\x16.longer.scoring.v1.Ids\x12+\n\x08\x66\x65\x61tures\x18\x03 \x03(\x0b\x32\x19.longer.scoring.v1.Column\x12\x17\n\nrequest_ts\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12(\n\x06\x65vents\x18\x05 \x03(\x0b\x32\x18.longer.scoring.v1.Event\x12\x12\n\x05top_k\x18\x06 \x01(\rH\x01\x88\x01\x01\x42\r\n\x0b_request_tsB\x08\n\x06_top_k\"\x1c\n\nTaskScores\x12\x0e\n\x06values\x18\x01 \x03(\x02\"]\n\tUserState\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x12\n\nnum_events\x18\x02 \x01(\x03\x12\x1a\n\rlast_event_ts\x18\x03 \x01(\x03H\x00\x88\x01\x01\x42\x10\n\x0e_last_event_ts\"\x90\x02\n\rScoreResponse\x12*\n\ncandidates\x18\x01 \x01(\x0b\x32\x16.longer.scoring.v1.Ids\x12<\n\x06scores\x18\x02 \x03(\x0b\x32,.longer.scoring.v1.ScoreResponse.ScoresEntry\x12\x15\n\rmodel_version\x18\x03 \x01(\t\x12\x30\n\nuser_state\x18\x04 \x01(\x0b\x32\x1c.longer.scoring.v1.UserState\x1aL\n\x0bScoresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12,\n\x05value\x18\x02 \x01(\x0b\x32\x1d.longer.scoring.v1.TaskScores:\x02\x38\x01\"F\n\x11ScoreBatchRequest\x12\x31\n\x08requests\x18\x01 \x03(\x0b\x32\x1f.longer.scoring.v1.ScoreRequest\"(\n\x07Refusal\x12\r\n\x05\x65rror\x18\x01 \x01(\t\x12\x0e\n\x06status\x18\x02 \x01(\x05\"z\n\x0bScoreResult\x12\x34\n\x08response\x18\x01 \x01(\x0b\x32 .longer.scoring.v1.ScoreResponseH\x00\x12-\n\x07refusal\x18\x02 \x01(\x0b\x32\x1a.longer.scoring.v1.RefusalH\x00\x42\x06\n\x04kind\"E\n\x12ScoreBatchResponse\x12/\n\x07results\x18\x01 \x03(\x0b\x32\x1e.longer.scoring.v1.ScoreResult\"d\n\x10\x41\x64\x64\x45ventsRequest\x12&\n\x07user_id\x18\x01 \x01(\x0b\x32\x15.longer.scoring.v1.Id\x12(\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x18.longer.scoring.v1.Event\"2\n\x11\x41\x64\x64\x45ventsResponse\x12\x10\n\x08received\x18\x01 \x01(\x03\x12\x0b\n\x03new\x18\x02 \x01(\x03\";\n\x11\x46orgetUserRequest\x12&\n\x07user_id\x18\x01 \x01(\x0b\x32\x15.longer.scoring.v1.Id\"4\n\x12\x46orgetUserResponse\x12\x10\n\x08replicas\x18\x01 \x01(\x03\x12\x0c\n\x04held\x18\x02 \x01(\x03\"\x0e\n\x0cModelRequest\"\"\n\x04Task\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\"\xee\x01\n\rModelResponse\x12\x15\n\rmodel_version\x18\x01 \x01(\t\x12\x17\n\x0frefused_rollout\x18\x02 \x01(\x08\x12\x13\n\x0bschema_hash\x18\x03 \x01(\t\x12\x10\n\x08\x65ncoding\x18\x04 \x01(\t\x12&\n\x05tasks\x18\x05 \x03(\x0b\x32\x17.longer.scoring.v1.Task\x12\x15\n\ritem_features\x18\x06 \x03(\t\x12\x14\n\x0c\x65vent_fields\x18\x07 \x03(\t\x12\x16\n\x0ehistory_events\x18\x08 \x01(\x03\x12\x19\n\x11sequences_version\x18\t \x01(\t2\xaf\x03\n\x07Scoring\x12J\n\x05Score\x12\x1f.longer.scoring.v1.ScoreRequest\x1a .longer.scoring.v1.ScoreResponse\x12Y\n\nScoreBatch\x12$.longer.scoring.v1.ScoreBatchRequest\x1a%.longer.scoring.v1.ScoreBatchResponse\x12V\n\tAddEvents\x12#.longer.scoring.v1.AddEventsRequest\x1a$.longer.scoring.v1.AddEventsResponse\x12Y\n\nForgetUser\x12$.longer.scoring.v1.ForgetUserRequest\x1a%.longer.scoring.v1.ForgetUserResponse\x12J\n\x05Model\x12\x1f.longer.scoring.v1.ModelRequest\x1a .longer.scoring.v1.ModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -57,14 +57,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SCORERESPONSE']._serialized_end=1159
   _globals['_SCORERESPONSE_SCORESENTRY']._serialized_start=1083
   _globals['_SCORERESPONSE_SCORESENTRY']._serialized_end=1159
-  _globals['_ADDEVENTSREQUEST']._serialized_start=1161
-  _globals['_ADDEVENTSREQUEST']._serialized_end=1261
-  _globals['_ADDEVENTSRESPONSE']._serialized_start=1263
-  _globals['_ADDEVENTSRESPONSE']._serialized_end=1313
-  _globals['_FORGETUSERREQUEST']._serialized_start=1315
-  _globals['_FORGETUSERREQUEST']._serialized_end=1374
-  _globals['_FORGETUSERRESPONSE']._serialized_start=1376
-  _globals['_FORGETUSERRESPONSE']._serialized_end=1428
-  _globals['_SCORING']._serialized_start=1431
-  _globals['_SCORING']._serialized_end=1695
+  _globals['_SCOREBATCHREQUEST']._serialized_start=1161
+  _globals['_SCOREBATCHREQUEST']._serialized_end=1231
+  _globals['_REFUSAL']._serialized_start=1233
+  _globals['_REFUSAL']._serialized_end=1273
+  _globals['_SCORERESULT']._serialized_start=1275
+  _globals['_SCORERESULT']._serialized_end=1397
+  _globals['_SCOREBATCHRESPONSE']._serialized_start=1399
+  _globals['_SCOREBATCHRESPONSE']._serialized_end=1468
+  _globals['_ADDEVENTSREQUEST']._serialized_start=1470
+  _globals['_ADDEVENTSREQUEST']._serialized_end=1570
+  _globals['_ADDEVENTSRESPONSE']._serialized_start=1572
+  _globals['_ADDEVENTSRESPONSE']._serialized_end=1622
+  _globals['_FORGETUSERREQUEST']._serialized_start=1624
+  _globals['_FORGETUSERREQUEST']._serialized_end=1683
+  _globals['_FORGETUSERRESPONSE']._serialized_start=1685
+  _globals['_FORGETUSERRESPONSE']._serialized_end=1737
+  _globals['_MODELREQUEST']._serialized_start=1739
+  _globals['_MODELREQUEST']._serialized_end=1753
+  _globals['_TASK']._serialized_start=1755
+  _globals['_TASK']._serialized_end=1789
+  _globals['_MODELRESPONSE']._serialized_start=1792
+  _globals['_MODELRESPONSE']._serialized_end=2030
+  _globals['_SCORING']._serialized_start=2033
+  _globals['_SCORING']._serialized_end=2464
 # @@protoc_insertion_point(module_scope)

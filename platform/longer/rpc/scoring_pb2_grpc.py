@@ -39,6 +39,11 @@ class ScoringStub:
                 request_serializer=longer_dot_rpc_dot_scoring__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=longer_dot_rpc_dot_scoring__pb2.ScoreResponse.FromString,
                 _registered_method=True)
+        self.ScoreBatch = channel.unary_unary(
+                '/longer.scoring.v1.Scoring/ScoreBatch',
+                request_serializer=longer_dot_rpc_dot_scoring__pb2.ScoreBatchRequest.SerializeToString,
+                response_deserializer=longer_dot_rpc_dot_scoring__pb2.ScoreBatchResponse.FromString,
+                _registered_method=True)
         self.AddEvents = channel.unary_unary(
                 '/longer.scoring.v1.Scoring/AddEvents',
                 request_serializer=longer_dot_rpc_dot_scoring__pb2.AddEventsRequest.SerializeToString,
@@ -49,6 +54,11 @@ class ScoringStub:
                 request_serializer=longer_dot_rpc_dot_scoring__pb2.ForgetUserRequest.SerializeToString,
                 response_deserializer=longer_dot_rpc_dot_scoring__pb2.ForgetUserResponse.FromString,
                 _registered_method=True)
+        self.Model = channel.unary_unary(
+                '/longer.scoring.v1.Scoring/Model',
+                request_serializer=longer_dot_rpc_dot_scoring__pb2.ModelRequest.SerializeToString,
+                response_deserializer=longer_dot_rpc_dot_scoring__pb2.ModelResponse.FromString,
+                _registered_method=True)
 
 
 class ScoringServicer:
@@ -56,6 +66,13 @@ class ScoringServicer:
 
     def Score(self, request, context):
         """Scores of candidates for one user.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ScoreBatch(self, request, context):
+        """Scores of candidates for several users; a request that cannot be answered has its refusal in its place.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -75,6 +92,13 @@ class ScoringServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Model(self, request, context):
+        """The model that answers, and what it reads.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ScoringServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -82,6 +106,11 @@ def add_ScoringServicer_to_server(servicer, server):
                     servicer.Score,
                     request_deserializer=longer_dot_rpc_dot_scoring__pb2.ScoreRequest.FromString,
                     response_serializer=longer_dot_rpc_dot_scoring__pb2.ScoreResponse.SerializeToString,
+            ),
+            'ScoreBatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScoreBatch,
+                    request_deserializer=longer_dot_rpc_dot_scoring__pb2.ScoreBatchRequest.FromString,
+                    response_serializer=longer_dot_rpc_dot_scoring__pb2.ScoreBatchResponse.SerializeToString,
             ),
             'AddEvents': grpc.unary_unary_rpc_method_handler(
                     servicer.AddEvents,
@@ -92,6 +121,11 @@ def add_ScoringServicer_to_server(servicer, server):
                     servicer.ForgetUser,
                     request_deserializer=longer_dot_rpc_dot_scoring__pb2.ForgetUserRequest.FromString,
                     response_serializer=longer_dot_rpc_dot_scoring__pb2.ForgetUserResponse.SerializeToString,
+            ),
+            'Model': grpc.unary_unary_rpc_method_handler(
+                    servicer.Model,
+                    request_deserializer=longer_dot_rpc_dot_scoring__pb2.ModelRequest.FromString,
+                    response_serializer=longer_dot_rpc_dot_scoring__pb2.ModelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -121,6 +155,33 @@ class Scoring:
             '/longer.scoring.v1.Scoring/Score',
             longer_dot_rpc_dot_scoring__pb2.ScoreRequest.SerializeToString,
             longer_dot_rpc_dot_scoring__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScoreBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/longer.scoring.v1.Scoring/ScoreBatch',
+            longer_dot_rpc_dot_scoring__pb2.ScoreBatchRequest.SerializeToString,
+            longer_dot_rpc_dot_scoring__pb2.ScoreBatchResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -175,6 +236,33 @@ class Scoring:
             '/longer.scoring.v1.Scoring/ForgetUser',
             longer_dot_rpc_dot_scoring__pb2.ForgetUserRequest.SerializeToString,
             longer_dot_rpc_dot_scoring__pb2.ForgetUserResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Model(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/longer.scoring.v1.Scoring/Model',
+            longer_dot_rpc_dot_scoring__pb2.ModelRequest.SerializeToString,
+            longer_dot_rpc_dot_scoring__pb2.ModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

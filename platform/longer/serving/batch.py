@@ -232,6 +232,11 @@ def _score_buckets(
     plan: Plan, pool: ScorerPool, where: RaySettings, run: Run, buckets: list[int], job: str
 ) -> list[Record]:
     """Records of the buckets, as the actors finish them. An actor that dies is started again, and so is its bucket."""
+    if where.cluster is None and pool.num_gpus_per_scorer > ray.cluster_resources().get("GPU", 0):
+        raise UserError(
+            f"{plan.section}.num_gpus_per_scorer={pool.num_gpus_per_scorer}: this machine has no such GPUs, and its Ray would "
+            "wait for ever: set 0, or the address of a cluster that has some"
+        )
     fewest, most = (min(number, len(buckets)) for number in pool.concurrency)
     rows = ray.data.from_items([{"bucket": bucket} for bucket in buckets], override_num_blocks=len(buckets))
     written = rows.map_batches(

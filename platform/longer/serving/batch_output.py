@@ -54,10 +54,10 @@ class Run:
     @contextmanager
     def starting(self, most_actors: int, section: str) -> Iterator[None]:
         """Around an actor's constructor; a UserError if too many have died in it, whom Ray would replace for ever."""
-        starting = f"{self.folder}/starting"
-        if len(file_sizes(starting)) >= _MOST_ATTEMPTS * most_actors:
+        starting, most = f"{self.folder}/starting", _MOST_ATTEMPTS * most_actors
+        if len(file_sizes(starting)) >= most:
             raise UserError(
-                f"{_MOST_ATTEMPTS} times {most_actors} actors died before they were up, as they do when memory runs out: "
+                f"{most} actors died before they were up, as they do when memory runs out: "
                 f"lower {section}.concurrency, or give nodes more memory, then run again: buckets that are done stay"
             )
         mark = f"{starting}/{uuid.uuid4().hex}"

@@ -18,6 +18,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -138,16 +139,17 @@ class StateDumps:
 
     def _remove_old(self) -> None:
         """Dumps that were there when this replica started, and marks of users whom no dump can hold any more."""
-        there, began_s = self._listed(), [time.time()]
+        there, began_s, old = self._listed(), [time.time()], []
         for name, sizes in there.dumps.items():
             dump = self._read(name, sizes)
             if dump.began_s < self._started_s and (dump.manifest or name in (self._unfinished_before or ())):
-                remove_tree(f"{self._folder}/{name}")
+                old.append(f"{self._folder}/{name}")
             elif dump.manifest:
                 began_s.append(dump.began_s)
-        for user_key in there.forgotten:
-            if self._forgotten_s(user_key) < min(began_s) - _CLOCK_SKEW_S:
-                remove_tree(self._mark(user_key))
+        for path in old + [self._mark(key) for key in there.forgotten]:
+            with suppress(FileNotFoundError):  # others stop at the same time
+                if path in old or self._forgotten_s(path) < min(began_s) - _CLOCK_SKEW_S:
+                    remove_tree(path)
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -164,7 +166,7 @@ class StateDumps:
     ) -> Iterator[list[KeptState]]:
         """States of the wanted users, a file's at a time, the last dump and in it the hottest first; of no forgotten user."""
         there = self._listed()
-        forgotten_s = {user_key: self._forgotten_s(user_key) for user_key in there.forgotten}
+        forgotten_s = {user_key: self._forgotten_s(self._mark(user_key)) for user_key in there.forgotten}
         dumps = [self._read(name, sizes) for name, sizes in there.dumps.items() if name != self._replica]
         for dump in sorted(dumps, key=lambda dump: -dump.began_s):
             if not self._is_usable(dump, version, layout):
@@ -211,7 +213,7 @@ class StateDumps:
         for path, num_bytes in file_sizes(self._folder).items():
             name, _, file = path.partition("/")
             if name == _FORGOTTEN:
-                forgotten.append(int(file.removesuffix(".json")))
+                forgotten += [int(file.removesuffix(".json"))] if file.endswith(".json") else []
             elif file:
                 dumps.setdefault(name, {})[file] = num_bytes
         return _Listing(dumps, forgotten)
@@ -236,8 +238,9 @@ class StateDumps:
         """Keys of the users who are marked now."""
         return frozenset(self._listed().forgotten)
 
-    def _forgotten_s(self, user_key: int) -> float:
-        return json.loads(read_bytes(self._mark(user_key)))["forgotten_s"]
+    @staticmethod
+    def _forgotten_s(mark: str) -> float:
+        return json.loads(read_bytes(mark))["forgotten_s"]
 
     def _mark(self, user_key: int) -> str:
         return f"{self._folder}/{_FORGOTTEN}/{user_key}.json"

@@ -51,7 +51,7 @@ def pack(states: Sequence[tuple[HeldState, bool, torch.Tensor]], tables: list[st
         sums.append(np.append(entry.events.sums_S, entry.events.total))
         rows.append(
             [
-                *(held.user_key, state.first_index, state.num_events, state.last_event_ts, state.query_first, len(words_NI)),
+                *(state.user_key, state.first_index, state.num_events, state.last_event_ts, state.query_first, len(words_NI)),
                 *(entry.next_event_ts, entry.holds_table, known.online_revision != 0, tables.index(known.table_version)),
                 *(entry.events.first_index, entry.events.end_index, len(sums[-1])),
                 *(len(state.partial.event_ts_E), state.partial.first_index_B[0], state.partial.prev_event_ts_B[0]),
