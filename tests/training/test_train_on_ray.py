@@ -91,10 +91,13 @@ def trained(tables: Settings, tmp_path_factory: pytest.TempPathFactory) -> tuple
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("longer.training.run.train_worker", worker_that_is_killed)
         for num_workers in (2, 1):
-            accumulating = {"max_tokens_per_batch": 150}  # two batches each of two workers, or four of one
+            accumulating = {
+                "max_tokens_per_batch": 150,
+                "table_sharding": "rows",
+            }  # two batches each of two, or four of one
             with pytest.raises(TrainingFailedError):
                 train.run(settings_for(tables, root, num_workers=num_workers, max_failures=0, **accumulating))
-        settings = settings_for(tables, root, num_workers=3, max_failures=1)
+        settings = settings_for(tables, root, num_workers=3, max_failures=1, table_sharding="rows")
         return settings, train.run(settings)
 
 

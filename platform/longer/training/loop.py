@@ -20,6 +20,7 @@ from longer.errors import UserError
 from longer.model.captured import Staged
 from longer.model.encoders.factory import make_model
 from longer.training.checkpoints import (
+    Tensors,
     TrainerState,
     load_model,
     load_trainer,
@@ -140,16 +141,19 @@ class Run:
         torch.manual_seed(settings.seed)
         model = make_model(settings.model, settings.event_schema, settings.train.tasks)
         load_upstream(model, settings.model)
-        stepper = Stepper(model.to(device), settings.train, device, self.num_workers)
+        stepper = Stepper(model, settings.train, device, self.num_workers)
+        weights: Tensors = {}
         if checkpoint:
             with checkpoint.as_directory() as directory:
-                model.load_state_dict(load_model(directory, str(device))[0].state_dict())
-                self.state = load_trainer(directory, model, stepper.optimizer)
+                weights = load_model(directory)[0].state_dict()
+                self.state = load_trainer(directory, model, stepper.optimizer, stepper.own)
             stepper.optimizer.scaling.restore(self.state.scaling)
             if self.rank == 0:
                 self.trained.restore(self.state.epochs)
         elif self.job.weights:
-            model.load_state_dict(load_weights(self.job.weights, settings)[0])
+            weights = load_weights(self.job.weights, settings)[0]
+        if weights:
+            model.load_state_dict({name: stepper.own(name, tensor) for name, tensor in weights.items()})
         return stepper
 
     def _work(self) -> Iterator[Work]:
@@ -214,10 +218,13 @@ class Run:
         self.state.epochs = self._trained_so_far()
         self.state.scaling = self.stepper.optimizer.scaling.state()
         name = f"step_{done:07d}"
+        if self.rank == 0:
+            self._upload.acquire()  # the checkpoint before is written: memory holds one copy at most
+        copies = self._copies() if self.rank == 0 or self.stepper.sharded else ({}, {})
         if self.rank > 0:
             ray.train.report({}, checkpoint_dir_name=name, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
             return
-        upload = self._upload_of_now()
+        upload = self._upload_of(*copies)
         reported = {"step": done, "score": score, "validation": metrics, "keep": self._to_keep()}
         nothing = Checkpoint.from_directory(tempfile.mkdtemp())  # `upload` has it all; Ray removes this folder
         ray.train.report(
@@ -232,14 +239,14 @@ class Run:
         shown = f"validation {_shown(metrics)}; " if metrics else ""
         self._say(f"step {done}: {shown}{time.perf_counter() - started:.1f} s with checkpoint")
 
-    def _upload_of_now(self) -> Any:
-        """A function for Ray's thread that writes a checkpoint of this moment, whatever training does meanwhile.
+    def _copies(self) -> tuple[Tensors, Tensors]:
+        """Weights and moments of now; whole on the first worker."""
+        stepper = self.stepper
+        return weights_of(stepper.model, stepper.whole), moments_of(stepper.model, stepper.optimizer, stepper.whole)
 
-        Waits until the one before is written, so that memory holds one copy at most.
-        """
-        self._upload.acquire()
-        settings, stepper = self.settings, self.stepper
-        weights, moments = weights_of(stepper.model), moments_of(stepper.model, stepper.optimizer)
+    def _upload_of(self, weights: Tensors, moments: Tensors) -> Any:
+        """A function for Ray's thread that writes a checkpoint of this moment, whatever training does meanwhile."""
+        settings = self.settings
         state = replace(self.state, history=list(self.state.history), checkpoints=list(self.state.checkpoints))
         storage, path = ray.train.get_context().get_storage(), self._path()
 

@@ -28,7 +28,7 @@ from longer.training.content import Job
 from longer.training.loop import train_worker
 from longer.training.relay import relayed_lines
 
-_HOW_NOT_WHAT = {"num_workers", "use_gpu", "max_failures", "keep_checkpoints", "max_tokens_per_batch"}
+_HOW_NOT_WHAT = {"num_workers", "use_gpu", "max_failures", "keep_checkpoints", "max_tokens_per_batch", "table_sharding"}
 """Settings that do not change what is learned: an interrupted run may go on with other values."""
 
 
