@@ -43,6 +43,7 @@ class Outcome:
     weights: Tensors
     moments: Tensors
     num_item_rows: int
+    skips: bool
 
 
 def batches_of(model: Longer, step: int, rank: int) -> list[RequestBatch]:
@@ -79,7 +80,25 @@ def outcome_of(stepper: Stepper, rank: int) -> Outcome:
     outputs_CT = stepper.outputs(request_batch(model, 5 + rank, [4, 19]))
     metrics = validate(one_users_requests(model), stepper.outputs, TRAIN["tasks"], rank, NUM_WORKERS)
     whole = weights_of(model, stepper.whole), moments_of(model, stepper.optimizer, stepper.whole)
-    return Outcome(steps, outputs_CT, metrics, *whole, len(model.embedding.item.embedding.weight))
+    num_item_rows = len(model.embedding.item.embedding.weight)
+    return Outcome(steps, outputs_CT, metrics, *whole, num_item_rows, skips_if_one_overflows(stepper, rank))
+
+
+def skips_if_one_overflows(stepper: Stepper, rank: int) -> bool:
+    """Whether no worker changes a weight in a step in which rows of the second one alone have infinite gradients."""
+    optimizer, before = stepper.optimizer, [parameter.detach().clone() for parameter in stepper.model.parameters()]
+    optimizer.zero_grad()
+    for parameter in stepper.model.parameters():
+        if table := optimizer.tables.get(parameter):
+            gradient_Ud = torch.full_like(parameter[:1], torch.inf if rank == 1 else 1.0)
+            cast(list, table.reads).append((torch.ones(1, dtype=torch.int64, device=parameter.device), gradient_Ud))
+        else:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step(NUM_WORKERS, stepper.sharded is not None)
+    same = all(torch.equal(old, new) for old, new in zip(before, stepper.model.parameters(), strict=True))
+    by_worker = [same] * NUM_WORKERS
+    dist.all_gather_object(by_worker, same)
+    return all(by_worker)
 
 
 def worker(rank: int, folder: str) -> None:
@@ -125,6 +144,12 @@ def test_spread_tables_learn_what_whole_ones_do(outcomes: tuple[Outcome, Outcome
     assert all(norm > TRAIN["clip_norm"] for _, norm in replicated.losses_and_norms)
     np.testing.assert_allclose(rows.losses_and_norms, replicated.losses_and_norms, rtol=CLOSE["rtol"])
     np.testing.assert_allclose(rows.outputs_CT, replicated.outputs_CT, rtol=1e-5, atol=max(1e-6, CLOSE["atol"]))
+
+
+def test_gradients_that_overflow_on_one_owner_make_every_worker_skip_the_step(
+    outcomes: tuple[Outcome, Outcome],
+) -> None:
+    assert [outcome.skips for outcome in outcomes] == [True, True]
 
 
 def test_a_worker_with_nothing_to_validate_lends_its_rows_to_the_others(outcomes: tuple[Outcome, Outcome]) -> None:

@@ -9,7 +9,7 @@ D width, H heads, Z head width, K events in a group.
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,7 +119,11 @@ class _Readers(NamedTuple):
         request_P = torch.cat([request_RT, at.request_of_candidate])
         sees_PT = torch.cat([model.tail_tokens_see(exists_RT).flatten(0, 1), sees_CT])
         runs_R1 = torch.arange(num_requests + 1, device=device) * num_tail + tail_first
-        above = {"key_begin_B": at.query_offsets[:-1], "num_keys_B": at.num_queries, "max_keys": flat.max_keys[1]}
+        above: dict[str, Any] = {
+            "key_begin_B": at.query_offsets[:-1],
+            "num_keys_B": at.num_queries,
+            "max_keys": flat.max_keys[1],
+        }
         context = at.group_offsets[:-1], at.num_groups, flat.max_keys[0]
         offsets_JR1 = torch.stack([runs_R1, at.candidate_offsets + own_first])
         everyone = Readers(at.segment_offsets, *context, tail_first, own_first, request_P, sees_PT, offsets_JR1)
