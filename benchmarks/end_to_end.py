@@ -84,7 +84,7 @@ def _settings(asked: argparse.Namespace) -> Settings:
                 "use_gpu": ON_CUDA,
                 "precision": "bf16" if ON_CUDA else "float32",
                 "tokens_per_step": asked.tokens,
-                "validate_every_steps": 300,
+                "validate_every_steps": 300 if ON_CUDA else 20,
                 "max_validation_requests": 200,
             },
             "ray": {"num_cpus": 12 if ON_CUDA else 3},
