@@ -34,7 +34,7 @@ from longer.training.content import Content, Job, Trained
 from longer.training.cursor import Position, batches_per_worker
 from longer.training.loader import SplitData, prefetch
 from longer.training.meter import Meter, Scalars
-from longer.training.steps import Stepper, gather, rate_share, selection_score
+from longer.training.steps import Stepper, dropout_seed, gather, rate_share, selection_score
 from longer.training.validation import validate
 
 _STEPS_AHEAD = 2
@@ -83,7 +83,8 @@ class Run:
         )
         self.state, self.trained = TrainerState(), Trained(self.cursor.num_epochs)
         self.scalars: Scalars | None = None
-        self._upload = threading.Lock()
+        self._uploaded = threading.Event()
+        self._uploaded.set()
         self.stepper = self._make_stepper()
         self.timer = self.stepper.timer
 
@@ -115,7 +116,9 @@ class Run:
             num_candidates += work.num_candidates
             meter.add(work.num_requests, work.num_candidates)
             self.state.position = self.cursor.after(work.position)
-            if done % record_every == 0 or done in (1, num_steps):
+            day_ends = self.job.trains_days and self.state.position.step == 0
+            saves = done % every == 0 or done == num_steps or day_ends
+            if done % record_every == 0 or done == 1 or saves:  # a checkpoint leaves no sum behind
                 meter.loss = float(self._sum_over_workers(loss_sum)) / num_candidates
                 meter.add_phases(self.timer.take())
                 skipped = self._skipped_steps(done)
@@ -125,8 +128,7 @@ class Run:
                 loss_sum, num_candidates = torch.zeros_like(loss_sum), 0
             if self.rank == 0 and meter.is_due(done):
                 self._say(meter.line(done))
-            day_ends = self.job.trains_days and self.state.position.step == 0
-            if done % every == 0 or done == num_steps or day_ends:
+            if saves:
                 with meter.paused():
                     self._checkpoint(done)
         if self.scalars:
@@ -175,7 +177,7 @@ class Run:
         step = self.cursor.global_step(work.position)
         of_schedule = (_ITS_END, _ITS_END) if self.job.trains_days else (step, self.cursor.num_steps)
         self.stepper.optimizer.set_rate_share(rate_share(*of_schedule, self.settings.train.warmup_share))
-        torch.manual_seed(((self.settings.seed << 32) + step) * self.num_workers + self.rank)  # of dropout
+        torch.manual_seed(dropout_seed(self.settings.seed, step, self.rank, self.num_workers))
         taken = self.stepper.step(work.batches, work.weights, work.num_candidates)
         self.trained.add(work.position.epoch, work.request_id_R)
         return taken
@@ -235,9 +237,10 @@ class Run:
     def _upload_of_now(self) -> Any:
         """A function for Ray's thread that writes a checkpoint of this moment, whatever training does meanwhile.
 
-        Waits until the one before is written, so that memory holds one copy at most.
+        Waits until the one before is written, so that memory holds one copy. Ray calls the function again after some failures.
         """
-        self._upload.acquire()
+        self._uploaded.wait()
+        self._uploaded = uploaded = threading.Event()
         settings, stepper = self.settings, self.stepper
         weights, moments = weights_of(stepper.model), moments_of(stepper.model, stepper.optimizer)
         state = replace(self.state, history=list(self.state.history), checkpoints=list(self.state.checkpoints))
@@ -248,7 +251,7 @@ class Run:
                 save_weights(f"{path}/{name}", weights, settings.model, settings.event_schema, settings.train.tasks)
                 save_trainer(f"{path}/{name}", moments, state)
             finally:
-                self._upload.release()
+                uploaded.set()
             return Checkpoint(storage.build_checkpoint_path_from_name(name), storage.storage_filesystem)
 
         return upload
