@@ -35,8 +35,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=256 if ON_CUDA else 32, help="D (default 256; 32 on a CPU)")
     parser.add_argument("--length", type=int, default=2_000 if ON_CUDA else 256, help="L (default 2,000; 256 on a CPU)")
-    parser.add_argument("--users", type=int, default=1_500 if ON_CUDA else 60)
-    parser.add_argument("--events", type=int, default=600_000 if ON_CUDA else 20_000)
+    parser.add_argument("--users", type=int, default=1_500 if ON_CUDA else 20)
+    parser.add_argument("--events", type=int, default=600_000 if ON_CUDA else 3_000)
     parser.add_argument("--tokens", type=int, default=200_000 if ON_CUDA else 6_000, help="train.tokens_per_step")
     parser.add_argument("--steps", type=int, default=40 if ON_CUDA else 6, help="steps of the model step's loop")
     parser.add_argument("--data", default="runs/benchmark_end_to_end", help="folder for tables, which stay")
@@ -88,7 +88,7 @@ def settings_of(asked: argparse.Namespace, **train: Any) -> Settings:
                 "use_gpu": ON_CUDA,
                 "precision": "bf16" if ON_CUDA else "float32",
                 "tokens_per_step": asked.tokens,
-                "validate_every_steps": 300,
+                "validate_every_steps": 300 if ON_CUDA else 20,
                 "max_validation_requests": 200,
                 **train,
             },

@@ -35,7 +35,7 @@ from longer.training.content import Content, Job, Trained
 from longer.training.cursor import Position, batches_per_worker
 from longer.training.loader import SplitData, prefetch
 from longer.training.meter import Meter, Scalars
-from longer.training.steps import Stepper, gather, rate_share, selection_score
+from longer.training.steps import Stepper, dropout_seed, gather, rate_share, selection_score
 from longer.training.validation import validate
 
 _STEPS_AHEAD = 2
@@ -84,7 +84,8 @@ class Run:
         )
         self.state, self.trained = TrainerState(), Trained(self.cursor.num_epochs)
         self.scalars: Scalars | None = None
-        self._upload = threading.Lock()
+        self._uploaded = threading.Event()
+        self._uploaded.set()
         self.stepper = self._make_stepper()
         self.timer = self.stepper.timer
 
@@ -116,7 +117,9 @@ class Run:
             num_candidates += work.num_candidates
             meter.add(work.num_requests, work.num_candidates)
             self.state.position = self.cursor.after(work.position)
-            if done % record_every == 0 or done in (1, num_steps):
+            day_ends = self.job.trains_days and self.state.position.step == 0
+            saves = done % every == 0 or done == num_steps or day_ends
+            if done % record_every == 0 or done == 1 or saves:  # a checkpoint leaves no sum behind
                 meter.loss = float(self._sum_over_workers(loss_sum)) / num_candidates
                 meter.add_phases(self.timer.take())
                 skipped = self._skipped_steps(done)
@@ -126,8 +129,7 @@ class Run:
                 loss_sum, num_candidates = torch.zeros_like(loss_sum), 0
             if self.rank == 0 and meter.is_due(done):
                 self._say(meter.line(done))
-            day_ends = self.job.trains_days and self.state.position.step == 0
-            if done % every == 0 or done == num_steps or day_ends:
+            if saves:
                 with meter.paused():
                     self._checkpoint(done)
         if self.scalars:
@@ -179,7 +181,7 @@ class Run:
         step = self.cursor.global_step(work.position)
         of_schedule = (_ITS_END, _ITS_END) if self.job.trains_days else (step, self.cursor.num_steps)
         self.stepper.optimizer.set_rate_share(rate_share(*of_schedule, self.settings.train.warmup_share))
-        torch.manual_seed(((self.settings.seed << 32) + step) * self.num_workers + self.rank)  # of dropout
+        torch.manual_seed(dropout_seed(self.settings.seed, step, self.rank, self.num_workers))
         taken = self.stepper.step(work.batches, work.weights, work.num_candidates)
         self.trained.add(work.position.epoch, work.request_id_R)
         return taken
@@ -219,7 +221,7 @@ class Run:
         self.state.scaling = self.stepper.optimizer.scaling.state()
         name = f"step_{done:07d}"
         if self.rank == 0:
-            self._upload.acquire()  # the checkpoint before is written: memory holds one copy at most
+            self._uploaded.wait()  # the checkpoint before is written: memory holds one copy
         copies = self._copies() if self.rank == 0 or self.stepper.sharded else ({}, {})
         if self.rank > 0:
             ray.train.report({}, checkpoint_dir_name=name, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
@@ -245,8 +247,12 @@ class Run:
         return weights_of(stepper.model, stepper.whole), moments_of(stepper.model, stepper.optimizer, stepper.whole)
 
     def _upload_of(self, weights: Tensors, moments: Tensors) -> Any:
-        """A function for Ray's thread that writes a checkpoint of this moment, whatever training does meanwhile."""
+        """A function for Ray's thread that writes a checkpoint of this moment, whatever training does meanwhile.
+
+        Ray calls it again after some failures.
+        """
         settings = self.settings
+        self._uploaded = uploaded = threading.Event()
         state = replace(self.state, history=list(self.state.history), checkpoints=list(self.state.checkpoints))
         storage, path = ray.train.get_context().get_storage(), self._path()
 
@@ -255,7 +261,7 @@ class Run:
                 save_weights(f"{path}/{name}", weights, settings.model, settings.event_schema, settings.train.tasks)
                 save_trainer(f"{path}/{name}", moments, state)
             finally:
-                self._upload.release()
+                uploaded.set()
             return Checkpoint(storage.build_checkpoint_path_from_name(name), storage.storage_filesystem)
 
         return upload

@@ -45,6 +45,11 @@ def rate_share(step: int, num_steps: int, warmup_share: float) -> float:
     return (step + 1) / warmup if step < warmup else cosine + (1 - cosine) * _FINAL_LEARNING_RATE_SHARE
 
 
+def dropout_seed(seed: int, step: int, rank: int, num_workers: int) -> int:
+    """Of one worker's random numbers in one step: resuming needs no generator's state."""
+    return (((seed << 32) + step) * num_workers + rank) % 2**63
+
+
 def loss_sum(
     output_CT: Tensor, labels: dict[str, Tensor], tasks: tuple[TaskSettings, ...], exists_C: Tensor | None = None
 ) -> Tensor:
