@@ -18,7 +18,8 @@ import torch
 
 from benchmarks.quality_study.arms import BASES, QUICK, Arm, chosen_rates, grid, model_settings, tuning
 from benchmarks.quality_study.data import SCHEMAS, read_log
-from benchmarks.quality_study.page import page, plots
+from benchmarks.quality_study.page import page
+from benchmarks.quality_study.plots import plots
 from benchmarks.quality_study.training import Budget, baselines, run
 from longer.config import GenerateSettings
 
@@ -38,7 +39,7 @@ def main() -> None:
         records = _train_missing(asked, results, records)
     print(page(records))
     if asked.plots:
-        plots(records, Path(asked.plots))
+        plots(records, Path(asked.plots), results.stem)
 
 
 def _train_missing(asked: argparse.Namespace, results: Path, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
