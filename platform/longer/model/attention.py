@@ -7,14 +7,14 @@ S private keys of a query.
 import math
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from longer.model.fuse import fused_on_cuda
+from longer.model.recompute import run
 
 _ROTATED_SHARE = 4
 """One in so many pairs of channels is turned."""
@@ -42,9 +42,7 @@ class Rotation(nn.Module):
     def turn(self, position_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine of each position's angles, in float32 at least: the same for every layer."""
         frequencies = _frequencies(self.head_width // 2, self.num_turned, self.base, position_T.device)
-        angles = position_T.to(torch.float64)[..., None, None] * frequencies
-        exact = torch.promote_types(dtype, torch.float32)
-        return angles.cos().to(exact), angles.sin().to(exact)
+        return _turn(position_T, frequencies, torch.promote_types(dtype, torch.float32))
 
 
 @cache
@@ -52,6 +50,12 @@ def _frequencies(num_pairs: int, num_turned: int, base: float, device: torch.dev
     """Not a buffer of the module, which would lose its float64 when the model is cast."""
     frequencies = [base ** (-i / num_turned) for i in range(num_turned)] + [0.0] * (num_pairs - num_turned)
     return torch.tensor(frequencies, dtype=torch.float64, device=device)
+
+
+@fused_on_cuda
+def _turn(position_T: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    angles = position_T.to(torch.float64)[..., None, None] * frequencies
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x_THZ: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -90,10 +94,8 @@ class Block(nn.Module):
 
     def run(self, layer: Callable[..., Tensor], *args: Any) -> Tensor:
         """`layer(*args)`; with `recompute`, what happens inside is not kept for the gradient but computed once more."""
-        if not self.recompute or not torch.is_grad_enabled():
-            return layer(*args)
         has_randomness = self.dropout.p > 0 and self.training
-        return cast(Tensor, checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=has_randomness))
+        return run(layer, *args, recompute=self.recompute, has_randomness=has_randomness)
 
     def queries(self, x_TD: Tensor, position_T: Tensor) -> Tensor:
         """[..., H, Z], rotated."""
@@ -106,11 +108,11 @@ class Block(nn.Module):
 
     @fused_on_cuda
     def project(self, x_TD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of tokens that are both, [..., H, Z]; the normalised input and the angles are shared."""
-        x_TD = self.norm_attention(x_TD)
-        key, value = self.key_value(x_TD).chunk(2, dim=-1)
-        query, key = rotate(self._heads(self.query(x_TD)), cos, sin), rotate(self._heads(key), cos, sin)
-        return query, key, self._heads(value)
+        """Queries, keys and values of tokens that are both, [..., H, Z]: one product."""
+        weight = torch.cat([self.query.weight, self.key_value.weight])
+        bias = torch.cat([self.query.bias, self.key_value.bias])
+        query, key, value = F.linear(self.norm_attention(x_TD), weight, bias).chunk(3, dim=-1)
+        return rotate(self._heads(query), cos, sin), rotate(self._heads(key), cos, sin), self._heads(value)
 
     @fused_on_cuda
     def project_queries(self, x_TD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -120,6 +122,17 @@ class Block(nn.Module):
     def project_keys_values(self, x_TD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         key, value = self.key_value(self.norm_attention(x_TD)).chunk(2, dim=-1)
         return rotate(self._heads(key), cos, sin), self._heads(value)
+
+    @fused_on_cuda
+    def project_last(
+        self, x_TD: Tensor, num_queries: int, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries of the last tokens, keys and values of all, and a copy of the last tokens: gradients of all meet in one place."""
+        normed_TD = self.norm_attention(x_TD)
+        key, value = self.key_value(normed_TD).chunk(2, dim=-1)
+        last = [x.narrow(0, len(x_TD) - num_queries, num_queries) for x in (normed_TD, cos, sin, x_TD)]
+        query = rotate(self._heads(self.query(last[0])), last[1], last[2])
+        return query, rotate(self._heads(key), cos, sin), self._heads(value), last[3].clone()
 
     @fused_on_cuda
     def finish(self, x_TD: Tensor, attended_TD: Tensor) -> Tensor:

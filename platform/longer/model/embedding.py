@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from longer.arrays import NO_EVENT_TS
 from longer.config import ModelSettings
 from longer.model.fuse import fused_on_cuda
+from longer.model.group_attention import attend_in_groups
 from longer.model.inputs import EventTensors
+from longer.model.recompute import run
 from longer.schema import EventSchema
 
 _MS_PER_HOUR = 3_600_000
@@ -46,10 +48,15 @@ class HashedTable(nn.Module):
         nn.init.normal_(self.embedding.weight, std=std)
 
     def forward(self, keys: Tensor) -> Tensor:
-        rows = torch.where(keys == 0, 0, keys % (self.num_rows - 1) + 1)
+        rows = _rows_of(keys.flatten(), self.num_rows).view_as(keys)  # flat: one compiled kernel serves any shape
         if self.reads is None or not torch.is_grad_enabled():
             return self.embedding(rows)
         return _NotedLookup.apply(self.embedding.weight, rows, self.reads)
+
+
+@fused_on_cuda
+def _rows_of(keys: Tensor, num_rows: int) -> Tensor:
+    return torch.where(keys == 0, 0, keys % (num_rows - 1) + 1)
 
 
 class _NotedLookup(torch.autograd.Function):
@@ -101,14 +108,13 @@ def _number(width: int) -> nn.Linear:
 
 
 class InnerTrans(nn.Module):
-    """A transformer block inside each group of K events (arXiv 2505.04421, section 3.4); one head, attention over K written out.
+    """A transformer block inside each group of K events (arXiv 2505.04421, section 3.4); one head.
 
     It begins as the identity, so that events are what they are alone, as candidates see them.
     """
 
     def __init__(self, width: int):
         super().__init__()
-        self.scale = width**-0.5
         self.norm_attention = nn.LayerNorm(width)
         self.query_key_value = nn.Linear(width, 3 * width)
         self.output = nn.Linear(width, width)
@@ -120,12 +126,25 @@ class InnerTrans(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, x_NKd: Tensor, exists_NK: Tensor | None) -> Tensor:
-        query, key, value = self.query_key_value(self.norm_attention(x_NKd)).chunk(3, dim=-1)
-        scores_NKK = (query * self.scale) @ key.transpose(-1, -2)
-        if exists_NK is not None:
-            scores_NKK = scores_NKK.masked_fill(~exists_NK[:, None, :], torch.finfo(scores_NKK.dtype).min)
-        x_NKd = x_NKd + self.output(scores_NKK.softmax(dim=-1).to(value.dtype) @ value)
+        return self.finish(x_NKd, attend_in_groups(self.project(x_NKd), exists_NK))
+
+    def project(self, x_NKd: Tensor) -> Tensor:
+        """[N, K, 3d]: queries, keys and values."""
+        return self.query_key_value(self.norm_attention(x_NKd))
+
+    def finish(self, x_NKd: Tensor, attended_NKd: Tensor) -> Tensor:
+        """The rest of the block, given what the events gathered."""
+        x_NKd = x_NKd + self.output(attended_NKd)
         return x_NKd + self.feed_forward(self.norm_feed_forward(x_NKd))
+
+
+@fused_on_cuda
+def _events_of_groups(start_N: Tensor, size_N: Tensor, key_E: Tensor, merge_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, K]: which events of each group exist, their places (0 where there is none), and their keys."""
+    slots_K = torch.arange(merge_size, device=start_N.device)
+    exists_NK = slots_K < size_N[:, None]
+    event_NK = torch.where(exists_NK, start_N[:, None] + slots_K, 0)
+    return exists_NK, event_NK, key_E[event_NK]
 
 
 class Embedding(nn.Module):
@@ -167,6 +186,7 @@ class Embedding(nn.Module):
         self.cls_MD = nn.Parameter(torch.randn(settings.num_cls_tokens, width) * _STD)
         self.request_gap = Gap(width)
         self.request_hour = HourOfWeek(width)
+        self.recompute = False
         self.request_D = nn.Parameter(torch.randn(width) * CANDIDATE_STD)
 
     def events(self, events: EventTensors) -> Tensor:
@@ -196,15 +216,18 @@ class Embedding(nn.Module):
 
         There must be an event; what a partial group lacks counts as zeros.
         """
-        slots_K = torch.arange(self.merge_size, device=start_N.device)
-        exists_NK = slots_K < size_N[:, None]
-        event_NK = torch.where(exists_NK, start_N[:, None] + slots_K, 0)
-        # The table of items is read outside of compiled code, which would not note what was read.
-        id_NKd = self.item(features["item_id"][event_NK])
-        return self._read_groups(id_NKd, exists_NK, event_NK, features, event_ts_E, previous_ts_E)
+        exists_NK, event_NK, key_NK = _events_of_groups(start_N, size_N, features["item_id"], self.merge_size)
+        id_NKd = self.item(key_NK)  # outside of compiled code, which would not note what was read
+        args = id_NKd, exists_NK, event_NK, features, event_ts_E, previous_ts_E
+        return run(self._read_groups, *args, recompute=self.recompute)
+
+    def _read_groups(self, id_NKd: Tensor, exists_NK: Tensor, *events: Any) -> Tensor:
+        x_NKd, qkv_NKd = self._read_events(id_NKd, exists_NK, *events)
+        attended_NKd = None if qkv_NKd is None else attend_in_groups(qkv_NKd, exists_NK)
+        return self._merge(x_NKd, attended_NKd, exists_NK)
 
     @fused_on_cuda
-    def _read_groups(
+    def _read_events(
         self,
         id_NKd: Tensor,
         exists_NK: Tensor,
@@ -212,10 +235,20 @@ class Embedding(nn.Module):
         features: dict[str, Tensor],
         event_ts_E: Tensor,
         previous_ts_E: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
+        """Vectors of the events, zeros where there is none, and their queries, keys and values in InnerTrans."""
         read = {name: values[event_NK] for name, values in features.items()}
-        x_NKd = self.vectors(read, event_ts_E[event_NK], previous_ts_E[event_NK], id_NKd)
-        return self.groups(x_NKd * exists_NK[..., None], exists_NK)
+        x_NKd = self.vectors(read, event_ts_E[event_NK], previous_ts_E[event_NK], id_NKd) * exists_NK[..., None]
+        if self.inner is None:
+            return x_NKd, None
+        qkv_NKd = self.inner.project(x_NKd)
+        return x_NKd.to(qkv_NKd.dtype), qkv_NKd
+
+    @fused_on_cuda
+    def _merge(self, x_NKd: Tensor, attended_NKd: Tensor | None, exists_NK: Tensor) -> Tensor:
+        if self.inner is not None and attended_NKd is not None:
+            x_NKd = self.inner.finish(x_NKd, attended_NKd) * exists_NK[..., None]
+        return self.merge(x_NKd.flatten(1))
 
     def groups(self, x_NKd: Tensor, exists_NK: Tensor | None = None) -> Tensor:
         """[N, D]: K event vectors merged into one token; absent events of a partial group count as zeros."""
@@ -237,6 +270,7 @@ class Embedding(nn.Module):
         cls_RMD = self.cls_MD.expand(len(user_key_R), -1, -1)
         return torch.cat([cls_RMD, self.user(user_key_R).unflatten(1, (self.num_user_tokens, -1))], dim=1)
 
+    @fused_on_cuda
     def requests(self, request_ts_R: Tensor, last_event_ts_R: Tensor) -> Tensor:
         """[R, D]: what is known of a request when it is scored, and what tells its candidates from the groups of its history."""
         return self.request_gap(request_ts_R, last_event_ts_R) + self.request_hour(request_ts_R) + self.request_D

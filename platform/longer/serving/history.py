@@ -51,15 +51,15 @@ class HistorySource:
     def version(self) -> Version:
         return self._table.version
 
-    def newer_version(self) -> str | None:
-        """The table's served version if it is another than this source's; a pinned source never moves."""
+    def newer(self) -> SequenceTable | None:
+        """The table at its served version if that is another than this source's; a pinned source never moves. For any thread."""
         if self._pinned:
             return None
         served = Table(self._path).require("jobs.build_sequences").id
-        return served if served != self.version_id else None
+        return SequenceTable(self._path, self._table.schema, served) if served != self.version_id else None
 
-    def move_to(self, version_id: str) -> None:
-        self._table = SequenceTable(self._path, self._table.schema, version_id)
+    def move_to(self, newer: SequenceTable) -> None:
+        self._table = newer
 
     def read(self, user_ids: pa.Array, online: pa.Table) -> list["UserHistory"]:
         """One history a user, in order, with the users' `online` events; empty for users of whom nothing is known."""
@@ -67,6 +67,10 @@ class HistorySource:
         rows = _with_online(table.find(wanted), online, table.schema, table.rule)
         histories = histories_in_order(rows, wanted, table.schema)
         return [UserHistory(histories, row) for row in range(len(histories))]
+
+    def most_active(self, num_users: int) -> pa.Array:
+        """Ids of the table's users with most events, the most active first."""
+        return self._table.most_active(num_users)
 
     def tails(
         self, user_ids: pa.Array, events: pa.Table, first_index_B: Int64, prev_event_ts_B: Int64
