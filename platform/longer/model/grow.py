@@ -38,7 +38,8 @@ class Spans(NamedTuple):
     def of(begin_B: Tensor, end_B: Tensor, room: int) -> "Spans":
         offsets_B1 = torch.nn.functional.pad((end_B - begin_B).clamp_min(0).cumsum(0), (1, 0))
         place_P = torch.arange(room, device=begin_B.device)
-        row_P = torch.searchsorted(offsets_B1[1:].contiguous(), place_P, right=True).clamp_max(len(begin_B) - 1)
+        # all offsets: torch 2.11 compiles a search in a slice of them into one that starts before it
+        row_P = (torch.searchsorted(offsets_B1, place_P, right=True) - 1).clamp_max(len(begin_B) - 1)
         return Spans(row_P, place_P + (begin_B - offsets_B1[:-1])[row_P], place_P < offsets_B1[-1:], offsets_B1)
 
     def at(self, first_B: Tensor, nowhere: int) -> Tensor:

@@ -297,7 +297,7 @@ class Longer(Ranker):
     ) -> tuple[Tensor, ...]:
         """Candidates' requests, histories, positions, which tail tokens they see, and groups seen by layer."""
         place_C = torch.arange(num_candidates, device=row_R.device)
-        request_C = torch.searchsorted(offsets_R1[1:].contiguous(), place_C, right=True)
+        request_C = torch.searchsorted(offsets_R1, place_C, right=True) - 1  # not in a slice: see `grow.Spans`
         row_C, full_C = row_R[request_C], (history_end_R // self.windows.merge_size)[request_C]
         visible = [full_C - of_B[row_C] for of_B in (first_B, query_first_B)]
         position_C = self.windows.num_groups(history_end_R)[request_C]
