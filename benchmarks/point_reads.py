@@ -91,8 +91,12 @@ def requests_a_read(local: Table, users: list[int]) -> dict[str, float]:
 
 
 def commit() -> str:
+    """Of this tree; a copy without its history does not know."""
     command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "not known here"
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ constant arrival at 70% of that, each request's time counted from when it was du
 warm ones, and the share of users is counted whose state is still where they are sent. Where p99 never is below 50 ms, the most
 requests a second at any are given and marked.
 
-Prints Markdown; last, one JSON line. On a GPU: --device cuda --history-events 10000 --candidates 500.
+Prints Markdown; last, one JSON line. On a GPU, about four minutes: --device cuda --history-events 10000 --candidates 500.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from ray import serve
 
 from benchmarks.point_reads import commit
 from benchmarks.quickstart import cpu_model
-from benchmarks.serving_arms.bench import Arm, Bench
+from benchmarks.serving_arms.bench import Arm, Bench, Service
 from benchmarks.serving_arms.servers import ServerArgs
 from benchmarks.serving_arms.world import World, build_world, settings_of
 from jobs.serve import free_port
@@ -38,30 +38,30 @@ from longer.runner import start_ray
 
 
 def run(asked: argparse.Namespace, bench: Bench) -> tuple[dict[str, Arm], float]:
-    """All arms by a short name, and the share of users found warm after a third replica came."""
+    """All arms by a short name, and the share of users found warm after a third replica came.
+
+    Services that are measured one after the other start together: starting one takes longer than measuring it.
+    """
     world, arms = bench.world, dict[str, Arm]()
-    bench.deploy(1)
-    warm = bench.load.once(bench.url, world.hits)
+    without = {"checkpoint": world.checkpoint_without_sequence}
+    bench.deploy(hit=Service(1), miss=Service(1, {"cache_bytes": 0}), without=Service(1, without))
+    warm = bench.load.once(bench.url("hit"), world.hits)
     if warm.failed:
         raise RuntimeError(f"warming up failed: {dict(warm.failed)}")
-    answer, state_bytes = bench.answer(), bench.state_bytes()
-    arms["hit"] = bench.measure("100% hit, 1 replica", bench.url, world.hits)
-    bench.deploy(2)
-    bench.load.once(bench.url, world.hits)
-    arms["hit2"] = bench.measure("100% hit, 2 replicas", bench.url, world.hits)
-    bench.load.once(bench.url, world.hits)
-    bench.deploy(3)
+    answer, half = bench.answer("hit"), int(len(world.hits) * bench.state_bytes("hit") / 2)
+    arms["hit"] = bench.measure("100% hit, 1 replica", bench.url("hit"), world.hits)
+    arms["miss"] = bench.measure("0% hit, 1 replica", bench.url("miss"), world.hits)
+    bench.load.once(bench.url("without"), world.hits)
+    arms["without"] = bench.measure("without sequence, 1 replica", bench.url("without"), world.hits)
+    bench.deploy(hit=Service(2), trace=Service(1, {"cache_bytes": half}))
+    bench.load.once(bench.url("hit"), world.hits)
+    arms["hit2"] = bench.measure("100% hit, 2 replicas", bench.url("hit"), world.hits)
+    arms["trace"] = bench.measure_trace("real trace, 1 replica", bench.url("trace"), world.trace)
+    bench.load.once(bench.url("hit"), world.hits)
+    bench.deploy(hit=Service(3))
     time.sleep(1)  # until the proxy has been told
-    warm_share = bench.load.once(bench.url, world.hits).warm_share
-    half = int(len(world.hits) * state_bytes / 2)
-    bench.deploy(1, cache_bytes=half)
-    arms["trace"] = bench.measure_trace("real trace, 1 replica", world.trace)
-    bench.deploy(1, cache_bytes=0)
-    arms["miss"] = bench.measure("0% hit, 1 replica", bench.url, world.hits)
-    bench.deploy(1, checkpoint=world.checkpoint_without_sequence)
-    bench.load.once(bench.url, world.hits)
-    arms["without"] = bench.measure("without sequence, 1 replica", bench.url, world.hits)
-    serve.delete("scoring")
+    warm_share = bench.load.once(bench.url("hit"), world.hits).warm_share
+    bench.deploy()
     arms["floor"] = bench.floor(answer, 1)
     arms["floor2"] = bench.floor(answer, 2)
     tables = {name: world.settings.path("tables", name) for name in ("sequences", "items")}
@@ -129,26 +129,26 @@ def options() -> argparse.Namespace:
     parser.add_argument("--query-groups", type=int, default=50, help="k, twice the stride in groups (default 50)")
     parser.add_argument("--event-width", type=int, default=16, help="d; tokens are K*d wide (default 16)")
     parser.add_argument("--self-layers", type=int, default=2, help="N (default 2)")
-    parser.add_argument("--users", type=int, help="users of the log (default 400; 60 with --quick)")
+    parser.add_argument("--users", type=int, help="users of the log (default 400; 200 on a GPU; 60 with --quick)")
     parser.add_argument("--items", type=int, default=10_000, help="items of the log (default 10,000)")
     parser.add_argument(
         "--trace-per-user", type=int, default=20, help="about how many requests of the trace (default 20)"
     )
-    parser.add_argument(
-        "--clients", type=int, nargs="+", default=[1, 4, 16], help="of the closed loops (default 1 4 16)"
-    )
-    parser.add_argument("--load-processes", type=int, default=1, help="processes that send (default 1)")
-    parser.add_argument("--seconds", type=float, help="of one measurement (default 10; 1.5 with --quick)")
+    parser.add_argument("--clients", type=int, nargs="+", help="of the closed loops (default 1 4 16; 1 8 32 on a GPU)")
+    parser.add_argument("--load-processes", type=int, help="processes that send (default 1; 2 on a GPU)")
+    parser.add_argument("--seconds", type=float, help="of one measurement (default 10; 3 on a GPU; 1.5 with --quick)")
     parser.add_argument("--cache-bytes", type=int, default=4 << 30, help="of a replica at 100%% hit (default 4 GiB)")
     parser.add_argument("--max-batch-requests", type=int, default=16, help="requests scored together (default 16)")
-    parser.add_argument("--batch-wait-ms", type=float, default=1.0, help="of the first one (default 1)")
     parser.add_argument("--torch-threads", type=int, default=1, help="threads of one operation (default 1)")
     parser.add_argument("--logical-cpus", type=int, default=8, help="CPUs that Ray counts with (default 8)")
     parser.add_argument("--data", default="runs/benchmark_serving", help="folder for tables, which stay")
     parser.add_argument("--seed", type=int, default=1)
     asked = parser.parse_args()
-    asked.users = asked.users or (60 if asked.quick else 400)
-    asked.seconds = asked.seconds or (1.5 if asked.quick else 10.0)
+    on_gpu = asked.device == "cuda"
+    asked.users = asked.users or (60 if asked.quick else 200 if on_gpu else 400)
+    asked.seconds = asked.seconds or (1.5 if asked.quick else 3.0 if on_gpu else 10.0)
+    asked.clients = asked.clients or ([1, 8, 32] if on_gpu else [1, 4, 16])
+    asked.load_processes = asked.load_processes or (2 if on_gpu else 1)
     return asked
 
 

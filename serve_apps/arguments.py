@@ -90,7 +90,11 @@ class ScoringArgs(BaseModel):
     )
     max_body_bytes: int = Field(1 << 20, ge=1, description="Largest body of a request, in bytes.")
     max_batch_requests: int = Field(16, ge=1, description="Requests scored together.")
-    batch_wait_ms: float = Field(1.0, ge=0, description="How long the first request of a batch waits for company.")
+    usual_candidates: int = Field(
+        500,
+        ge=1,
+        description="Candidates of a usual request: a replica is ready when batches of such requests are no longer new to it.",
+    )
     max_queued_requests: int = Field(
         256, ge=1, description="Requests that an HTTP proxy lets wait for replicas; more are answered 503 at once."
     )
@@ -111,6 +115,10 @@ class ScoringArgs(BaseModel):
     requires_token: bool = Field(
         False,
         description="A replica that finds no token does not start; so it is too where the app was built with one.",
+    )
+    access_log: bool = Field(
+        True,
+        description="A line of JSON a call, in access_REPLICA.jsonl among Serve's logs: times and sizes, no ids and no tokens.",
     )
     refresh_s: float = Field(60, gt=0, description="Seconds between looks for a newer version of the sequence table.")
     num_cpus: float = Field(1, ge=0, description="CPUs that Ray reserves for a replica.")

@@ -6,12 +6,13 @@ Latency of a scored batch by stage: `queue` (one request's wait for its batch), 
 """
 
 from collections import Counter as Counts
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 from longer.serving.scorer import Scorer
+from serve_apps.batcher import Times
 from serve_apps.keeping import StateKeeper
 
 _LATENCY_EDGES_MS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
@@ -19,14 +20,13 @@ _BATCH_EDGES = [1, 2, 4, 8, 16, 32, 64, 128]
 
 
 class ReplicaMetrics:
-    """What one replica did and holds; `record` after every request, `export` now and then as well."""
+    """What one replica did and holds: `record` after every request, `record_batch` after every batch, `export` now and then."""
 
     def __init__(self, scorer: Scorer, lost_affinity: Counts[str], keeper: StateKeeper) -> None:
         self._scorer, self._lost_affinity, self._keeper = scorer, lost_affinity, keeper
         self._exported: Counts[tuple[str, str]] = Counts()
-        self._model_version = ""
         self.num_queued = 0
-        """Requests that wait for their batch, or are in it."""
+        """Requests that wait for their batch."""
         self.gpu_memory_share = 0.0
         """Of the device's memory, what is in use, by whomever; looked at now and then."""
         self._requests = Counter("longer_score_requests", "Requests by route and HTTP status.", ("route", "status"))
@@ -45,7 +45,7 @@ class ReplicaMetrics:
         self._latency = _milliseconds("longer_score_latency_ms", "Milliseconds in the replica, by route.", "route")
         self._stages = _milliseconds("longer_stage_latency_ms", "Milliseconds of a scored batch, by stage.", "stage")
         self._batch = Histogram("longer_batch_requests", "Requests scored together.", boundaries=_BATCH_EDGES)
-        self._queued = Gauge("longer_queued_requests", "Requests that wait for their batch, or are in it.")
+        self._queued = Gauge("longer_queued_requests", "Requests that wait for their batch.")
         self._num_states = Gauge("longer_held_user_states", "User states held.")
         self._bytes = Gauge("longer_user_state_bytes", "Bytes of user states held, by tier.", ("tier",))
         self._budget = Gauge("longer_user_state_budget_bytes", "Most bytes of user states, by tier.", ("tier",))
@@ -57,17 +57,17 @@ class ReplicaMetrics:
     def record(self, route: str, latency_ms: float, status: int) -> None:
         self._latency.observe(latency_ms, tags={"route": route})
         self._requests.inc(tags={"route": route, "status": str(status)})
-        self.export()
 
-    def record_batch(self, waited_ms: Sequence[float], stages_ms: Mapping[str, float]) -> None:
-        self._batch.observe(len(waited_ms))
-        for ms in waited_ms:
-            self._stages.observe(ms, tags={"stage": "queue"})
-        for stage, ms in stages_ms.items():
+    def record_batch(self, times: Sequence[Times]) -> None:
+        """Of one batch, an element a request."""
+        self._batch.observe(len(times))
+        for one in times:
+            self._stages.observe(one.queue_ms, tags={"stage": "queue"})
+        for stage, ms in times[0].batch_ms.items():
             self._stages.observe(ms, tags={"stage": stage})
 
     def export(self) -> None:
-        """Brings gauges and increments up to date."""
+        """Brings gauges and increments up to date. Ray drops a gauge's series that is not set again, as that of the last model."""
         cache, online = self._scorer.cache, self._scorer.online
         self._queued.set(self.num_queued)
         self._num_states.set(len(cache))
@@ -79,7 +79,7 @@ class ReplicaMetrics:
                 self._memory.set(num_bytes, tags={"where": where, "what": what})
         self._event_bytes.set(online.num_bytes)
         self._gpu_memory.set(self.gpu_memory_share)
-        self._export_model(self._scorer.info.model_version)
+        self._model.set(1, tags={"model_version": self._scorer.info.model_version})
         for name, counts in (
             ("state", cache.counters.as_dict()),
             ("online", online.counters.as_dict()),
@@ -90,12 +90,6 @@ class ReplicaMetrics:
                 if (grown := count - self._exported[name, event]) > 0:
                     self._counters[name].inc(grown, tags={"event": event})
                     self._exported[name, event] = count
-
-    def _export_model(self, version: str) -> None:
-        if version != self._model_version and self._model_version:
-            self._model.set(0, tags={"model_version": self._model_version})
-        self._model_version = version
-        self._model.set(1, tags={"model_version": version})
 
 
 def tiers(scorer: Scorer) -> dict[str, tuple[int, int]]:

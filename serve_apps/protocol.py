@@ -237,8 +237,10 @@ def event_columns(events: Sequence[Event], limits: Limits) -> dict[str, list[Any
 def _asked(parsed: ScoreBody, limits: Limits) -> Asked:
     if len(parsed.candidates) > limits.max_candidates:
         raise BodyError(413, f"candidates: at most {limits.max_candidates} in a request: split them over several")
-    ids = [c.id if isinstance(c, Candidate) else c for c in parsed.candidates]
-    features = _columns("candidates", [c.features if isinstance(c, Candidate) else {} for c in parsed.candidates])
+    ids, features = parsed.candidates, {}
+    if any(isinstance(c, Candidate) for c in parsed.candidates):
+        ids = [c.id if isinstance(c, Candidate) else c for c in parsed.candidates]
+        features = _columns("candidates", [c.features if isinstance(c, Candidate) else {} for c in parsed.candidates])
     events = event_columns(parsed.events, limits)
     return Asked(ScoreRequest(parsed.user_id, ids, features, parsed.request_ts, events), parsed.top_k)
 
@@ -291,12 +293,12 @@ def about_result(result: ScoreResult, model_version: str) -> dict[str, Any]:
 
 def score_answer(asked: Asked, result: ScoreResult, model_version: str) -> dict[str, Any]:
     """A `ScoreAnswer`."""
-    places = chosen(result, asked.top_k)
-    return {
-        "candidates": [asked.request.item_ids[c] for c in places],
-        "scores": {task: scores[places].tolist() for task, scores in result.scores.items()},
-        **about_result(result, model_version),
-    }
+    ids, scores = asked.request.item_ids, result.scores
+    if asked.top_k is not None:
+        places = chosen(result, asked.top_k)
+        ids, scores = [ids[c] for c in places], {task: values[places] for task, values in scores.items()}
+    told = {task: values.tolist() for task, values in scores.items()}
+    return {"candidates": ids, "scores": told, **about_result(result, model_version)}
 
 
 def events_answer(result: EventsResult) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The service over HTTP: routes, bodies and answers."""
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ from ray import serve
 from longer.errors import UserError
 from serve_apps import status_page
 from serve_apps.access import SESSION_HEADER, TIMEOUT_HEADER, content_type_of, id_of, reason_of, status_of
+from serve_apps.access_log import Call
 from serve_apps.account import in_short
 from serve_apps.arrow_body import ARROW, arrow_answer, parse_arrow_body
 from serve_apps.openapi import about_call, body_of, errors, responds, with_security
@@ -62,12 +62,11 @@ class ScoringReplica(RpcService):
         """Scores candidates for one user."""
         return await self._answer(request, "score", self._answer_score)
 
-    async def _answer_score(self, request: Request) -> Answer:
-        started_s = time.perf_counter()
+    async def _answer_score(self, request: Request, call: Call) -> Answer:
         content_type = content_type_of(request, JSON, ARROW)
         parse = parse_arrow_body if content_type == ARROW else parse_score_body
         asked = parse(await self._gate.body(request), self._args.limits)
-        result, version = await self.score_one(asked, request.headers.get(SESSION_HEADER), started_s)
+        result, version = await self.score_one(asked, request.headers.get(SESSION_HEADER), call)
         if content_type == ARROW:
             return arrow_answer(asked, result, version), ARROW
         return as_json(score_answer(asked, result, version)), JSON
@@ -81,14 +80,15 @@ class ScoringReplica(RpcService):
         """Scores candidates for several users; a request that cannot be answered has its error in its place."""
         return await self._answer(request, "score:batch", self._answer_batch)
 
-    async def _answer_batch(self, request: Request) -> Answer:
+    async def _answer_batch(self, request: Request, call: Call) -> Answer:
         content_type_of(request, JSON)
         several = parse_score_batch_body(await self._gate.body(request), self._args.limits)
+        call.ends("parse")
         results = [
             {"error": reason_of(outcome), "status": status_of(outcome)}
             if isinstance(outcome, UserError)
             else score_answer(asked, outcome, version)
-            for asked, (outcome, version) in zip(several, await self.score_several(several), strict=True)
+            for asked, (outcome, version) in zip(several, await self.score_several(several, call), strict=True)
         ]
         return as_json({"results": results}), JSON
 
@@ -103,10 +103,10 @@ class ScoringReplica(RpcService):
         """Takes in a user's newest events. They are known to the replica that answers, until the table has them."""
         return await self._answer(request, "events", self._answer_events)
 
-    async def _answer_events(self, request: Request) -> Answer:
+    async def _answer_events(self, request: Request, call: Call) -> Answer:
         content_type_of(request, JSON)
         sent = parse_events_body(await self._gate.body(request), self._args.limits)
-        return as_json(events_answer(await self.take_in(sent, request.headers.get(SESSION_HEADER)))), JSON
+        return as_json(events_answer(await self.take_in(sent, request.headers.get(SESSION_HEADER), call))), JSON
 
     @api.delete(
         "/v1/users/{user_id:any_text}",
@@ -115,7 +115,7 @@ class ScoringReplica(RpcService):
     )
     async def forget_user(self, request: Request, user_id: str) -> Response:
         """Drops states and online events of the user on every replica that runs; the sequence table is not touched."""
-        return await self._answer(request, "users", lambda _: self._answer_forget(user_id))
+        return await self._answer(request, "users", lambda _request, _call: self._answer_forget(user_id))
 
     async def _answer_forget(self, text: str) -> Answer:
         num_replicas, num_held = await self.forget_everywhere(id_of(text, self._scorer.info.schema.user_id))
@@ -128,27 +128,15 @@ class ScoringReplica(RpcService):
         """The model that answers, and what it reads."""
         return await self._answer(request, "model", self._answer_model)
 
-    async def _answer_model(self, _: Request) -> Answer:
-        info = self._scorer.info
-        about = {
-            "model_version": info.model_version,
-            "refused_rollout": self._refused_rollout,
-            "schema_hash": info.schema.hash(),
-            "encoding": info.model.encoding,
-            "tasks": [task.model_dump(include={"name", "kind"}) for task in info.tasks],
-            "item_features": list(info.schema.features_of("item")),
-            "event_fields": [field.name for field in info.schema.event_fields()],
-            "history_events": info.model.history_events,
-            "sequences_version": self._scorer.history.version_id,
-        }
-        return as_json(about), JSON
+    async def _answer_model(self, _request: Request, _call: Call) -> Answer:
+        return as_json(self.about_model()), JSON
 
     @api.get("/v1/stats", openapi_extra=about_call(SESSION_HEADER, TIMEOUT_HEADER), responses=errors())
     async def stats(self, request: Request) -> Response:
         """What this replica holds and has done."""
         return await self._answer(request, "stats", self._answer_stats)
 
-    async def _answer_stats(self, _: Request) -> Answer:
+    async def _answer_stats(self, _request: Request, _call: Call) -> Answer:
         return as_json(in_short(await self.account())), JSON
 
     @api.get("/v1/status", openapi_extra=about_call(SESSION_HEADER, TIMEOUT_HEADER), responses=errors())
@@ -156,7 +144,7 @@ class ScoringReplica(RpcService):
         """What all replicas hold, and how they did in the last minute."""
         return await self._answer(request, "status", self._answer_status)
 
-    async def _answer_status(self, _: Request) -> Answer:
+    async def _answer_status(self, _request: Request, _call: Call) -> Answer:
         return as_json(await self.status()), JSON
 
     @api.get("/", include_in_schema=False)
@@ -180,8 +168,15 @@ class ScoringReplica(RpcService):
 
     # -- what all have in common --------------------------------------------------------------------------------------
 
-    async def _answer(self, request: Request, route: str, work: Callable[[Request], Awaitable[Answer]]) -> Response:
-        outcome = await self.attempt(route, request.headers, lambda: work(request))
+    async def _answer(
+        self, request: Request, route: str, work: Callable[[Request, Call], Awaitable[Answer]]
+    ) -> Response:
+        async def answer(call: Call) -> Answer:
+            content = await work(request, call)
+            call.ends("answer")
+            return content
+
+        outcome = await self.attempt(route, request.headers, answer)
         if not isinstance(outcome, Refusal):
             return self._response(*outcome)
         headers = {503: {"retry-after": str(RETRY_AFTER_S)}, 401: {"www-authenticate": "Bearer"}}

@@ -10,7 +10,7 @@ GET    /v1/model        what is served              GET /v1/stats    this replic
 GET    /v1/status       all replicas, last minute   GET /            the same as a page, with a form to score a user by hand
 GET    /healthz         the process answers         GET /readyz      the scorer answers
 
-Over gRPC, where the Serve config asks for it: serve_apps/grpc/scoring.proto.
+Over gRPC, where the Serve config asks for it: platform/longer/rpc/scoring.proto.
 
 Send `x-session-id: USER` (percent-encoded if not ASCII) with every request: it is hashed to a replica, so that a user's state is
 found where it was left, and so are the events sent for it. A request that comes without it, or to another replica than its own

@@ -2,29 +2,35 @@
 
 import asyncio
 import logging
+import os
 import resource
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from ray import serve
+from ray.serve._private.logging_utils import get_serve_logs_dir
 
-from longer.errors import UserError, one_line
+from longer.errors import UserError
 from longer.serving.scorer import EventsRequest, EventsResult, Scorer, ScoreRequest, ScoreResult
-from longer.serving.stages import collected_ms
 from serve_apps.access import TIMEOUT_HEADER, Gate, reason_of, status_of
+from serve_apps.access_log import AccessLog, Call
 from serve_apps.account import Recent, service_status
 from serve_apps.affinity import Affinity
-from serve_apps.arguments import Rollout, ScoringArgs
+from serve_apps.arguments import ScoringArgs
+from serve_apps.batcher import MicroBatcher
 from serve_apps.keeping import StateKeeper
 from serve_apps.metrics import ReplicaMetrics, memory
 from serve_apps.peers import Peers
 from serve_apps.protocol import Asked, BodyError
+from serve_apps.rollout import Rollouts
 
 RETRY_AFTER_S = 1
+_HUNG_UP = 499
+"""Status, in metrics and the access log, of a call whose caller has gone before it was answered."""
 _logger = logging.getLogger("ray.serve")
 
 T = TypeVar("T")
@@ -39,14 +45,6 @@ class Refusal:
     reason: str
 
 
-@dataclass(frozen=True)
-class _Waiting:
-    """A request for the next batch, and since when."""
-
-    request: ScoreRequest
-    since_s: float
-
-
 class ScoringService:
     """What `serve_apps/scoring.py` says but for the protocols, which derive from it."""
 
@@ -57,16 +55,17 @@ class ScoringService:
             1, "scorer", initializer=torch.set_num_threads, initargs=(args.torch_threads,)
         )
         self._scorer = self._worker.submit(self._load).result()
-        self._refreshed_s = time.monotonic()
+        self._refreshed_s, self._upkeep = time.monotonic(), None
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._affinity, self._peers, self._recent = Affinity(self._replica), Peers(), Recent()
-        self._refused_rollout = False
-        self._evicted = (time.monotonic(), 0)
-        for batch in (self._score_batch, self._events_batch):
-            batch.set_max_batch_size(args.max_batch_requests)
-            batch.set_batch_wait_timeout_s(args.batch_wait_ms / 1000)
         self._keeper = StateKeeper(args, self._scorer, self._replica, self._in_worker)
         self._metrics = ReplicaMetrics(self._scorer, self._affinity.lost, self._keeper)
+        self._access_log = AccessLog(get_serve_logs_dir(), self._replica) if args.access_log else None
+        size = args.max_batch_requests
+        self._scores = MicroBatcher(self._worker, self._score, size, self._metrics.record_batch)
+        self._events = MicroBatcher(self._worker, self._scorer.add_events, size, lambda _: None)
+        self._rollouts = Rollouts(self._scorer, self._in_worker, self._warm_ups)
+        self._evicted = (time.monotonic(), 0)
         self._metrics.export()
 
     def _load(self) -> Scorer:
@@ -88,18 +87,28 @@ class ScoringService:
             from longer.s3 import be_quick
 
             be_quick(args.table_silence_s)
+        for warm_up in self._warm_ups(scorer):
+            warm_up()
         return scorer
+
+    def _warm_ups(self, scorer: Scorer) -> Iterator[Callable[[], None]]:
+        return scorer.warm_ups(self._args.max_batch_requests, self._args.usual_candidates)
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
-    async def attempt(self, route: str, headers: Mapping[str, str], work: Callable[[], Awaitable[T]]) -> T | Refusal:
+    async def attempt(
+        self, route: str, headers: Mapping[str, str], work: Callable[[Call], Awaitable[T]]
+    ) -> T | Refusal:
         """The work's answer, or what went wrong, with the token checked before and the time bounded."""
-        started_s = time.perf_counter()
+        call = Call(route)
         outcome: T | Refusal
         try:
             self._gate.check_token(headers.get("authorization"))
             async with asyncio.timeout(self._gate.time_left_s(headers.get(TIMEOUT_HEADER))):
-                outcome = await work()
+                outcome = await work(call)
+        except asyncio.CancelledError:
+            self._note(call, _HUNG_UP)
+            raise
         except TimeoutError:
             outcome = Refusal(504, "not answered in time: allow more, or send fewer candidates")
         except UserError as error:
@@ -107,27 +116,39 @@ class ScoringService:
         except Exception:
             _logger.exception("a call to %s failed", route)
             outcome = Refusal(500, "internal error: the replica's log has it")
-        status = outcome.status if isinstance(outcome, Refusal) else 200
-        self._metrics.record(route, (time.perf_counter() - started_s) * 1000, status)
+        self._note(call, outcome.status if isinstance(outcome, Refusal) else 200)
         return outcome
 
-    async def score_one(self, asked: Asked, session: str | None, started_s: float) -> tuple[ScoreResult, str]:
-        """The scores of a call that began at `started_s`, and the version of the model that they are of."""
+    def _note(self, call: Call, status: int) -> None:
+        latency_ms = call.latency_ms
+        self._metrics.record(call.route, latency_ms, status)
+        if self._access_log:
+            self._access_log.note(call, status, latency_ms)
+
+    async def score_one(self, asked: Asked, session: str | None, call: Call) -> tuple[ScoreResult, str]:
+        """The scores that the call asks for, and the version of the model that they are of."""
+        call.ends("parse")
         self._affinity.count(session)
-        outcome, version = await self._score_waiting(asked)
+        [(outcome, version)] = await self.score_several([asked], call)
         if isinstance(outcome, UserError):
             raise outcome
-        self._recent.add((time.perf_counter() - started_s) * 1000, outcome.source)
+        call.source = outcome.source
+        self._recent.add(call.latency_ms, outcome.source)
         return outcome, version
 
-    async def score_several(self, several: Sequence[Asked]) -> list[tuple[Outcome, str]]:
+    async def score_several(self, several: Sequence[Asked], call: Call) -> list[tuple[Outcome, str]]:
         """One outcome a request, in order, with the version of the model."""
-        return await asyncio.gather(*map(self._score_waiting, several))
+        call.num_users, call.num_candidates = len(several), sum(len(asked.request.item_ids) for asked in several)
+        answers = await self._scores.ask(*(asked.request for asked in several))
+        call.was_in(answers[-1][1])
+        call.model_version = answers[-1][0][1]
+        return [outcome for outcome, _ in answers]
 
-    async def take_in(self, request: EventsRequest, session: str | None) -> EventsResult:
+    async def take_in(self, request: EventsRequest, session: str | None, call: Call) -> EventsResult:
         """Takes in a user's newest events."""
         self._affinity.count(session)
-        outcome = await self._events_batch(request)
+        call.num_users = 1
+        [(outcome, _)] = await self._events.ask(request)
         if isinstance(outcome, UserError):
             raise outcome
         return outcome
@@ -141,6 +162,21 @@ class ScoringService:
             raise BodyError(503, "not every replica has answered: send the same again")
         return len(others), sum([held, *others])
 
+    def about_model(self) -> dict[str, Any]:
+        """The model that answers, and what it reads."""
+        info = self._scorer.info
+        return {
+            "model_version": info.model_version,
+            "refused_rollout": self._rollouts.is_refused,
+            "schema_hash": info.schema.hash(),
+            "encoding": info.model.encoding,
+            "tasks": [task.model_dump(include={"name", "kind"}) for task in info.tasks],
+            "item_features": list(info.schema.features_of("item")),
+            "event_fields": [field.name for field in info.schema.event_fields()],
+            "history_events": info.model.history_events,
+            "sequences_version": self._scorer.history.version_id,
+        }
+
     async def status(self) -> dict[str, Any]:
         """What all replicas hold and have done lately."""
         schema = self._scorer.info.schema
@@ -150,34 +186,12 @@ class ScoringService:
         ids = {"user_id": schema.user_id, "item_id": schema.item_id}
         return {"answered_by": self._replica, "ids": ids, **service_status(told, num_silent)}
 
-    # -- scores -------------------------------------------------------------------------------------------------------
+    # -- in the worker's thread ---------------------------------------------------------------------------------------
 
-    async def _score_waiting(self, asked: Asked) -> tuple[Outcome, str]:
-        self._metrics.num_queued += 1
-        try:
-            return await self._score_batch(_Waiting(asked.request, time.perf_counter()))
-        finally:
-            self._metrics.num_queued -= 1
-
-    @serve.batch
-    async def _score_batch(self, waiting: list[_Waiting]) -> list[tuple[Outcome, str]]:
+    def _score(self, requests: list[ScoreRequest]) -> list[tuple[Outcome, str]]:
         """Each outcome with the version of the model that it is of."""
-        outcomes, waited_ms, stages_ms = await self._in_worker(self._score, waiting)
-        self._metrics.record_batch(waited_ms, stages_ms)
-        return outcomes
-
-    def _score(self, waiting: Sequence[_Waiting]) -> tuple[list[tuple[Outcome, str]], list[float], dict[str, float]]:
-        started_s, version = time.perf_counter(), self._scorer.info.model_version
-        with collected_ms() as stages_ms:
-            outcomes = self._scorer.score([one.request for one in waiting])
-        whole_ms = (time.perf_counter() - started_s) * 1000
-        stages_ms["score"] = whole_ms - sum(stages_ms.values())
-        waited_ms = [(started_s - one.since_s) * 1000 for one in waiting]
-        return [(outcome, version) for outcome in outcomes], waited_ms, stages_ms
-
-    @serve.batch
-    async def _events_batch(self, requests: list[EventsRequest]) -> list[EventsResult | UserError]:
-        return await self._in_worker(lambda: self._scorer.add_events(requests))
+        version = self._scorer.info.model_version
+        return [(outcome, version) for outcome in self._scorer.score(requests)]
 
     async def _in_worker(self, function: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
@@ -198,14 +212,15 @@ class ScoringService:
         events = {"users": len(online), "bytes": online.num_bytes, "budget_bytes": self._args.events_bytes}
         return {
             "replica": self._replica,
+            "process_id": os.getpid(),
             "model_version": self._scorer.info.model_version,
             "sequences_version": self._scorer.history.version_id,
-            "refused_rollout": self._refused_rollout,
+            "refused_rollout": self._rollouts.is_refused,
             "cache": {**cache.counters.as_dict(), **states},
             "kept_states": self._keeper.counters,
             "online_events": {**online.counters.as_dict(), **events},
             "lost_affinity": dict(self._affinity.lost),
-            "queued_requests": self._metrics.num_queued,
+            "queued_requests": len(self._scores),
             "recent": self._recent.account(),
             "memory_bytes": memory(self._scorer),
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -216,35 +231,32 @@ class ScoringService:
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called with a new `user_config`: goes over to its `checkpoint` between two batches, states become misses.
 
-        A checkpoint that cannot serve is refused: the model that serves goes on, and /v1/model says so.
+        A checkpoint that cannot serve is refused: the model that serves goes on, /v1/model says so, and it is tried again.
         """
-        try:
-            checkpoint = Rollout.model_validate(user_config).checkpoint
-            loaded = await asyncio.to_thread(self._scorer.load_checkpoint, checkpoint)
-            await self._in_worker(self._scorer.adopt, *loaded)
-        except Exception as error:  # whatever it is, raising would end this replica and its states
-            self._refused_rollout = True
-            _logger.error("roll-out refused, model %s serves on: %s", self._scorer.info.model_version, one_line(error))
-            return
-        self._refused_rollout = False
+        await self._rollouts.ask(user_config)
         self._metrics.export()
-        _logger.info("model: now %s", self._scorer.info.model_version)
 
     async def check_health(self) -> None:
-        """A replica whose worker hangs is replaced. Now and then looks for newer sequences and at the ring."""
-        is_due = time.monotonic() - self._refreshed_s >= self._args.refresh_s
-        if self._affinity.ring is None or is_due:
-            self._upkeep = asyncio.create_task(self._look_at_ring())
-        if is_due:
-            self._refreshed_s = time.monotonic()
-        await self._in_worker(self._refresh if is_due else self._touch_device)
-        self._metrics.export()
+        """Fails where the device no longer computes, or the worker hangs; then this replica is replaced.
 
-    def record_autoscaling_stats(self) -> dict[str, float]:
-        """What `longer/autoscaling.py` goes by, twice a second: a `ReplicaLoad` since the last call."""
+        Now and then looks beside it for newer sequences, at the ring, and again at a checkpoint that was refused.
+        """
+        is_due = time.monotonic() - self._refreshed_s >= self._args.refresh_s or self._affinity.ring is None
+        if is_due and (self._upkeep is None or self._upkeep.done()):
+            self._refreshed_s = time.monotonic()
+            self._upkeep = asyncio.gather(self._look_at_ring(), self._refresh(), self._rollouts.retry())
+        await self._in_worker(self._touch_device)
+        self._tell()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `longer/autoscaling.py` goes by, twice a second: a `ReplicaLoad` since the last call.
+
+        Of the event loop as all that tells: Serve runs what is not async in threads.
+        """
         cache, now_s = self._scorer.cache, time.monotonic()
         (since_s, before), self._evicted = self._evicted, (now_s, cache.counters.evict)
         self._metrics.gpu_memory_share = self._gpu_memory_share()
+        self._tell()
         return {
             "num_states": len(cache),
             "cache_share": cache.num_bytes / cache.budget_bytes if cache.budget_bytes else 0.0,
@@ -264,15 +276,23 @@ class ScoringService:
         """An error where the device no longer computes: a CUDA context does not recover from some."""
         torch.zeros(1, device=self._scorer.cache.pool.device).item()
 
-    def _refresh(self) -> None:
-        self._touch_device()
+    async def _refresh(self) -> None:
+        """Tables are read beside the worker, which only goes over to them."""
         try:
-            if self._scorer.refresh():
+            if newer := await asyncio.to_thread(self._scorer.newer_tables):
+                await self._in_worker(self._scorer.move_to, newer)
                 _logger.info("sequences: now at version %s", self._scorer.history.version_id)
         except Exception:
             _logger.exception(
                 "sequences: cannot look for a newer version; version %s serves on", self._scorer.history.version_id
             )
+
+    def _tell(self) -> None:
+        """Brings metrics and the access log up to date."""
+        self._metrics.num_queued = len(self._scores)
+        self._metrics.export()
+        if self._access_log:
+            self._access_log.flush()
 
     async def _look_at_ring(self) -> None:
         names = [name for name in await self._peers.ask(self.replica_id) if isinstance(name, str)]
@@ -284,3 +304,5 @@ class ScoringService:
     async def __del__(self) -> None:
         """Serve calls it once the replica has answered all that it was asked, before it ends."""
         await self._keeper.leave()
+        if self._access_log:
+            self._access_log.close()

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
@@ -23,7 +23,7 @@ from jobs.serve import free_port
 
 MOST_P99_MS = 50.0
 LOAD_SHARE = 0.7
-_WITHIN_S = 120.0
+_WITHIN_S = 240.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,14 @@ class Arm:
         )
 
 
+@dataclass(frozen=True)
+class Service:
+    """This service with so many replicas; `arguments` differ from the benchmark's own."""
+
+    num_replicas: int
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
 def _times(sample: Sample) -> str:
     return f"{sample.percentile_ms(50):.1f} / {sample.percentile_ms(99):.1f}"
 
@@ -65,8 +73,10 @@ class Bench:
     def __init__(self, asked: argparse.Namespace, world: World) -> None:
         self.asked, self.world, self.load = asked, world, Load(asked.load_processes)
         self._port = free_port("127.0.0.1", 8431)
-        self.url = f"http://127.0.0.1:{self._port}"
         serve.start(http_options={"host": "127.0.0.1", "port": self._port})
+
+    def url(self, app: str) -> str:
+        return f"http://127.0.0.1:{self._port}/{app}"
 
     def measure(self, name: str, url: str, bodies: Sequence[Body], with_open: bool = True) -> Arm:
         """An arm whose bodies may be sent again and again; without the open loop if not `with_open`."""
@@ -75,17 +85,19 @@ class Bench:
         for num_clients in self.asked.clients:
             samples[num_clients] = self.load.closed(url, bodies, num_clients, seconds)
         best = best_of(samples)
+        if not samples[best].latencies_ms:
+            raise RuntimeError(f"{name}: no request was answered: {dict(samples[best].failed)}")
         at_load = self.load.open(url, bodies, LOAD_SHARE * samples[best].rps, seconds) if with_open else None
         return self._said(Arm(name, samples[self.asked.clients[0]], samples[best], best, at_load))
 
-    def measure_trace(self, name: str, bodies: Sequence[Body]) -> Arm:
+    def measure_trace(self, name: str, url: str, bodies: Sequence[Body]) -> Arm:
         """An arm whose bodies are sent once, in their order: a part of them for each number of clients."""
         levels = self.asked.clients
         parts = [
             bodies[len(bodies) * i // len(levels) : len(bodies) * (i + 1) // len(levels)] for i in range(len(levels))
         ]
         samples = {
-            num: self.load.closed(self.url, part, num, self.asked.seconds, again=False)
+            num: self.load.closed(url, part, num, self.asked.seconds, again=False)
             for num, part in zip(levels, parts, strict=True)
         }
         best = best_of(samples)
@@ -98,60 +110,72 @@ class Bench:
 
     # -- services -----------------------------------------------------------------------------------------------------
 
-    def deploy(self, num_replicas: int, **arguments: Any) -> None:
-        """This service; once more with another number of replicas, and those that run stay as they are."""
+    def deploy(self, **services: Service) -> None:
+        """These services by name, and no others; one with another number of replicas keeps those that run."""
+        applications = [self._application(name, service) for name, service in services.items()]
+        _get_global_client().deploy_apps(
+            ServeDeploySchema.model_validate({"applications": applications}), _blocking=False
+        )
+        wanted = {name: service.num_replicas for name, service in services.items()}
+        deadline = time.monotonic() + _WITHIN_S  # Serve's own wait is too short for kernels to be compiled
+        while (found := {name: self._num_replicas(name) for name in serve.status().applications}) != wanted:
+            failed = [app.message for app in serve.status().applications.values() if app.status == "DEPLOY_FAILED"]
+            if failed or time.monotonic() > deadline:
+                raise RuntimeError(f"replicas: {found} instead of {wanted}: {failed}")
+            time.sleep(0.2)
+
+    def _application(self, name: str, service: Service) -> dict[str, Any]:
         asked = self.asked
-        tables = {name: self.world.settings.path("tables", name) for name in ("sequences", "items")}
+        tables = {table: self.world.settings.path("tables", table) for table in ("sequences", "items")}
         gpus = {"num_gpus": asked.gpus_per_replica} if asked.device == "cuda" else {}
         sizes = {
             "max_body_bytes": 8 << 20,
             "max_batch_requests": asked.max_batch_requests,
-            "batch_wait_ms": asked.batch_wait_ms,
+            "usual_candidates": asked.candidates,
         }
         args = {"checkpoint": self.world.checkpoint, **tables, **gpus, **sizes, "cache_bytes": asked.cache_bytes}
-        args |= {"num_cpus": 0.5, "torch_threads": asked.torch_threads, "timeout_s": 60, "refresh_s": 2, **arguments}
-        bounds = {"min_replicas": num_replicas, "max_replicas": num_replicas}
-        application = {
-            "name": "scoring",
-            "route_prefix": "/",
+        args |= {"num_cpus": 0.5, "torch_threads": asked.torch_threads, "timeout_s": 60, **service.arguments}
+        bounds = {"min_replicas": service.num_replicas, "max_replicas": service.num_replicas}
+        return {
+            "name": name,
+            "route_prefix": f"/{name}",
             "import_path": "serve_apps.scoring:build_app",
             "args": args,
             "deployments": [
                 {"name": "scoring", "autoscaling_config": {**bounds, "upscale_delay_s": 0, "downscale_delay_s": 0}}
             ],
         }
-        _get_global_client().deploy_apps(
-            ServeDeploySchema.model_validate({"applications": [application]}), _blocking=True
-        )
-        deadline = time.monotonic() + _WITHIN_S
-        while (num := self._num_replicas()) != num_replicas:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{num} replicas instead of {num_replicas} after {_WITHIN_S:.0f} s")
-            time.sleep(0.2)
 
-    def _num_replicas(self) -> int:
-        status = requests.get(f"{self.url}/v1/status", timeout=30)
+    def _num_replicas(self, app: str) -> int:
+        try:
+            status = requests.get(f"{self.url(app)}/v1/status", timeout=30)
+        except requests.RequestException:  # it is being started
+            return 0
         return len(status.json()["replicas"]) if status.status_code == 200 else 0
 
-    def state_bytes(self) -> float:
+    def state_bytes(self, app: str) -> float:
         """Mean bytes of a user's state."""
-        cache = requests.get(f"{self.url}/v1/status", timeout=30).json()["cache"]
+        cache = requests.get(f"{self.url(app)}/v1/status", timeout=30).json()["cache"]
         return cache["bytes"] / max(cache["states"], 1)
 
-    def answer(self) -> bytes:
+    def answer(self, app: str) -> bytes:
         session, body = self.world.hits[0]
-        return requests.post(f"{self.url}/v1/score", data=body, headers={"x-session-id": session}, timeout=60).content
+        headers = {"x-session-id": session}
+        return requests.post(f"{self.url(app)}/v1/score", data=body, headers=headers, timeout=60).content
 
     def floor(self, answer: bytes, num_replicas: int) -> Arm:
         app = floor_app(answer, num_replicas, 4 * self.asked.max_batch_requests)
-        serve.run(app, name="floor", route_prefix="/")
-        arm = self.measure(f"floor, {num_replicas} replica(s)", self.url, self.world.hits)
+        serve.run(app, name="floor", route_prefix="/floor")
+        arm = self.measure(f"floor, {num_replicas} replica(s)", self.url("floor"), self.world.hits)
         serve.delete("floor")
         return arm
 
     def alone(self, name: str, kind: str, args: ServerArgs) -> Arm:
         """A server of one process."""
         with _process(args.command(kind), args.port) as url:
+            for _, body in self.world.hits[:4]:  # on a GPU the first ones wait for kernels to be compiled
+                headers = {"content-type": "application/json"}
+                requests.post(f"{url}/v1/score", data=body, headers=headers, timeout=_WITHIN_S).raise_for_status()
             return self.measure(name, url, self.world.hits, with_open=kind != "echo")
 
 

@@ -64,15 +64,15 @@ class ServerArgs:
 
 
 def plain_app(args: ServerArgs) -> FastAPI:
-    """All histories in memory from the start, no reads at all; each request encodes its user's whole window and scores."""
+    """All histories in memory from the start, no reads at all; each request is a forward pass over its user's whole window."""
     import torch
 
     from longer.arrays import Candidates
     from longer.data.items import ItemTable
     from longer.data.tables import SequenceTable
     from longer.model.outputs import to_scores
-    from longer.model.states import encode, score
     from longer.serving.history import HistorySource
+    from longer.serving.plain import score_lists_plainly
     from longer.serving.requests import RequestReader, ScoreRequest
     from longer.training.checkpoints import load_model
     from serve_apps.protocol import ScoreBody
@@ -90,11 +90,13 @@ def plain_app(args: ServerArgs) -> FastAPI:
     async def answer(body: ScoreBody) -> dict[str, Any]:
         assert body.request_ts is not None
         history = histories[body.user_id]  # type: ignore[index]
-        window = history.window(history.end_before(body.request_ts), model.windows)
+        end = history.end_before(body.request_ts)
+        window = history.window(end, model.windows)
         request = ScoreRequest(body.user_id, body.candidates)  # type: ignore[arg-type]
         features = reader.candidates(request, items)
-        offsets = np.array([0, len(body.candidates)])
-        outputs = score(model, encode(model, window), np.array([body.request_ts]), Candidates(offsets, features))
+        asked = Candidates(np.array([0, len(body.candidates)]), features)
+        row, ends = np.zeros(1, np.int64), np.array([end])
+        outputs = score_lists_plainly(model, window, row, ends, np.array([body.request_ts]), asked)
         scores = {task: values.tolist() for task, values in to_scores(outputs, model.tasks).items()}
         return {"candidates": body.candidates, "scores": scores, "model_version": info.model_version}
 

@@ -11,7 +11,7 @@ import torch
 from benchmarks.model_arms.sizes import DEVICE, ON_CUDA, SCHEMA, TASKS, random_batch, seconds
 from longer.arrays import Candidates, Histories, Int64, RequestBatch
 from longer.config import ModelSettings
-from longer.model.captured_scores import scorer_of
+from longer.model.engine import StateEngine
 from longer.model.inputs import to_tensors
 from longer.model.longer import Longer
 from longer.model.pool import Precision, StateLayout, StatePool
@@ -35,9 +35,9 @@ class Way:
 
 def ways(model: Longer, pool: StatePool) -> list[Way]:
     """Kernel by kernel, and on CUDA as serving runs it."""
-    make = partial(encode, model, pool), partial(append, model, pool)
-    eager = Way("eager", *make, partial(score, model, pool), num_steps=2)
-    return [eager, Way("graph", *make, scorer_of(model, pool), num_steps=10)] if ON_CUDA else [eager]
+    functions = (partial(function, model, pool) for function in (encode, append, score))
+    eager, engine = Way("eager", *functions, num_steps=2), StateEngine(model, pool)
+    return [eager, Way("graph", engine.encode, engine.append, engine.score, num_steps=10)] if ON_CUDA else [eager]
 
 
 class Users:

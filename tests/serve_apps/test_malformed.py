@@ -23,10 +23,11 @@ from schemathesis import Case, GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi import checks
 
+from longer.config import Settings
 from serve_apps.arrow_body import ARROW
-from tests.serve_apps.services import running
+from tests.serve_apps.services import CANDIDATES, END_MS, offline_scores, running
 from tests.serve_apps.test_arrow_body import stream
-from tests.serving.tables import START_MS, build_world
+from tests.serving.tables import START_MS, build_world, checkpoint_path
 
 CHECKS = [
     not_a_server_error,
@@ -42,26 +43,44 @@ EVENT = {"item_id": "item3", "event_ts": START_MS, "action": "buy", "features": 
 
 
 @pytest.fixture(scope="module")
-def url(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return build_world(tmp_path_factory.mktemp("malformed"))
+
+
+@pytest.fixture(scope="module")
+def url(local_ray: None, world: Settings) -> Iterator[str]:
     limits = {"cache_bytes": 4 << 20, "events_bytes": 4 << 20, "max_body_bytes": 1 << 16}
-    with running(build_world(tmp_path_factory.mktemp("malformed")), **limits) as service:
+    with running(world, **limits) as service:
         yield service
+
+
+@pytest.fixture(scope="module")
+def expected(world: Settings) -> dict[int, np.ndarray]:
+    """Offline scores by user."""
+    return {user: scores for (_, user), scores in offline_scores(world, checkpoint_path(world)).items()}
 
 
 def peak_bytes(url: str) -> int:
     return httpx.get(f"{url}/v1/stats", timeout=30).json()["peak_memory_bytes"]
 
 
-def assert_well(url: str) -> None:
-    answer = httpx.post(f"{url}/v1/score", json=GOOD, timeout=30)
-    assert answer.status_code == 200, answer.text
+def assert_well(url: str, expected: dict[int, np.ndarray]) -> None:
+    """Users are answered the offline scores, once the events that malformed bodies may have brought are gone."""
+    for user, wanted in expected.items():
+        assert httpx.delete(f"{url}/v1/users/{user}", timeout=30).status_code == 200
+        body = {"user_id": user, "candidates": CANDIDATES, "request_ts": END_MS}
+        answer = httpx.post(f"{url}/v1/score", json=body, timeout=30)
+        assert answer.status_code == 200, answer.text
+        np.testing.assert_allclose(answer.json()["scores"]["label"], wanted, rtol=0, atol=1e-5)
     stats = httpx.get(f"{url}/v1/stats", timeout=30).json()
     for held in (stats["cache"], stats["online_events"]):
         assert held["bytes"] <= held["budget_bytes"]
 
 
 @pytest.mark.ray
-def test_the_service_does_what_its_openapi_document_says(url: str, request: pytest.FixtureRequest) -> None:
+def test_the_service_does_what_its_openapi_document_says(
+    url: str, expected: dict[int, np.ndarray], request: pytest.FixtureRequest
+) -> None:
     operations = [found.ok() for found in schemathesis.openapi.from_url(f"{url}/openapi.json").get_all_operations()]
     assert len(operations) == 9
     num_each = max(request.config.getoption("--malformed") // (4 * len(operations)), 5)
@@ -80,7 +99,7 @@ def test_the_service_does_what_its_openapi_document_says(url: str, request: pyte
                     case.validate_response(response, checks=CHECKS)
 
                 keeps_to_it()
-    assert_well(url)
+    assert_well(url, expected)
 
 
 def damaged(rng: random.Random) -> tuple[str, str, bytes]:
@@ -109,9 +128,11 @@ def damaged(rng: random.Random) -> tuple[str, str, bytes]:
 
 
 @pytest.mark.ray
-def test_damaged_bodies_have_their_reason_and_leave_nothing_behind(url: str, request: pytest.FixtureRequest) -> None:
+def test_damaged_bodies_have_their_reason_and_leave_nothing_behind(
+    url: str, expected: dict[int, np.ndarray], request: pytest.FixtureRequest
+) -> None:
     num_requests = request.config.getoption("--malformed")
-    assert_well(url)
+    assert_well(url, expected)
 
     def client(seed: int) -> Counter[int]:
         rng, counts = random.Random(seed), Counter[int]()
@@ -123,6 +144,10 @@ def test_damaged_bodies_have_their_reason_and_leave_nothing_behind(url: str, req
                 assert answer.status_code in (200, 400, 413, 415, 422), (path, content_type, body, answer.text)
                 if answer.status_code != 200:
                     assert "\n" not in answer.json()["error"]
+                elif (path, content_type) == ("score", "application/json"):
+                    told = answer.json()
+                    assert len(told["candidates"]) == len(told["scores"]["label"]) > 0
+                    assert all(0 <= score <= 1 for score in told["scores"]["label"])
         return counts
 
     with ThreadPoolExecutor(NUM_CLIENTS) as pool:
@@ -133,17 +158,17 @@ def test_damaged_bodies_have_their_reason_and_leave_nothing_behind(url: str, req
     print(f"{counts.total()} in {time.monotonic() - started:.1f} s: {dict(counts)}, {growth >> 20} MB more at the peak")
     assert counts[200] < counts.total() / 2
     assert growth < MOST_GROWTH_BYTES
-    assert_well(url)
+    assert_well(url, expected)
 
 
 @pytest.mark.ray
-def test_bytes_that_are_no_http_end_their_own_connection_only(url: str) -> None:
+def test_bytes_that_are_no_http_end_their_own_connection_only(url: str, expected: dict[int, np.ndarray]) -> None:
     address, rng = urlsplit(url), random.Random(0)
     for number in range(50):
         with socket.create_connection((address.hostname, address.port), timeout=10) as connection:
             head = b"" if number % 2 else b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: 999999\r\n\r\n"
             connection.sendall(head + rng.randbytes(rng.randrange(1, 5000)))
-    assert_well(url)
+    assert_well(url, expected)
 
 
 @pytest.mark.ray

@@ -1,6 +1,8 @@
 """What keeps a service up and its secrets in: token, deadline, a bounded queue, quiet logs."""
 
 import asyncio
+import json
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,10 +25,10 @@ BODY = {"user_id": USER, "candidates": [ITEM]}
 
 @pytest.fixture(scope="module")
 def url(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A service that asks for a token, has little room, and waits a while for company before it scores."""
+    """A service that asks for a token and has little room."""
     folder = tmp_path_factory.mktemp("protection")
     (folder / "token").write_text(f"{TOKEN}\n")
-    limits = {"max_batch_requests": 2, "max_queued_requests": 1, "batch_wait_ms": 100}
+    limits = {"max_batch_requests": 2, "max_queued_requests": 1}
     with running(build_world(folder), token_file=str(folder / "token"), **limits) as service:
         yield service
 
@@ -55,7 +57,7 @@ def test_a_request_is_answered_by_its_deadline_and_a_bad_deadline_is_told(url: s
         headers = httpx.Headers([*BEARER.items(), ("x-timeout-ms", timeout_ms)])
         return httpx.post(f"{url}/v1/score", json=BODY, headers=headers, timeout=30)
 
-    late = ask(b"20")
+    late = ask(b"1")
     assert (late.status_code, late.json()["error"][:20]) == (504, "not answered in time")
     assert ask(b"20000").status_code == 200
     for bad in (b"0", b"-1", b"soon", b"1e3", b"\xb2"):
@@ -90,6 +92,27 @@ def test_nothing_that_was_sent_is_in_a_log(url: str) -> None:
         if response.status_code == 422:
             assert ITEM not in response.text
     logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    replica = httpx.get(f"{url}/v1/stats", headers=BEARER, timeout=30).json()["replica"]
+    deadline, lines = time.monotonic() + 20, list[dict]()
+    while "stats" not in {line["route"] for line in lines}:  # the last call is written, so all are
+        assert time.monotonic() < deadline, lines
+        time.sleep(0.2)
+        log = logs / "serve" / f"access_{replica}.jsonl"
+        lines = list(map(json.loads, log.read_text().splitlines())) if log.exists() else []
+    told = Counter((line["route"], line["status"], line["num_candidates"], line["source"]) for line in lines[-5:])
+    assert told == Counter(
+        [
+            ("score", 200, 1, "load"),
+            ("score", 422, 1, None),
+            ("events", 422, 0, None),
+            ("users", 200, 0, None),
+            ("stats", 200, 0, None),
+        ]
+    )
+    scored = next(line for line in lines if (line["route"], line["status"]) == ("score", 200))
+    assert {"parse", "queue", "score", "answer"} <= scored["stages_ms"].keys()
+    assert sum(scored["stages_ms"].values()) <= scored["latency_ms"] + 0.01
+    assert scored["model_version"] == httpx.get(f"{url}/v1/model", headers=BEARER).json()["model_version"]
     found = [
         (file.name, secret)
         for file in logs.rglob("*")

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import httpx
 import numpy as np
 import pytest
+import ray
 import yaml
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
@@ -73,6 +74,7 @@ def service(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         max_body_bytes=2000,
         max_events=5,
         max_users=3,
+        access_log=False,
     )
     port = free_port("127.0.0.1", 8399)
     try:
@@ -142,7 +144,7 @@ def test_mistakes_are_answered_with_their_reason(
 
 @pytest.mark.ray
 def test_half_a_body_and_a_lost_client_leave_the_service_well(service: tuple[str, Scorer]) -> None:
-    url, _ = service
+    url, scorer = service
     whole = json.dumps({"user_id": 5, "candidates": ITEMS}).encode()
     cut = httpx.post(f"{url}/v1/score", content=whole[:20], timeout=30)
     assert (cut.status_code, cut.json()) == (400, {"error": "body: not valid JSON"})
@@ -150,7 +152,11 @@ def test_half_a_body_and_a_lost_client_leave_the_service_well(service: tuple[str
     with socket.create_connection((address.hostname, address.port)) as connection:
         head = f"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: {len(whole)}\r\n\r\n"
         connection.sendall(head.encode() + whole[:20])
-    assert post(url, 5, {"candidates": ITEMS}).status_code == 200
+    answer = post(url, 5, {"candidates": ITEMS, "request_ts": END_MS})
+    assert answer.status_code == 200
+    [expected] = scorer.score([ScoreRequest(5, ITEMS, request_ts=END_MS)])
+    assert isinstance(expected, ScoreResult)
+    np.testing.assert_allclose(answer.json()["scores"]["label"], expected.scores["label"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.ray
@@ -161,9 +167,12 @@ def test_what_is_served_and_how_it_does_can_be_asked(service: tuple[str, Scorer]
     model = httpx.get(f"{url}/v1/model").json()
     assert model["model_version"] == scorer.info.model_version
     assert model["sequences_version"] == scorer.history.version_id
-    cache = httpx.get(f"{url}/v1/stats").json()["cache"]
-    assert cache["hit"] >= 0
-    assert 0 < cache["bytes"] <= cache["budget_bytes"]
+    stats = httpx.get(f"{url}/v1/stats").json()
+    assert stats["cache"]["hit"] >= 0
+    assert 0 < stats["cache"]["bytes"] <= stats["cache"]["budget_bytes"]
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    assert list(logs.rglob("*serve*"))
+    assert not list(logs.rglob(f"access_{stats['replica']}*"))  # switched off
 
 
 def held_by(url: str) -> dict[str, dict]:

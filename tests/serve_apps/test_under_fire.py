@@ -9,6 +9,8 @@ from pathlib import Path
 
 import boto3
 import httpx
+import numpy as np
+import pyarrow as pa
 import pytest
 from ray import serve
 
@@ -18,13 +20,23 @@ from tests.s3.proxy import Fault, Proxy, proxy_before
 from tests.s3.server import running_bucket
 from tests.serve_apps.services import (
     END_MS,
+    NUM_CLIENTS,
     Service,
     load,
+    num_answered,
     offline_scores,
-    processes_of_replicas,
 )
-from tests.serving.tables import build_world, checkpoint_path, publish_random_model
+from tests.serving.tables import (
+    NUM_USERS,
+    build_world,
+    checkpoint_path,
+    publish_catalogue,
+    publish_random_model,
+    publish_sequences,
+    random_events,
+)
 
+USERS = set(range(1, NUM_USERS + 1))
 AFFINITY_S = 3.0
 """Within which a replica learns of another."""
 
@@ -34,15 +46,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     return build_world(tmp_path_factory.mktemp("under_fire"))
 
 
+def upload_sequences(world: Settings) -> None:
+    """A copy of the sequence table on S3, the pointer to its served version last."""
+    root = Path(world.path("tables"))
+    s3 = boto3.client("s3")
+    for file in sorted((root / "sequences").rglob("*"), key=lambda file: file.name == "_CURRENT.json"):
+        if file.is_file():
+            s3.upload_file(str(file), "tables", str(file.relative_to(root)))
+
+
 @pytest.fixture(scope="module")
 def store(world: Settings) -> Iterator[Proxy]:
-    """A copy of the sequence table on S3, through a proxy that can fail."""
+    """The sequence table on S3, through a proxy that can fail."""
     with pytest.MonkeyPatch.context() as patch, running_bucket(patch):
-        root = Path(world.path("tables"))
-        s3 = boto3.client("s3")
-        for file in (root / "sequences").rglob("*"):
-            if file.is_file():
-                s3.upload_file(str(file), "tables", str(file.relative_to(root)))
+        upload_sequences(world)
         with proxy_before(os.environ["AWS_ENDPOINT_URL"]) as proxy:
             yield proxy
 
@@ -82,7 +99,7 @@ def test_users_who_are_here_are_scored_while_the_table_cannot_be_read_and_the_ot
     answers.assert_equal(expected)
     store.plan = lambda request: None
     with load(service.url) as answers:
-        answers.wait_for(lambda so_far: so_far.users() == set(range(1, 10)))
+        answers.wait_for(lambda so_far: so_far.users() == USERS)
     assert (answers.lost, answers.refused) == ({}, {})
     answers.assert_equal(expected)
 
@@ -90,16 +107,18 @@ def test_users_who_are_here_are_scored_while_the_table_cannot_be_read_and_the_ot
 @pytest.mark.ray
 def test_a_replica_that_is_killed_costs_no_wrong_answer_and_is_replaced(service: Service, world: Settings) -> None:
     service.deploy(num_replicas=2)
-    before = service.wait_for(lambda replicas: len(replicas) == 2)
+    service.wait_for(lambda replicas: len(replicas) == 2)
     with load(service.url) as answers:
-        time.sleep(1)
-        os.kill(processes_of_replicas()[0], signal.SIGKILL)
-        after = service.wait_for(lambda replicas: len(replicas) == 2 and replicas.keys() != before.keys())
-        time.sleep(1)
+        before = service.wait_for(lambda replicas: sum(map(num_answered, replicas.values())) > 50)
+        victim = max(before.values(), key=num_answered)  # the load is on it
+        os.kill(victim["process_id"], signal.SIGKILL)
+        num_before = len(answers.answered)
+        after = service.wait_for(lambda replicas: len(replicas) == 2 and victim["replica"] not in replicas)
+        answers.wait_for(lambda so_far: {user for user, _ in so_far.answered[num_before:]} == USERS)
     print(len(answers.answered), answers.refused, answers.lost)
     assert len(after.keys() & before.keys()) == 1
     answers.assert_equal(offline_scores(world, checkpoint_path(world)))
-    assert answers.lost == {}
+    assert (answers.lost, answers.refused) == ({}, {})  # the client has asked again
 
 
 @pytest.mark.ray
@@ -108,11 +127,17 @@ def test_replicas_come_and_go_without_a_request_lost(service: Service, world: Se
     [first] = service.wait_for(lambda replicas: len(replicas) == 1)
     with load(service.url) as answers:
         service.deploy(num_replicas=3)
-        assert first in service.wait_for(lambda replicas: len(replicas) == 3)
+        three = service.wait_for(lambda replicas: len(replicas) == 3 and sum(map(num_answered, replicas.values())) > 50)
+        assert first in three
+        others = service.wait_for(
+            lambda replicas: any(num_answered(replicas[one]) for one in replicas.keys() - {first})
+        )
+        assert others.keys() == three.keys()  # they came, and have answered
         time.sleep(AFFINITY_S)
         service.deploy(num_replicas=1)
         service.wait_for(lambda replicas: len(replicas) == 1)
-        time.sleep(1)
+        num_before = len(answers.answered)
+        answers.wait_for(lambda so_far: {user for user, _ in so_far.answered[num_before:]} == USERS)
     print(len(answers.answered), answers.refused, answers.lost)
     assert (answers.lost, answers.refused) == ({}, {})
     answers.assert_equal(offline_scores(world, checkpoint_path(world)))
@@ -129,6 +154,7 @@ def test_models_roll_and_roll_back_without_a_request_lost_and_a_broken_one_is_re
     weights.write_bytes(weights.read_bytes()[:-9])
     expected = offline_scores(world, first_path, second_path)
     first, second = dict.fromkeys(version for version, _ in expected)
+    assert min(np.abs(expected[first, user] - expected[second, user]).max() for user in USERS) > 1e-4
 
     def wait_for(model: str, is_refused: bool) -> set[str]:
         def is_so(replicas: dict) -> bool:
@@ -150,3 +176,37 @@ def test_models_roll_and_roll_back_without_a_request_lost_and_a_broken_one_is_re
     answers.assert_equal(expected)
     seen = {(answer["model_version"], answer["user_state"]["source"]) for _, answer in answers.answered}
     assert seen >= {(version, source) for version in (first, second) for source in ("load", "hit")}
+
+
+@pytest.mark.ray
+def test_a_newer_table_is_read_under_load_and_states_are_appended_to_it(service: Service, world: Settings) -> None:
+    checkpoint, events = checkpoint_path(world), random_events(world.event_schema, seed=0)
+    before = offline_scores(world, checkpoint)
+    [version] = {version for version, _ in before}
+    service.deploy(1, checkpoint)
+    service.wait_for(lambda replicas: [one["model_version"] for one in replicas.values()] == [version])
+    new = events.filter(pa.compute.equal(events["item_id"], "item1")).slice(0, 1)
+    new = pa.concat_tables([new.set_column(0, "user_id", pa.array([user])) for user in sorted(USERS)])
+    at = events.schema.get_field_index("event_ts")
+    new = new.set_column(
+        at, events.schema.field(at), pa.array([END_MS - 1] * NUM_USERS).cast(events.schema.field(at).type)
+    )
+    with load(service.url) as answers:
+        answers.wait_for(lambda so_far: so_far.users() == USERS)
+        newer = publish_sequences(world, pa.concat_tables([events, new]))
+        publish_catalogue(world, newer)
+        upload_sequences(world)
+        service.wait_for(lambda replicas: {one["sequences_version"] for one in replicas.values()} == {newer.id})
+        num_before = len(answers.answered)
+        answers.wait_for(lambda so_far: {user for user, _ in so_far.answered[num_before + NUM_CLIENTS :]} == USERS)
+    assert (answers.lost, answers.refused) == ({}, {})
+    after = offline_scores(world, checkpoint)
+    assert min(np.abs(before[key] - after[key]).max() for key in after) > 1e-4
+    for user, answer in answers.answered:
+        num_events = answer["user_state"]["num_events"]
+        wanted = {user * user: before, user * user + 1: after}[num_events]
+        np.testing.assert_allclose(answer["scores"]["label"], wanted[answer["model_version"], user], rtol=0, atol=1e-5)
+    newest = answers.answered[num_before + NUM_CLIENTS :]
+    assert {answer["user_state"]["num_events"] - user * user for user, answer in newest} == {1}
+    appended = {user for user, answer in answers.answered if answer["user_state"]["source"] == "append"}
+    assert appended == USERS

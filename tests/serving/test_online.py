@@ -155,7 +155,9 @@ def test_no_interleaving_of_tables_events_and_requests_changes_a_score(
             sent = known[user].sent if catches_up else Counter(in_order(known[user].sent)[::2])
             tables[user] = (tables[user] | sent) + Counter(brought)
             publish(mine, tables, f"v{number}")
-            scorer.refresh()
+            newer = scorer.newer_tables()
+            assert newer
+            scorer.move_to(newer)
             known[user].table = tables[user].copy()
         elif what == "events":
             known[user].sent |= Counter(rest[0])

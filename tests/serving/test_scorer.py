@@ -241,11 +241,13 @@ def test_a_new_table_version_appends_its_events_and_drops_states_whose_past_has_
     sequences = publish_sequences(world, pa.concat_tables([events, more(6, END_MS), more(7, late), new_item]))
     assert ask(scorer, (6, END_MS + DAY_MS))[0].source == "hit"
     with pytest.raises(UserError, match="items"):  # sequences are published before their catalogue: wait for both
-        scorer.refresh()
+        scorer.newer_tables()
     assert ask(scorer, (6, END_MS + DAY_MS))[0].source == "hit"
     publish_catalogue(world, sequences)
-    assert scorer.refresh()
-    assert not scorer.refresh()
+    newer = scorer.newer_tables()
+    assert newer
+    scorer.move_to(newer)
+    assert scorer.newer_tables() is None
     unheard = ScoreRequest(5, ["brand new"], request_ts=END_MS + DAY_MS)
     assert_same(scorer.score([unheard])[0], scorer_of(world).score([unheard])[0])
     asked = [(user, END_MS + DAY_MS) for user in (6, 7, 8)]

@@ -12,7 +12,7 @@ from longer.arrays import Histories
 from longer.model.longer import Longer
 from longer.model.pinned import pinned_words
 from longer.model.pool import Precision, StateLayout
-from longer.model.states import UserState, append, encode, rows_for, score
+from longer.model.states import UserState, append, encode, new_slots, rows_for, score
 from longer.serving.cache import Entry, Known, StateVersion
 from longer.serving.fingerprint import EventPrint
 from longer.serving.kept_states import pack, unpack
@@ -171,7 +171,13 @@ def test_nothing_is_left_of_a_user_who_is_forgotten_in_any_tier() -> None:
             world.store.release()
     assert world.store.counters.demote > 0
     assert world.store.counters.evict > 0
-    assert sum(world.store.forget(user) for user in range(NUM_USERS)) == 4
+    held = [found for user in range(NUM_USERS) if (found := world.store._index.find(user))]
+    slots = [one.entry.state.slot for one in held]
+    memory = [world.store._pool_of(h).words_NI[s.start : s.start + s.size] for h, s in zip(held, slots, strict=True)]
+    assert len(memory) == 4
+    assert all(words.any() for words in memory)
+    assert sum(world.store.forget(user) for user in range(NUM_USERS)) == world.store.counters.forget == 4
+    assert not any(words.any() for words in memory)
     assert (len(world.store), world.store.num_bytes, world.store.host_bytes) == (0, 0, 0)
     assert world.store.pool.slots.used_units == 0
 
@@ -232,3 +238,12 @@ def test_a_model_of_another_shape_finds_none_of_the_old_states() -> None:
     assert (len(world.store), world.store.counters.stale) == (0, 2)
     world.models, EXACT[other] = [other], small_model(3, event_width=8)
     world.ask([0, 1])
+
+
+def test_states_that_do_not_all_fit_take_no_room() -> None:
+    pool = World("float32", 0, 1, 0).store.pool
+    longest = np.full(10_000, MOST_EVENTS)
+    with pytest.raises(MemoryError, match="of 10000 states do not fit"):
+        new_slots(pool, longest)
+    assert pool.slots.used_units == 0
+    assert new_slots(pool, longest[:2])

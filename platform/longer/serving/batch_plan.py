@@ -5,8 +5,6 @@ from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from typing import Any, Literal
 
-import torch
-
 from longer.batch_settings import BatchSettings, UserSettings
 from longer.config import Settings
 from longer.data.events import iso_time
@@ -48,6 +46,8 @@ class Plan:
     top_k: int | None = None
     check_requests: int = 0
     batch_bytes: int = 0
+    most_actors: int = 1
+    precision: Literal["float32", "bf16"] = "float32"
     device: str = "cpu"
     device_share: float = 1.0
     """Devices that an actor has: a part of a GPU, or one or more."""
@@ -65,7 +65,8 @@ class Plan:
     def content(self) -> dict[str, Any]:
         """What decides the rows, apart from the inputs."""
         ts = None if self.request_ts is None else iso_time(self.request_ts)
-        chosen = {"split": self.split, "request_ts": ts, "top_k": self.top_k}
+        precision = None if self.precision == "float32" else self.precision
+        chosen = {"split": self.split, "request_ts": ts, "top_k": self.top_k, "precision": precision}
         return {"kind": self.kind, **{name: value for name, value in chosen.items() if value is not None}}
 
     @cached_property
@@ -107,6 +108,8 @@ def plan_scores(settings: Settings) -> Plan:
         split=asked.split,
         check_requests=asked.check_requests,
         batch_bytes=asked.batch_bytes,
+        most_actors=asked.concurrency[1],
+        precision=asked.precision,
         device=asked.device,
         device_share=asked.num_gpus_per_scorer or 1.0,
     )
@@ -120,9 +123,7 @@ def plan_vectors(settings: Settings) -> Plan:
 def check_model(plan: Plan) -> None:
     """A UserError if the plan's checkpoint cannot answer it: told once here, not by every actor."""
     load, path = load_model if plan.kind == "requests" else load_appendable, plan.checkpoint.path
-    model, info = load(path, expected_schema=plan.schema)
-    if not all(bool(torch.isfinite(weights).all()) for weights in model.parameters()):
-        raise UserError(f"{path}/model.safetensors: weights that are not finite: train again")
+    info = load(path, expected_schema=plan.schema)[1]
     if plan.kind == "vectors" and not info.model.num_self_layers:
         raise UserError(
             f"{path}/model.json: model.num_self_layers=0: the user's token of such a model is never read after it has seen "
@@ -164,6 +165,8 @@ def _plan_users(settings: Settings, asked: UserSettings, kind: Kind) -> Plan:
         top_k=asked.top_k if isinstance(asked, BatchSettings) else None,
         check_requests=asked.check_requests,
         batch_bytes=asked.batch_bytes,
+        most_actors=asked.concurrency[1],
+        precision=asked.precision if isinstance(asked, BatchSettings) else "float32",
         device=asked.device,
         device_share=asked.num_gpus_per_scorer or 1.0,
     )

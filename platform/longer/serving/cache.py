@@ -63,7 +63,8 @@ class Entry(Generic[S]):
 
 @dataclass
 class Counters:
-    """Since the start. A request is one of hit, append, load, cold; a state that goes unasked is evicted or stale.
+    """Since the start. A request is one of hit, append, load, cold; a state that goes unasked is evicted or stale, one that its
+    user wants gone is forgotten.
 
     `demote` and `promote` count moves from the device to host memory and back; a state that is promoted still counts as a hit
     or an append.
@@ -75,6 +76,7 @@ class Counters:
     cold: int = 0
     evict: int = 0
     stale: int = 0
+    forget: int = 0
     demote: int = 0
     promote: int = 0
 

@@ -51,15 +51,15 @@ class HistorySource:
     def version(self) -> Version:
         return self._table.version
 
-    def newer_version(self) -> str | None:
-        """The table's served version if it is another than this source's; a pinned source never moves."""
+    def newer(self) -> SequenceTable | None:
+        """The table at its served version if that is another than this source's; a pinned source never moves. For any thread."""
         if self._pinned:
             return None
         served = Table(self._path).require("jobs.build_sequences").id
-        return served if served != self.version_id else None
+        return SequenceTable(self._path, self._table.schema, served) if served != self.version_id else None
 
-    def move_to(self, version_id: str) -> None:
-        self._table = SequenceTable(self._path, self._table.schema, version_id)
+    def move_to(self, newer: SequenceTable) -> None:
+        self._table = newer
 
     def read(self, user_ids: pa.Array, online: pa.Table) -> list["UserHistory"]:
         """One history a user, in order, with the users' `online` events; empty for users of whom nothing is known."""

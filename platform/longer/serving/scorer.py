@@ -6,20 +6,21 @@ it does not have yet. Whatever the cache holds (`resolver.py`), the scores are t
 R requests, C candidates in all of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
 
 from longer.arrays import NO_EVENT_TS, Candidates
 from longer.data.items import ItemTable, items_version
+from longer.data.tables import SequenceTable
 from longer.errors import UserError
 from longer.hashing import stable_keys
-from longer.model.captured_scores import scorer_of
+from longer.model.engine import StateEngine
 from longer.model.longer import Longer
 from longer.model.outputs import to_scores
 from longer.model.pool import Precision
@@ -36,6 +37,7 @@ from longer.serving.requests import (
 )
 from longer.serving.resolver import Pending, StateResolver
 from longer.serving.store import BATCH_USERS, StateStore
+from longer.serving.warm import warm_up
 from longer.training.checkpoints import CheckpointInfo, load_appendable
 
 P = TypeVar("P", bound=Pending)
@@ -49,6 +51,14 @@ class _Asked(Pending):
 
     candidates: dict[str, npt.NDArray] = field(default_factory=dict)
     result: ScoreResult | None = None
+
+
+@dataclass(frozen=True)
+class Tables:
+    """A version of the sequence table, and the catalogue that belongs to it."""
+
+    sequences: SequenceTable
+    items: ItemTable | None
 
 
 class Scorer:
@@ -79,8 +89,6 @@ class Scorer:
         """Another model for these tables, to `adopt`; a UserError if it is broken or does not fit them. For any thread."""
         model, info = load_appendable(path, self._device, self.info.schema)
         check_kept(self.history.version, model.windows)
-        if not all(bool(torch.isfinite(weights).all()) for weights in model.parameters()):
-            raise UserError(f"{path}/model.safetensors: weights that are not finite: train again")
         return model, info
 
     def adopt(self, model: Longer, info: CheckpointInfo) -> None:
@@ -88,27 +96,41 @@ class Scorer:
 
         Where its states' memory cannot be had, the error leaves the old model serving, from an empty store.
         """
-        del self._score  # it holds the pool and its graphs
+        del self._engine, self.states  # they hold the pool and its graphs
         try:
             self.cache.fit(model)
             self.model, self.info = model, info
         finally:
             self._serve_states()
 
+    def warm_ups(self, max_requests: int, num_candidates: int) -> Iterator[Callable[[], None]]:
+        """Calls that do beforehand what batches of up to `max_requests` requests of so many candidates need once.
+
+        On CUDA, whose scores are captured by size, one for each number of requests; each takes no longer than the first such batch.
+        """
+        for num_requests in range(1, max_requests + 1 if self.cache.pool.device.type == "cuda" else 2):
+            yield partial(self._warm_up, num_requests, num_candidates)
+
+    def _warm_up(self, num_requests: int, num_candidates: int) -> None:
+        warm_up(self._engine, self.cache, self.history, num_requests, num_candidates)
+
     def _serve_states(self) -> None:
         self.version = StateVersion(self.info.model_version, self.info.schema.hash(), self.info.model.encoding)
-        self._score = scorer_of(self.model, self.cache.pool)
-        self._states = StateResolver(self.model, self.version, self.history, self.online, self.cache)
+        self._engine = StateEngine(self.model, self.cache.pool)
+        self.states = StateResolver(self._engine, self.version, self.history, self.online, self.cache)
 
-    def refresh(self) -> bool:
-        """Goes over to newer served sequences with their catalogue; UserError, and no change, until both are there."""
-        newer = self.history.newer_version()
-        if newer is None:
-            return False
-        items = self._items_of(newer)
-        self.history.move_to(newer)
-        self.items = items
-        return True
+    def newer_tables(self) -> Tables | None:
+        """Newer served sequences with their catalogue, to `move_to`; UserError until both are there. For any thread."""
+        sequences = self.history.newer()
+        if sequences is None:
+            return None
+        check_kept(sequences.version, self.model.windows)
+        return Tables(sequences, self._items_of(sequences.version.id))
+
+    def move_to(self, newer: Tables) -> None:
+        """Reads these from now on; states are appended to what they hold that the last ones did not."""
+        self.history.move_to(newer.sequences)
+        self.items = newer.items
 
     def _items_of(self, sequences_version: str) -> ItemTable | None:
         schema = self.info.schema
@@ -124,7 +146,7 @@ class Scorer:
         outcomes = [self._prepare(request) for request in requests]
         for wave in _waves([outcome for outcome in outcomes if isinstance(outcome, _Asked)]):
             try:
-                self._states.resolve(wave)
+                self.states.resolve(wave)
                 self._answer([request for request in wave if request.error is None])
             finally:
                 self.cache.release()
@@ -135,7 +157,7 @@ class Scorer:
         outcomes = [self._prepare_events(request) for request in requests]
         for wave in _waves([outcome for outcome in outcomes if isinstance(outcome, Pending)]):
             try:
-                self._states.add_events(wave)
+                self.states.add_events(wave)
             finally:
                 self.cache.release()
         return [
@@ -149,7 +171,7 @@ class Scorer:
         unknown = [n for n, user_key in enumerate(keys) if self.cache.peek(user_key, self.version) is None]
         wave = [Pending(user_ids[n : n + 1], keys[n], now_ms(), None) for n in unknown[: min(most, BATCH_USERS)]]
         try:
-            self._states.resolve(wave)
+            self.states.resolve(wave)
         finally:
             self.cache.release()
         return sum(request.error is None for request in wave)
@@ -192,7 +214,7 @@ class Scorer:
         }
         states = [request.state for request in requests if request.state is not None]
         request_ts_R = np.array([request.request_ts for request in requests], np.int64)
-        outputs_CT = self._score(states, request_ts_R, Candidates(offsets_R1, features))
+        outputs_CT = self._engine.score(states, request_ts_R, Candidates(offsets_R1, features))
         for request, state, start, end in zip(requests, states, offsets_R1[:-1], offsets_R1[1:], strict=True):
             assert request.source is not None
             scores = to_scores(outputs_CT[start:end], self.model.tasks)

@@ -173,8 +173,15 @@ class StateStore:
         self._index.drop_stale(user_key)
 
     def forget(self, user_key: int) -> bool:
-        """Drops everything held of a user, in all tiers; whether there was anything."""
-        return self._index.forget(user_key)
+        """Drops everything held of a user, in all tiers, and overwrites its memory; whether there was anything."""
+        held = self._index.find(user_key)
+        if held is None:
+            return False
+        pool, slot = self._pool_of(held), held.entry.state.slot
+        self._copies.finish()
+        pool.words_NI[slot.start : slot.start + slot.size].zero_()
+        self.counters.forget += self._index.forget(user_key)
+        return True
 
     # -- what outlives it ---------------------------------------------------------------------------------------------
 
@@ -248,9 +255,12 @@ class StateStore:
             self._index.evict(victim)
 
     def _free(self, held: HeldState) -> None:
+        self._pool_of(held).slots.free(held.entry.state.slot)
+
+    def _pool_of(self, held: HeldState) -> StatePool:
         pool = self.pool if held.tier == Tier.DEVICE else self._host
         assert pool is not None
-        pool.slots.free(held.entry.state.slot)
+        return pool
 
 
 def _lies_in(held: HeldState, slot: Slot) -> None:

@@ -57,13 +57,14 @@ class TrainerState:
     """Where a training run stands.
 
     `history` holds one record a logged step and one a validation, `epochs` what has been trained of each epoch (`Trained`),
-    `checkpoints` the step and score of every checkpoint so far, this one included.
+    `checkpoints` the step and score of every checkpoint so far, this one included, `scaling` what `Scaling.state` gave.
     """
 
     position: Position = field(default_factory=Position)
     history: list[dict[str, Any]] = field(default_factory=list)
     epochs: list[dict[str, Any]] = field(default_factory=list)
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
+    scaling: dict[str, float] = field(default_factory=dict)
 
 
 Tensors = dict[str, torch.Tensor]
@@ -109,7 +110,10 @@ def save_weights(
 def load_model(
     path: str, device: str = "cpu", expected_schema: EventSchema | None = None
 ) -> tuple[Ranker, CheckpointInfo]:
-    """The model under `path`, local or s3://, in eval mode; a UserError names what is missing, changed or does not fit."""
+    """The model under `path`, local or s3://, in eval mode.
+
+    A UserError names what is missing, changed, not finite or does not fit.
+    """
     about = _read_json(path, "model.json")
     info = _info(path, about)
     if expected_schema and expected_schema.hash() != info.schema.hash():
@@ -126,6 +130,8 @@ def load_model(
         raise UserError(
             f"{path}/model.safetensors: content is not that of model.json's model_version: copy both files again"
         )
+    if not all(bool(torch.isfinite(values).all()) for values in weights.values()):
+        raise UserError(f"{path}/model.safetensors: weights that are not finite: train again")
     model.load_state_dict(weights)
     return model.to(device).eval(), info
 
@@ -183,7 +189,9 @@ def load_trainer(path: str, model: Ranker, optimizer: HasMoments) -> TrainerStat
 
 def read_trainer_state(path: str) -> TrainerState:
     about = _read_json(path, "trainer.json")
-    return TrainerState(Position(**about["position"]), about["history"], about["epochs"], about["checkpoints"])
+    return TrainerState(
+        Position(**about["position"]), about["history"], about["epochs"], about["checkpoints"], about["scaling"]
+    )
 
 
 _CHANGEABLE = {"history_events", "query_groups", "stride_groups", "dropout"}

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from longer.errors import UserError
+from longer.rpc import scoring_pb2 as pb
 from longer.serving.requests import EventsRequest, EventsResult, ScoreRequest, ScoreResult
-from serve_apps.grpc import scoring_pb2 as pb
+from serve_apps.access import reason_of, status_of
 from serve_apps.protocol import (
     MAX_COLUMNS,
     AboutRequest,
@@ -29,6 +31,15 @@ def parse_score(message: pb.ScoreRequest, limits: Limits) -> Asked:
     )
 
 
+def parse_score_batch(message: pb.ScoreBatchRequest, limits: Limits) -> list[Asked]:
+    """The requests; a BodyError if the message as a whole, or any of them, is not one."""
+    if not message.requests:
+        raise BodyError(422, "requests: expected one at least")
+    if len(message.requests) > limits.max_users:
+        raise BodyError(413, f"requests: at most {limits.max_users} in a call: split them over several")
+    return [parse_score(request, limits) for request in message.requests]
+
+
 def parse_events(message: pb.AddEventsRequest, limits: Limits) -> EventsRequest:
     """The user and the events; BodyError names the field that is wrong and what it should be."""
     values = {"user_id": value_of(message.user_id), "events": _events(message.events, limits)}
@@ -46,6 +57,13 @@ def score_response(asked: Asked, result: ScoreResult, model_version: str) -> pb.
         model_version=model_version,
         user_state=state,
     )
+
+
+def score_result(asked: Asked, outcome: ScoreResult | UserError, model_version: str) -> pb.ScoreResult:
+    """One of several."""
+    if isinstance(outcome, UserError):
+        return pb.ScoreResult(refusal=pb.Refusal(error=reason_of(outcome), status=status_of(outcome)))
+    return pb.ScoreResult(response=score_response(asked, outcome, model_version))
 
 
 def events_response(result: EventsResult) -> pb.AddEventsResponse:

@@ -110,6 +110,34 @@ class ScoreResponse(_message.Message):
     user_state: UserState
     def __init__(self, candidates: _Optional[_Union[Ids, _Mapping]] = ..., scores: _Optional[_Mapping[str, TaskScores]] = ..., model_version: _Optional[str] = ..., user_state: _Optional[_Union[UserState, _Mapping]] = ...) -> None: ...
 
+class ScoreBatchRequest(_message.Message):
+    __slots__ = ("requests",)
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    requests: _containers.RepeatedCompositeFieldContainer[ScoreRequest]
+    def __init__(self, requests: _Optional[_Iterable[_Union[ScoreRequest, _Mapping]]] = ...) -> None: ...
+
+class Refusal(_message.Message):
+    __slots__ = ("error", "status")
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    error: str
+    status: int
+    def __init__(self, error: _Optional[str] = ..., status: _Optional[int] = ...) -> None: ...
+
+class ScoreResult(_message.Message):
+    __slots__ = ("response", "refusal")
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    response: ScoreResponse
+    refusal: Refusal
+    def __init__(self, response: _Optional[_Union[ScoreResponse, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
+
+class ScoreBatchResponse(_message.Message):
+    __slots__ = ("results",)
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    results: _containers.RepeatedCompositeFieldContainer[ScoreResult]
+    def __init__(self, results: _Optional[_Iterable[_Union[ScoreResult, _Mapping]]] = ...) -> None: ...
+
 class AddEventsRequest(_message.Message):
     __slots__ = ("user_id", "events")
     USER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -139,3 +167,37 @@ class ForgetUserResponse(_message.Message):
     replicas: int
     held: int
     def __init__(self, replicas: _Optional[int] = ..., held: _Optional[int] = ...) -> None: ...
+
+class ModelRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Task(_message.Message):
+    __slots__ = ("name", "kind")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    kind: str
+    def __init__(self, name: _Optional[str] = ..., kind: _Optional[str] = ...) -> None: ...
+
+class ModelResponse(_message.Message):
+    __slots__ = ("model_version", "refused_rollout", "schema_hash", "encoding", "tasks", "item_features", "event_fields", "history_events", "sequences_version")
+    MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_ROLLOUT_FIELD_NUMBER: _ClassVar[int]
+    SCHEMA_HASH_FIELD_NUMBER: _ClassVar[int]
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
+    TASKS_FIELD_NUMBER: _ClassVar[int]
+    ITEM_FEATURES_FIELD_NUMBER: _ClassVar[int]
+    EVENT_FIELDS_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_EVENTS_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_VERSION_FIELD_NUMBER: _ClassVar[int]
+    model_version: str
+    refused_rollout: bool
+    schema_hash: str
+    encoding: str
+    tasks: _containers.RepeatedCompositeFieldContainer[Task]
+    item_features: _containers.RepeatedScalarFieldContainer[str]
+    event_fields: _containers.RepeatedScalarFieldContainer[str]
+    history_events: int
+    sequences_version: str
+    def __init__(self, model_version: _Optional[str] = ..., refused_rollout: _Optional[bool] = ..., schema_hash: _Optional[str] = ..., encoding: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[Task, _Mapping]]] = ..., item_features: _Optional[_Iterable[str]] = ..., event_fields: _Optional[_Iterable[str]] = ..., history_events: _Optional[int] = ..., sequences_version: _Optional[str] = ...) -> None: ...

@@ -1,0 +1,56 @@
+"""What requests will need once, done before they come: kernels are compiled, and shapes of batches captured. No state is kept."""
+
+import numpy as np
+import pyarrow as pa
+
+from longer.arrays import NO_EVENT_TS, Candidates, Histories
+from longer.model.engine import StateEngine
+from longer.model.states import rows_for
+from longer.schema import EventSchema
+from longer.serving.history import HistorySource
+from longer.serving.store import StateStore
+
+
+def warm_up(
+    engine: StateEngine, store: StateStore, history: HistorySource, num_requests: int, num_candidates: int
+) -> None:
+    """Users with a full window are encoded, appended to and asked by `num_requests` requests of `num_candidates` each."""
+    model = engine.model
+    num_events, num_users = (
+        model.settings.history_events,
+        min(num_requests, 2),
+    )  # kernels of one, and of any other number
+    window, newer = _events(history, model.schema, num_events)
+    try:
+        slots = store.slots(rows_for(store.layout, np.full(num_users, num_events + 1)))
+        states = engine.encode(Histories.concatenate([window] * num_users), slots)
+        states = engine.append(states, Histories.concatenate([newer] * num_users), slots)
+        asked = [states[r % num_users] for r in range(num_requests)]
+        offsets = np.arange(num_requests + 1) * num_candidates
+        engine.score(asked, np.full(num_requests, num_events + 1), _candidates(model.schema, offsets))
+    finally:
+        store.release()
+
+
+def _events(history: HistorySource, schema: EventSchema, num_events: int) -> tuple[Histories, Histories]:
+    """So many events of one user, and one more: one a millisecond, of which nothing else is known."""
+    own = {"user_id": pa.array(["0"]).cast(schema.id_types[0]), "event_ts": pa.array(np.arange(num_events + 1))}
+    columns = [
+        pa.repeat(own["user_id"][0], num_events + 1)
+        if field.name == "user_id"
+        else own["event_ts"].cast(field.type)
+        if field.name == "event_ts"
+        else pa.nulls(num_events + 1, field.type)
+        for field in schema.events_arrow()
+    ]
+    events = pa.table(columns, schema.events_arrow())
+    [whole] = history.tails(own["user_id"], events, np.zeros(1, np.int64), np.array([NO_EVENT_TS]))
+    return whole.events(0, num_events), whole.events(num_events, num_events + 1)
+
+
+def _candidates(schema: EventSchema, offsets_R1: np.ndarray) -> Candidates:
+    num_candidates = offsets_R1[-1]
+    keys = {name: np.ones(num_candidates, np.int64) for name in ("item_id", *schema.features_of("item", "categorical"))}
+    numbers = {name: np.zeros(num_candidates, np.float32) for name in schema.features_of("item", "numeric")}
+    known = {name: (keys | numbers)[name] for name in ("item_id", *schema.features_of("item"))}
+    return Candidates(offsets_R1, known)

@@ -1,0 +1,83 @@
+"""Requests wait for the scorer only while it is busy, and nobody is scored who no longer waits."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from serve_apps.batcher import MicroBatcher, Times
+
+
+class Scorer:
+    """Doubles numbers, each batch when it may; keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.may_go = threading.Semaphore(0)
+
+    def score(self, numbers: list[int]) -> list[int]:
+        self.batches.append(numbers)
+        assert self.may_go.acquire(timeout=10)
+        if -1 in numbers:
+            raise RuntimeError("broken")
+        return [2 * number for number in numbers]
+
+
+@pytest.fixture
+def worker() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
+
+
+async def until(is_so: object) -> None:
+    async with asyncio.timeout(10):
+        while not is_so():  # type: ignore[operator]
+            await asyncio.sleep(0.001)
+
+
+def test_a_lone_request_is_scored_at_once_and_those_that_come_meanwhile_are_the_next_batches(
+    worker: ThreadPoolExecutor,
+) -> None:
+    scorer, told = Scorer(), list[int]()
+    batcher = MicroBatcher(worker, scorer.score, 3, lambda times: told.append(len(times)))
+
+    async def run() -> list[tuple[int, Times]]:
+        calls = [asyncio.ensure_future(batcher.ask(1))]
+        await until(lambda: scorer.batches == [[1]])
+        calls += [asyncio.ensure_future(batcher.ask(number)) for number in (2, 3)]
+        calls.append(asyncio.ensure_future(batcher.ask(4, 5)))
+        await until(lambda: len(batcher) == 4)
+        between = worker.submit(lambda: len(scorer.batches))
+        scorer.may_go.release(3)
+        answers = [answer for call in calls for answer in await call]
+        assert between.result() == 1  # what else is asked of the worker does not wait for the queue to be empty
+        return answers
+
+    answers = asyncio.run(run())
+    assert [outcome for outcome, _ in answers] == [2, 4, 6, 8, 10]
+    assert scorer.batches == [[1], [2, 3, 4], [5]]
+    assert told == [1, 3, 1]
+    assert all(times.queue_ms >= 0 and times.batch_ms["score"] > 0 for _, times in answers)
+
+
+def test_who_has_given_up_is_left_out_and_a_batch_that_fails_fails_its_own_only(worker: ThreadPoolExecutor) -> None:
+    scorer = Scorer()
+    batcher = MicroBatcher(worker, scorer.score, 2, lambda _: None)
+
+    async def run() -> None:
+        first = asyncio.ensure_future(batcher.ask(1))
+        await until(lambda: scorer.batches == [[1]])
+        late, broken, last = (asyncio.ensure_future(batcher.ask(*numbers)) for numbers in ([2], [-1, 3], [4]))
+        await until(lambda: len(batcher) == 4)
+        late.cancel()
+        await asyncio.sleep(0)
+        scorer.may_go.release(3)
+        with pytest.raises(RuntimeError, match="broken"):
+            await broken
+        assert [outcome for outcome, _ in [*await first, *await last]] == [2, 8]
+        assert late.cancelled()
+
+    asyncio.run(run())
+    assert scorer.batches == [[1], [-1, 3], [4]]
