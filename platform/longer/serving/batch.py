@@ -50,7 +50,7 @@ class BucketScorer:
 
     def __init__(self, plan: Plan, run: Run) -> None:
         self._plan, self._run = plan, run
-        self._device, self._charging, self._charged_until = threading.Lock(), threading.Lock(), 0.0
+        self._device, self._charging, self._charged = threading.Lock(), threading.Lock(), (0.0, 0.0)
         with run.starting(plan.most_actors, plan.section), _memory_told(plan):
             self._start()
 
@@ -90,7 +90,7 @@ class BucketScorer:
 
     def write_bucket(self, bucket: int) -> Record:
         """Writes one bucket's file; its record, of no file if nobody is asked about in it."""
-        started = time.perf_counter()
+        started = _clocks()
         self._run.begin(bucket, f"{self._plan.section}.batch_bytes")
         record: Record = {"bucket": bucket, "begun_at": time.time(), "num_requests": 0, "num_users": 0, "num_scores": 0}
         num_checked = self._plan.check_requests if self._scorer else 0
@@ -102,7 +102,7 @@ class BucketScorer:
         record |= {
             "file": asdict(written) if written else None,
             "device": self._plan.device,
-            "device_s": self._charge(started) * self._plan.device_share,
+            **self._charge(started),
             "check_requests": self._plan.check_requests,
             "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "peak_gpu_bytes": torch.cuda.max_memory_allocated() if self._plan.device == "cuda" else 0,
@@ -111,12 +111,15 @@ class BucketScorer:
         }
         return remember_bucket(self._run.version_path, record)
 
-    def _charge(self, started: float) -> float:
-        """Seconds since then that no other bucket of this actor has been charged for."""
+    def _charge(self, started: tuple[float, float]) -> dict[str, float]:
+        """Seconds since then, of the device and of CPUs, that no other bucket of this actor has been charged for."""
         with self._charging:
-            now, begin = time.perf_counter(), max(started, self._charged_until)
-            self._charged_until = now
-            return now - begin
+            now = _clocks()
+            device_s, cpu_s = (
+                end - max(begin, last) for end, begin, last in zip(now, started, self._charged, strict=True)
+            )
+            self._charged = now
+        return {"device_s": device_s * self._plan.device_share, "cpu_s": cpu_s}
 
     def _parts(self, bucket: int, check: OnlineCheck, record: Record) -> Iterator[pa.Table]:
         """The rows of each chunk, which is read while the one before it is scored; counts them, and compares some.
@@ -136,6 +139,11 @@ class BucketScorer:
             last_user = chunk.user_id_R[-1]
             record["num_scores"] += self._answers.num_scores(chunk)
             yield rows
+
+
+def _clocks() -> tuple[float, float]:
+    """Now, and the seconds that this process has had of CPUs."""
+    return time.perf_counter(), time.process_time()
 
 
 @contextmanager
