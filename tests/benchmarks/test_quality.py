@@ -7,7 +7,8 @@ import pytest
 
 from benchmarks.quality_study.arms import BASES, QUICK, chosen_rates, grid, model_settings, tuning
 from benchmarks.quality_study.data import SCHEMAS, read_log
-from benchmarks.quality_study.page import page, power_law
+from benchmarks.quality_study.page import page
+from benchmarks.quality_study.rows import power_law
 from longer.config import GenerateSettings
 from longer.encoder_settings import Sim
 from longer.training.baselines import count_in_history
@@ -78,6 +79,7 @@ def test_the_page_ends_with_one_line_of_json_and_means_over_seeds() -> None:
     def record(arm: str, seed: int, auc: float) -> dict:
         test = {"auc": auc, "long_auc": auc, "gauc": auc, "logloss": 0.4}
         about = {
+            "embedding_rate": 0.01,
             "hardware": "cpu",
             "torch": "2",
             "quick": True,

@@ -33,9 +33,10 @@ class Ranker(nn.Module):
             num_features(len(self.interaction_fields), settings.count_events) if settings.interactions else 0
         )
         if settings.interactions:
-            self.interaction_token = nn.Sequential(
-                nn.Linear(num_interactions, width), nn.GELU(), nn.Linear(width, width)
-            )
+            last = nn.Linear(width, width)
+            nn.init.zeros_(last.weight)  # so that candidates begin as their items, which the first layer searches for
+            nn.init.zeros_(last.bias)
+            self.interaction_token = nn.Sequential(nn.Linear(num_interactions, width), nn.GELU(), last)
         self.norm_head = nn.LayerNorm(width)
         self.head = nn.Sequential(
             nn.Linear(width + num_interactions, 2 * width), nn.GELU(), nn.Linear(2 * width, len(tasks))
