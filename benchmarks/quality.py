@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.quality_study.arms import BASES, QUICK, Arm, grid, model_settings
+from benchmarks.quality_study.arms import BASES, QUICK, Arm, chosen_rates, grid, model_settings, tuning
 from benchmarks.quality_study.data import SCHEMAS, read_log
 from benchmarks.quality_study.page import page, plots
 from benchmarks.quality_study.training import Budget, baselines, run
@@ -50,19 +50,21 @@ def _train_missing(asked: argparse.Namespace, results: Path, records: list[dict[
     base = bases[asked.log]
     budget = Budget(
         asked.train_requests or (3_000 if asked.quick else 140_000),
-        asked.epochs,
-        asked.requests_per_step or (64 if asked.quick else 256),
+        asked.requests_per_step or (32 if asked.quick else 128),
         asked.test_requests or (1_000 if asked.quick else 6_000),
+        500 if asked.quick else 2_000,
         device,
     )
-    arms = [arm for arm in grid(asked.log, asked.quick, asked.seeds) if _wanted(arm, asked.only, asked.group)]
+    every = tuning(asked.log) if asked.tune else grid(asked.log, asked.quick, asked.seeds)
+    arms = [arm for arm in every if _wanted(arm, asked.only, asked.group)]
+    rates = chosen_rates(records)
     done = {record["key"] for record in records}
     missing = [arm for arm in arms if arm.key not in done][asked.shard[0] :: asked.shard[1]]
     if not missing:
         return records
     log = read_log(asked.log, asked.root, sizes=_GENERATED_QUICK if asked.quick else _GENERATED)
     about = _about(asked, device)
-    if f"{asked.log}/baselines" not in done:
+    if asked.shard[0] == 0 and f"{asked.log}/baselines" not in done:
         found = baselines(log, budget, model_settings(arms[0], base), base.long_from)
         _append(results, records, {"key": f"{asked.log}/baselines", "log": asked.log, "baselines": found, **about})
     longest_s = 0.0
@@ -71,13 +73,18 @@ def _train_missing(asked: argparse.Namespace, results: Path, records: list[dict[
             _say(f"{len(missing) - number} arms are left: run the same command again")
             break
         started = time.monotonic()
-        record = {**run(arm, base, log, budget), **about}
+        rate = arm.embedding_rate or rates.get((arm.log, arm.encoder))
+        try:
+            record = {**run(arm, base, log, budget, rate), **about}
+        except torch.OutOfMemoryError as error:  # of a card that several processes share: the other arms go on
+            _say(f"{arm.key}: left out: {error}")
+            continue
         longest_s = max(longest_s, time.monotonic() - started)
         _append(results, records, record)
-        test = record["test"]
+        found = record.get("test", record["valid"])
         _say(
-            f"{arm.key}: AUC {test['auc']:.4f}, long {test['long_auc']:.4f}, {record['steps']} steps in {record['train_s']:.1f} s, "
-            f"tested in {record['test_s']:.1f} s"
+            f"{arm.key}: AUC {found['auc']:.4f}, long {found['long_auc']:.4f}, "
+            f"{record['steps']} steps in {record['train_s']:.1f} s, tested in {record['test_s']:.1f} s"
         )
     return records
 
@@ -112,6 +119,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--group", nargs="*", default=[], help="arms of these groups only: encoders, switches, lengths..."
     )
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="try the tables' learning rates on the validation split; the grid then uses the best",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="seeds of every arm, one round of all arms each")
     parser.add_argument(
         "--shard", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="every Nth arm: N processes share a grid"
@@ -126,7 +138,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--train-requests", type=int, help="the newest this many")
     parser.add_argument("--test-requests", type=int, help="this many, spread over users and time")
     parser.add_argument("--requests-per-step", type=int)
-    parser.add_argument("--epochs", type=int, default=1)
     return parser.parse_args()
 
 

@@ -13,7 +13,9 @@ Prints Markdown as it goes; last, one JSON line. Model FLOPs are those of real t
 """
 
 import argparse
+import gc
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -62,13 +64,13 @@ def main() -> None:
         for is_zipf in (True, False) if asked.full else (True,):
             size = Size(event_width, longest, is_zipf)
             rows += size.rows([arm for arm in asked.arms if is_zipf or arm != PER_IMPRESSION], rate)
-    _print_table(rows)
+    if rows:
+        _print_table(rows)
     precision = precision_arms(*asked.sizes[-1]) if asked.precision else {}
-    if asked.profile and ON_CUDA:
+    if asked.profile:
         size = Size(*asked.sizes[-1], True)
-        stepper, staged = size.stepper(), None
-        staged = [stepper.staged(batch) for batch in size.batches]
-        print(kernel_table(lambda: stepper.step([staged[0]], [1.0], size.num_impressions)), flush=True)
+        step = size.our_step(size.stepper(), is_staged=True)
+        print(kernel_table(lambda: step(0)), flush=True)
     end_to_end = _end_to_end(asked) if asked.end_to_end else {}
     print(json.dumps(summary(rows, precision, end_to_end)))
 
@@ -78,6 +80,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--width", type=int, choices=[256, 512], action="append", help="D (default: both)")
     parser.add_argument("--length", type=int, choices=[2_000, 10_000], action="append", help="L (default: both)")
     parser.add_argument("--arm", action="append", choices=[PER_IMPRESSION, SHARED, LAUNCHED, STEP], help="default: all")
+    parser.add_argument("--no-arms", action="store_true", help="only what the flags below ask for")
     parser.add_argument("--full", action="store_true", help="full histories too, not Zipf lengths only")
     parser.add_argument("--precision", action="store_true", help="bf16 with recomputation against float32 without")
     parser.add_argument("--profile", action="store_true", help="where the last size's step goes, by kind of kernel")
@@ -87,7 +90,7 @@ def _options() -> argparse.Namespace:
     asked = parser.parse_args()
     widths, lengths = asked.width or [256, 512], asked.length or [2_000, 10_000]
     asked.sizes = [(width // 8, longest) for width in widths for longest in lengths] if ON_CUDA else [(8, 256)]
-    asked.arms = asked.arm or [STEP, LAUNCHED, SHARED, PER_IMPRESSION]
+    asked.arms = [] if asked.no_arms else asked.arm or [STEP, LAUNCHED, SHARED, PER_IMPRESSION]
     return asked
 
 
@@ -194,32 +197,56 @@ def check_arms_agree() -> float:
     return worst
 
 
+PLAIN, RECOMPUTED = "float32", "bf16, recomputed"
+PRECISIONS = {
+    RECOMPUTED: {"precision": "bf16", "recompute": True},
+    PLAIN: {"precision": "float32"},
+    "bf16": {"precision": "bf16"},
+    "tf32": {"precision": "tf32"},
+    "fp16": {"precision": "fp16"},
+}
+
+
 def precision_arms(event_width: int, longest: int) -> dict[str, Any]:
-    """Speed and memory of a step in bf16 with recomputation, and in float32 without, the paper's comparison."""
+    """A step's speed and memory: bf16 with recomputation, float32 without (the paper's comparison), and what lies between."""
     size, rows = Size(event_width, longest, True), {}
-    for name, train in {
-        "float32": {"precision": "float32"},
-        "tf32": {"precision": "tf32"},
-        "bf16": {"precision": "bf16"},
-        "bf16, recomputed": {"precision": "bf16", "recompute": True},
-    }.items():
-        if ON_CUDA:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        step, turn = size.our_step(size.stepper(**train), is_staged=True), iter(range(10**9))
-        step_s = seconds(lambda step=step, turn=turn: step(next(turn) % 3), 10 if ON_CUDA else 2, 3 if ON_CUDA else 1)
-        peak = torch.cuda.max_memory_allocated() if ON_CUDA else 0
-        rows[name] = {"ms_per_step": step_s * 1e3, "peak_gb": peak / 1e9}
-        del step
-    print(f"\nwidth {size.settings.width}, L = {longest}\n\n| precision | ms/step | peak GB |\n|---|---|---|")
-    for name, row in rows.items():
-        print(f"| {name} | {row['ms_per_step']:.2f} | {row['peak_gb']:.2f} |")
-    print(flush=True)
-    ours, theirs = rows["bf16, recomputed"], rows["float32"]
+    print(
+        f"\nwidth {size.settings.width}, L = {longest}. Held: weights, moments, gradients, the captured pass and a step's own. "
+        "Of the pass: the most that its tensors took at once while it was captured, beyond weights and moments\n\n"
+        "| precision | ms/step | GB held | GB of the pass |\n|---|---|---|---|",
+        flush=True,
+    )
+    for name in PRECISIONS if ON_CUDA else (RECOMPUTED, PLAIN):
+        rows[name] = row = _precision_row(size, PRECISIONS[name])
+        print(f"| {name} | {row['ms_per_step']:.2f} | {row['held_gb']:.3f} | {row['pass_gb']:.3f} |", flush=True)
+    ours, theirs = rows[RECOMPUTED], rows[PLAIN]
     return {
         "amp_recompute_speedup": theirs["ms_per_step"] / ours["ms_per_step"],
-        "amp_recompute_memory": ours["peak_gb"] / theirs["peak_gb"] if ON_CUDA else None,
+        "amp_recompute_memory": ours["held_gb"] / theirs["held_gb"] if ON_CUDA else None,
     }
+
+
+def _precision_row(size: Size, train: dict[str, Any]) -> dict[str, float]:
+    """A stepper of these settings, alone on the device; nothing is told of a CPU's memory."""
+    gc.collect()  # a stepper is part of cycles: the one before would be counted
+    if not ON_CUDA:
+        step_s = _seconds_of(size.our_step(size.stepper(**train), is_staged=True))
+        return {"ms_per_step": step_s * 1e3, "held_gb": math.nan, "pass_gb": math.nan}
+    torch.cuda.empty_cache()
+    step = size.our_step(size.stepper(**train), is_staged=True)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step(0)  # captures
+    pass_bytes = torch.cuda.max_memory_allocated() - before
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    step_s = _seconds_of(step)
+    return {"ms_per_step": step_s * 1e3, "held_gb": torch.cuda.max_memory_reserved() / 1e9, "pass_gb": pass_bytes / 1e9}
+
+
+def _seconds_of(step: Callable[[int], Any]) -> float:
+    turn = iter(range(10**9))
+    return seconds(lambda: step(next(turn) % 3), 10 if ON_CUDA else 2, 3 if ON_CUDA else 1)
 
 
 def _end_to_end(asked: argparse.Namespace) -> dict[str, Any]:

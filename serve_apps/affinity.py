@@ -3,6 +3,7 @@
 import bisect
 from collections import Counter
 from collections.abc import Iterable
+from urllib.parse import quote
 
 import mmh3
 from ray.serve.config import RequestRouterConfig
@@ -46,6 +47,11 @@ class Affinity:
             self.lost["no_session"] += 1
         elif self.ring and self.ring.owner(session) != self._own:
             self.lost["other_replica"] += 1
+
+
+def session_of(user_id: int | str) -> str:
+    """The session that the user's requests are sent with: headers are ASCII, ids need not be."""
+    return quote(str(user_id), safe="")
 
 
 def _hash(key: str) -> int:

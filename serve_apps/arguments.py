@@ -11,7 +11,7 @@ from longer.errors import UserError
 from longer.model.pool import Precision
 from longer.serving.history import check_kept
 from longer.serving.online import EventLimits
-from longer.storage import Table, read_bytes
+from longer.storage import Table, filesystem, read_bytes
 from longer.training.checkpoints import load_model
 from serve_apps.protocol import Limits
 
@@ -46,9 +46,31 @@ class ScoringArgs(BaseModel):
     max_gpu_memory_share: float = Field(
         0.95, gt=0, le=1, description="Share of a GPU's memory in use about which autoscaling lets no replica go."
     )
-    cache_bytes: int = Field(256 << 20, ge=0, description="Budget of a replica's user states on its device, in bytes.")
+    cache_bytes: int = Field(
+        256 << 20,
+        ge=0,
+        description="Budget of a replica's user states on its device, in bytes; room for the states of one batch stands beside it: "
+        "about 90 of the largest. /v1/stats tells what is allocated.",
+    )
     host_cache_bytes: int = Field(
-        0, ge=0, description="Budget of the states that had to leave the device and wait in host memory, in bytes."
+        0,
+        ge=0,
+        description="Budget of the states that had to leave the device and wait in host memory, in bytes; allocated at the start, "
+        "exactly so much and at most one slab of two states more.",
+    )
+    state_dump: str | None = Field(
+        None,
+        description="Folder, local or s3://, of this service alone, where replicas leave their states when they stop, and from "
+        "which they fill their host memory; null: they start empty. A local one must be seen by every node.",
+    )
+    state_dump_s: float = Field(
+        30, gt=0, description="Longest time that a stopping replica takes to dump its states, the hottest first."
+    )
+    warm_users: int = Field(
+        0,
+        ge=0,
+        description="Most active users of the table whose states each replica encodes in the background once it runs, of those "
+        "who are its own, as long as there is free room in its budgets.",
     )
     state_precision: Precision = Field(
         "float32",
@@ -112,6 +134,8 @@ class ScoringArgs(BaseModel):
             raise ValueError(
                 f"num_replicas={self.num_replicas} exceeds max_replicas={self.max_replicas}: raise the latter"
             )
+        if self.state_dump and not self.host_cache_bytes:
+            raise ValueError(f"state_dump={self.state_dump} is read into host memory: set host_cache_bytes too")
         if self.max_events > self.max_user_events:
             raise ValueError(f"max_events={self.max_events} exceeds max_user_events={self.max_user_events}: lower it")
         return self
@@ -168,5 +192,7 @@ def resolved(args: ScoringArgs) -> ScoringArgs:
     if items:
         open_version(items, info.schema, items_version(version.id, info.schema), "jobs.build_sequences")
     check_kept(version, info.model.windows)
+    if args.state_dump:
+        filesystem(args.state_dump)
     found = {"checkpoint": checkpoint, "sequences": sequences, "items": items}
     return args.model_copy(update={**found, "requires_token": args.token() is not None})

@@ -8,10 +8,12 @@ Latency of a scored batch by stage: `queue` (one request's wait for its batch), 
 from collections import Counter as Counts
 from collections.abc import Sequence
 
+import torch
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 from longer.serving.scorer import Scorer
 from serve_apps.batcher import Times
+from serve_apps.keeping import StateKeeper
 
 _LATENCY_EDGES_MS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
 _BATCH_EDGES = [1, 2, 4, 8, 16, 32, 64, 128]
@@ -20,8 +22,8 @@ _BATCH_EDGES = [1, 2, 4, 8, 16, 32, 64, 128]
 class ReplicaMetrics:
     """What one replica did and holds: `record` after every request, `record_batch` after every batch, `export` now and then."""
 
-    def __init__(self, scorer: Scorer, lost_affinity: Counts[str]) -> None:
-        self._scorer, self._lost_affinity = scorer, lost_affinity
+    def __init__(self, scorer: Scorer, lost_affinity: Counts[str], keeper: StateKeeper) -> None:
+        self._scorer, self._lost_affinity, self._keeper = scorer, lost_affinity, keeper
         self._exported: Counts[tuple[str, str]] = Counts()
         self.num_queued = 0
         """Requests that wait for their batch."""
@@ -31,6 +33,11 @@ class ReplicaMetrics:
         self._counters = {
             "state": Counter("longer_user_states", "Requests by what the cache held, and states dropped.", ("event",)),
             "online": Counter("longer_online_events", "Events received, known already, dropped, expired.", ("event",)),
+            "kept": Counter(
+                "longer_kept_states",
+                "States dumped, restored and encoded beforehand; dumps left alone as of another model, or torn.",
+                ("event",),
+            ),
             "lost": Counter(
                 "longer_lost_affinity", "Requests that came without a session, or for another's.", ("event",)
             ),
@@ -42,6 +49,7 @@ class ReplicaMetrics:
         self._num_states = Gauge("longer_held_user_states", "User states held.")
         self._bytes = Gauge("longer_user_state_bytes", "Bytes of user states held, by tier.", ("tier",))
         self._budget = Gauge("longer_user_state_budget_bytes", "Most bytes of user states, by tier.", ("tier",))
+        self._memory = Gauge("longer_memory_bytes", "Bytes allocated, by where and for what.", ("where", "what"))
         self._event_bytes = Gauge("longer_online_event_bytes", "Bytes of online events held.")
         self._gpu_memory = Gauge("longer_gpu_memory_share", "Share of the GPU's memory in use; 0 without a GPU.")
         self._model = Gauge("longer_served_model", "1 for the model version that answers.", ("model_version",))
@@ -66,12 +74,16 @@ class ReplicaMetrics:
         for tier, (num_bytes, budget_bytes) in tiers(self._scorer).items():
             self._bytes.set(num_bytes, tags={"tier": tier})
             self._budget.set(budget_bytes, tags={"tier": tier})
+        for where, by_use in memory(self._scorer).items():
+            for what, num_bytes in by_use.items():
+                self._memory.set(num_bytes, tags={"where": where, "what": what})
         self._event_bytes.set(online.num_bytes)
         self._gpu_memory.set(self.gpu_memory_share)
         self._model.set(1, tags={"model_version": self._scorer.info.model_version})
         for name, counts in (
             ("state", cache.counters.as_dict()),
             ("online", online.counters.as_dict()),
+            ("kept", self._keeper.counters),
             ("lost", self._lost_affinity),
         ):
             for event, count in counts.items():
@@ -86,6 +98,21 @@ def tiers(scorer: Scorer) -> dict[str, tuple[int, int]]:
     return {
         "device": (store.num_bytes, store.budget_bytes),
         "host": (store.host_bytes, store.host_budget_bytes),
+    }
+
+
+def memory(scorer: Scorer) -> dict[str, dict[str, int]]:
+    """Bytes allocated on the device and in host memory. `states` are whole pools, whatever is in them: the budget, and on the
+    device room for a batch beside it. `work` is what else torch has there: graphs, their buffers, and tensors in use."""
+    store = scorer.cache
+    device_bytes, host_bytes = store.reserved_bytes
+    model_bytes = sum(weights.nbytes for weights in scorer.model.parameters())
+    on_device = {"model": model_bytes, "states": device_bytes}
+    if store.pool.device.type == "cuda":
+        on_device["work"] = max(0, torch.cuda.memory_allocated() - model_bytes - device_bytes)
+    return {
+        "device": on_device,
+        "host": {"states": host_bytes, "index": store.index_bytes, "events": scorer.online.num_bytes},
     }
 
 

@@ -22,9 +22,13 @@ Events sent online are known to the replica that answers that call, until it sto
 request that must not miss any brings them along. The same event counts once however often it is sent, and wherever the table has
 it too (`longer/serving/online.py`).
 
+States need not go with their replica: with `state_dump` a replica that stops (for a new version, for fewer of them, with its node;
+not one that is killed) dumps them, and those that run take in what is theirs by the ring; with `warm_users` a replica encodes
+the table's most active users. Both happen in the background after it is ready (`keeping.py`).
+
 DELETE is answered with 200 when every replica has dropped the user's state and events, of those that run as far as the answering
 replica has been told; one that has started within the last moments may not be among them. Requests that are being answered
-meanwhile may bring a state back, and the sequence table is what it was.
+meanwhile may bring a state back, and the sequence table is what it was. No dump brings the user back.
 """
 
 import sys
@@ -84,7 +88,9 @@ def build_app(args: ScoringArgs) -> serve.Application:
                 policy_kwargs={"warm_s": args.warm_states_s, "gpu_memory_share": args.max_gpu_memory_share},
             ),
         ),
-        graceful_shutdown_timeout_s=args.timeout_s + _DRAIN_MARGIN_S,  # requests that it has are answered first
+        graceful_shutdown_timeout_s=args.timeout_s
+        + _DRAIN_MARGIN_S  # requests that it has are answered first
+        + (args.state_dump_s if args.state_dump else 0),
         request_router_config=ROUTER,
         health_check_period_s=min(_HEALTH_CHECK_S, args.refresh_s),  # which is when a replica looks for newer sequences
         logging_config=LoggingConfig(enable_access_log=False),

@@ -22,7 +22,8 @@ from serve_apps.account import Recent, service_status
 from serve_apps.affinity import Affinity
 from serve_apps.arguments import ScoringArgs
 from serve_apps.batcher import MicroBatcher
-from serve_apps.metrics import ReplicaMetrics
+from serve_apps.keeping import StateKeeper
+from serve_apps.metrics import ReplicaMetrics, memory
 from serve_apps.peers import Peers
 from serve_apps.protocol import Asked, BodyError
 from serve_apps.rollout import Rollouts
@@ -57,7 +58,8 @@ class ScoringService:
         self._refreshed_s, self._upkeep = time.monotonic(), None
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._affinity, self._peers, self._recent = Affinity(self._replica), Peers(), Recent()
-        self._metrics = ReplicaMetrics(self._scorer, self._affinity.lost)
+        self._keeper = StateKeeper(args, self._scorer, self._replica, self._in_worker)
+        self._metrics = ReplicaMetrics(self._scorer, self._affinity.lost, self._keeper)
         self._access_log = AccessLog(get_serve_logs_dir(), self._replica) if args.access_log else None
         size = args.max_batch_requests
         self._scores = MicroBatcher(self._worker, self._score, size, self._metrics.record_batch)
@@ -153,6 +155,7 @@ class ScoringService:
 
     async def forget_everywhere(self, user_id: int | str) -> tuple[int, int]:
         """The number of replicas, which all have dropped what they held of the user, and of those that held anything."""
+        await self._keeper.mark_forgotten(user_id)
         held = await self.forget(user_id)
         others = await self._peers.ask(self.forget, user_id)
         if any(isinstance(outcome, BaseException) for outcome in others):
@@ -200,7 +203,7 @@ class ScoringService:
 
     async def forget(self, user_id: int | str) -> bool:
         """Drops what this one holds of the user; whether it held anything."""
-        return await self._in_worker(self._scorer.forget, user_id)
+        return await self._in_worker(self._keeper.forget, user_id)
 
     async def account(self) -> dict[str, Any]:
         """What this replica holds, and what it has done since it started and lately."""
@@ -214,10 +217,12 @@ class ScoringService:
             "sequences_version": self._scorer.history.version_id,
             "refused_rollout": self._rollouts.is_refused,
             "cache": {**cache.counters.as_dict(), **states},
+            "kept_states": self._keeper.counters,
             "online_events": {**online.counters.as_dict(), **events},
             "lost_affinity": dict(self._affinity.lost),
             "queued_requests": len(self._scores),
             "recent": self._recent.account(),
+            "memory_bytes": memory(self._scorer),
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
 
@@ -282,11 +287,6 @@ class ScoringService:
                 "sequences: cannot look for a newer version; version %s serves on", self._scorer.history.version_id
             )
 
-    def __del__(self) -> None:
-        """Called when all that this replica had has been answered."""
-        if log := getattr(self, "_access_log", None):
-            log.close()
-
     def _tell(self) -> None:
         """Brings metrics and the access log up to date."""
         self._metrics.num_queued = len(self._scores)
@@ -296,5 +296,13 @@ class ScoringService:
 
     async def _look_at_ring(self) -> None:
         names = [name for name in await self._peers.ask(self.replica_id) if isinstance(name, str)]
-        if names:  # else the ring stays what it was: it only serves a count
+        if names:  # else the ring stays what it was
             self._affinity.see(names)
+        if self._affinity.ring:
+            await self._keeper.bring(self._affinity.ring)
+
+    async def __del__(self) -> None:
+        """Serve calls it once the replica has answered all that it was asked, before it ends."""
+        await self._keeper.leave()
+        if self._access_log:
+            self._access_log.close()

@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks.model_arms.sizes import DEVICE
 from longer.arrays import RequestBatch
 from longer.model.attention import Block
+from longer.model.group_attention import by_products
 from longer.model.inputs import to_tensors
 from longer.model.interactions import InteractionIndex
 from longer.model.longer import Longer
@@ -78,7 +79,11 @@ def padded_forward(model: Longer, batch: Padded, num_query_groups: int) -> Tenso
     exists_BL = torch.arange(batch.event_ts_BL.shape[1], device=device) < batch.length_B[:, None]
     x_BLd = embedding.vectors(batch.features, batch.event_ts_BL, batch.previous_ts_BL)
     in_groups = x_BLd.unflatten(1, (-1, merge_size)).flatten(0, 1)
-    x_BGD = embedding.groups(in_groups, exists_BL.view(-1, merge_size)).unflatten(0, (num_users, -1))
+    exists_NK = exists_BL.view(-1, merge_size)
+    if embedding.inner is not None:
+        attended = by_products(embedding.inner.project(in_groups), exists_NK)
+        in_groups = embedding.inner.finish(in_groups, attended)
+    x_BGD = embedding.merge((in_groups * exists_NK[..., None]).flatten(1)).unflatten(0, (num_users, -1))
     num_groups = x_BGD.shape[1]
     asked_B, query_first_B = windows.num_groups(batch.length_B), windows.query_start(batch.length_B)
     query_BQ = query_first_B[:, None] + torch.arange(num_query_groups, device=device)

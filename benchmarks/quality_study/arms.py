@@ -1,7 +1,7 @@
 """What the study trains: arms of a grid, each a name, a log and what differs from that log's base, most important first."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,16 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }
 LENGTHS = (20, 50, 100, 200, 500, 1000, 2000, 4000)
 _MOST_STRIDE_EVENTS = 200
+_QUERIES = ("uniform", "learnable", "recent_uniform")
+UNDO = (
+    "first layer not a search",
+    "merge not concatenation",
+    "loud numbers",
+    "quiet items",
+    "all pairs turn",
+    "none of it",
+)
+"""Parts of LONGER's start that the study takes back one by one, and all of them (`training.undo`)."""
 FEATURES = "+features"
 """Suffix of arms that have the interaction features too."""
 
@@ -67,8 +77,12 @@ class Arm:
     model: dict[str, Any] = field(default_factory=dict)
     score_length: int | None = None
     """Trained at `length`, it is tested at this one: train short, serve long."""
-    from_matches: bool = False
-    """LONGER's first layer begins as a search for the candidate's own events (`training.start_from_matches`)."""
+    epochs: int = 1
+    """Most passes; the one that validates best is tested."""
+    undone: str | None = None
+    """One of `training.UNDO`: what LONGER's start is without that part of it."""
+    embedding_rate: float | None = None
+    """Peak learning rate of the tables that a `tuning` arm tries."""
 
     @property
     def key(self) -> str:
@@ -86,6 +100,8 @@ def model_settings(arm: Arm, base: Base) -> ModelSettings:
         chosen["encoder"]["field"] = base.category
     width = arm.model.get("width", base.width)
     sizes = {
+        "num_heads": max(4, merge),  # a head for each event of a group, so that each can be searched for by itself
+        "inner_transformer": merge > 1,  # a group of one has nothing inside
         "history_events": groups * merge,
         "merge_size": merge,
         "event_width": width // merge,
@@ -107,96 +123,147 @@ def _windows(k: int, groups: int, most_stride: int) -> tuple[int, int, int]:
 
 
 def grid(log: str, quick: bool, seeds: int) -> list[Arm]:
-    """All arms of a log in the order in which they are worth their time; seeds of headline arms come one round each."""
+    """All arms of a log in the order in which they are worth their time; a block's seeds come one round each."""
     make = {"journey": _journey, "movielens": _movielens, "generated": _generated}[log]
-    return list(make(quick, seeds))
+    return list(make(quick, 1 if quick else seeds))
+
+
+def chosen_rates(records: Iterable[dict[str, Any]]) -> dict[tuple[str, str], float]:
+    """For each (log, encoder) the tables' learning rate whose `tuning` arm validated best."""
+    best: dict[tuple[str, str], tuple[float, float]] = {}
+    for record in records:
+        if record.get("group") == "tuning":
+            found = record["valid"]["auc"], record["embedding_rate"]
+            place = record["log"], record["encoder"]
+            best[place] = max(best.get(place, found), found)
+    return {place: rate for place, (_, rate) in best.items()}
+
+
+def tuning(log: str) -> list[Arm]:
+    """Trials of the tables' learning rate on ids alone, before the grid and on the validation split only."""
+    base = Arm("", log, "tuning", 0, features=False)
+    encoders = ("longer", *ENCODERS) if log == "journey" else ("longer",)
+    return [
+        replace(base, name=f"{encoder} tables {rate:g}", encoder=encoder, embedding_rate=rate)
+        for encoder in encoders
+        if encoder not in ("none", "user_embedding")
+        for rate in (0.01, 0.003, 0.03)
+    ]
+
+
+def _rounds(seeds: int, arms: list[Arm]) -> Iterator[Arm]:
+    for seed in range(seeds):
+        yield from (replace(arm, seed=seed) for arm in arms)
 
 
 def _journey(quick: bool, seeds: int) -> Iterator[Arm]:
     base = Arm("", "journey", "encoders", 0)
-    for seed in range(1 if quick else seeds):
-        here = replace(base, seed=seed)
-        yield replace(here, name="longer" + FEATURES)
-        yield replace(here, name="none" + FEATURES, encoder="none")
-        yield replace(here, name="longer", features=False)
-        for name in ENCODERS:
-            if name != "none":
-                yield replace(here, name=name + FEATURES, encoder=name)
-        if quick:
-            yield from _lengths(here, (20, 50, 200))
-            continue
-        for name in ENCODERS:
-            yield replace(here, name=name, encoder=name, features=False)
-        yield from _merging(here)
-        yield from _switches(here)
-        yield from _lengths(here, LENGTHS)
+    with_features = [replace(base, name=name + FEATURES, encoder=name) for name in ("longer", *ENCODERS)]
+    ids = [replace(base, name=name, encoder=name, features=False) for name in ("longer", *ENCODERS)]
+    if quick:
+        yield from [ids[0], *with_features, *_lengths(base, (20, 50, 200))]
+        return
+    yield from _rounds(seeds, ids + with_features)
+    yield from _rounds(seeds, _lengths(base, LENGTHS))
+    ids_only = replace(base, group="switches", features=False)
+    yield from _rounds(seeds, _merging(ids_only))
+    yield from _rounds(seeds, _queries(ids_only))
+    yield from _rounds(seeds, _passes(base))
+    yield from _flops(base)
+    yield from _undone(ids_only)
+    yield from _sizes(ids_only)
 
 
-def _merging(here: Arm) -> Iterator[Arm]:
-    """Does what merging loses come back if the first layer need not find out how to recognise an item?"""
-    here = replace(here, group="switches", from_matches=True)
-    yield replace(here, name="K=4 from matches", features=False)
-    yield replace(here, name="K=8 from matches", features=False, merge=8, queries=50)
-    yield replace(here, name="K=1 from matches", features=False, merge=1, queries=400)
-    yield replace(here, name="longer from matches" + FEATURES, group="encoders")
+def _merging(here: Arm) -> list[Arm]:
+    """At the same width of a token, where an event of K = 8 has an eighth, and, as in the paper, at the same width of an event."""
+    return [
+        replace(here, name="K=1", merge=1, queries=400),
+        replace(here, name="K=2", merge=2, queries=200),
+        replace(here, name="K=8", merge=8, queries=50),
+        replace(here, name="K=8 width 256", merge=8, queries=50, model={"width": 256}),
+        replace(here, name="K=2 width 64", merge=2, queries=200, model={"width": 64}),
+        replace(here, name="K=4 no InnerTrans", model={"inner_transformer": False}),
+        replace(here, name="K=8 no InnerTrans", merge=8, queries=50, model={"inner_transformer": False}),
+    ]
 
 
-def _switches(here: Arm) -> Iterator[Arm]:
-    """LONGER's own ablations, as in the paper's Table 2, on ids and side features alone."""
-    here = replace(here, group="switches", features=False)
-    yield replace(here, name="K=1", merge=1, queries=400)
-    yield replace(here, name="K=8", merge=8, queries=50)
-    yield replace(here, name="K=4 no InnerTrans", model={"inner_transformer": False})
-    yield replace(here, name="K=2", merge=2, queries=200)
-    for queries in ("uniform", "learnable", "recent_uniform"):
-        yield replace(here, name=f"{queries} queries", model={"queries": queries})
-    for k in (12, 25, 50, 200, 1000):
-        yield replace(here, name=f"k={k}", queries=k)
-    yield replace(here, name="paper's encoding", model={"encoding": "paper"})
-    yield replace(here, name="N=2", model={"num_self_layers": 2})
-    yield replace(here, name="N=0", model={"num_self_layers": 0})
-    yield replace(here, name="width 256", model={"width": 256})
+def _queries(here: Arm) -> list[Arm]:
+    """Which groups are queries, and how many, as in the paper's Table 2."""
+    kinds = [replace(here, name=f"{kind} queries", model={"queries": kind}) for kind in _QUERIES]
+    return kinds + [replace(here, name=f"k={k}", queries=k) for k in (12, 25, 50, 250, 1000)]
 
 
-def _lengths(here: Arm, lengths: tuple[int, ...]) -> Iterator[Arm]:
-    for features in (True, False):
-        for length in lengths[:-1]:
-            suffix = FEATURES if features else ""
-            yield replace(here, name=f"longer L={length}{suffix}", group="lengths", length=length, features=features)
-    short = replace(here, group="switches", features=False, score_length=lengths[-1])
-    for length in lengths[-4:-1]:
-        yield replace(short, name=f"trained at L={length}, tested at {lengths[-1]}", length=length)
-    for length in lengths[2:-1:2]:
-        name = f"transformer L={length}"
-        yield replace(here, name=name, group="flops", length=length, encoder="transformer", features=False)
+def _passes(base: Arm) -> list[Arm]:
+    return [
+        replace(base, name=f"{name} up to {epochs} passes{FEATURES if features else ''}", group="passes", encoder=name,
+                features=features, epochs=epochs)
+        for name, epochs in (("longer", 3), ("none", 3))
+        for features in ((False, True) if name == "longer" else (True,))
+    ]  # fmt: skip
+
+
+def _flops(base: Arm) -> list[Arm]:
+    """Encoders of every event on as much history as costs what LONGER at its whole length costs, and around it."""
+    here = replace(base, group="flops", features=False)
+    sizes = (("transformer", 350), ("hstu", 700), ("transformer", 100), ("transformer", 1000), ("hstu", 200))
+    sizes += (("din", 2000), ("twin", 1000), ("sim_soft", 2000), ("hstu", 2000), ("transformer", 2000))
+    return [replace(here, name=f"{name} L={length}", length=length, encoder=name) for name, length in sizes]
+
+
+def _undone(here: Arm) -> list[Arm]:
+    """What merging lost, one cause at a time."""
+    here = replace(here, group="undone")
+    every = [replace(here, name=f"K={k}, {what}", undone=what, merge=k) for k in (4, 1) for what in UNDO]
+    return [replace(arm, queries=400) if arm.merge == 1 else arm for arm in every]
+
+
+def _sizes(here: Arm) -> list[Arm]:
+    trained = [
+        replace(here, name=f"trained at L={length}, tested at {LENGTHS[-1]}", length=length, score_length=LENGTHS[-1])
+        for length in (2000, 1000, 500)
+    ]
+    widths = [replace(here, name=f"width {w}", group="widths", model={"width": w}) for w in (32, 64, 256)]
+    layers = [replace(here, name=f"N={n}", model={"num_self_layers": n}) for n in (0, 2)]
+    return [*trained, *widths, *layers, replace(here, name="paper's encoding", model={"encoding": "paper"})]
+
+
+def _lengths(here: Arm, lengths: tuple[int, ...]) -> list[Arm]:
+    here = replace(here, group="lengths")
+    return [
+        replace(here, name=f"longer L={length}{FEATURES if features else ''}", length=length, features=features)
+        for features in (False, True)
+        for length in lengths[:-1]
+    ]
 
 
 def _movielens(quick: bool, seeds: int) -> Iterator[Arm]:
-    base = Arm("", "movielens", "encoders", 0)
-    for seed in range(1 if quick else seeds):
-        here = replace(base, seed=seed)
-        yield replace(here, name="longer", features=False)
-        yield replace(here, name="longer" + FEATURES)
-        for name in ENCODERS:
-            yield replace(here, name=name, encoder=name, features=False)
-        yield replace(here, name="none" + FEATURES, encoder="none")
-        for length in (20, 50, 100, 200):
-            yield replace(here, name=f"longer L={length}", group="lengths", length=length, features=False)
+    base = Arm("", "movielens", "encoders", 0, features=False)
+    encoders = [replace(base, name=name, encoder=name) for name in ("longer", *ENCODERS)]
+    with_features = [
+        replace(base, name=name + FEATURES, encoder=name, features=True) for name in ("longer", "none", "din")
+    ]
+    lengths = [replace(base, name=f"longer L={n}", group="lengths", length=n) for n in (20, 50, 100, 200, 500)]
+    yield from _rounds(seeds, encoders + with_features + lengths)
 
 
 def _generated(quick: bool, seeds: int) -> Iterator[Arm]:
     base = Arm("", "generated", "lengths", 0, features=False)
-    lengths = (50, 100, 200, 400) if quick else (100, 200, 500, 1000, 2000, 4000, 6000, 10_000)
-    for seed in range(1 if quick else seeds):
-        here = replace(base, seed=seed)
-        for length in reversed(lengths):
-            yield replace(here, name=f"longer L={length}", length=length)
-        for length in reversed(lengths):
-            yield replace(here, name=f"longer L={length}{FEATURES}", length=length, features=True)
-        for length in (2000,) if not quick else ():
-            name = f"trained at L={length}, tested at {lengths[-1]}"
-            yield replace(here, name=name, group="switches", length=length, score_length=lengths[-1])
-        for width in (32, 64, 256) if not quick else (16,):
-            yield replace(here, name=f"longer width {width}", group="widths", model={"width": width})
-        for name in ("none", "din_recent50", "sim_hard", "twin", "transformer"):
-            yield replace(here, name=name, group="encoders", encoder=name)
+    lengths = (50, 100, 200, 400) if quick else (100, 200, 500, 1000, 2000, 3000, 4000, 6000, 10_000)
+    ids = [replace(base, name=f"longer L={length}", length=length) for length in reversed(lengths)]
+    counted = [
+        replace(arm, name=arm.name + FEATURES, features=True) for arm in (ids if quick else [ids[0], ids[3], ids[6]])
+    ]
+    if quick:
+        yield from ids + counted
+        return
+    encoders = [
+        replace(base, name=name, group="encoders", encoder=name, length=None)
+        for name in ("none", "din_recent50", "sim_hard", "twin")
+    ]
+    sizes = [replace(base, name=f"longer width {w}", group="widths", model={"width": w}) for w in (32, 64, 256)]
+    trained = replace(
+        base, name="trained at L=4000, tested at 10000", group="switches", length=4000, score_length=10_000
+    )
+    short = replace(trained, name="trained at L=2000, tested at 10000", length=2000)
+    yield from _rounds(1, [*ids, short, trained, *counted, *sizes, *encoders])
+    yield from _rounds(seeds, ids)

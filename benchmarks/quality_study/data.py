@@ -1,4 +1,4 @@
-"""The three logs of the study as splits in memory, without Ray: from a sequence table, or from the generator.
+"""The three logs of the study as splits in memory, without Ray: from a sequence table, a package's files, or the generator.
 
 - journey: the requests that `jobs.build_requests` makes of the same table, by the same kernels and seed;
 - movielens: every rating is a request about one film; its label is a like, four stars or more. No negative is drawn;
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from benchmarks.quality_study.movielens import read_ratings
 from longer.arrays import NO_EVENT_TS, Candidates, Histories, Int64
 from longer.config import GenerateSettings, RequestSettings
 from longer.data.batches import Requests
@@ -74,14 +75,16 @@ class Log:
 
 
 def read_log(name: str, root: str, seed: int = 0, sizes: GenerateSettings | None = None) -> Log:
-    """A log by its name; `root` is a folder with tables/sequences, and is not read for the generated one."""
+    """A log by its name; `root` holds journey's tables/sequences or MovieLens' two files, and is not read for the generated one."""
     if name == "generated":
         return _generated(sizes or GenerateSettings(), seed)
     schema = SCHEMAS[name]
+    if name == "movielens":
+        rows = read_ratings(root)
+        return _likes(rows, histories_of(rows, schema), schema)
     table = SequenceTable(f"{root}/tables/sequences", schema)
     rows = pa.concat_tables([table.rows(bucket) for bucket in table.buckets]).combine_chunks()
-    histories = histories_of(rows, schema)
-    return (_purchases if name == "journey" else _likes)(rows, histories, schema)
+    return _purchases(rows, histories_of(rows, schema), schema)
 
 
 def _purchases(rows: pa.Table, histories: Histories, schema: EventSchema) -> Log:

@@ -17,7 +17,7 @@ Record = dict[str, Any]
 
 def page(records: Sequence[Record]) -> str:
     """Tables of every log that has records; the last line is JSON."""
-    trained = [record for record in records if "arm" in record]
+    trained = [record for record in records if "test" in record]
     if not trained:
         return "no arm is trained yet"
     logs = list(dict.fromkeys(record["log"] for record in trained))
@@ -35,7 +35,7 @@ def plots(records: Sequence[Record], folder: Path) -> list[Path]:
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
-    trained = [record for record in records if "arm" in record]
+    trained = [record for record in records if "test" in record]
     made = []
     for log in dict.fromkeys(record["log"] for record in trained):
         mine = [record for record in trained if record["log"] == log]

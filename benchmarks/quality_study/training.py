@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.quality_study.arms import Arm, Base, model_settings
+from benchmarks.quality_study.arms import UNDO, Arm, Base, model_settings
 from benchmarks.quality_study.data import Log
 from longer.arrays import Int64
 from longer.config import ModelSettings, TaskSettings, TrainSettings
@@ -37,32 +38,34 @@ class Budget:
     """How much every arm is trained and tested: the newest training requests, and test requests spread over users and time."""
 
     train_requests: int
-    epochs: int
     requests_per_step: int
     test_requests: int
+    valid_requests: int
     device: torch.device
 
-    def train_settings(self) -> TrainSettings:
+    def train_settings(self, embedding_rate: float | None) -> TrainSettings:
         precision = "bf16" if self.device.type == "cuda" else "float32"
-        return TrainSettings(epochs=self.epochs, precision=precision)
+        rate = {} if embedding_rate is None else {"embedding_learning_rate": embedding_rate}
+        return TrainSettings(precision=precision, **rate)
 
 
-def run(arm: Arm, base: Base, log: Log, budget: Budget) -> dict[str, Any]:
-    """The arm's record: its settings, sizes, metrics on validation and test, and what it cost."""
+def run(arm: Arm, base: Base, log: Log, budget: Budget, embedding_rate: float | None) -> dict[str, Any]:
+    """The arm's record: its settings, sizes, metrics on validation and test, and what it cost. A `tuning` arm is not tested."""
     settings = model_settings(arm, base)
+    asked = budget.train_settings(embedding_rate)
     torch.manual_seed(arm.seed)
     model, upstream_seconds = make_model(settings, log.schema, TASKS), 0.0
     if arm.encoder == "user_embedding":
         started = time.perf_counter()
         tower = make_model(upstream_settings(settings), log.schema, TASKS)
-        _train(tower, log, budget, arm.seed)
+        _train(tower, log, budget, arm, asked)
         upstream_seconds = time.perf_counter() - started
         assert isinstance(model, EncoderRanker)
         model.upstream.load_state_dict(tower.state_dict())
-    if arm.from_matches:
-        start_from_matches(model)
+    if arm.undone:
+        undo(model, arm.undone)
     started = time.perf_counter()
-    stepper, num_steps, loss = _train(model, log, budget, arm.seed)
+    stepper, trained = _train(model, log, budget, arm, asked)
     train_seconds = time.perf_counter() - started
     if arm.score_length:
         settings = model_settings(replace(arm, length=arm.score_length), base)
@@ -70,7 +73,8 @@ def run(arm: Arm, base: Base, log: Log, budget: Budget) -> dict[str, Any]:
         longer_window.load_state_dict(model.state_dict())
         stepper.model = longer_window
     started = time.perf_counter()
-    scores = {split: _scored(stepper, log, split, settings, budget.test_requests) for split in ("valid", "test")}
+    most = {"valid": budget.valid_requests} | ({"test": budget.test_requests} if arm.group != "tuning" else {})
+    scores = {split: _scored(stepper, log, split, settings, requests) for split, requests in most.items()}
     return {
         "key": arm.key,
         "arm": arm.name,
@@ -84,12 +88,12 @@ def run(arm: Arm, base: Base, log: Log, budget: Budget) -> dict[str, Any]:
         "stride_events": settings.windows.stride_events,
         "model": settings.model_dump(mode="json"),
         **{split: _metrics(*scored, base.long_from) for split, scored in scores.items()},
-        "final_loss": loss,
+        **trained,
+        "embedding_rate": asked.embedding_learning_rate,
         "dense_parameters": sum(p.numel() for p in model.dense_parameters()),
         "forward_flops": _forward_flops(log, settings),
-        "steps": num_steps,
         "train_requests": min(budget.train_requests, len(log.requests["train"])),
-        "epochs": budget.epochs,
+        "epochs": arm.epochs,
         "train_s": train_seconds,
         "upstream_s": upstream_seconds,
         "test_s": time.perf_counter() - started,
@@ -97,44 +101,62 @@ def run(arm: Arm, base: Base, log: Log, budget: Budget) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def start_from_matches(model: Ranker) -> None:
-    """Weights with which LONGER's first layer begins as a search for the candidate's own events.
-
-    The merge begins as plain concatenation, so that a candidate, merged with copies of itself, has its vector in every slot; the
-    first layer's queries and keys begin as the tokens themselves. Attention scores are then sums of inner products of the
-    candidate with each event of a group, slot by slot and head by head.
-    """
+def undo(model: Ranker, what: str) -> None:
+    """LONGER as it began before: with torch's own first weights, all tables alike, and every pair of channels turned."""
     assert isinstance(model, Longer)
-    width, block = model.settings.width, model.layers[0]
-    torch.nn.init.eye_(model.embedding.merge.weight)
-    torch.nn.init.zeros_(model.embedding.merge.bias)
-    torch.nn.init.eye_(block.query.weight)
-    torch.nn.init.eye_(block.key_value.weight[:width])
+    own, block = model.embedding, model.layers[0]
+    every = what == UNDO[-1]
+    if every or what == "first layer not a search":
+        block.query.reset_parameters()
+        block.key_value.reset_parameters()
+    if every or what == "merge not concatenation":
+        own.merge.reset_parameters()
+    if every or what == "loud numbers":
+        for linear in own.event_numbers.children():
+            torch.nn.init.uniform_(linear.weight, -1, 1)
+    if every or what == "quiet items":
+        for table in (own.item, *own.item_categories.children()):
+            torch.nn.init.normal_(table.embedding.weight, std=0.05)
+    if every or what == "all pairs turn":
+        for layer in model.layers:
+            layer.rotation.num_turned = layer.rotation.head_width // 2
 
 
-def _train(model: Ranker, log: Log, budget: Budget, seed: int) -> tuple[Stepper, int, float]:
-    """The trained model in its stepper, its number of steps, and the mean loss of the last tenth of them."""
-    asked, device = budget.train_settings(), budget.device
+def _train(model: Ranker, log: Log, budget: Budget, arm: Arm, asked: TrainSettings) -> tuple[Stepper, dict[str, float]]:
+    """The model in its stepper as the pass that validated best left it; steps, passes kept, and the last tenth's mean loss."""
+    device, seed = budget.device, arm.seed
     data = log.split("train", model.windows).newest(budget.train_requests)
     packs = data.packs(_PACK_REQUESTS)
     candidates_P = data.num_candidates(packs)
     cost_P = data.cost(packs)
     tokens_per_step = int(cost_P.sum() * budget.requests_per_step // len(data.requests))
-    epochs = [np.arange(len(packs))] * budget.epochs
+    epochs = [np.arange(len(packs))] * arm.epochs
     cursor = DataCursor(
         f"{log.name}/{seed}", cost_P, epochs, max(tokens_per_step, MIN_PACKS_OF_STEP * int(cost_P.max()))
     )
     model.to(device).train()
     stepper = Stepper(model, asked, device, num_workers=1)
-    num_steps, losses = cursor.num_steps, []
-    chosen = (cursor.plan(e, 1).step(s) for e in range(budget.epochs) for s in range(cursor.steps_of(e)))
-    batches = ((stepper.staged(data.batch(packs.take(some))), int(candidates_P[some].sum())) for some in chosen)
-    for step, (batch, num_candidates) in enumerate(prefetch(batches, 4)):
-        stepper.optimizer.set_rate_share(rate_share(step, num_steps, asked.warmup_share))
-        torch.manual_seed((seed << 32) + step)
-        loss, _ = stepper.step([batch], [1.0], num_candidates)
-        losses.append(loss / num_candidates)
-    return stepper, num_steps, float(torch.stack(losses[-max(1, num_steps // 10) :]).mean())
+    num_steps, losses, step = cursor.num_steps, [], 0
+    best: tuple[float, int, dict[str, Tensor]] = (-1.0, 0, {})
+    for epoch in range(arm.epochs):
+        plan = cursor.plan(epoch, 1)
+        chosen = (plan.step(s) for s in range(cursor.steps_of(epoch)))
+        batches = ((stepper.staged(data.batch(packs.take(some))), int(candidates_P[some].sum())) for some in chosen)
+        for batch, num_candidates in prefetch(batches, 4):
+            stepper.optimizer.set_rate_share(rate_share(step, num_steps, asked.warmup_share))
+            torch.manual_seed((seed << 32) + step)
+            loss, _ = stepper.step([batch], [1.0], num_candidates)
+            losses.append(loss / num_candidates)
+            step += 1
+        if arm.epochs > 1:
+            scored, output_C = _scored(stepper, log, "valid", model.settings, budget.valid_requests)
+            found = auc(output_C, scored.requests.labels["label"])
+            if found > best[0]:
+                best = found, epoch + 1, {name: x.clone() for name, x in model.state_dict().items()}
+    if best[2]:
+        model.load_state_dict(best[2])
+    final_loss = float(torch.stack(losses[-max(1, num_steps // 10) :]).mean())
+    return stepper, {"steps": num_steps, "passes_kept": best[1] or arm.epochs, "final_loss": final_loss}
 
 
 def _scored(stepper: Stepper, log: Log, split: str, settings: ModelSettings, most: int) -> tuple[SplitData, np.ndarray]:

@@ -1,7 +1,7 @@
 """Settings of the jobs that score offline: what is asked of whom, and on how many actors."""
 
 import os
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import AwareDatetime, Field, PositiveInt, field_validator, model_validator
 
@@ -70,6 +70,11 @@ class UserSettings(ScorerPool):
 class BatchSettings(UserSettings):
     """Offline scoring: a split of the requests table, or users times candidates, or users' best items of the catalogue."""
 
+    precision: Literal["float32", "bf16"] = Field(
+        "float32",
+        description="What matrices are multiplied in. bf16, on GPUs only, is faster; its scores lie within a hundredth of their "
+        "size of those in float32.",
+    )
     split: str = Field("test", description="Split of the requests table to score, if no items are named here.")
     candidates: str | None = Field(
         None,
@@ -83,6 +88,12 @@ class BatchSettings(UserSettings):
     top_k: int | None = Field(
         None, ge=1, description="Keep each user's best items only, by the first task; null keeps all scores."
     )
+
+    @model_validator(mode="after")
+    def _bf16_on_gpus(self) -> Self:
+        if self.precision == "bf16" and not self.num_gpus_per_scorer:
+            raise ValueError("precision=bf16 is for GPUs: set num_gpus_per_scorer, or leave float32")
+        return self
 
     @model_validator(mode="after")
     def _one_question(self) -> Self:

@@ -299,9 +299,10 @@ class TrainSettings(Section):
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay of the dense layers.")
     warmup_share: float = Field(0.05, ge=0, lt=1, description="Share of steps with a linearly rising learning rate.")
     clip_norm: float = Field(1.0, gt=0, description="Gradient norm above which gradients are scaled down.")
-    precision: Literal["float32", "tf32", "bf16"] = Field(
+    precision: Literal["float32", "tf32", "bf16", "fp16"] = Field(
         "float32",
-        description="bf16: autocast, float32 master weights; tf32: matrix products of a GPU round their inputs.",
+        description="bf16: autocast, float32 master weights; fp16: the same where there is no bf16, with a scaled loss; tf32: "
+        "matrix products of a GPU round their inputs.",
     )
     recompute: bool = Field(
         False,

@@ -11,12 +11,24 @@ T = TypeVar("T")
 _SECONDS_BETWEEN_LINES = 5.0
 
 
-def track(items: Iterable[T], total: int, stage: str, unit: str, note: Callable[[], str] | None = None) -> Iterator[T]:
-    """Yields the items while telling which stage this is, how far it is, how fast it goes, and what `note` adds to that."""
+def track(
+    items: Iterable[T],
+    total: int,
+    stage: str,
+    unit: str,
+    note: Callable[[], str] | None = None,
+    seconds: Callable[[], float] | None = None,
+) -> Iterator[T]:
+    """Yields the items while telling which stage this is, how far it is, how fast it goes, and what `note` adds to that.
+
+    `seconds` says how long the work has been going on, where that began later than this call; asked once an item is there.
+    """
     if sys.stderr.isatty():
         bar = tqdm(items, total=total, desc=stage, unit=f" {unit}", dynamic_ncols=True)
         for item in bar:
             yield item
+            if seconds:
+                bar.start_t = time.time() - seconds()
             if note:
                 bar.set_postfix_str(note())
         return
@@ -25,7 +37,7 @@ def track(items: Iterable[T], total: int, stage: str, unit: str, note: Callable[
         yield item
         now = time.perf_counter()
         if done == total or now - last >= _SECONDS_BETWEEN_LINES:
-            rate = done / (now - started)
+            rate = done / (seconds() if seconds else now - started)
             parts = [f"{stage}: {done}/{total} {unit}", f"{rate:.1f} {unit}/s", *([note()] if note else [])]
             parts += [f"about {(total - done) / rate:.0f} s left"] if done < total else []
             print(", ".join(parts), file=sys.stderr, flush=True)

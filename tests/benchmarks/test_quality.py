@@ -4,16 +4,12 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
-from benchmarks.quality_study.arms import BASES, QUICK, grid, model_settings
+from benchmarks.quality_study.arms import BASES, QUICK, chosen_rates, grid, model_settings, tuning
 from benchmarks.quality_study.data import SCHEMAS, read_log
 from benchmarks.quality_study.page import page, power_law
-from benchmarks.quality_study.training import start_from_matches
-from longer.config import GenerateSettings, ModelSettings, TaskSettings
+from longer.config import GenerateSettings
 from longer.encoder_settings import Sim
-from longer.model.longer import Longer
-from longer.schema import EventSchema
 from longer.training.baselines import count_in_history
 
 _LOGS = sorted(SCHEMAS)
@@ -33,6 +29,17 @@ def test_every_arm_has_settings_of_the_window_and_width_that_it_names(log: str, 
         assert settings.windows.stride_events <= max(16, wanted // 8), arm
         if isinstance(settings.encoder, Sim) and settings.encoder.search == "hard":
             assert settings.encoder.field in SCHEMAS[log].features_of("item", "categorical")
+
+
+@pytest.mark.parametrize("log", _LOGS)
+def test_rates_are_chosen_by_validation_and_their_trials_are_no_arms_of_the_grid(log: str) -> None:
+    arms = tuning(log)
+    assert not {arm.key for arm in arms} & {arm.key for arm in grid(log, quick=False, seeds=3)}
+    records = [
+        {"group": "tuning", "log": log, "encoder": "longer", "embedding_rate": rate, "valid": {"auc": found}}
+        for rate, found in ((0.01, 0.7), (0.003, 0.8), (0.03, 0.6))
+    ]
+    assert chosen_rates([*records, {"key": "baselines"}]) == {(log, "longer"): 0.003}
 
 
 def test_generated_requests_see_only_earlier_events_and_drawn_items_are_no_positives() -> None:
@@ -88,21 +95,3 @@ def test_the_page_ends_with_one_line_of_json_and_means_over_seeds() -> None:
     assert last["auc"]["longer+features"] == pytest.approx(0.75)
     assert last["spread"] == pytest.approx(0.05)
     assert any("0.7500 ± 0.0500" in line for line in lines)
-
-
-def test_a_model_that_starts_from_matches_attends_to_the_candidates_item_most() -> None:
-    """Interactions, requests and time are kept out: a group that holds the candidate's item must have the highest score."""
-    torch.manual_seed(0)
-    sizes = {"history_events": 64, "merge_size": 4, "event_width": 16, "query_groups": 16, "stride_groups": 1}
-    model = Longer(ModelSettings(**sizes, inner_transformer=False), EventSchema(), (TaskSettings(),))
-    start_from_matches(model)
-    own, block = model.embedding, model.layers[0]
-    item_E = torch.arange(1, 65) * 1_000_003
-    x_Ed = own.norm(own.item(item_E))
-    groups_GD = own.groups(x_Ed.unflatten(0, (16, 4)))
-    candidates_CD = own.candidates({"item_id": item_E[::7]})
-    same_place = torch.zeros(1, dtype=torch.int64)
-    query_CHZ = block.queries(candidates_CD, same_place.expand(len(candidates_CD)))
-    key_GHZ, _ = block.keys_values(groups_GD, same_place.expand(16))
-    best_C = torch.einsum("chz,ghz->cgh", query_CHZ, key_GHZ).amax(-1).argmax(-1)
-    assert torch.equal(best_C, torch.arange(64)[::7] // 4)

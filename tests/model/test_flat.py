@@ -8,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longer.model import flat
 from longer.model.captured import CapturedPass, stage
+from longer.model.embedding import Embedding
 from longer.model.flat import flat_forward, flat_outputs
 from longer.model.inputs import tensors_of, to_tensors
 from longer.model.layout import Sizes, flatten
@@ -80,15 +82,50 @@ def test_a_batch_filled_up_to_fixed_sizes_gives_the_same_outputs_and_gradients(s
     room = Sizes(*(size + extra for size, extra in zip(sizes, (9, 70, 37, 2, 3, 41), strict=True)))
     shapes, results = [], []
     for to in (None, room):
-        flat = flatten(batch, model.windows, model.embedding.num_globals + 1, to)
-        tensors = tensors_of(flat.arrays, DEVICE)
+        laid_out = flatten(batch, model.windows, model.embedding.num_globals + 1, to)
+        tensors = tensors_of(laid_out.arrays, DEVICE)
         with torch.compiler.set_stance("force_eager"):
-            outputs = flat_outputs(model, flat, tensors)
+            outputs = flat_outputs(model, laid_out, tensors)
             shapes.append(len(outputs))
             results.append(outputs_and_gradients(model, outputs[: sizes.candidates]))
     assert shapes == [sizes.candidates, room.candidates]
     for filled, plain in zip(*results, strict=True):
         assert (filled - plain).norm() <= 1e-5 * max(plain.norm(), 1.0)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputation_runs_every_layer_and_the_groups_twice_and_changes_no_gradient(
+    dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = same_model(3, torch.float32, DEVICE, dropout=dropout, num_self_layers=1).train()
+    batch, runs, gradients = request_batch(model, 0, [20]), [], []
+    for module, name in ((flat, "_layer"), (Embedding, "_read_events")):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, _run=original: (runs.append(_run), _run(*args))[1])
+    for recompute in (False, True):
+        model.set_recompute(recompute)
+        torch.manual_seed(0)
+        runs.clear()
+        with torch.compiler.set_stance("force_eager"):
+            gradients.append(outputs_and_gradients(model, flat_forward(model, batch, DEVICE)))
+        assert len(runs) == (2 + 1) * (1 + recompute)
+    for kept, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, kept, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.skipif(not ON_CUDA, reason="CUDA graphs need CUDA")
+def test_a_captured_pass_that_recomputes_gives_the_gradients_of_one_that_does_not() -> None:
+    model = same_model(3, torch.float32, DEVICE)
+    batch, one, gradients = request_batch(model, 0, [60, 5, 33]), torch.ones((), device=DEVICE), []
+    for recompute in (False, True):
+        model.set_recompute(recompute)
+        with torch.compiler.set_stance("force_eager"):
+            staged = stage(batch, model, Sizes.of(batch, model.windows))
+            captured = CapturedPass(model, lambda outputs, labels, exists: (outputs[:, 0] ** 2 * exists).sum(), staged)
+            captured(staged, one)
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for kept, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, kept, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.skipif(not ON_CUDA, reason="CUDA graphs need CUDA")
@@ -103,7 +140,7 @@ def test_a_captured_pass_gives_each_batch_its_own_gradients() -> None:
     with torch.compiler.set_stance("force_eager"):
         captured = CapturedPass(model, loss, stage(batches[0], model, room))
         for batch in batches:
-            value = float(captured(stage(batch, model, room), 1.0))
+            value = float(captured(stage(batch, model, room), torch.ones((), device=DEVICE)))
             ours = [p.grad.clone() for p in model.parameters()]
             outputs = flat_forward(model, batch, DEVICE)
             wanted = ((outputs[:, 0] - torch.from_numpy(batch.labels["click"]).to(DEVICE)) ** 2).sum()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from longer.arrays import Candidates
 from longer.data.batches import plan_packs
-from longer.model.inputs import feature_tensors
+from longer.model.inputs import event_tensors, feature_tensors
 from longer.model.longer import Longer
 from longer.model.sweep import Asked, Sweep
 from tests.model.generate import random_candidates, random_histories, small_model
@@ -33,6 +33,20 @@ def outputs_in_parts(asked: Asked, candidates: Candidates, bounds: list[int]) ->
         part = {name: values[begin:end] for name, values in features.items()}
         parts.append(asked.outputs(int(first), int(last) + 1, inside, part).numpy())
     return np.concatenate(parts) if parts else np.zeros((0, 2))
+
+
+def test_events_cut_on_a_device_are_those_cut_on_the_host() -> None:
+    rng = np.random.default_rng(0)
+    for lengths in ([3, 0, 50, 7], [0, 0], [1]):
+        histories = random_histories(rng, lengths)
+        row_N = rng.integers(0, len(lengths), 20)
+        end_N = rng.integers(0, np.array(lengths)[row_N] + 1)
+        start_N = rng.integers(0, end_N + 1)
+        expected = event_tensors(histories.slice_events(row_N, start_N, end_N))
+        where = (torch.from_numpy(x) for x in (row_N, start_N, end_N))
+        found = event_tensors(histories).slice_events(*where, int((end_N - start_N).sum()))  # type: ignore[arg-type]
+        for name, values in vars(expected).items():
+            torch.testing.assert_close(getattr(found, name), values, rtol=0, atol=0)
 
 
 def swept(model: Longer, rng: np.random.Generator, lengths: list[int], num_requests: int) -> None:

@@ -31,7 +31,7 @@ def url(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     """Two replicas that have loaded, appended to and hit states."""
     folder = tmp_path_factory.mktemp("seeing")
     (folder / "token").write_text(TOKEN)
-    sizes = {"num_replicas": 2, "max_replicas": 2, "token_file": str(folder / "token"), "refresh_s": 2}
+    sizes = {"num_replicas": 2, "max_replicas": 2, "token_file": str(folder / "token"), "refresh_s": 2, "warm_users": 1}
     with running(build_world(folder), **sizes) as service:
         event = {"item_id": HTML, "event_ts": END_MS, "action": "buy", "features": {"quantity": 1}}
         for events in ([], [], [event]):

@@ -86,10 +86,11 @@ def test_users_are_encoded_together_within_half_of_the_bytes_or_alone() -> None:
     num_events_B = np.random.default_rng(0).integers(0, 3000, 200)
     budget = Budget(small_model(dtype=torch.float32), 1 << 22)
     assert isinstance(budget.model, Longer)
-    batches = budget.users(num_events_B)
+    num_asked_B = np.random.default_rng(1).integers(1, 20, 200)
+    batches = budget.users(num_events_B, num_asked_B)
     np.testing.assert_array_equal(np.sort(np.concatenate(batches)), np.arange(200))
     for users in batches:
-        num_bytes = np.sort(budget.user_bytes(num_events_B[users]))
+        num_bytes = np.sort(budget.user_bytes(num_events_B[users], num_asked_B[users]))
         assert num_bytes[1:].sum() < budget.num_bytes // 2
     assert 1 < len(batches) < 200
 

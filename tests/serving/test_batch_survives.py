@@ -17,6 +17,7 @@ from jobs import batch_score, build_sequences
 from longer.batch_settings import BatchSettings
 from longer.config import Settings
 from longer.data.records import Record
+from longer.errors import UserError
 from longer.runner import user_error_in
 from longer.serving import batch
 from longer.serving.batch import BucketScorer
@@ -146,6 +147,58 @@ def test_a_bucket_that_kills_every_actor_ends_the_run_in_one_line(
     )
     monkeypatch.undo()
     assert checksums(batch_score.run(asked)) == checksums(undisturbed(asked))
+
+
+class Stillborn(BucketScorer):
+    """Dies before it is up, as when there is no memory for its model."""
+
+    def _start(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_actors_that_all_die_while_they_start_end_the_run_in_one_line(
+    world: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some ten seconds: an actor is started anew four times. Ray alone would go on for ever."""
+    asked = asking(world, "2030-01-05T00:00:00Z")
+    one = asked.batch_score.model_copy(update={"concurrency": (1, 1)})
+    asked = asked.model_copy(update={"batch_score": one})
+    monkeypatch.setattr(batch, "BucketScorer", Stillborn)
+    with pytest.raises(Exception) as raised:  # noqa: PT011  (Ray wraps it)
+        batch_score.run(asked)
+    told = str(user_error_in(raised.value))
+    assert re.match(r"4 actors died before they were up, .*: lower batch_score.concurrency", told), told
+
+
+class Misled(BucketScorer):
+    """Finds while it starts that something is wrong: what the user has to mend, or what we have."""
+
+    error: Exception = UserError("tables/items: gone")
+
+    def _start(self) -> None:
+        raise self.error
+
+
+class Broken(Misled):
+    error = KeyError("ours")
+
+
+def test_an_error_while_actors_start_ends_the_run_and_says_whose_it_is(
+    world: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = asking(world, "2030-01-06T00:00:00Z")
+    for scorer, told in ((Misled, "tables/items: gone"), (Broken, "None")):
+        monkeypatch.setattr(batch, "BucketScorer", scorer)
+        with pytest.raises(Exception, match=str(scorer.error.args[0])) as raised:
+            batch_score.run(asked)
+        assert str(user_error_in(raised.value)) == told
+
+
+def test_gpus_that_this_machine_does_not_have_are_refused_not_waited_for(world: Settings) -> None:
+    asked = asking(world, "2030-01-07T00:00:00Z")
+    on_gpus = asked.batch_score.model_copy(update={"num_gpus_per_scorer": 64.0})
+    with pytest.raises(UserError, match=r"batch_score.num_gpus_per_scorer=64.0: this machine has no such GPUs"):
+        batch_score.run(asked.model_copy(update={"batch_score": on_gpus}))
 
 
 class Failing(BucketScorer):

@@ -69,6 +69,19 @@ class IndexAgainstLists(RuleBasedStateMachine):
         if old and old.is_protected:
             self.protect(new)
 
+    @rule(user=USERS, version=VERSIONS, num_bytes=st.integers(1, 60), is_protected=st.booleans())
+    def restore(self, user: int, version: StateVersion, num_bytes: int, is_protected: bool) -> None:
+        """In host memory, as what goes first of its segment; protected only where there is room for that."""
+        if self.row(user):
+            return
+        self.serial += 1
+        protected = [row.num_bytes for row in self.rows if row.tier == Tier.HOST and row.is_protected]
+        self.index.restore(user, version, entry(self.serial), num_bytes, is_protected)
+        stays = is_protected and sum(protected) + num_bytes <= 0.8 * BUDGET
+        row = Row(user, version, self.serial, num_bytes, is_protected=stays)
+        row.tier = Tier.HOST
+        self.rows.insert(0, row)
+
     @rule(user=USERS, version=VERSIONS)
     def get(self, user: int, version: StateVersion) -> None:
         row, found = self.row(user), self.index.get(user, version)

@@ -23,6 +23,9 @@ MAX_DIFFERENCE = 1e-5
 """The most by which one request's scores may differ between evaluation, batch scoring and serving, in float32: relative to the
 score, to the root mean square of its task's scores, or to 1, whichever is most. A head's rounding errors are of that size."""
 
+MAX_DIFFERENCE_BF16 = 1e-2
+"""The same where both sides multiply in bf16, whose numbers have 8 bits: a rounding is 4e-3 of a number, and many are summed."""
+
 
 def check_difference(left: pa.Table, right: pa.Table, tasks: Sequence[TaskSettings]) -> tuple[float, int]:
     """As `max_abs_diff`; raises ArithmeticError above MAX_DIFFERENCE, since then one of the two paths is wrong."""
@@ -32,14 +35,21 @@ def check_difference(left: pa.Table, right: pa.Table, tasks: Sequence[TaskSettin
     return _worst(pairs), compared
 
 
-def check_gaps(gaps: Float64, answers: npt.NDArray, what: str, between: str, scale: float | None = None) -> None:
-    """ArithmeticError if a gap is above MAX_DIFFERENCE; `scale` is `root_mean_square` of more answers than these, if known."""
+def check_gaps(
+    gaps: Float64,
+    answers: npt.NDArray,
+    what: str,
+    between: str,
+    scale: float | None = None,
+    most: float = MAX_DIFFERENCE,
+) -> None:
+    """ArithmeticError if a gap is above `most`; `scale` is `root_mean_square` of more answers than these, if known."""
     scales = np.maximum(np.abs(answers, dtype=np.float64), scale or root_mean_square(answers))
     relative = np.nan_to_num(gaps / scales, nan=np.inf, posinf=np.inf)
-    if len(relative) and relative.max() > MAX_DIFFERENCE:
+    if len(relative) and relative.max() > most:
         worst = int(relative.argmax())
         raise ArithmeticError(
-            f"{what} differ by {gaps[worst]:.1e} between {between}, more than {MAX_DIFFERENCE} of their size, {scales[worst]:.3g}"
+            f"{what} differ by {gaps[worst]:.1e} between {between}, more than {most} of their size, {scales[worst]:.3g}"
         )
 
 

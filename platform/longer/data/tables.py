@@ -89,6 +89,17 @@ class SequenceTable:
             raise UserError(f"user_ids: {given.type} given, the table's are {id_type}: see event_schema.user_id")
         return given.cast(id_type)
 
+    def most_active(self, num_users: int) -> pa.Array:
+        """Ids of the users with most events over all time, the most active first; what an increment added is not looked at."""
+        best = pa.table(
+            {"user_id": pa.array([], self.schema.id_types[0]), "num_events_total": pa.array([], pa.int64())}
+        )
+        for bucket in self.buckets:
+            path = self.version.path_of(self._files[rows_path(bucket)])
+            both = pa.concat_tables([best, read_columns(path, best.column_names).cast(best.schema)])
+            best = both.take(pc.select_k_unstable(both, num_users, [("num_events_total", "descending")]))
+        return single_array(best["user_id"])
+
     @property
     def buckets(self) -> list[int]:
         """The buckets that hold users, ascending."""

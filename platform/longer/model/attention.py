@@ -7,25 +7,33 @@ S private keys of a query.
 import math
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from longer.model.fuse import fused_on_cuda
+from longer.model.recompute import run
+
+_ROTATED_SHARE = 4
+"""One in so many pairs of channels is turned."""
+_SEARCH_SCALE = 16.0
+"""Attention logit of two equal tokens where a layer begins as a search; unlike ones spread around 0."""
 
 
 class Rotation(nn.Module):
     """Rotary position (arXiv 2104.09864) of absolute group indices: scores depend on differences only.
 
-    Angles are taken in float64 and reduced there, so that a user's billionth event is placed as exactly as the first.
+    A quarter of the pairs of channels turn. The others let a token find what is like it at any distance: where all turn, an equal
+    item a thousand groups ago scores little more than any other. Angles are taken in float64 and reduced there, so that a user's
+    billionth event is placed as exactly as the first.
     """
 
     def __init__(self, head_width: int, base: float = 10_000.0):
         super().__init__()
         self.head_width, self.base = head_width, base
+        self.num_turned = -(-head_width // 2 // _ROTATED_SHARE)
 
     def forward(self, x_THZ: Tensor, position_T: Tensor) -> Tensor:
         """Turn pairs of channels by position; leading dimensions of `x` and `position` agree."""
@@ -33,17 +41,21 @@ class Rotation(nn.Module):
 
     def turn(self, position_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine of each position's angles, in float32 at least: the same for every layer."""
-        frequencies = _frequencies(self.head_width, self.base, position_T.device)
-        angles = position_T.to(torch.float64)[..., None, None] * frequencies
-        exact = torch.promote_types(dtype, torch.float32)
-        return angles.cos().to(exact), angles.sin().to(exact)
+        frequencies = _frequencies(self.head_width // 2, self.num_turned, self.base, position_T.device)
+        return _turn(position_T, frequencies, torch.promote_types(dtype, torch.float32))
 
 
 @cache
-def _frequencies(head_width: int, base: float, device: torch.device) -> Tensor:
+def _frequencies(num_pairs: int, num_turned: int, base: float, device: torch.device) -> Tensor:
     """Not a buffer of the module, which would lose its float64 when the model is cast."""
-    exponents = torch.arange(0, head_width, 2, dtype=torch.float64) / head_width
-    return torch.tensor([base**-e for e in exponents.tolist()], dtype=torch.float64, device=device)
+    frequencies = [base ** (-i / num_turned) for i in range(num_turned)] + [0.0] * (num_pairs - num_turned)
+    return torch.tensor(frequencies, dtype=torch.float64, device=device)
+
+
+@fused_on_cuda
+def _turn(position_T: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    angles = position_T.to(torch.float64)[..., None, None] * frequencies
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x_THZ: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -70,12 +82,20 @@ class Block(nn.Module):
         self.rotation = Rotation(width // num_heads)
         self.recompute = False
 
+    @torch.no_grad()
+    def begin_as_search(self, blind_to_D: Tensor) -> None:
+        """A token's score begins as its likeness to the other, `blind_to_D`'s direction apart (`search_weight`)."""
+        width = len(blind_to_D)
+        same_DD = search_weight(width, width // self.num_heads, blind_to_D)
+        self.query.weight.copy_(same_DD)
+        self.key_value.weight[:width].copy_(same_DD)
+        nn.init.zeros_(self.query.bias)
+        nn.init.zeros_(self.key_value.bias)
+
     def run(self, layer: Callable[..., Tensor], *args: Any) -> Tensor:
         """`layer(*args)`; with `recompute`, what happens inside is not kept for the gradient but computed once more."""
-        if not self.recompute or not torch.is_grad_enabled():
-            return layer(*args)
         has_randomness = self.dropout.p > 0 and self.training
-        return cast(Tensor, checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=has_randomness))
+        return run(layer, *args, recompute=self.recompute, has_randomness=has_randomness)
 
     def queries(self, x_TD: Tensor, position_T: Tensor) -> Tensor:
         """[..., H, Z], rotated."""
@@ -88,11 +108,11 @@ class Block(nn.Module):
 
     @fused_on_cuda
     def project(self, x_TD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of tokens that are both, [..., H, Z]; the normalised input and the angles are shared."""
-        x_TD = self.norm_attention(x_TD)
-        key, value = self.key_value(x_TD).chunk(2, dim=-1)
-        query, key = rotate(self._heads(self.query(x_TD)), cos, sin), rotate(self._heads(key), cos, sin)
-        return query, key, self._heads(value)
+        """Queries, keys and values of tokens that are both, [..., H, Z]: one product."""
+        weight = torch.cat([self.query.weight, self.key_value.weight])
+        bias = torch.cat([self.query.bias, self.key_value.bias])
+        query, key, value = F.linear(self.norm_attention(x_TD), weight, bias).chunk(3, dim=-1)
+        return rotate(self._heads(query), cos, sin), rotate(self._heads(key), cos, sin), self._heads(value)
 
     @fused_on_cuda
     def project_queries(self, x_TD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -104,6 +124,17 @@ class Block(nn.Module):
         return rotate(self._heads(key), cos, sin), self._heads(value)
 
     @fused_on_cuda
+    def project_last(
+        self, x_TD: Tensor, num_queries: int, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries of the last tokens, keys and values of all, and a copy of the last tokens: gradients of all meet in one place."""
+        normed_TD = self.norm_attention(x_TD)
+        key, value = self.key_value(normed_TD).chunk(2, dim=-1)
+        last = [x.narrow(0, len(x_TD) - num_queries, num_queries) for x in (normed_TD, cos, sin, x_TD)]
+        query = rotate(self._heads(self.query(last[0])), last[1], last[2])
+        return query, rotate(self._heads(key), cos, sin), self._heads(value), last[3].clone()
+
+    @fused_on_cuda
     def finish(self, x_TD: Tensor, attended_TD: Tensor) -> Tensor:
         """The rest of the layer, given what the queries gathered."""
         x_TD = x_TD + self.dropout(self.output(attended_TD))
@@ -111,6 +142,18 @@ class Block(nn.Module):
 
     def _heads(self, x_TD: Tensor) -> Tensor:
         return x_TD.unflatten(-1, (self.num_heads, -1))
+
+
+def search_weight(width: int, head_width: int, blind_to_D: Tensor | None = None) -> Tensor:
+    """[D, D]: first weight of both queries and keys with which attention is a search for tokens like the one that asks.
+
+    From random weights it must be found by chance that equal items should score high, which long histories of rare items do not
+    teach in any number of steps that one would wait for.
+    """
+    same_DD = torch.eye(width)
+    if blind_to_D is not None:
+        same_DD -= torch.outer(blind_to_D, blind_to_D) / blind_to_D.square().sum()
+    return same_DD * (_SEARCH_SCALE / math.sqrt(head_width)) ** 0.5
 
 
 def attend_groups(query_BTHZ: Tensor, key_BGHZ: Tensor, value_BGHZ: Tensor, visible_BTG: Tensor) -> Tensor:

@@ -74,19 +74,20 @@ class CapturedPass:
             for _ in range(_WARM_UP_STEPS):
                 self._run()
         torch.cuda.current_stream().wait_stream(beside)
-        self.graph = torch.cuda.CUDAGraph()
         model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()  # of the warm-up: the graph has memory of its own
+        self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # another thread stages batches meanwhile
             self.value = self._run()
         self.gradients = [parameter.grad for parameter in model.parameters()]
         self.reads = [list(table.reads or ()) for table in self._tables]
 
-    def __call__(self, batch: Staged, scale: float) -> Tensor:
+    def __call__(self, batch: Staged, scale: Tensor) -> Tensor:
         """The loss of the batch, valid until the next call; gradients, of `scale` times that loss, are where training looks."""
         for dtype, buffer in batch.buffers.items():
             self.buffers[dtype].copy_(buffer, non_blocking=True)
         self.num_candidates.fill_(batch.num_candidates)
-        self.scale.fill_(scale)
+        self.scale.copy_(scale)
         self.graph.replay()
         for parameter, gradient in zip(self.model.parameters(), self.gradients, strict=True):
             parameter.grad = gradient

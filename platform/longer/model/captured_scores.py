@@ -6,48 +6,28 @@ without events, whom the filling asks about.
 R requests of one user each, C candidates.
 """
 
-import copy
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longer.arrays import Candidates, Int64
+from longer.model.captured_call import Arrays, Graphs, power_of_two, rounded
 from longer.model.inputs import RequestTensors, under
 from longer.model.longer import Longer
 from longer.model.pool import StatePool
 from longer.model.pool_context import StagedContext
-from longer.model.states import UserState, computing, computing_dtype, context_of, gathered, score
-
-MAX_GRAPHS = 64
-"""Graphs kept, the last used ones: two a size of batch would be enough if batches were alike."""
-
-_WARM_UP_CALLS = 2
-_STEPS_BETWEEN_POWERS = 4
-
-
-Score = Callable[[Sequence[UserState], Int64, Candidates], npt.NDArray]
-
-
-def scorer_of(model: Longer, pool: StatePool) -> Score:
-    """`states.score` of these: captured on CUDA, where the pool keeps what the kernels read."""
-    if pool.device.type == "cuda" and pool.layout.dtype == computing_dtype(model, pool):
-        return CapturedScores(model, pool).score
-    return partial(score, model, pool)
+from longer.model.states import UserState, computing, context_of, gathered
 
 
 class CapturedScores:
     """`states.score` on CUDA without a launch a kernel; the same numbers as far as equal shapes give them."""
 
-    def __init__(self, model: Longer, pool: StatePool) -> None:
-        self._model, self._pool = _with_products_in(computing_dtype(model, pool), model), pool
-        self._graphs: OrderedDict[tuple[int, int], _Graph] = OrderedDict()
-        self._memory = torch.cuda.graph_pool_handle()
+    def __init__(self, model: Longer, pool: StatePool, memory: Any) -> None:
+        self._model, self._pool, self._graphs = model, pool, Graphs(pool.device, memory)
 
     @torch.inference_mode()
     def score(
@@ -55,19 +35,15 @@ class CapturedScores:
     ) -> npt.NDArray[np.float32]:
         """[C, tasks]: request r asks `states[r]` about its own candidates."""
         num_candidates = int(candidates.offsets_R1[-1])
-        size = _power_of_two(len(states)), _rounded(num_candidates)
+        size = power_of_two(len(states)), rounded(num_candidates)
         arrays = self._arrays(states, request_ts_R, candidates, *size)
-        graph = self._graphs.get(size)
-        if graph is None:
-            graph = self._graphs[size] = _Graph(self._model, self._pool, arrays, self._memory)
-            if len(self._graphs) > MAX_GRAPHS:
-                self._graphs.popitem(last=False)
-        self._graphs.move_to_end(size)
-        return graph.replay(arrays)[:num_candidates].cpu().numpy()
+        graph = self._graphs.of(size, self._outputs, lambda: arrays)
+        output_CT: Tensor = graph(arrays)
+        return output_CT[:num_candidates].cpu().numpy()
 
     def _arrays(
         self, states: Sequence[UserState], request_ts_R: Int64, candidates: Candidates, num_users: int, num_rows: int
-    ) -> dict[str, npt.NDArray]:
+    ) -> Arrays:
         """Everything on the host, filled up: one more user than `num_users` owns what is left of the candidates."""
         filling = num_users + 1 - len(states)
         context = context_of(self._pool, states, filling)
@@ -85,44 +61,8 @@ class CapturedScores:
             },
         }
 
-
-class _Graph:
-    """One captured size: its inputs are views of one buffer on the device, which one pinned buffer is copied to."""
-
-    def __init__(self, model: Longer, pool: StatePool, arrays: dict[str, npt.NDArray], memory: Any) -> None:
-        self._host, self._views = _buffer(arrays)
-        self._device = self._host.to(pool.device)
-        tensors = {
-            name: self._device[begin:end].view(torch.from_numpy(arrays[name][:0]).dtype)
-            for name, (begin, end) in self._views.items()
-        }
-        self._fill(arrays)
-        self._device.copy_(self._host)
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            for _ in range(_WARM_UP_CALLS):
-                self._outputs(model, pool, tensors)
-        torch.cuda.current_stream().wait_stream(beside)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=memory, capture_error_mode="thread_local"):
-            self._output_CT = self._outputs(model, pool, tensors)
-
-    def replay(self, arrays: dict[str, npt.NDArray]) -> Tensor:
-        """[C, tasks], filling included; valid until the next replay of any graph."""
-        self._fill(arrays)
-        self._device.copy_(self._host, non_blocking=True)
-        self._graph.replay()
-        return self._output_CT
-
-    def _fill(self, arrays: dict[str, npt.NDArray]) -> None:
-        """Only after the results of the last replay were read, which were computed after it had been copied."""
-        host = self._host.numpy()
-        for name, (begin, end) in self._views.items():
-            host[begin:end] = arrays[name].view(np.uint8)
-
-    @staticmethod
-    def _outputs(model: Longer, pool: StatePool, tensors: dict[str, Tensor]) -> Tensor:
+    def _outputs(self, tensors: dict[str, Tensor]) -> Tensor:
+        model, pool = self._model, self._pool
         with computing(model, pool):
             numbers = under("context.", tensors)
             together = gathered(model, StagedContext(pool, numbers), numbers, tensors["last_ts"])
@@ -135,31 +75,3 @@ class _Graph:
                 labels={},
             )
             return together.outputs(model, requests)
-
-
-def _with_products_in(dtype: torch.dtype, model: Longer) -> Longer:
-    """The model with matrices in this type, so that no replay casts them anew; it shares its tables with the other."""
-    twin = copy.deepcopy(model, {id(table): table for table in model.embedding_parameters()})
-    for module in twin.modules():
-        if isinstance(module, nn.Linear):
-            module.to(dtype)
-    return twin
-
-
-def _buffer(arrays: dict[str, npt.NDArray]) -> tuple[Tensor, dict[str, tuple[int, int]]]:
-    """Pinned bytes for all arrays, each on a word of eight, and where each lies."""
-    views, at = {}, 0
-    for name, array in arrays.items():
-        views[name] = at, at + array.nbytes
-        at += -(-array.nbytes // 8) * 8
-    return torch.empty(at, dtype=torch.uint8, pin_memory=True), views
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (max(1, n) - 1).bit_length()
-
-
-def _rounded(n: int) -> int:
-    """Up to one of a few sizes: from a power of two to the next in four steps, of 64 at least."""
-    step = max(64, _power_of_two(n) // (2 * _STEPS_BETWEEN_POWERS))
-    return max(1, -(-n // step)) * step

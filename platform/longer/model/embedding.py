@@ -13,13 +13,19 @@ from torch import Tensor, nn
 from longer.arrays import NO_EVENT_TS
 from longer.config import ModelSettings
 from longer.model.fuse import fused_on_cuda
+from longer.model.group_attention import attend_in_groups
 from longer.model.inputs import EventTensors
+from longer.model.recompute import run
 from longer.schema import EventSchema
 
 _MS_PER_HOUR = 3_600_000
 _HOURS_PER_WEEK = 168
 _THURSDAY = 72  # 1970-01-01 was a Thursday; the week starts on Monday 00:00 UTC
 _NUM_GAPS = 64
+_STD, _ITEM_STD, _ITEM_SIDE_STD = 0.05, 0.2, 0.1
+"""Of first weights: events of one item begin much alike, those of one category somewhat, whatever else differs."""
+CANDIDATE_STD = 0.5
+"""Of the first weights of what tells candidates from events."""
 _NO_EVENT_TS = int(NO_EVENT_TS)  # a NumPy scalar would break compiled graphs
 
 
@@ -34,7 +40,7 @@ class HashedTable(nn.Module):
     then updates those rows only. Without, the gradient is the parameter's, as large as the table.
     """
 
-    def __init__(self, num_rows: int, width: int, std: float = 0.05):
+    def __init__(self, num_rows: int, width: int, std: float = _STD):
         super().__init__()
         self.num_rows = num_rows
         self.embedding = nn.Embedding(num_rows, width)
@@ -42,10 +48,15 @@ class HashedTable(nn.Module):
         nn.init.normal_(self.embedding.weight, std=std)
 
     def forward(self, keys: Tensor) -> Tensor:
-        rows = torch.where(keys == 0, 0, keys % (self.num_rows - 1) + 1)
+        rows = _rows_of(keys.flatten(), self.num_rows).view_as(keys)  # flat: one compiled kernel serves any shape
         if self.reads is None or not torch.is_grad_enabled():
             return self.embedding(rows)
         return _NotedLookup.apply(self.embedding.weight, rows, self.reads)
+
+
+@fused_on_cuda
+def _rows_of(keys: Tensor, num_rows: int) -> Tensor:
+    return torch.where(keys == 0, 0, keys % (num_rows - 1) + 1)
 
 
 class _NotedLookup(torch.autograd.Function):
@@ -69,7 +80,7 @@ class Gap(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.embedding = nn.Embedding(_NUM_GAPS + 1, width)
-        nn.init.normal_(self.embedding.weight, std=0.05)
+        nn.init.normal_(self.embedding.weight, std=_STD)
         edges_s = torch.tensor([round(2 ** (i / 2)) for i in range(1, _NUM_GAPS)])
         self.register_buffer("edges_s", edges_s, persistent=False)  # integers: a bin never depends on rounding
 
@@ -83,31 +94,57 @@ class HourOfWeek(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.embedding = nn.Embedding(_HOURS_PER_WEEK, width)
-        nn.init.normal_(self.embedding.weight, std=0.05)
+        nn.init.normal_(self.embedding.weight, std=_STD)
 
     def forward(self, ts: Tensor) -> Tensor:
         return self.embedding((ts // _MS_PER_HOUR + _THURSDAY) % _HOURS_PER_WEEK)
 
 
+def _number(width: int) -> nn.Linear:
+    """Of a numeric feature, no larger than the tables' rows: with torch's own start the numbers drown which item it was."""
+    linear = nn.Linear(1, width, bias=False)
+    nn.init.normal_(linear.weight, std=_STD)
+    return linear
+
+
 class InnerTrans(nn.Module):
-    """A transformer block inside each group of K events (arXiv 2505.04421, section 3.4); one head, attention over K written out."""
+    """A transformer block inside each group of K events (arXiv 2505.04421, section 3.4); one head.
+
+    It begins as the identity, so that events are what they are alone, as candidates see them.
+    """
 
     def __init__(self, width: int):
         super().__init__()
-        self.scale = width**-0.5
         self.norm_attention = nn.LayerNorm(width)
         self.query_key_value = nn.Linear(width, 3 * width)
         self.output = nn.Linear(width, width)
         self.norm_feed_forward = nn.LayerNorm(width)
-        self.feed_forward = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        last = nn.Linear(2 * width, width)
+        self.feed_forward = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), last)
+        for linear in (self.output, last):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
 
     def forward(self, x_NKd: Tensor, exists_NK: Tensor | None) -> Tensor:
-        query, key, value = self.query_key_value(self.norm_attention(x_NKd)).chunk(3, dim=-1)
-        scores_NKK = (query * self.scale) @ key.transpose(-1, -2)
-        if exists_NK is not None:
-            scores_NKK = scores_NKK.masked_fill(~exists_NK[:, None, :], torch.finfo(scores_NKK.dtype).min)
-        x_NKd = x_NKd + self.output(scores_NKK.softmax(dim=-1).to(value.dtype) @ value)
+        return self.finish(x_NKd, attend_in_groups(self.project(x_NKd), exists_NK))
+
+    def project(self, x_NKd: Tensor) -> Tensor:
+        """[N, K, 3d]: queries, keys and values."""
+        return self.query_key_value(self.norm_attention(x_NKd))
+
+    def finish(self, x_NKd: Tensor, attended_NKd: Tensor) -> Tensor:
+        """The rest of the block, given what the events gathered."""
+        x_NKd = x_NKd + self.output(attended_NKd)
         return x_NKd + self.feed_forward(self.norm_feed_forward(x_NKd))
+
+
+@fused_on_cuda
+def _events_of_groups(start_N: Tensor, size_N: Tensor, key_E: Tensor, merge_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, K]: which events of each group exist, their places (0 where there is none), and their keys."""
+    slots_K = torch.arange(merge_size, device=start_N.device)
+    exists_NK = slots_K < size_N[:, None]
+    event_NK = torch.where(exists_NK, start_N[:, None] + slots_K, 0)
+    return exists_NK, event_NK, key_E[event_NK]
 
 
 class Embedding(nn.Module):
@@ -123,7 +160,7 @@ class Embedding(nn.Module):
         self.merge_size = settings.merge_size
         self.num_user_tokens = settings.num_user_tokens
         self.num_globals = settings.num_cls_tokens + settings.num_user_tokens
-        self.item = HashedTable(settings.item_rows, d)
+        self.item = HashedTable(settings.item_rows, d, std=_ITEM_STD)
         self.event_categories = nn.ModuleDict(
             {
                 name: HashedTable(settings.categorical_rows, d)
@@ -131,19 +168,26 @@ class Embedding(nn.Module):
             }
         )
         self.item_categories = nn.ModuleDict(
-            {name: HashedTable(settings.categorical_rows, d) for name in schema.features_of("item", "categorical")}
+            {
+                name: HashedTable(settings.categorical_rows, d, std=_ITEM_SIDE_STD)
+                for name in schema.features_of("item", "categorical")
+            }
         )
-        self.event_numbers = nn.ModuleDict({name: nn.Linear(1, d) for name in schema.features_of("event", "numeric")})
-        self.item_numbers = nn.ModuleDict({name: nn.Linear(1, d) for name in schema.features_of("item", "numeric")})
+        self.event_numbers = nn.ModuleDict({name: _number(d) for name in schema.features_of("event", "numeric")})
+        self.item_numbers = nn.ModuleDict({name: _number(d) for name in schema.features_of("item", "numeric")})
         self.gap = Gap(d)
         self.hour = HourOfWeek(d)
         self.norm = nn.LayerNorm(d)
         self.inner = InnerTrans(d) if settings.inner_transformer else None
         self.merge = nn.Linear(width, width)
+        nn.init.eye_(self.merge.weight)  # concatenation itself: a candidate and an event begin alike, slot by slot
+        nn.init.zeros_(self.merge.bias)
         self.user = HashedTable(settings.user_rows, settings.num_user_tokens * width)
-        self.cls_MD = nn.Parameter(torch.randn(settings.num_cls_tokens, width) * 0.05)
+        self.cls_MD = nn.Parameter(torch.randn(settings.num_cls_tokens, width) * _STD)
         self.request_gap = Gap(width)
         self.request_hour = HourOfWeek(width)
+        self.recompute = False
+        self.request_D = nn.Parameter(torch.randn(width) * CANDIDATE_STD)
 
     def events(self, events: EventTensors) -> Tensor:
         """[E, d]: everything that was fixed when each event happened."""
@@ -172,15 +216,18 @@ class Embedding(nn.Module):
 
         There must be an event; what a partial group lacks counts as zeros.
         """
-        slots_K = torch.arange(self.merge_size, device=start_N.device)
-        exists_NK = slots_K < size_N[:, None]
-        event_NK = torch.where(exists_NK, start_N[:, None] + slots_K, 0)
-        # The table of items is read outside of compiled code, which would not note what was read.
-        id_NKd = self.item(features["item_id"][event_NK])
-        return self._read_groups(id_NKd, exists_NK, event_NK, features, event_ts_E, previous_ts_E)
+        exists_NK, event_NK, key_NK = _events_of_groups(start_N, size_N, features["item_id"], self.merge_size)
+        id_NKd = self.item(key_NK)  # outside of compiled code, which would not note what was read
+        args = id_NKd, exists_NK, event_NK, features, event_ts_E, previous_ts_E
+        return run(self._read_groups, *args, recompute=self.recompute)
+
+    def _read_groups(self, id_NKd: Tensor, exists_NK: Tensor, *events: Any) -> Tensor:
+        x_NKd, qkv_NKd = self._read_events(id_NKd, exists_NK, *events)
+        attended_NKd = None if qkv_NKd is None else attend_in_groups(qkv_NKd, exists_NK)
+        return self._merge(x_NKd, attended_NKd, exists_NK)
 
     @fused_on_cuda
-    def _read_groups(
+    def _read_events(
         self,
         id_NKd: Tensor,
         exists_NK: Tensor,
@@ -188,10 +235,20 @@ class Embedding(nn.Module):
         features: dict[str, Tensor],
         event_ts_E: Tensor,
         previous_ts_E: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
+        """Vectors of the events, zeros where there is none, and their queries, keys and values in InnerTrans."""
         read = {name: values[event_NK] for name, values in features.items()}
-        x_NKd = self.vectors(read, event_ts_E[event_NK], previous_ts_E[event_NK], id_NKd)
-        return self.groups(x_NKd * exists_NK[..., None], exists_NK)
+        x_NKd = self.vectors(read, event_ts_E[event_NK], previous_ts_E[event_NK], id_NKd) * exists_NK[..., None]
+        if self.inner is None:
+            return x_NKd, None
+        qkv_NKd = self.inner.project(x_NKd)
+        return x_NKd.to(qkv_NKd.dtype), qkv_NKd
+
+    @fused_on_cuda
+    def _merge(self, x_NKd: Tensor, attended_NKd: Tensor | None, exists_NK: Tensor) -> Tensor:
+        if self.inner is not None and attended_NKd is not None:
+            x_NKd = self.inner.finish(x_NKd, attended_NKd) * exists_NK[..., None]
+        return self.merge(x_NKd.flatten(1))
 
     def groups(self, x_NKd: Tensor, exists_NK: Tensor | None = None) -> Tensor:
         """[N, D]: K event vectors merged into one token; absent events of a partial group count as zeros."""
@@ -213,9 +270,10 @@ class Embedding(nn.Module):
         cls_RMD = self.cls_MD.expand(len(user_key_R), -1, -1)
         return torch.cat([cls_RMD, self.user(user_key_R).unflatten(1, (self.num_user_tokens, -1))], dim=1)
 
+    @fused_on_cuda
     def requests(self, request_ts_R: Tensor, last_event_ts_R: Tensor) -> Tensor:
-        """[R, D]: what is known of a request when it is scored."""
-        return self.request_gap(request_ts_R, last_event_ts_R) + self.request_hour(request_ts_R)
+        """[R, D]: what is known of a request when it is scored, and what tells its candidates from the groups of its history."""
+        return self.request_gap(request_ts_R, last_event_ts_R) + self.request_hour(request_ts_R) + self.request_D
 
     def event_number(self, name: str, values: Tensor) -> Tensor:
         """[..., d]: a numeric feature of events."""

@@ -8,6 +8,7 @@ B histories, N full groups of all histories, P of them in query windows, R reque
 D width, H heads, Z head width, K events in a group.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from longer.arrays import RequestBatch
 from longer.model.inputs import tensors_of, under
 from longer.model.interactions import TILE_CANDIDATES, count_features
 from longer.model.layout import FlatBatch, Layout, flatten
-from longer.model.shared_attention import Readers, attend
+from longer.model.shared_attention import Readers, attend_all
 
 if TYPE_CHECKING:
     from longer.model.longer import Longer
@@ -52,11 +53,13 @@ def _outputs(
     x_CD = model.enter(request_RD, at.request_of_candidate, features_CF, candidates)
     if not len(x_CD):
         return model.leave(x_CD, features_CF, candidates["item_id"])
-    private_PD = torch.cat([tail_PD.to(x_CD.dtype), x_CD])
-    x_TD = torch.cat([x_ND.index_select(0, at.query).to(x_CD.dtype), private_PD])
-    cos, sin = model.layers[0].rotation.turn(at.position, x_TD.dtype)
-    for layer in range(len(model.layers)):
-        x_TD = model.layers[layer].run(_layer, model, flat, at, readers, layer, x_TD, x_ND, private_PD, cos, sin)
+    private_PD = torch.cat([tail_PD, x_CD.to(tail_PD.dtype)])  # in bf16, a layer's inputs and outputs are bf16 too
+    x_TD = torch.cat([x_ND.index_select(0, at.query), private_PD])
+    all_turns = model.layers[0].rotation.turn(at.position, x_TD.dtype)
+    window_turns = all_turns[0].index_select(0, at.window), all_turns[1].index_select(0, at.window)
+    for number, layer in enumerate(model.layers):
+        turns = all_turns if number == 0 else window_turns
+        x_TD = layer.run(_layer, model, flat, at, readers, number, x_TD, x_ND, private_PD, turns, window_turns)
     return model.leave(x_TD, features_CF, candidates["item_id"])
 
 
@@ -69,28 +72,25 @@ def _layer(
     x_TD: Tensor,
     x_ND: Tensor,
     private_PD: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    key_turns: tuple[Tensor, Tensor],
+    query_turns: tuple[Tensor, Tensor],
 ) -> Tensor:
     """The tokens after one layer; after the last one the candidates, which alone are read."""
     block, num_candidates = model.layers[layer], len(at.request_of_candidate)
     is_last = layer == len(model.layers) - 1
-    sizes = [flat.num_groups if layer == 0 else flat.num_queries, len(private_PD) - num_candidates, num_candidates]
-    turn = cos.index_select(0, at.window), sin.index_select(0, at.window)
-    x_AD, turn_A = x_TD, turn  # everything that has keys
-    if layer == 0:
-        x_AD, turn_A = torch.cat([x_ND.to(x_TD.dtype), private_PD]), (cos, sin)
     visible = at.visible if layer == 0 else at.visible_above
     if is_last:
-        x_TD, visible = x_TD[-num_candidates:], visible[-num_candidates:]
-        turn = turn[0][-num_candidates:], turn[1][-num_candidates:]
-    if layer == 0 or is_last:
-        query, (key, value) = block.project_queries(x_TD, *turn), block.project_keys_values(x_AD, *turn_A)
+        visible = visible[-num_candidates:]
+        x_AD = torch.cat([x_ND, private_PD]) if layer == 0 else x_TD
+        query, key, value, x_TD = block.project_last(x_AD, num_candidates, *key_turns)
+    elif layer == 0:
+        query = block.project_queries(x_TD, *query_turns)
+        key, value = block.project_keys_values(torch.cat([x_ND, private_PD]), *key_turns)
     else:
-        query, key, value = block.project(x_TD, *turn)
-    groups, tails, own = zip(key.split(sizes), value.split(sizes), strict=True)
-    tail_key, tail_value = (x.unflatten(0, (flat.num_requests, -1)) for x in tails)
-    attended = attend(query, groups, readers.of_layer(layer, is_last), visible, (tail_key, tail_value), own)
+        query, key, value = block.project(x_TD, *key_turns)
+    num_tokens = flat.num_groups if layer == 0 else flat.num_queries
+    sizes = num_tokens, len(private_PD) - num_candidates, num_candidates
+    attended = attend_all(query, key, value, sizes, readers.of_layer(layer, is_last), visible)
     return block.finish(x_TD, attended)
 
 
@@ -119,21 +119,16 @@ class _Readers(NamedTuple):
         request_P = torch.cat([request_RT, at.request_of_candidate])
         sees_PT = torch.cat([model.tail_tokens_see(exists_RT).flatten(0, 1), sees_CT])
         runs_R1 = torch.arange(num_requests + 1, device=device) * num_tail + tail_first
-        contexts = (
-            (at.group_offsets[:-1], at.num_groups, flat.max_keys[0]),
-            (at.query_offsets[:-1], at.num_queries, flat.max_keys[1]),
-        )
+        above = {"key_begin_B": at.query_offsets[:-1], "num_keys_B": at.num_queries, "max_keys": flat.max_keys[1]}
+        context = at.group_offsets[:-1], at.num_groups, flat.max_keys[0]
         offsets_JR1 = torch.stack([runs_R1, at.candidate_offsets + own_first])
+        everyone = Readers(at.segment_offsets, *context, tail_first, own_first, request_P, sees_PT, offsets_JR1)
         candidates_B1 = at.segment_offsets[2 * num_rows :] - own_first
-        everyone = [
-            Readers(at.segment_offsets, *context, tail_first, own_first, request_P, sees_PT, offsets_JR1)
-            for context in contexts
-        ]
-        only_candidates = [
-            Readers(candidates_B1, *context, 0, 0, at.request_of_candidate, sees_CT, at.candidate_offsets[None])
-            for context in contexts
-        ]
-        return _Readers((everyone[0], everyone[1]), (only_candidates[0], only_candidates[1]))
+        only_candidates = Readers(
+            candidates_B1, *context, 0, 0, at.request_of_candidate, sees_CT, at.candidate_offsets[None]
+        )
+        # Copies share the tiles, which depend on the queries alone.
+        return _Readers((everyone, replace(everyone, **above)), (only_candidates, replace(only_candidates, **above)))
 
 
 def _features(

@@ -24,13 +24,13 @@ def computed_in(weight: Tensor) -> torch.dtype:
 def fused_on_cuda(function: F) -> F:
     """The same function, compiled by `torch.compile` for any sizes where our kernels serve its first tensor argument.
 
-    A CPU gains nothing that is worth the time to compile.
+    A CPU gains nothing that is worth the time to compile. Within another compiled function it is a part of that one.
     """
     compiled: list[Callable[..., Any]] = []
 
     @wraps(function)
     def call(*args: Any) -> Any:
-        if not has_kernels(next(x for x in args if isinstance(x, Tensor))):
+        if torch.compiler.is_compiling() or not has_kernels(next(x for x in args if isinstance(x, Tensor))):
             return function(*args)
         if not compiled:
             compiled.append(torch.compile(function, dynamic=True))

@@ -1,28 +1,39 @@
-"""How states in a pool grow: new groups' rows are written beside the old ones, in every layer, and the rest stays where it is.
+"""What it takes for states in a pool to grow, worked out on the host: a few numbers a user, and how many rows of each kind.
 
-What `Longer.extend` and `Longer.tail` do for padded contexts, with the same numbers. Where everything lies is worked out on the
-host; the device is never asked.
+The rows themselves are laid out on the device (`model.grow`), in rooms at least as large as needed, so that a captured graph
+serves other users than those it was captured with.
 
-B users, E events, N new full groups of all users (flat), P computed group rows of all users (flat), R copied rows or vectors, M
-events new to an index.
+B users, E events.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import torch
-from torch import Tensor
+import numpy.typing as npt
 
 from longer.arrays import Histories, Int64
-from longer.model.attention import attend_shared
-from longer.model.fuse import has_kernels
-from longer.model.inputs import tensors_of, under
-from longer.model.longer import Longer
 from longer.model.pool import Places, StatePool
-from longer.model.pool_context import PoolContext, spans
-from longer.model.pool_index import IndexStep
-from longer.model.shared_attention import attend
+from longer.model.pool_context import PoolContext
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many of each kind there is room for. What fills a room up is written where nobody reads.
+
+    `groups` are new full ones, `computed` group rows that pass through the layers, `copied` rows and vectors that change their
+    places, all of all users. Of one user's index, `kept` events stand and `newest` come; `moves` tells whether any that stand go
+    or change their places.
+    """
+
+    events: int
+    groups: int
+    computed: int
+    copied_rows: int
+    copied_vectors: int
+    kept: int
+    newest: int
+    moves: bool
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,10 @@ class Growth:
     @property
     def merge_size(self) -> int:
         return self.pool.layout.windows.merge_size
+
+    @property
+    def layers(self) -> range:
+        return range(self.pool.layout.num_layers)
 
     @cached_property
     def end_index_B(self) -> Int64:
@@ -70,165 +85,110 @@ class Growth:
         return self.events.first_index_B // self.merge_size
 
     @cached_property
-    def has_moved_B(self) -> Int64:
+    def has_moved_B(self) -> npt.NDArray[np.bool_]:
         return (self.first_B != self.old_first_B) | (self.query_first_B != self.old_query_first_B)
 
     @cached_property
-    def new_groups(self) -> tuple[Int64, Int64]:
-        """User and number of the N new full groups that are still in the history window."""
-        return spans(np.maximum(self.old_full_B, self.first_B), self.full_B)
+    def is_elsewhere_B(self) -> npt.NDArray[np.bool_]:
+        return self.places.start_B != self.old_places.start_B
 
     @cached_property
-    def computed(self) -> tuple[Int64, Int64]:
-        """User and number of the P groups whose rows are computed: the new ones, or the query window where the windows moved."""
-        begin_B = np.where(self.has_moved_B, self.query_first_B, np.maximum(self.old_full_B, self.query_first_B))
-        return spans(begin_B, self.full_B)
+    def new_begin_B(self) -> Int64:
+        """First new full group that is still in the history window; they end before `full_B`."""
+        return np.maximum(self.old_full_B, self.first_B)
 
-    def event_number(self, row: Int64, index: Int64) -> Int64:
-        """Where a user's events with these absolute indices lie among `events`."""
-        return self.events.offsets_B1[row] + index - self.events.first_index_B[row]
+    @cached_property
+    def computed_begin_B(self) -> Int64:
+        """First group whose rows are computed: the first new one, or the query window's where the windows moved."""
+        return np.where(self.has_moved_B, self.query_first_B, np.maximum(self.old_full_B, self.query_first_B))
 
-    def group_arrays(self) -> dict[str, Int64]:
-        """`start` and `size` of the N full groups' events, then of the B partial ones."""
-        row_N, group_N = self.new_groups
-        first_N = self.event_number(row_N, group_N * self.merge_size)
-        row_B, begin_B = np.arange(len(self.full_B)), self.full_B * self.merge_size
-        return {
-            "start": np.concatenate([first_N, self.event_number(row_B, begin_B)]),
-            "size": np.concatenate([np.full(len(row_N), self.merge_size), self.end_index_B - begin_B]),
-        }
+    @cached_property
+    def index_begin_B(self) -> Int64:
+        """Absolute index of the first event that is new to the interaction index."""
+        return np.maximum(self.old_num_events_B, self.first_B * self.merge_size)
 
-    def row_arrays(self) -> dict[str, Int64]:
-        """Rows and vectors to write: `layer0` and `tokens` of new groups, `query` and `layer1` and so on of computed ones."""
-        row_N, group_N = self.new_groups
-        row_P, group_P = self.computed
-        query_N = np.flatnonzero(group_N >= self.query_first_B[row_N])
-        above_P = group_P - self.query_first_B[row_P]
+    @cached_property
+    def kept_B(self) -> Int64:
+        """Events that the interaction index holds, of which the first `dropped_B` go."""
+        return self.old_num_events_B - self.old_first_index_B
+
+    @cached_property
+    def dropped_B(self) -> Int64:
+        return np.minimum((self.first_B - self.old_first_B) * self.merge_size, self.kept_B)
+
+    @cached_property
+    def copied_begin(self) -> list[Int64]:
+        """First old group, of each layer, whose row has to go elsewhere; they end before `old_full_B`.
+
+        Rows of the layers above are computed anew where the windows moved.
+        """
+        is_put_B = ~self.is_elsewhere_B & (self.old_first_B == self.first_B)
+        begin = [np.where(is_put_B, self.old_full_B, np.maximum(self.old_first_B, self.first_B))]
+        stays_B = self.is_elsewhere_B & ~self.has_moved_B
+        return begin + [np.where(stays_B, self.query_first_B, self.old_full_B)] * (len(self.layers) - 1)
+
+    @cached_property
+    def tokens_begin_B(self) -> Int64:
+        """First old group whose input vector has to go elsewhere."""
+        is_put_B = ~self.is_elsewhere_B & (self.old_query_first_B == self.query_first_B)
+        return np.where(is_put_B, self.old_full_B, np.maximum(self.old_query_first_B, self.query_first_B))
+
+    def numbers(self) -> dict[str, Int64]:
+        """What the device must know of the users, each [B].
+
+        `row0` and so on are the row of group 0 in each layer, were it kept, and `vector` that of its input vector; `event_0` is
+        where event 0 would lie among `events`.
+        """
+        events, old, new = self.events, self.old_places, self.places
         arrays = {
-            "group": group_N,
-            "layer0": self.places.layer_B(0)[row_N] + group_N - self.first_B[row_N],
-            "in_query": query_N,
-            "tokens": (self.places.tokens_B - self.query_first_B)[row_N[query_N]] + group_N[query_N],
-            "computed": group_P,
-            "query": self.places.tokens_B[row_P] + above_P,
+            **self.context().arrays,
+            "user_key": events.user_key_B,
+            "event_0": events.offsets_B1[:-1] - events.first_index_B,
+            "events_begin": events.offsets_B1[:-1],
+            "num_new_events": np.diff(events.offsets_B1),
+            "prev_event_ts": events.prev_event_ts_B,
+            "new_begin": self.new_begin_B,
+            "computed_begin": self.computed_begin_B,
+            "old_full": self.old_full_B,
+            "old_vector": old.tokens_B - self.old_query_first_B,
+            "vector": new.tokens_B - self.query_first_B,
+            "vectors_begin": self.tokens_begin_B,
+            "index_begin": self.index_begin_B,
+            "old_event_ts": old.event_ts_B,
+            "old_event_words": old.event_words_B,
+            "kept": self.kept_B,
+            "dropped": self.dropped_B,
         }
-        for layer in range(1, self.pool.layout.num_layers):
-            arrays[f"layer{layer}"] = self.places.layer_B(layer)[row_P] + above_P
+        for layer in self.layers:
+            old_first_B, first_B = (
+                (self.old_first_B, self.first_B) if layer == 0 else (self.old_query_first_B, self.query_first_B)
+            )
+            arrays[f"old_row{layer}"] = old.layer_B(layer) - old_first_B
+            arrays[f"row{layer}"] = new.layer_B(layer) - first_B
+            arrays[f"rows_begin{layer}"] = self.copied_begin[layer]
         return arrays
 
-    def copy_arrays(self) -> dict[str, Int64]:
-        """Rows and vectors that stay but lie elsewhere: where windows moved, or the slot is another."""
-        is_elsewhere_B = self.places.start_B != self.old_places.start_B
-        rows = [self._copied(self.old_first_B, self.first_B, self.old_places.layer_B(0), self.places.layer_B(0))]
-        stand_B = is_elsewhere_B & ~self.has_moved_B
-        for layer in range(1, self.pool.layout.num_layers):
-            first_B = np.where(stand_B, self.query_first_B, self.old_full_B)  # computed anew where the windows moved
-            rows.append(self._copied(first_B, first_B, self.old_places.layer_B(layer), self.places.layer_B(layer)))
-        tokens = self._copied(
-            self.old_query_first_B, self.query_first_B, self.old_places.tokens_B, self.places.tokens_B
-        )
-        source_R, target_R = (np.concatenate(part) for part in zip(*rows, strict=True))
-        return {"from_row": source_R, "to_row": target_R, "from_vector": tokens[0], "to_vector": tokens[1]}
+    def event_arrays(self) -> dict[str, npt.NDArray]:
+        """The events, each [E]; one that nobody reads if there are none."""
+        arrays = {"event_ts": self.events.event_ts_E, **self.events.features}
+        return arrays if len(self.events.event_ts_E) else {name: np.zeros(1, x.dtype) for name, x in arrays.items()}
 
-    def _copied(self, old_first_B: Int64, first_B: Int64, old_begin_B: Int64, begin_B: Int64) -> tuple[Int64, Int64]:
-        """From where to where the old groups from `first_B` on have to go."""
-        is_put = old_begin_B - old_first_B == begin_B - first_B  # nothing to do
-        row_R, group_R = spans(np.where(is_put, self.old_full_B, np.maximum(old_first_B, first_B)), self.old_full_B)
-        return (old_begin_B - old_first_B)[row_R] + group_R, (begin_B - first_B)[row_R] + group_R
-
-    def index_step(self) -> tuple[IndexStep, Int64]:
-        """How the interaction index grows, and which of `events` are new to it, [M]."""
-        first_index_B = self.first_B * self.merge_size
-        begin_B = np.maximum(self.old_num_events_B, first_index_B)
-        row_M, index_M = spans(begin_B, self.end_index_B)
-        kept_B = self.old_num_events_B - self.old_first_index_B
-        dropped_B = np.minimum(first_index_B - self.old_first_index_B, kept_B)
-        step = IndexStep(
-            old=self.old_places,
-            new=self.places,
-            kept_B=kept_B,
-            dropped_B=dropped_B,
-            row_M=row_M,
-            slot_M=index_M - begin_B[row_M],
-            number_M=index_M - first_index_B[row_M],
+    def room(self) -> Room:
+        """Exactly as much as it takes."""
+        return Room(
+            events=max(1, len(self.events.event_ts_E)),
+            groups=_total(self.new_begin_B, self.full_B),
+            computed=_total(self.computed_begin_B, self.full_B),
+            copied_rows=sum(_total(begin_B, self.old_full_B) for begin_B in self.copied_begin),
+            copied_vectors=_total(self.tokens_begin_B, self.old_full_B),
+            kept=int(self.kept_B.max(initial=0)),
+            newest=int((self.end_index_B - self.index_begin_B).max(initial=0)),
+            moves=bool((self.dropped_B > 0).any() or self.is_elsewhere_B.any()),
         )
-        return step, self.event_number(row_M, index_M)
 
     def context(self) -> PoolContext:
         return PoolContext(self.pool, self.places, self.first_B, self.query_first_B, self.end_index_B)
 
 
-def grow(model: Longer, growth: Growth) -> None:
-    """Writes everything that the states after `growth.events` hold into their places."""
-    pool, events = growth.pool, growth.events
-    num_users, step = len(events), growth.index_step()
-    arrays = growth.group_arrays() | growth.row_arrays() | growth.copy_arrays()
-    arrays |= {"user_key": events.user_key_B, "end_index": growth.end_index_B, "index_event": step[1]}
-    arrays |= _event_arrays(events)
-    at = tensors_of(arrays, pool.device)
-    features = under("event.", at)
-    x_GD = model.embedding.event_groups(features, at["event_ts"], at["previous_ts"], at["start"], at["size"])
-    x_ND, partial_BD = x_GD.split([len(x_GD) - num_users, num_users])
-
-    _copy(pool, at)
-    pool.write_rows(at["layer0"], *model.layers[0].keys_values(x_ND, at["group"]))
-    pool.write_vectors(at["tokens"], x_ND.index_select(0, at["in_query"]))
-    context = growth.context()
-    _grow_layers(model, growth, context, at, pool.read_vectors(at["query"], x_ND.dtype))
-    row_B = torch.arange(num_users, device=pool.device)
-    context.write_tail(model.tail_of_groups(context, row_B, at["end_index"], at["user_key"], partial_BD))
-    if model.settings.interactions:
-        keys_MF = torch.stack([features[name][at["index_event"]] for name in model.interaction_fields], dim=-1)
-        step[0].carry_out(pool, keys_MF, at["event_ts"][at["index_event"]])
-
-
-def _grow_layers(model: Longer, growth: Growth, context: PoolContext, at: dict[str, Tensor], x_PD: Tensor) -> None:
-    """The computed rows through the layers; a row's own group is its newest key."""
-    row_P, group_P = growth.computed
-    if not len(row_P):
-        return
-    num_queries_B = np.bincount(row_P, minlength=len(growth.events))
-    visible = [group_P - first_B[row_P] + 1 for first_B in (growth.first_B, growth.query_first_B)]
-    sent = tensors_of(
-        {"visible0": visible[0], "visible1": visible[1], "offsets": np.append(0, np.cumsum(num_queries_B))},
-        growth.pool.device,
-    )
-    for layer, block in enumerate(model.layers):
-        if layer > 0:
-            growth.pool.write_rows(at[f"layer{layer}"], *block.keys_values(x_PD, at["computed"]))
-        if layer < len(model.layers) - 1:
-            query_PHZ = block.queries(x_PD, at["computed"])
-            num_visible_P = sent[f"visible{min(layer, 1)}"]
-            if has_kernels(query_PHZ):
-                groups = context.groups(layer, query_PHZ.dtype)
-                attended_PD = attend(query_PHZ, groups.pair_NHZ, groups.readers(sent["offsets"]), num_visible_P)
-            else:
-                nothing = query_PHZ[:, None][:, :0]
-                attended_PD = attend_shared(
-                    query_PHZ,
-                    *context.rows(layer, query_PHZ.dtype),
-                    num_queries_B.tolist(),
-                    num_visible_P,
-                    nothing,
-                    nothing,
-                    nothing[..., 0, 0].bool(),
-                )
-            x_PD = block.finish(x_PD, attended_PD)
-
-
-def _copy(pool: StatePool, at: dict[str, Tensor]) -> None:
-    """Everything is read before anything is written: sources and targets may overlap."""
-    rows_RI = pool.words_NI.index_select(0, at["from_row"])
-    vectors_VI = pool.words_VI.index_select(0, at["from_vector"])
-    pool.words_NI.index_copy_(0, at["to_row"], rows_RI)
-    pool.words_VI.index_copy_(0, at["to_vector"], vectors_VI)
-
-
-def _event_arrays(events: Histories) -> dict[str, np.ndarray]:
-    """The events, with the time before each; one that nobody reads if there are none."""
-    previous_E = np.roll(events.event_ts_E, 1)
-    has_events_B = np.diff(events.offsets_B1) > 0
-    previous_E[events.offsets_B1[:-1][has_events_B]] = events.prev_event_ts_B[has_events_B]
-    arrays = {"event_ts": events.event_ts_E, "previous_ts": previous_E}
-    arrays |= {f"event.{name}": values for name, values in events.features.items()}
-    return arrays if len(previous_E) else {name: np.zeros(1, x.dtype) for name, x in arrays.items()}
+def _total(begin_B: Int64, end_B: Int64) -> int:
+    return int(np.maximum(end_B - begin_B, 0).sum())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from longer.arrays import Candidates, Histories, RequestBatch
@@ -38,6 +39,22 @@ class EventTensors:
         previous_E[starts] = self.prev_event_ts_B[self.num_events_B > 0]
         return previous_E
 
+    def slice_events(self, row_N: Tensor, start_N: Tensor, end_N: Tensor, num_events: int) -> "EventTensors":
+        """`Histories.slice_events` where the events lie: of row `row_N[i]`, [start_N[i], end_N[i]), `num_events` in all."""
+        lengths_N = end_N - start_N
+        offsets_N1 = F.pad(lengths_N.cumsum(0), (1, 0))
+        base_N = self.offsets_B1[row_N] - self.first_index_B[row_N] + start_N
+        shift_E = torch.repeat_interleave(base_N - offsets_N1[:-1], lengths_N, output_size=num_events)
+        event_E = shift_E + torch.arange(num_events, device=shift_E.device)
+        return EventTensors(
+            user_key_B=self.user_key_B[row_N],
+            offsets_B1=offsets_N1,
+            first_index_B=start_N,
+            prev_event_ts_B=self.last_ts_R(row_N, start_N),
+            event_ts_E=self.event_ts_E[event_E],
+            features={name: values[event_E] for name, values in self.features.items()},
+        )
+
     def last_ts_R(self, row_R: Tensor, end_R: Tensor) -> Tensor:
         """Time of the event just before absolute index `end_R` of history `row_R`; `NO_EVENT_TS` where there is none."""
         offset_R = end_R - self.first_index_B[row_R]
@@ -64,9 +81,13 @@ class RequestTensors:
         return len(self.row_R)
 
     @property
+    def num_candidates(self) -> int:
+        """Known here, so that a device need not be asked."""
+        return len(self.candidates["item_id"])
+
+    @property
     def request_of_candidate_C(self) -> Tensor:
-        num_candidates = len(self.candidates["item_id"])  # known here, so that a device need not be asked
-        return torch.repeat_interleave(self.candidate_offsets_R1.diff(), output_size=num_candidates)
+        return torch.repeat_interleave(self.candidate_offsets_R1.diff(), output_size=self.num_candidates)
 
 
 @dataclass(frozen=True)

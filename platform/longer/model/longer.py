@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from longer.model.attention import Block, attend_groups, attend_shared
 from longer.model.context import Context, SharedContext, Tail, offsets_of, ranges, splice, take_rows
 from longer.model.flat import flat_forward
-from longer.model.fuse import has_kernels
+from longer.model.fuse import fused_on_cuda, has_kernels
 from longer.model.inputs import BatchTensors, EventTensors, RequestTensors
 from longer.model.interactions import CandidateIndex, InteractionIndex
 from longer.model.ranker import Ranker
@@ -36,6 +36,7 @@ class Longer(Ranker):
             Block(settings.width, settings.num_heads, settings.feed_forward_ratio, settings.dropout)
             for _ in range(settings.num_self_layers + 1)
         )
+        self.layers[0].begin_as_search(self.embedding.request_D)
         if not settings.is_appendable:
             self.variant = Variant(settings)
 
@@ -169,46 +170,63 @@ class Longer(Ranker):
         """`tail` of partial groups that are tokens already; any where there is none."""
         globals_RMD = self.embedding.user_globals(user_key_R)
         x_RTD = torch.cat([partial_RD[:, None], globals_RMD.to(partial_RD.dtype)], dim=1)
-        full_R = history_end_R // self.windows.merge_size
-        has_partial_R = full_R * self.windows.merge_size < history_end_R
-        exists_RT = torch.cat([has_partial_R[:, None], has_partial_R.new_ones(globals_RMD.shape[:2])], dim=1)
-        kind_T = self.tail_kinds(row_R.device)
-        position_RT = torch.where(kind_T == GROUP, full_R[:, None], self.windows.num_groups(history_end_R)[:, None])
-        seen_RTT = self.tail_tokens_see(exists_RT)
-        num_tail, with_kernels = len(kind_T), has_kernels(x_RTD)
-        num_rows = len(context.first_of_layer_B(0))
-        if with_kernels:
-            request_P = torch.arange(seen_RTT.shape[0], device=row_R.device).repeat_interleave(num_tail)
-            reads = {"request_P": request_P, "sees_PT": seen_RTT.flatten(0, 1)}
+        num_tail, num_rows = x_RTD.shape[1], len(context.first_of_layer_B(0))
+        first = context.first_of_layer_B(0), context.first_of_layer_B(1)
+        exists_RT, seen_PT, request_P, position_P, *visible = self._tail_reads(history_end_R, row_R, *first)
+        x_PD = x_RTD.flatten(0, 1)
+        turn = self.layers[0].rotation.turn(position_P, x_PD.dtype)
+        if has_kernels(x_PD):
             offsets_B1 = offsets_of(row_R, num_rows) * num_tail
+            readers: Readers | None = None
         else:
             num_queries_B = (torch.bincount(row_R, minlength=num_rows) * num_tail).tolist()
         keys, values = [], []
-        for layer, block in enumerate(self.layers):
-            key_RTHZ, value_RTHZ = block.keys_values(x_RTD, position_RT)
+        for layer, block in enumerate(self.layers[:-1]):
+            query_PHZ, *pair_PHZ = block.project(x_PD, *turn)
+            key_RTHZ, value_RTHZ = (x.unflatten(0, exists_RT.shape) for x in pair_PHZ)
             keys.append(key_RTHZ)
             values.append(value_RTHZ)
-            if layer == len(self.layers) - 1:
-                break
-            query_PHZ = block.queries(x_RTD, position_RT).flatten(0, 1)
-            num_visible_P = (full_R - context.first_of_layer_B(layer)[row_R]).repeat_interleave(num_tail)
-            if with_kernels:
+            num_visible_P = visible[min(layer, 1)]
+            if has_kernels(x_PD):
                 groups = context.groups(layer, query_PHZ.dtype)
-                readers = groups.readers(offsets_B1, **reads)
+                reads = {"request_P": request_P, "sees_PT": seen_PT}
+                readers = groups.over(readers) if readers else groups.readers(offsets_B1, **reads)
                 attended_PD = attend(query_PHZ, groups.pair_NHZ, readers, num_visible_P, (key_RTHZ, value_RTHZ))
-                x_RTD = block.finish(x_RTD, attended_PD.view_as(x_RTD))
-                continue
-            attended_PD = attend_shared(
-                query_PHZ,
-                *context.rows(layer, query_PHZ.dtype),
-                num_queries_B,
-                num_visible_P,
-                key_RTHZ.repeat_interleave(num_tail, dim=0),
-                value_RTHZ.repeat_interleave(num_tail, dim=0),
-                seen_RTT.flatten(0, 1),
-            )
-            x_RTD = block.finish(x_RTD, attended_PD.view_as(x_RTD))
-        return Tail(keys, values, exists_RT, x_RTD)
+            else:
+                attended_PD = attend_shared(
+                    query_PHZ,
+                    *context.rows(layer, query_PHZ.dtype),
+                    num_queries_B,
+                    num_visible_P,
+                    key_RTHZ.repeat_interleave(num_tail, dim=0),
+                    value_RTHZ.repeat_interleave(num_tail, dim=0),
+                    seen_PT,
+                )
+            x_PD = block.finish(x_PD, attended_PD)
+        key_RTHZ, value_RTHZ = (
+            x.unflatten(0, exists_RT.shape) for x in self.layers[-1].project_keys_values(x_PD, *turn)
+        )
+        return Tail([*keys, key_RTHZ], [*values, value_RTHZ], exists_RT, x_PD.view_as(x_RTD))
+
+    @fused_on_cuda
+    def _tail_reads(
+        self, history_end_R: Tensor, row_R: Tensor, first_B: Tensor, query_first_B: Tensor
+    ) -> tuple[Tensor, ...]:
+        """What exists of tails, what its P = R * T tokens see of it, their requests, positions, and groups seen by layer."""
+        windows, kind_T = self.windows, self.tail_kinds(row_R.device)
+        full_R = history_end_R // windows.merge_size
+        has_partial_R = full_R * windows.merge_size < history_end_R
+        exists_RT = has_partial_R[:, None] | (kind_T == GLOBAL)
+        position_RT = torch.where(kind_T == GROUP, full_R[:, None], windows.num_groups(history_end_R)[:, None])
+        request_RT = torch.arange(len(row_R), device=row_R.device)[:, None].expand_as(exists_RT)
+        visible = [(full_R - of_B[row_R])[:, None].expand_as(exists_RT).flatten() for of_B in (first_B, query_first_B)]
+        return (
+            exists_RT,
+            self.tail_tokens_see(exists_RT).flatten(0, 1),
+            request_RT.flatten(),
+            position_RT.flatten(),
+            *visible,
+        )
 
     def candidates(
         self,
@@ -219,16 +237,15 @@ class Longer(Ranker):
         last_event_ts_R: Tensor,
     ) -> Tensor:
         """[C, tasks]: each candidate against context, its request's tail and itself, never another candidate."""
-        request_C = batch.request_of_candidate_C
-        row_C = batch.row_R[request_C]
+        first = context.first_of_layer_B(0), context.first_of_layer_B(1)
+        request_C, row_C, position_C, sees_tail_CT, *visible = self._candidate_reads(
+            batch.history_end_R, batch.row_R, batch.candidate_offsets_R1, batch.num_candidates, tail.exists_RT, *first
+        )
         request_RD = self.embedding.requests(batch.request_ts_R, last_event_ts_R)
         features_CF = None if index is None else self.interactions(index, batch, row_C, request_C, request_RD.dtype)
         x_CD = self.enter(request_RD, request_C, features_CF, batch.candidates)
-        full_C = (batch.history_end_R // self.windows.merge_size)[request_C]
-        position_C = self.windows.num_groups(batch.history_end_R)[request_C]
         turn = self.layers[0].rotation.turn(position_C, x_CD.dtype)
-        sees_tail_CT = self.candidates_see_tail(tail.exists_RT)[request_C]
-        num_rows = len(context.first_of_layer_B(0))
+        num_rows = len(first[0])
         if has_kernels(x_CD):
             offsets_B1 = batch.candidate_offsets_R1[offsets_of(batch.row_R, num_rows)]
             reads = {
@@ -242,7 +259,7 @@ class Longer(Ranker):
             sees_CS = torch.cat([sees_tail_CT, sees_tail_CT.new_ones(len(row_C), 1)], dim=1)
         for layer, block in enumerate(self.layers):
             query_CHZ, key_CHZ, value_CHZ = block.project(x_CD, *turn)
-            num_visible_C = full_C - context.first_of_layer_B(layer)[row_C]
+            num_visible_C = visible[min(layer, 1)]
             if has_kernels(x_CD):
                 groups = context.groups(layer, query_CHZ.dtype)
                 readers = groups.over(readers) if readers else groups.readers(offsets_B1, **reads)
@@ -266,6 +283,25 @@ class Longer(Ranker):
                 )
             x_CD = block.finish(x_CD, attended_CD)
         return self.leave(x_CD, features_CF, batch.candidates["item_id"])
+
+    @fused_on_cuda
+    def _candidate_reads(
+        self,
+        history_end_R: Tensor,
+        row_R: Tensor,
+        offsets_R1: Tensor,
+        num_candidates: int,
+        exists_RT: Tensor,
+        first_B: Tensor,
+        query_first_B: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Candidates' requests, histories, positions, which tail tokens they see, and groups seen by layer."""
+        place_C = torch.arange(num_candidates, device=row_R.device)
+        request_C = torch.searchsorted(offsets_R1, place_C, right=True) - 1  # not in a slice: see `grow.Spans`
+        row_C, full_C = row_R[request_C], (history_end_R // self.windows.merge_size)[request_C]
+        visible = [full_C - of_B[row_C] for of_B in (first_B, query_first_B)]
+        position_C = self.windows.num_groups(history_end_R)[request_C]
+        return request_C, row_C, position_C, self.candidates_see_tail(exists_RT)[request_C], *visible
 
     def candidates_see_tail(self, exists_RT: Tensor) -> Tensor:
         """[R, T]: the tail tokens that a request's candidates see."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from longer.arrays import Int64
 from longer.model.longer import Longer
+from longer.model.pinned import pinned_words
 from longer.slots import Move, SlotAllocator, slot_sizes
 from longer.windows import WindowRule
 
@@ -170,9 +171,11 @@ class StatePool:
         self.layout = layout
         slab_rows = 2 * layout.largest_rows
         num_rows = -(-num_bytes // (slab_rows * layout.row_bytes)) * slab_rows
-        self.words_NI = torch.empty(
-            num_rows + 1, 2 * layout.vector_words, dtype=torch.int64, device=device, pin_memory=pinned
-        )
+        shape = num_rows + 1, 2 * layout.vector_words
+        if pinned:
+            self.words_NI = pinned_words(shape[0] * shape[1]).view(shape)
+        else:
+            self.words_NI = torch.empty(shape, dtype=torch.int64, device=device)
         self.slots = SlotAllocator(num_rows, layout.largest_rows, layout.smallest_rows, self._move)
 
     @staticmethod
@@ -209,6 +212,14 @@ class StatePool:
     def trash_word(self) -> int:
         return self.words_NI.numel() - 1
 
+    @property
+    def trash_row(self) -> int:
+        return len(self.words_NI) - 1
+
+    @property
+    def trash_vector(self) -> int:
+        return len(self.words_VI) - 1
+
     def places(self, starts: Int64, sizes: Int64) -> Places:
         groups = np.array([self.layout.groups_in(int(size)) for size in sizes], np.int64)
         return Places(self.layout, starts, groups)
@@ -235,16 +246,21 @@ class StatePool:
     def _encoded(self, x_PHZ: Tensor) -> Tensor:
         """[P, words] of vectors, as they are kept."""
         layout, num_values = self.layout, self.layout.num_heads * self.layout.head_width
+        if layout.precision != "int8" and num_values * layout.dtype.itemsize == layout.vector_words * _WORD_BYTES:
+            return self._as_kept(x_PHZ).flatten(1).contiguous().view(torch.int64)
         words = self.words_NI.new_zeros(len(x_PHZ), layout.vector_words)
         if layout.precision == "int8":
             x_PHZ = x_PHZ.float()
             scale_PH = x_PHZ.abs().amax(-1).clamp_min(1e-12) / 127
             words.view(torch.float32)[:, -layout.num_heads :] = scale_PH
             x_PHZ = (x_PHZ / scale_PH[..., None]).round()
-        elif layout.precision == "fp8":
-            x_PHZ = x_PHZ.clamp(-_FP8_MAX, _FP8_MAX)
-        words.view(layout.dtype)[:, :num_values] = x_PHZ.flatten(1).to(layout.dtype)
+        words.view(layout.dtype)[:, :num_values] = self._as_kept(x_PHZ).flatten(1)
         return words
+
+    def _as_kept(self, x_PHZ: Tensor) -> Tensor:
+        if self.layout.precision == "fp8":
+            x_PHZ = x_PHZ.clamp(-_FP8_MAX, _FP8_MAX)
+        return x_PHZ.to(self.layout.dtype)
 
     def _decoded(self, words_PI: Tensor, dtype: torch.dtype) -> Tensor:
         """[P, H, Z] of vectors as they are kept."""

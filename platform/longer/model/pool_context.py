@@ -76,9 +76,7 @@ class PoolContext:
         return _tail(self.pool, self.numbers, dtype)
 
     def write_tail(self, tail: Tail) -> None:
-        number_T = torch.arange(self.pool.layout.num_tail, device=self.pool.device)
-        for layer, (key_BTHZ, value_BTHZ) in enumerate(zip(tail.keys, tail.values, strict=True)):
-            self.pool.write_rows(self.numbers[f"tail{layer}"][:, None] + number_T, key_BTHZ, value_BTHZ)
+        _write_tail(self.pool, self.numbers, tail)
 
     def _num_keys_B(self, layer: int) -> Int64:
         return self.end_B - (self.first_B if layer == 0 else self.query_first_B)
@@ -116,13 +114,24 @@ class StagedContext:
     def tail(self, dtype: torch.dtype) -> Tail:
         return _tail(self.pool, self.numbers, dtype)
 
+    def write_tail(self, tail: Tail) -> None:
+        _write_tail(self.pool, self.numbers, tail)
+
 
 def _tail(pool: StatePool, numbers: dict[str, Tensor], dtype: torch.dtype) -> Tail:
     layout, num_events_B = pool.layout, numbers["num_events"]
     number_T = torch.arange(layout.num_tail, device=pool.device)
-    pairs = [pool.read_rows(numbers[f"tail{layer}"][:, None] + number_T, dtype) for layer in range(layout.num_layers)]
+    first_LB = torch.stack([numbers[f"tail{layer}"] for layer in range(layout.num_layers)])
+    key_LBTHZ, value_LBTHZ = pool.read_rows(first_LB[..., None] + number_T, dtype)
     exists_BT = (number_T > 0) | (num_events_B % layout.windows.merge_size > 0)[:, None]
-    return Tail([key for key, _ in pairs], [value for _, value in pairs], exists_BT)
+    return Tail(list(key_LBTHZ), list(value_LBTHZ), exists_BT)
+
+
+def _write_tail(pool: StatePool, numbers: dict[str, Tensor], tail: Tail) -> None:
+    """Who fills a batch up has a tail in the pool's last row."""
+    number_T = torch.arange(pool.layout.num_tail, device=pool.device)
+    rows = [(numbers[f"tail{layer}"][:, None] + number_T).clamp_max(pool.trash_row) for layer in range(len(tail.keys))]
+    pool.write_rows(torch.stack(rows), torch.stack(tail.keys), torch.stack(tail.values))
 
 
 def spans(begin_B: Int64, end_B: Int64) -> tuple[Int64, Int64]:

@@ -8,16 +8,15 @@ B states, L events of a state (padded), M new events of all states, n of a state
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from longer.arrays import Int64
 from longer.model.fuse import fused_on_cuda
-from longer.model.inputs import tensors_of
+from longer.model.growth import Room
 from longer.model.interactions import PAD, features_of_counts, number_of, pair, query_pairs
-from longer.model.pool import Places, StatePool
+from longer.model.pool import StatePool
 
 
 @dataclass(frozen=True)
@@ -40,22 +39,41 @@ class PoolIndex:
         count_events: Sequence[int],
         dtype: torch.dtype,
     ) -> Tensor:
-        words_I, first_C = self.pool.words_I, self.first_index_B[row_C]
-        end_C, begin_C = end_C - first_C, begin_C - first_C
-        field_F = torch.arange(keys_CF.shape[1], device=keys_CF.device)
-        begin_CF = self.event_ts_B[row_C][:, None] + (1 + field_F) * self.event_words_B[row_C][:, None]
-        wanted_CFV = query_pairs(keys_CF, begin_C, end_C, count_events)
-        held_C = self.num_events_B[row_C] - first_C
         most_events = (self.pool.layout.most_groups + 1) * self.pool.layout.windows.merge_size
-        rank_CFV = _rank(words_I, begin_CF, held_C, wanted_CFV, most_events.bit_length())
-        count_CFV = rank_CFV[..., :1] - rank_CFV[..., 1:]
-        newest_CF = number_of(words_I[begin_CF + (rank_CFV[..., 0] - 1).clamp_min(0)])
-        newest_CF = torch.where(count_CFV[..., 0] > 0, newest_CF, 0)
-        newest_ts_CF = words_I[self.event_ts_B[row_C][:, None] + newest_CF]
-        return features_of_counts(keys_CF, count_CFV, newest_CF, newest_ts_CF, end_C, request_ts_C, dtype)
+        places = self.event_ts_B, self.event_words_B, self.first_index_B, self.num_events_B
+        asked = row_C, begin_C, end_C, request_ts_C, keys_CF
+        return _features(self.pool.words_I, *places, *asked, tuple(count_events), most_events.bit_length(), dtype)
 
 
 @fused_on_cuda
+def _features(
+    words_I: Tensor,
+    event_ts_B: Tensor,
+    event_words_B: Tensor,
+    first_index_B: Tensor,
+    num_events_B: Tensor,
+    row_C: Tensor,
+    begin_C: Tensor,
+    end_C: Tensor,
+    request_ts_C: Tensor,
+    keys_CF: Tensor,
+    count_events: tuple[int, ...],
+    num_steps: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    first_C = first_index_B[row_C]
+    end_C, begin_C = end_C - first_C, begin_C - first_C
+    field_F = torch.arange(keys_CF.shape[1], device=keys_CF.device)
+    begin_CF = event_ts_B[row_C][:, None] + (1 + field_F) * event_words_B[row_C][:, None]
+    wanted_CFV = query_pairs(keys_CF, begin_C, end_C, count_events)
+    rank_CFV = _rank(words_I, begin_CF, num_events_B[row_C] - first_C, wanted_CFV, num_steps)
+    count_CFV = rank_CFV[..., :1] - rank_CFV[..., 1:]
+    newest_CF = number_of(words_I[begin_CF + (rank_CFV[..., 0] - 1).clamp_min(0)])
+    newest_CF = torch.where(count_CFV[..., 0] > 0, newest_CF, 0)
+    newest_ts_CF = words_I[event_ts_B[row_C][:, None] + newest_CF]
+    return features_of_counts(keys_CF, count_CFV, newest_CF, newest_ts_CF, end_C, request_ts_C, dtype)
+
+
 def _rank(words_I: Tensor, begin_CF: Tensor, held_C: Tensor, wanted_CFV: Tensor, num_steps: int) -> Tensor:
     """How many of the `held_C` sorted words from `begin_CF` on are smaller than each wanted one."""
     low_CFV = torch.zeros_like(wanted_CFV)
@@ -69,60 +87,72 @@ def _rank(words_I: Tensor, begin_CF: Tensor, held_C: Tensor, wanted_CFV: Tensor,
     return low_CFV
 
 
-@dataclass(frozen=True)
-class IndexStep:
-    """B indices before and after their next events: `kept_B` events of which the first `dropped_B` go, M new ones.
+class NewEvents(NamedTuple):
+    """M events new to B indices, and fillers that do not exist: event m has `number_M[m]` in the window of state `row_M[m]`."""
 
-    New event m belongs to state `row_M[m]`, is its `slot_M[m]`th new one and has `number_M[m]` in its window.
+    keys_MF: Tensor
+    event_ts_M: Tensor
+    row_M: Tensor
+    number_M: Tensor
+    exists_M: Tensor
+
+
+def grow_index(pool: StatePool, at: dict[str, Tensor], room: Room, new: NewEvents) -> None:
+    """Writes B indices with their new events in their new places; the old ones' memory may be the same.
+
+    `at` holds how many events each state `kept`, of which the first `dropped` go, and where they lie.
     """
+    new_BFn = _padded_pairs(new.keys_MF, new, at["kept"] - at["dropped"], room.newest).sort(dim=-1).values
+    words_I, trash_word = pool.words_I, pool.trash_word
+    target_W, word_W = _written(words_I, new_BFn, at, new, room.kept, room.moves, trash_word)
+    words_I[target_W] = word_W
 
-    old: Places
-    new: Places
-    kept_B: Int64
-    dropped_B: Int64
-    row_M: Int64
-    slot_M: Int64
-    number_M: Int64
 
-    def carry_out(self, pool: StatePool, keys_MF: Tensor, event_ts_M: Tensor) -> None:
-        """Writes the indices in their new places; the old ones' memory may be the same."""
-        arrays = {
-            "old": self.old.event_ts_B,
-            "old_words": self.old.event_words_B,
-            "new": self.new.event_ts_B,
-            "new_words": self.new.event_words_B,
-            "kept": self.kept_B,
-            "dropped": self.dropped_B,
-            "row": self.row_M,
-            "slot": self.slot_M,
-            "number": self.number_M,
-        }
-        at = tensors_of(arrays, pool.device)
-        num_states, num_fields = len(self.kept_B), keys_MF.shape[1]
-        field_F = 1 + torch.arange(num_fields, device=pool.device)
-        most_new, most_kept = int(self.slot_M.max(initial=-1)) + 1, int(self.kept_B.max(initial=0))
-        new_BnF = keys_MF.new_full((num_states, most_new, num_fields), PAD)
-        new_BnF[at["row"], at["slot"]] = pair(keys_MF, at["number"][:, None])
-        new_BFn = new_BnF.transpose(1, 2).contiguous().sort(dim=-1).values
-        begin_BF = at["new"][:, None] + field_F * at["new_words"][:, None]
+@fused_on_cuda
+def _padded_pairs(keys_MF: Tensor, new: NewEvents, stay_B: Tensor, newest: int) -> Tensor:
+    """[B, F, n]: the new events' pairs, in no order."""
+    num_fields, num_states = keys_MF.shape[1], len(stay_B)
+    place_M = new.row_M * newest + new.number_M - stay_B[new.row_M]
+    place_M = torch.where(new.exists_M, place_M, num_states * newest)  # the last place is for fillers
+    pairs_F1n = keys_MF.new_full((num_fields, num_states * newest + 1), PAD)
+    fields_F1 = torch.arange(num_fields, device=keys_MF.device)[:, None]
+    pairs_F1n = pairs_F1n.index_put((fields_F1, place_M), pair(keys_MF, new.number_M[:, None]).T)
+    return pairs_F1n[:, :-1].unflatten(1, (num_states, newest)).transpose(0, 1).contiguous()
 
-        number_L = torch.arange(most_kept, device=pool.device)
-        is_kept_BL = number_L < at["kept"][:, None]
-        old_BF = at["old"][:, None] + field_F * at["old_words"][:, None]
-        read_BFL = torch.where(is_kept_BL[:, None], old_BF[..., None] + number_L, pool.trash_word)
-        old_BFL = pool.words_I[read_BFL].masked_fill(~is_kept_BL[:, None], PAD)
-        old_ts_BL = pool.words_I[torch.where(is_kept_BL, at["old"][:, None] + number_L, pool.trash_word)]
-        if self.dropped_B.any():
-            old_BFL = _without(old_BFL, at["dropped"])
-        for pairs, others in ((old_BFL, new_BFn), (new_BFn, old_BFL)):
-            place = torch.arange(pairs.shape[-1], device=pool.device) + torch.searchsorted(others, pairs)
-            target = torch.where(pairs < PAD, begin_BF[..., None] + place, pool.trash_word)
-            pool.words_I[target] = pairs
-        if (self.dropped_B > 0).any() or not np.array_equal(self.old.start_B, self.new.start_B):
-            number_BL = number_L - at["dropped"][:, None]
-            stays_BL = is_kept_BL & (number_BL >= 0)
-            pool.words_I[torch.where(stays_BL, at["new"][:, None] + number_BL, pool.trash_word)] = old_ts_BL
-        pool.words_I[at["new"][at["row"]] + at["number"]] = event_ts_M
+
+@fused_on_cuda
+def _written(
+    words_I: Tensor,
+    new_BFn: Tensor,
+    at: dict[str, Tensor],
+    new: NewEvents,
+    most_kept: int,
+    moves: bool,
+    trash_word: int,
+) -> tuple[Tensor, Tensor]:
+    """Words to write, and where: pairs kept and new, and times."""
+    field_F = 1 + torch.arange(new_BFn.shape[1], device=words_I.device)
+    begin_BF = at["event_ts"][:, None] + field_F * at["event_words"][:, None]
+    number_L = torch.arange(most_kept, device=words_I.device)
+    is_kept_BL = number_L < at["kept"][:, None]
+    old_BF = at["old_event_ts"][:, None] + field_F * at["old_event_words"][:, None]
+    read_BFL = torch.where(is_kept_BL[:, None], old_BF[..., None] + number_L, trash_word)
+    old_BFL = words_I[read_BFL].masked_fill(~is_kept_BL[:, None], PAD)
+    if moves:
+        old_BFL = _without(old_BFL, at["dropped"])
+    targets = [torch.where(new.exists_M, at["event_ts"][new.row_M] + new.number_M, trash_word)]
+    words = [new.event_ts_M]
+    for pairs, others in ((old_BFL, new_BFn), (new_BFn, old_BFL)):
+        place = torch.arange(pairs.shape[-1], device=words_I.device) + torch.searchsorted(others, pairs)
+        targets.append(torch.where(pairs < PAD, begin_BF[..., None] + place, trash_word).flatten())
+        words.append(pairs.flatten())
+    if moves:
+        number_BL = number_L - at["dropped"][:, None]
+        stays_BL = is_kept_BL & (number_BL >= 0)
+        old_ts_BL = words_I[torch.where(is_kept_BL, at["old_event_ts"][:, None] + number_L, trash_word)]
+        targets.append(torch.where(stays_BL, at["event_ts"][:, None] + number_BL, trash_word).flatten())
+        words.append(old_ts_BL.flatten())
+    return torch.cat(targets), torch.cat(words)
 
 
 def _without(pairs_BFL: Tensor, dropped_B: Tensor) -> Tensor:

@@ -61,9 +61,9 @@ class Ranker(nn.Module):
         return [p for p in self.parameters() if p.requires_grad and id(p) not in tables]
 
     def set_recompute(self, recompute: bool) -> None:
-        """Whether layers forget their activations and compute them again in the backward pass."""
+        """Whether layers and groups forget their activations and compute them again in the backward pass."""
         for module in self.modules():
-            if isinstance(module, Block):
+            if isinstance(module, Block | Embedding):
                 module.recompute = recompute
 
     def large_tables(self) -> dict[str, HashedTable]:

@@ -85,6 +85,18 @@ def attend(
     return _Attention.apply(query_PHZ, *context_NHZ, *tail, *own, readers, num_visible_P).flatten(-2)
 
 
+def attend_all(
+    query_PHZ: Tensor,
+    key_AHZ: Tensor,
+    value_AHZ: Tensor,
+    sizes: tuple[int, int, int],
+    readers: Readers,
+    num_visible_P: Tensor,
+) -> Tensor:
+    """`attend` where context, tails and own keys lie one after the other, of these `sizes`: gradients are written in one piece."""
+    return _AttentionOfAll.apply(query_PHZ, key_AHZ, value_AHZ, sizes, readers, num_visible_P).flatten(-2)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -99,9 +111,6 @@ class _Attention(torch.autograd.Function):
         readers: Readers,
         num_visible_P: Tensor,
     ) -> Tensor:
-        from longer.model.shared_attention_triton import forward_kernel
-
-        num_queries, num_heads, width = query_PHZ.shape
         num_tail, has_own = 0 if tail_key_RTHZ is None else tail_key_RTHZ.shape[1], own_key_CHZ is not None
         flat_tail = [None if x is None else x.flatten(0, 1) for x in (tail_key_RTHZ, tail_value_RTHZ)]
         # The kernels do not read what is absent: the queries stand in for it.
@@ -109,59 +118,120 @@ class _Attention(torch.autograd.Function):
             _packed(query_PHZ if x is None else x)
             for x in (query_PHZ, key_NHZ, value_NHZ, *flat_tail, own_key_CHZ, own_value_CHZ)
         ]
-        out_PHZ = query_PHZ.new_empty(query_PHZ.shape)
-        lse_PH = query_PHZ.new_empty(num_queries, num_heads, dtype=torch.float32)
-        sizes = _sizes(num_queries, readers.num_segments, width, query_PHZ.dtype)
-        tiles = readers.tiles(num_queries, sizes["BLOCK_M"])
-        forward_kernel[(len(tiles[0]), num_heads)](
-            *inputs, out_PHZ, lse_PH, *tiles, *_reads(readers, num_visible_P), *_steps(inputs), *_firsts(readers),
-            1 / math.sqrt(width), H=num_heads, Z=width, T=num_tail, HAS_OWN=has_own, **sizes,
-        )  # fmt: skip
+        ctx.reads = reads = _Reads(readers, num_visible_P, num_tail, has_own)
+        out_PHZ, lse_PH = _gathered(inputs, reads)
         ctx.save_for_backward(*inputs, out_PHZ, lse_PH)
-        ctx.readers, ctx.num_visible_P, ctx.num_tail, ctx.has_own = readers, num_visible_P, num_tail, has_own
         return out_PHZ
 
     @staticmethod
     def backward(ctx: Any, d_out_PHZ: Tensor) -> tuple[Tensor | None, ...]:
-        from longer.model import shared_attention_triton as kernels
+        query, *others = ctx.saved_tensors[:7]
+        reads = ctx.reads
+        d_query, *d_others = (x.new_empty(x.shape) for x in (query, *others))
+        has_tail = reads.num_tail > 0 and reads.readers.request_offsets_JR1 is not None
+        _write_gradients(ctx.saved_tensors, reads, d_out_PHZ, d_query, d_others)
+        d_tail = [x.unflatten(0, (-1, reads.num_tail)) if has_tail else None for x in d_others[2:4]]
+        return d_query, *d_others[:2], *d_tail, *(d_others[4:] if reads.has_own else (None, None)), None, None
 
-        *inputs, out_PHZ, lse_PH = ctx.saved_tensors
-        query, key, value, tail_key, tail_value, own_key, own_value = inputs
-        readers, num_visible_P, num_tail, has_own = ctx.readers, ctx.num_visible_P, ctx.num_tail, ctx.has_own
-        num_queries, num_heads, width = query.shape
-        sizes = _sizes(num_queries, readers.num_segments, width, query.dtype, backward=True)
-        shape = {"H": num_heads, "Z": width}
-        steps, scale, d_out_PHZ = _steps(inputs), 1 / math.sqrt(width), d_out_PHZ.contiguous()
 
-        delta_PH, d_query = torch.empty_like(lse_PH), query.new_empty(query.shape)
-        d_own = [x.new_empty(x.shape) for x in (own_key, own_value)] if has_own else [d_query, d_query]
-        tiles = readers.tiles(num_queries, sizes["BLOCK_M"])
-        kernels.query_gradient_kernel[(len(tiles[0]), num_heads)](
-            *inputs, out_PHZ, lse_PH, *tiles, *_reads(readers, num_visible_P), d_out_PHZ, delta_PH, d_query, *d_own,
-            *steps, *_firsts(readers), scale, **shape, T=num_tail, HAS_OWN=has_own, **sizes,
+class _AttentionOfAll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_PHZ: Tensor,
+        key_AHZ: Tensor,
+        value_AHZ: Tensor,
+        sizes: tuple[int, int, int],
+        readers: Readers,
+        num_visible_P: Tensor,
+    ) -> Tensor:
+        assert readers.sees_PT is not None
+        key_AHZ, value_AHZ = _packed(key_AHZ), _packed(value_AHZ)
+        inputs = [_packed(query_PHZ), *_by_kind(key_AHZ, value_AHZ, sizes)]
+        ctx.reads, ctx.sizes = _Reads(readers, num_visible_P, readers.sees_PT.shape[1], True), sizes
+        out_PHZ, lse_PH = _gathered(inputs, ctx.reads)
+        ctx.save_for_backward(inputs[0], key_AHZ, value_AHZ, out_PHZ, lse_PH)
+        return out_PHZ
+
+    @staticmethod
+    def backward(ctx: Any, d_out_PHZ: Tensor) -> tuple[Tensor | None, ...]:
+        query_PHZ, key_AHZ, value_AHZ, *gathered = ctx.saved_tensors
+        d_query, d_key, d_value = (x.new_empty(x.shape) for x in (query_PHZ, key_AHZ, value_AHZ))
+        saved = (query_PHZ, *_by_kind(key_AHZ, value_AHZ, ctx.sizes), *gathered)
+        _write_gradients(saved, ctx.reads, d_out_PHZ, d_query, _by_kind(d_key, d_value, ctx.sizes))
+        return d_query, d_key, d_value, None, None, None
+
+
+@dataclass(frozen=True)
+class _Reads:
+    readers: Readers
+    num_visible_P: Tensor
+    num_tail: int
+    has_own: bool
+
+
+def _by_kind(key_AHZ: Tensor, value_AHZ: Tensor, sizes: tuple[int, int, int]) -> list[Tensor]:
+    """Keys and values of context, tails and own, as the kernels take them."""
+    return [x for pair in zip(key_AHZ.split(sizes), value_AHZ.split(sizes), strict=True) for x in pair]
+
+
+def _gathered(inputs: list[Tensor], reads: _Reads) -> Pair:
+    """What the queries gather, and the logarithm of each one's sum of weights."""
+    from longer.model.shared_attention_triton import forward_kernel
+
+    query_PHZ, readers = inputs[0], reads.readers
+    num_queries, num_heads, width = query_PHZ.shape
+    out_PHZ = query_PHZ.new_empty(query_PHZ.shape)
+    lse_PH = query_PHZ.new_empty(num_queries, num_heads, dtype=torch.float32)
+    sizes = _sizes(num_queries, readers.num_segments, width, query_PHZ.dtype)
+    tiles = readers.tiles(num_queries, sizes["BLOCK_M"])
+    forward_kernel[(len(tiles[0]), num_heads)](
+        *inputs, out_PHZ, lse_PH, *tiles, *_reads(readers, reads.num_visible_P), *_steps(inputs), *_firsts(readers),
+        1 / math.sqrt(width), H=num_heads, Z=width, T=reads.num_tail, HAS_OWN=reads.has_own, **sizes,
+    )  # fmt: skip
+    return out_PHZ, lse_PH
+
+
+def _write_gradients(
+    saved: tuple[Tensor, ...], reads: _Reads, d_out_PHZ: Tensor, d_query: Tensor, d_others: list[Tensor]
+) -> None:
+    """Gradients of the queries, and of keys and values of context, tails and own where there are any, each a contiguous place."""
+    from longer.model import shared_attention_triton as kernels
+
+    *inputs, out_PHZ, lse_PH = saved
+    query, key, value, tail_key, tail_value = inputs[:5]
+    readers, num_visible_P, num_tail = reads.readers, reads.num_visible_P, reads.num_tail
+    num_queries, num_heads, width = query.shape
+    sizes = _sizes(num_queries, readers.num_segments, width, query.dtype, backward=True)
+    shape = {"H": num_heads, "Z": width}
+    steps, scale, d_out_PHZ = _steps(inputs), 1 / math.sqrt(width), d_out_PHZ.contiguous()
+    d_context, d_tail, d_own = d_others[:2], d_others[2:4], d_others[4:]
+
+    delta_PH = torch.empty_like(lse_PH)
+    tiles = readers.tiles(num_queries, sizes["BLOCK_M"])
+    kernels.query_gradient_kernel[(len(tiles[0]), num_heads)](
+        *inputs, out_PHZ, lse_PH, *tiles, *_reads(readers, num_visible_P), d_out_PHZ, delta_PH, d_query, *d_own,
+        *steps, *_firsts(readers), scale, **shape, T=num_tail, HAS_OWN=reads.has_own, **sizes,
+    )  # fmt: skip
+
+    for place in d_context:  # rows of no history stay zero
+        place.zero_()
+    num_blocks = (readers.max_keys + sizes["BLOCK_N"] - 1) // sizes["BLOCK_N"]
+    if num_blocks:
+        kernels.context_gradient_kernel[(num_blocks, num_heads, readers.num_rows)](
+            query, key, value, lse_PH, readers.offsets_S1, readers.key_begin_B, readers.num_keys_B, num_visible_P,
+            d_out_PHZ, delta_PH, *d_context, *steps[:3], readers.num_rows, scale,
+            **shape, KINDS=readers.num_segments // readers.num_rows, **sizes,
         )  # fmt: skip
 
-        d_context = [x.new_zeros(x.shape) for x in (key, value)]  # rows of no history stay zero
-        num_blocks = (readers.max_keys + sizes["BLOCK_N"] - 1) // sizes["BLOCK_N"]
-        if num_blocks:
-            kernels.context_gradient_kernel[(num_blocks, num_heads, readers.num_rows)](
-                query, key, value, lse_PH, readers.offsets_S1, readers.key_begin_B, readers.num_keys_B, num_visible_P,
-                d_out_PHZ, delta_PH, *d_context, *steps[:3], readers.num_rows, scale,
-                **shape, KINDS=readers.num_segments // readers.num_rows, **sizes,
-            )  # fmt: skip
-
-        d_tail: list[Tensor | None] = [None, None]
-        if num_tail and readers.request_offsets_JR1 is not None:
-            num_runs, num_requests = readers.request_offsets_JR1.shape[0], readers.request_offsets_JR1.shape[1] - 1
-            d_flat = [x.new_empty(x.shape) for x in (tail_key, tail_value)]
-            kernels.tail_gradient_kernel[(num_requests, num_heads)](
-                query, tail_key, tail_value, lse_PH, readers.request_offsets_JR1, readers.sees_PT, d_out_PHZ, delta_PH,
-                *d_flat, steps[0], *steps[3:5], num_requests, readers.tail_first, scale,
-                **shape, T=num_tail, RUNS=num_runs, BLOCK_T=max(16, _power_of_two(num_tail)),
-                BLOCK_M=min(32, sizes["BLOCK_M"]), **{k: v for k, v in sizes.items() if k not in ("BLOCK_M", "BLOCK_N")},
-            )  # fmt: skip
-            d_tail = [x.unflatten(0, (num_requests, num_tail)) for x in d_flat]
-        return d_query, *d_context, *d_tail, *(d_own if has_own else (None, None)), None, None
+    if num_tail and readers.request_offsets_JR1 is not None:
+        num_runs, num_requests = readers.request_offsets_JR1.shape[0], readers.request_offsets_JR1.shape[1] - 1
+        kernels.tail_gradient_kernel[(num_requests, num_heads)](
+            query, tail_key, tail_value, lse_PH, readers.request_offsets_JR1, readers.sees_PT, d_out_PHZ, delta_PH,
+            *d_tail, steps[0], *steps[3:5], num_requests, readers.tail_first, scale,
+            **shape, T=num_tail, RUNS=num_runs, BLOCK_T=max(16, _power_of_two(num_tail)),
+            BLOCK_M=min(32, sizes["BLOCK_M"]), **{k: v for k, v in sizes.items() if k not in ("BLOCK_M", "BLOCK_N")},
+        )  # fmt: skip
 
 
 def _packed(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ batches of users of different lengths.
 B users, G groups, P computed group rows of all users (flat), N new full groups of all users (flat), T tail tokens, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -19,13 +19,16 @@ from torch import Tensor
 from longer.arrays import Candidates, Histories, Int64
 from longer.model.context import Tail
 from longer.model.fuse import computed_in
-from longer.model.growth import Growth, grow
+from longer.model.grow import grow
+from longer.model.growth import Growth
 from longer.model.inputs import RequestTensors, feature_tensors, to_device
 from longer.model.longer import Longer
 from longer.model.pool import Places, StateLayout, StatePool
 from longer.model.pool_context import PoolContext, StagedContext
 from longer.model.pool_index import PoolIndex
 from longer.slots import Slot
+
+Grow = Callable[[Growth], None]
 
 
 @dataclass(frozen=True)
@@ -62,21 +65,30 @@ def new_slots(pool: StatePool, end_index_B: Int64) -> list[Slot]:
 
 
 @torch.inference_mode()
-def encode(model: Longer, pool: StatePool, histories: Histories, slots: Sequence[Slot]) -> list[UserState]:
+def encode(
+    model: Longer, pool: StatePool, histories: Histories, slots: Sequence[Slot], carry_out: Grow | None = None
+) -> list[UserState]:
     """States of B users from scratch, each written into its slot (`rows_for`).
 
-    Each history starts at or before its user's history window; it may be empty.
+    Each history starts at or before its user's history window; it may be empty. `carry_out` stands for `grow`, of this model.
     """
     end_B, windows = histories.end_index_B, model.windows
     start_B = windows.history_start(end_B) * windows.merge_size
-    window = histories.slice_events(np.arange(len(histories)), start_B, end_B)
+    is_whole = np.array_equal(start_B, histories.first_index_B)
+    window = histories if is_whole else histories.slice_events(np.arange(len(histories)), start_B, end_B)
     places = _places(pool, slots)
-    return _advanced(model, Growth(pool, window, places, start_B, windows.query_start(end_B), start_B, places), slots)
+    growth = Growth(pool, window, places, start_B, windows.query_start(end_B), start_B, places)
+    return _advanced(model, growth, slots, carry_out)
 
 
 @torch.inference_mode()
 def append(
-    model: Longer, pool: StatePool, states: Sequence[UserState], new: Histories, slots: Sequence[Slot]
+    model: Longer,
+    pool: StatePool,
+    states: Sequence[UserState],
+    new: Histories,
+    slots: Sequence[Slot],
+    carry_out: Grow | None = None,
 ) -> list[UserState]:
     """The states with each user's new events added: `new.first_index_B[b] == states[b].num_events`; rows may be empty.
 
@@ -92,7 +104,7 @@ def append(
         old_num_events_B=np.array([state.num_events for state in states], np.int64),
         places=_places(pool, slots),
     )
-    return _advanced(model, growth, slots)
+    return _advanced(model, growth, slots, carry_out)
 
 
 @torch.inference_mode()
@@ -181,9 +193,12 @@ def _places(pool: StatePool, slots: Sequence[Slot]) -> Places:
     )
 
 
-def _advanced(model: Longer, growth: Growth, slots: Sequence[Slot]) -> list[UserState]:
-    with computing(model, growth.pool):
-        grow(model, growth)
+def _advanced(model: Longer, growth: Growth, slots: Sequence[Slot], carry_out: Grow | None) -> list[UserState]:
+    if carry_out:
+        carry_out(growth)
+    else:
+        with computing(model, growth.pool):
+            grow(model, growth)
     events, merge_size = growth.events, model.windows.merge_size
     end_B = events.end_index_B
     rows = np.arange(len(events))
@@ -198,8 +213,8 @@ def _advanced(model: Longer, growth: Growth, slots: Sequence[Slot]) -> list[User
             num_events=int(end_B[b]),
             last_event_ts=int(last_ts_B[b]),
             query_first=int(query_first_B[b]),
-            partial=partial.slice_events(rows[b : b + 1], partial.first_index_B[b : b + 1], end_B[b : b + 1]),
+            partial=partial_1,
             slot=slot,
         )
-        for b, slot in enumerate(slots)
+        for b, (partial_1, slot) in enumerate(zip(partial.split(), slots, strict=True))
     ]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longer.arrays import Histories, Int64
 from longer.model.context import Context, Tail
-from longer.model.inputs import RequestTensors, event_tensors, to_device
+from longer.model.inputs import EventTensors, RequestTensors, event_tensors, to_device
 from longer.model.interactions import InteractionIndex
 from longer.model.longer import Longer
 
@@ -74,8 +74,8 @@ class Sweep:
     """Contexts of B users that only move forward. `histories` reaches back to the first window that each user is asked about."""
 
     def __init__(self, model: Longer, histories: Histories) -> None:
-        self._model, self._histories = model, histories
-        self._device = model.norm_head.weight.device
+        self._model, self._device = model, model.norm_head.weight.device
+        self._events = event_tensors(histories, self._device)
         self._context: Context | None = None
         self._index: InteractionIndex | None = None
         self._end_B = np.zeros(0, np.int64)  # of the context, in groups
@@ -97,17 +97,17 @@ class Sweep:
             old = _rows(self._context, 0, num_users)
             if (kept_end_B < first_B).any():
                 old = _forget(old, self._to_device(kept_end_B < first_B), self._to_device(first_B))
-        events = self._histories.slice_events(np.arange(num_users), begin_B * windows.merge_size, end_B)
-        tensors = event_tensors(events, self._device)
-        new_ND = self._model.full_groups(tensors, self._model.embedding.events(tensors))
+        rows = np.arange(num_users)
+        events = self._slice(rows, begin_B * windows.merge_size, end_B)
+        new_ND = self._model.full_groups(events, self._model.embedding.events(events))
         num_new_B = self._to_device(end_B // windows.merge_size - begin_B)
         self._context = self._model.extend(
             old, new_ND, num_new_B, self._to_device(first_B), self._to_device(query_first_B)
         )
         self._end_B = end_B // windows.merge_size
         if self._model.settings.interactions:
-            window = self._histories.slice_events(np.arange(num_users), first_B * windows.merge_size, end_B)
-            self._index = InteractionIndex.build(event_tensors(window, self._device), self._model.interaction_fields)
+            window = self._slice(rows, first_B * windows.merge_size, end_B)
+            self._index = InteractionIndex.build(window, self._model.interaction_fields)
 
     @torch.inference_mode()
     def ask(self, row_R: Int64, history_end_R: Int64, request_ts_R: Int64) -> Asked:
@@ -117,8 +117,7 @@ class Sweep:
         """
         assert self._context is not None
         merge_size = self._model.windows.merge_size
-        partial = self._histories.slice_events(row_R, history_end_R // merge_size * merge_size, history_end_R)
-        events = event_tensors(partial, self._device)
+        events = self._slice(row_R, history_end_R // merge_size * merge_size, history_end_R)
         requests = RequestTensors(
             row_R=self._to_device(row_R),
             history_end_R=self._to_device(history_end_R),
@@ -132,6 +131,11 @@ class Sweep:
         tail = self._model.tail(self._context, requests.row_R, end_R, events.user_key_B, *groups)
         last_event_ts_R = events.last_ts_R(each_R, end_R)
         return Asked(self._model, self._context, self._index, tail, row_R, requests, last_event_ts_R)
+
+    def _slice(self, rows_N: Int64, starts_N: Int64, ends_N: Int64) -> EventTensors:
+        """Events of absolute index in [starts_N[i], ends_N[i]) of row `rows_N[i]`, which lie on the device already."""
+        row_N, start_N, end_N = (self._to_device(x) for x in (rows_N, starts_N, ends_N))
+        return self._events.slice_events(row_N, start_N, end_N, int((ends_N - starts_N).sum()))
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return to_device(torch.from_numpy(np.ascontiguousarray(array)), self._device)

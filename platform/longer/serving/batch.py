@@ -8,6 +8,7 @@ import json
 import resource
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -22,6 +23,7 @@ from longer.data.id_lists import spool, spread
 from longer.data.records import Record, scratch
 from longer.data.scores import check_difference, read_scores
 from longer.data.tables import RequestTable, SequenceTable
+from longer.errors import UserError
 from longer.progress import say, track
 from longer.serving.batch_answers import Answers
 from longer.serving.batch_check import OnlineCheck, chosen_numbers, num_left_out
@@ -29,6 +31,7 @@ from longer.serving.batch_input import Reader
 from longer.serving.batch_output import Run, done_buckets, remember_bucket, remove_unnamed, write_rows
 from longer.serving.batch_plan import Plan, check_model, plan_scores, plan_vectors
 from longer.serving.batch_totals import cost_in_words, in_words, rates_of, totals_of
+from longer.serving.batch_warm import warm_up
 from longer.serving.offline import Budget
 from longer.serving.scorer import Scorer
 from longer.storage import TABLE_FORMAT, DataFile, Table, Version, fingerprint, remove_tree
@@ -43,15 +46,27 @@ class BucketScorer:
 
     def __init__(self, plan: Plan, run: Run) -> None:
         self._plan, self._run = plan, run
+        with run.starting(plan.most_actors, plan.section), _memory_told(plan):
+            self._start()
+
+    def _start(self) -> None:
+        plan, run = self._plan, self._run
         sequences = f"{plan.root}/tables/sequences"
         model, info = load_model(plan.checkpoint.path, plan.device)
         self._scorer: Scorer | None = None  # without user states, there is no serving path to compare with
         if info.model.is_appendable:
             self._scorer = Scorer(
-                plan.checkpoint.path, sequences, _CACHE_BYTES, plan.items_path, plan.sequences.id, plan.device
+                plan.checkpoint.path,
+                sequences,
+                _CACHE_BYTES,
+                plan.items_path,
+                plan.sequences.id,
+                plan.device,
+                state_precision=plan.precision,
             )
             model = self._scorer.model
-        self._answers = Answers.of(plan, Budget(model, plan.batch_bytes), run)
+        budget = Budget(model, plan.batch_bytes)
+        self._answers = Answers.of(plan, budget, run)
         requests = plan.inputs.get("requests")
         self._reader = Reader(
             plan=plan,
@@ -61,9 +76,11 @@ class BucketScorer:
             windows=model.windows,
             outputs_a_request=self._answers.values_a_user,
         )
+        warm_up(model, budget, plan.precision, self._scorer)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        records = [self.write_bucket(bucket) for bucket in rows["bucket"].to_pylist()]
+        with _memory_told(self._plan):
+            records = [self.write_bucket(bucket) for bucket in rows["bucket"].to_pylist()]
         return pa.table({"record": [json.dumps(record) for record in records]})
 
     def write_bucket(self, bucket: int) -> Record:
@@ -82,17 +99,12 @@ class BucketScorer:
             "device": self._plan.device,
             "device_s": (time.perf_counter() - started) * self._plan.device_share,
             "check_requests": self._plan.check_requests,
-            "peak_bytes": self._peak_bytes(),
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_gpu_bytes": torch.cuda.max_memory_allocated() if self._plan.device == "cuda" else 0,
             "max_abs_diff": check.max_abs_diff,
             "num_compared": check.num_compared,
         }
         return remember_bucket(self._run.version_path, record)
-
-    def _peak_bytes(self) -> int:
-        """The most memory that this actor has held so far: of its GPU, or else of its process."""
-        if self._plan.device == "cuda":
-            return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def _parts(self, bucket: int, check: OnlineCheck, record: Record) -> Iterator[pa.Table]:
         """The rows of each chunk, which is read while the one before it is scored; counts them, and compares some.
@@ -111,6 +123,18 @@ class BucketScorer:
             last_user = chunk.user_id_R[-1]
             record["num_scores"] += self._answers.num_scores(chunk)
             yield rows
+
+
+@contextmanager
+def _memory_told(plan: Plan) -> Iterator[None]:
+    """A GPU without room for what is computed is the settings' mistake."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{plan.section}: an actor's GPU has no memory left: lower {plan.section}.batch_bytes ({plan.batch_bytes}), or raise "
+            f"num_gpus_per_scorer ({plan.device_share}) so that fewer actors share it: {error}".splitlines()[0]
+        ) from error
 
 
 def batch_score(settings: Settings) -> Version:
@@ -172,7 +196,7 @@ def _scored(
         **totals_of(records),
         "seconds": seconds,
         "start_s": start_s,  # of them, until the first actor was there with its model
-        **rates_of(fresh, seconds),
+        **rates_of(fresh, seconds - start_s),
     }
     return manifest, [DataFile(**record["file"]) for record in records if record["file"]]
 
@@ -208,6 +232,11 @@ def _score_buckets(
     plan: Plan, pool: ScorerPool, where: RaySettings, run: Run, buckets: list[int], job: str
 ) -> list[Record]:
     """Records of the buckets, as the actors finish them. An actor that dies is started again, and so is its bucket."""
+    if where.cluster is None and pool.num_gpus_per_scorer > ray.cluster_resources().get("GPU", 0):
+        raise UserError(
+            f"{plan.section}.num_gpus_per_scorer={pool.num_gpus_per_scorer}: this machine has no such GPUs, and its Ray would "
+            "wait for ever: set 0, or the address of a cluster that has some"
+        )
     fewest, most = (min(number, len(buckets)) for number in pool.concurrency)
     rows = ray.data.from_items([{"bucket": bucket} for bucket in buckets], override_num_blocks=len(buckets))
     written = rows.map_batches(
@@ -220,8 +249,11 @@ def _score_buckets(
     )
     records: list[Record] = []
 
+    def seconds() -> float:
+        return time.time() - min(record["begun_at"] for record in records)  # actors have started before that
+
     def note() -> str:
-        rates = rates_of(records, time.time() - min(record["begun_at"] for record in records))
+        rates = rates_of(records, seconds())
         return (
             f"{rates['rows_per_s']:.0f} scores/s, {rates['users_per_s']:.1f} users/s{cost_in_words(totals_of(records))}"
         )
@@ -231,7 +263,7 @@ def _score_buckets(
             records.append(json.loads(row["record"]))
             yield records[-1]
 
-    return list(track(finished(), len(buckets), job.replace("_", " "), "buckets", note))
+    return list(track(finished(), len(buckets), job.replace("_", " "), "buckets", note, seconds))
 
 
 def check_against_online(settings: Settings, scored: Version) -> Version:

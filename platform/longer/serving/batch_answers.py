@@ -7,11 +7,13 @@
 R requests, I items, k best of them, T tasks, D width.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import torch
 from torch import Tensor
 
 from longer.arrays import Float32, Int64
@@ -23,6 +25,11 @@ from longer.serving.batch_input import Chunk, Items
 from longer.serving.batch_output import Run
 from longer.serving.batch_plan import Plan
 from longer.serving.offline import Budget, best_items, score_all, score_lists, waves
+
+
+def computing_in(precision: str, device: str) -> AbstractContextManager:
+    """Products of matrices in bf16, if that is the precision; sums and norms stay in float32."""
+    return torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,10 @@ class Answers:
 
     def rows(self, chunk: Chunk) -> pa.Table:
         """One row a question, in the chunk's order."""
+        with computing_in(self.plan.precision, self.plan.device):
+            return self._rows(chunk)
+
+    def _rows(self, chunk: Chunk) -> pa.Table:
         if chunk.requests:
             outputs_CT = score_lists(chunk.questions, chunk.requests.candidates, self.budget)
             return score_rows(chunk.requests, self._scores(outputs_CT), self.plan.schema)

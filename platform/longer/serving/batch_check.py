@@ -13,15 +13,22 @@ import torch
 
 from longer.arrays import Float32, Int64
 from longer.data.columns import flat_list, single_array
-from longer.data.scores import Float64, absolute_gaps, check_gaps, root_mean_square, score_column
+from longer.data.scores import (
+    MAX_DIFFERENCE,
+    MAX_DIFFERENCE_BF16,
+    Float64,
+    absolute_gaps,
+    check_gaps,
+    root_mean_square,
+    score_column,
+)
 from longer.errors import UserError
 from longer.hashing import stable_keys
 from longer.model.inputs import event_tensors
 from longer.model.states import gather
 from longer.serving.batch_input import Chunk, Items
 from longer.serving.batch_plan import Plan
-from longer.serving.cache import StateVersion
-from longer.serving.resolver import Pending, StateResolver
+from longer.serving.resolver import Pending
 from longer.serving.scorer import Scorer, ScoreRequest
 
 _SCORE = score_column("")
@@ -54,57 +61,63 @@ class OnlineCheck:
             return
         tasks = [name.removeprefix(_SCORE) for name in rows.column_names if name.startswith(_SCORE)]
         scales = {task: root_mean_square(_flat(rows[score_column(task)])) for task in tasks}
+        if self.plan.kind == "vectors":
+            for r in here.tolist():
+                offline = np.array(rows["vector"][r].as_py())
+                self._note(self._online_vector(chunk, r), offline, "a user's vectors")
+        else:
+            lengths = pc.list_value_length(rows["item_id"]).to_numpy()[here]
+            here = here[lengths > 0]
+            self._compare(chunk, here, rows, scales)
+            if self.plan.top_k and self.items:
+                self._check_left_out(chunk, here, rows, scales)
+        self.num_compared += len(here)
+
+    def _compare(self, chunk: Chunk, here: Int64, rows: pa.Table, scales: dict[str, float]) -> None:
+        """All of them at once, as a replica would answer a batch."""
+        asked, chosen = [], []
         for r in here.tolist():
-            row = rows.slice(r, 1)
-            if self.plan.kind == "vectors":
-                self._note(self._online_vector(chunk, r), np.array(row["vector"][0].as_py()), "a user's vectors")
-                self.num_compared += 1
-            elif ids := row["item_id"][0].as_py():
-                self._compare(chunk, r, row, ids, scales)
-                self.num_compared += 1
+            ids = rows["item_id"][r].as_py()
+            some = _spread(len(ids))
+            chosen.append(some)
+            features = {} if chunk.rows is None else self._features(chunk.rows.slice(r, 1), some)
+            asked.append(_request(chunk, r, [ids[i] for i in some], features))
+        for r, some, scores in zip(here.tolist(), chosen, self._online(asked), strict=True):
+            for task, online in scores.items():
+                offline = np.array(rows[score_column(task)][r].as_py(), np.float32)
+                self._note(online, offline[some], f"scores of {task}", scales[task])
 
-    def _compare(self, chunk: Chunk, r: int, row: pa.Table, ids: list[Any], scales: dict[str, float]) -> None:
-        some = _spread(len(ids))
-        features = {} if chunk.rows is None else self._features(chunk.rows.slice(r, 1), some)
-        online = self._online(chunk, r, [ids[i] for i in some], features)
-        for task, scores in online.items():
-            offline = np.array(row[score_column(task)][0].as_py(), np.float32)
-            self._note(scores, offline[some], f"scores of {task}", scales[task])
-        if self.plan.top_k and self.items:
-            self._check_left_out(chunk, r, row, scales)
-
-    def _check_left_out(self, chunk: Chunk, r: int, row: pa.Table, scales: dict[str, float]) -> None:
+    def _check_left_out(self, chunk: Chunk, here: Int64, rows: pa.Table, scales: dict[str, float]) -> None:
         """Items that are not among a user's best, drawn for this user, score no more than the last that is."""
         assert self.items
-        all_ids, drawn = self.items.item_id_I, np.random.default_rng(int(chunk.questions.histories.user_key_B[r]))
-        chosen = drawn.choice(len(all_ids), min(len(all_ids), self.num_left_out), replace=False, shuffle=False)
-        ids = all_ids.take(pa.array(chosen))
-        others = ids.filter(pc.invert(pc.is_in(ids, single_array(row["item_id"]).flatten())))
-        for begin in range(0, len(others), _PIECE_ITEMS):
-            task, scores = next(iter(self._online(chunk, r, others.slice(begin, _PIECE_ITEMS), {}).items()))
-            last = np.float32(row[score_column(task)][0].as_py()[-1])
-            self._note(np.maximum(scores, last), np.full(len(scores), last), f"scores of {task}", scales[task])
+        all_ids = self.items.item_id_I
+        for r in here.tolist():
+            drawn = np.random.default_rng(int(chunk.questions.histories.user_key_B[r]))
+            chosen = drawn.choice(len(all_ids), min(len(all_ids), self.num_left_out), replace=False, shuffle=False)
+            ids = all_ids.take(pa.array(chosen))
+            others = ids.filter(pc.invert(pc.is_in(ids, single_array(rows["item_id"].slice(r, 1)).flatten())))
+            for begin in range(0, len(others), _PIECE_ITEMS):
+                [scored] = self._online([_request(chunk, r, others.slice(begin, _PIECE_ITEMS), {})])
+                task, scores = next(iter(scored.items()))
+                last = np.float32(rows[score_column(task)][r].as_py()[-1])
+                self._note(np.maximum(scores, last), np.full(len(scores), last), f"scores of {task}", scales[task])
 
-    def _online(
-        self, chunk: Chunk, r: int, ids: list[Any] | pa.Array, features: dict[str, list[Any]]
-    ) -> dict[str, np.ndarray]:
-        user_id, request_ts = chunk.user_id_R[r].as_py(), int(chunk.questions.request_ts_R[r])
+    def _online(self, asked: list[ScoreRequest]) -> list[dict[str, np.ndarray]]:
         assert self.scorer
-        [result] = self.scorer.score([ScoreRequest(user_id, ids, features, request_ts)])
-        if isinstance(result, UserError):
-            raise result
-        return result.scores
+        results = self.scorer.score(asked)
+        for result in results:
+            if isinstance(result, UserError):
+                raise result
+        return [result.scores for result in results if not isinstance(result, UserError)]
 
     @torch.inference_mode()
     def _online_vector(self, chunk: Chunk, r: int) -> np.ndarray:
         """The user's own token, made from the state that the serving path has of the user at the time of the request."""
         assert self.scorer
         scorer, model, user_id = self.scorer, self.scorer.model, chunk.user_id_R.slice(r, 1)
-        version = StateVersion(scorer.info.model_version, scorer.info.schema.hash(), scorer.info.model.encoding)
-        resolver = StateResolver(model, version, scorer.history, scorer.online, scorer.cache)
         asked = Pending(user_id, int(stable_keys(user_id)[0]), int(chunk.questions.request_ts_R[r]), None)
         try:
-            resolver.resolve([asked])
+            scorer.states.resolve([asked])
             if asked.error:
                 raise asked.error
             assert asked.state
@@ -126,7 +139,12 @@ class OnlineCheck:
     def _note(self, online: np.ndarray, offline: np.ndarray, what: str, scale: float | None = None) -> None:
         gaps: Float64 = absolute_gaps(online, offline)
         self.max_abs_diff = max(self.max_abs_diff, float(gaps.max()))
-        check_gaps(gaps, online, what, "the offline and the serving path", scale)
+        most = MAX_DIFFERENCE_BF16 if self.plan.precision == "bf16" else MAX_DIFFERENCE
+        check_gaps(gaps, online, what, "the offline and the serving path", scale, most)
+
+
+def _request(chunk: Chunk, r: int, ids: list[Any] | pa.Array, features: dict[str, list[Any]]) -> ScoreRequest:
+    return ScoreRequest(chunk.user_id_R[r].as_py(), ids, features, int(chunk.questions.request_ts_R[r]))
 
 
 def chosen_numbers(num_requests: int, num_chosen: int) -> Int64:

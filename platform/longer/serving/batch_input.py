@@ -27,8 +27,9 @@ from longer.serving.batch_plan import Plan
 from longer.serving.offline import Questions
 from longer.windows import WindowRule
 
-_CHUNK_REQUESTS = 4096
+_CHUNK_REQUESTS = 1 << 16
 _CHUNK_EVENTS = 1 << 20
+"""Enough users side by side to fill a GPU with one's next request at a time."""
 _CHUNK_VALUES = 1 << 20
 """Candidates read, or scores kept, of a chunk; one request may have more."""
 

@@ -4,6 +4,7 @@ import os
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
@@ -23,7 +24,7 @@ from longer.storage import (
 
 _ROW_GROUP_BYTES = 16 << 20
 _MOST_ATTEMPTS = 4
-"""At one bucket in a run: nodes are lost, but the same bucket with each is no accident."""
+"""At one bucket in a run, or of each actor to start: nodes are lost, but the same bucket with each is no accident."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,20 @@ class Run:
     def file_of(self, bucket: int) -> str:
         """The bucket's data file, by its path in the version."""
         return f"bucket={bucket:04d}/part-{self.id}.parquet"
+
+    @contextmanager
+    def starting(self, most_actors: int, section: str) -> Iterator[None]:
+        """Around an actor's constructor; a UserError if too many have died in it, whom Ray would replace for ever."""
+        starting, most = f"{self.folder}/starting", _MOST_ATTEMPTS * most_actors
+        if len(file_sizes(starting)) >= most:
+            raise UserError(
+                f"{most} actors died before they were up, as they do when memory runs out: "
+                f"lower {section}.concurrency, or give nodes more memory, then run again: buckets that are done stay"
+            )
+        mark = f"{starting}/{uuid.uuid4().hex}"
+        write_bytes(mark, b"")
+        yield
+        remove_tree(mark)
 
     def begin(self, bucket: int, setting: str) -> None:
         """Notes that an actor begins with a bucket; a UserError if that has been the end of too many. `setting` bounds memory."""

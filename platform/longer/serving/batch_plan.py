@@ -46,6 +46,8 @@ class Plan:
     top_k: int | None = None
     check_requests: int = 0
     batch_bytes: int = 0
+    most_actors: int = 1
+    precision: Literal["float32", "bf16"] = "float32"
     device: str = "cpu"
     device_share: float = 1.0
     """Devices that an actor has: a part of a GPU, or one or more."""
@@ -63,7 +65,8 @@ class Plan:
     def content(self) -> dict[str, Any]:
         """What decides the rows, apart from the inputs."""
         ts = None if self.request_ts is None else iso_time(self.request_ts)
-        chosen = {"split": self.split, "request_ts": ts, "top_k": self.top_k}
+        precision = None if self.precision == "float32" else self.precision
+        chosen = {"split": self.split, "request_ts": ts, "top_k": self.top_k, "precision": precision}
         return {"kind": self.kind, **{name: value for name, value in chosen.items() if value is not None}}
 
     @cached_property
@@ -105,6 +108,8 @@ def plan_scores(settings: Settings) -> Plan:
         split=asked.split,
         check_requests=asked.check_requests,
         batch_bytes=asked.batch_bytes,
+        most_actors=asked.concurrency[1],
+        precision=asked.precision,
         device=asked.device,
         device_share=asked.num_gpus_per_scorer or 1.0,
     )
@@ -160,6 +165,8 @@ def _plan_users(settings: Settings, asked: UserSettings, kind: Kind) -> Plan:
         top_k=asked.top_k if isinstance(asked, BatchSettings) else None,
         check_requests=asked.check_requests,
         batch_bytes=asked.batch_bytes,
+        most_actors=asked.concurrency[1],
+        precision=asked.precision if isinstance(asked, BatchSettings) else "float32",
         device=asked.device,
         device_share=asked.num_gpus_per_scorer or 1.0,
     )

@@ -44,7 +44,8 @@ class Known(NamedTuple):
 class Entry(Generic[S]):
     """A user's state, the request times that it answers, and which events it was made from.
 
-    `holds_table` says that no event of the table is younger than the state, so that what comes next can only be online.
+    `holds_table` says that no event of the table is younger than the state, so that what comes next can only be online. `user_id`
+    is told where states may outlive the replica, whose successors share users out by it.
     """
 
     state: S
@@ -53,6 +54,7 @@ class Entry(Generic[S]):
     known: Known
     events: EventPrint
     holds_table: bool
+    user_id: int | str | None = None
 
     def answers(self, request_ts: int, known: Known) -> bool:
         """Whether the state holds exactly the events before `request_ts` of all that is known of the user."""
@@ -119,12 +121,24 @@ class SegmentedLru(Generic[S]):
         yield from self._probation.values()
         yield from self._protected.values()
 
+    def is_protected(self, held: Held[S]) -> bool:
+        return held.user_key in self._protected
+
     def add(self, held: Held[S], is_protected: bool = False) -> None:
         self.num_bytes += held.num_bytes
         if is_protected:
             self._protect(held)
         else:
             self._probation[held.user_key] = held
+
+    def add_coldest(self, held: Held[S], is_protected: bool) -> None:
+        """It goes before all others of its segment."""
+        self.num_bytes += held.num_bytes
+        is_protected &= self._protected_bytes + held.num_bytes <= _PROTECTED_SHARE * self.budget_bytes
+        segment = self._protected if is_protected else self._probation
+        segment[held.user_key] = held
+        segment.move_to_end(held.user_key, last=False)
+        self._protected_bytes += held.num_bytes * is_protected
 
     def remove(self, held: Held[S]) -> bool:
         """Takes it out; whether it was protected."""
@@ -195,6 +209,14 @@ class StateIndex(Generic[S]):
         self._users[user_key] = held
         self.tiers[Tier.DEVICE].add(held, is_protected)
         return held
+
+    def restore(
+        self, user_key: int, version: StateVersion, entry: Entry[S], num_bytes: int, is_protected: bool
+    ) -> None:
+        """A state in host memory of a user of whom nothing is held; it goes before all that are there and as protected."""
+        held = Held(user_key, version, entry, num_bytes, Tier.HOST)
+        self._users[user_key] = held
+        self.tiers[Tier.HOST].add_coldest(held, is_protected)
 
     def pin(self, held: Held[S]) -> None:
         held.num_pins += 1

@@ -68,6 +68,10 @@ class HistorySource:
         histories = histories_in_order(rows, wanted, table.schema)
         return [UserHistory(histories, row) for row in range(len(histories))]
 
+    def most_active(self, num_users: int) -> pa.Array:
+        """Ids of the table's users with most events, the most active first."""
+        return self._table.most_active(num_users)
+
     def tails(
         self, user_ids: pa.Array, events: pa.Table, first_index_B: Int64, prev_event_ts_B: Int64
     ) -> list["UserHistory"]:

@@ -24,8 +24,8 @@ _FLOATS_PER_TOKEN = 24
 _FLOATS_PER_EVENT = 16
 """The same for an event's width, in the transformer inside a group."""
 
-_PACK_REQUESTS = 64
-"""Most requests of one user that are asked together: more fill no batch better."""
+_PACK_REQUESTS = 256
+"""Most requests of one user that are asked together: a wave then has work for a GPU, and fewer waves are launched."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,22 @@ class Budget:
     model: Ranker
     num_bytes: int
 
-    def user_bytes(self, num_events_B: Int64) -> Int64:
-        """What a user's context takes while it is made: keys and values of every layer, and the events' activations."""
+    def user_bytes(self, num_events_B: Int64, num_asked_B: Int64) -> Int64:
+        """What a user's context takes while it is made: keys and values of every layer, and the events' activations.
+
+        And the tails of `num_asked_B` requests, which are asked together.
+        """
         sizes, windows = self.model.settings, self.model.windows
         num_groups_B = num_events_B // windows.merge_size + 1
         num_queries = windows.query_groups + windows.stride_groups
-        rows_B = 4 * num_groups_B + (2 * sizes.num_self_layers + _FLOATS_PER_TOKEN) * num_queries
+        num_tail_B = num_asked_B * (self.model.embedding.num_globals + 1)
+        rows_B = 4 * num_groups_B + (2 * sizes.num_self_layers + _FLOATS_PER_TOKEN) * (num_queries + num_tail_B)
         return 4 * (rows_B * sizes.width + _FLOATS_PER_EVENT * sizes.event_width * num_events_B)
 
-    def users(self, num_events_B: Int64) -> list[Int64]:
+    def users(self, num_events_B: Int64, num_asked_B: Int64) -> list[Int64]:
         """Users of similar length in batches, each in half of the bytes, or one user alone: less padding."""
         by_length = np.argsort(num_events_B, kind="stable")
-        batch_B = np.cumsum(self.user_bytes(num_events_B)[by_length]) // (self.num_bytes // 2)
+        batch_B = np.cumsum(self.user_bytes(num_events_B, num_asked_B)[by_length]) // (self.num_bytes // 2)
         return [rows for rows in np.split(by_length, np.flatnonzero(np.diff(batch_B)) + 1) if len(rows)]
 
     def candidates(self, num_groups: int) -> int:
@@ -85,7 +89,8 @@ def waves(questions: Questions, budget: Budget) -> Iterator[tuple[Int64, Asked]]
     row_U, first_U, num_U = np.unique(row_P, return_index=True, return_counts=True)
     start_U = model.windows.history_start(newest_P[first_U]) * model.windows.merge_size
     longest_U = np.minimum(newest_P[first_U + num_U - 1] - start_U, model.windows.max_history_events)
-    for users in budget.users(longest_U):
+    most_asked_U = np.maximum.reduceat(np.diff(packs.offsets_P1), first_U)
+    for users in budget.users(longest_U, most_asked_U):
         users = users[np.argsort(-num_U[users], kind="stable")]
         mine = row_U[users]
         last_B = newest_P[first_U[users] + num_U[users] - 1]

@@ -20,8 +20,8 @@ import pyarrow as pa
 
 from longer.arrays import Histories
 from longer.errors import StorageError, UserError
-from longer.model.longer import Longer
-from longer.model.states import UserState, append, encode, rows_for
+from longer.model.engine import StateEngine
+from longer.model.states import UserState, rows_for
 from longer.serving.cache import Entry, Known, StateVersion
 from longer.serving.fingerprint import EventPrint
 from longer.serving.history import HistorySource, UserHistory
@@ -69,13 +69,13 @@ class StateResolver:
 
     def __init__(
         self,
-        model: Longer,
+        engine: StateEngine,
         version: StateVersion,
         history: HistorySource,
         online: OnlineEvents,
         store: StateStore,
     ) -> None:
-        self._model, self._version = model, version
+        self._engine, self._version = engine, version
         self._history, self._online, self._store = history, online, store
 
     def resolve(self, wave: Sequence[Pending]) -> None:
@@ -189,7 +189,7 @@ class StateResolver:
 
     def _plan(self, request: Pending, held: HeldState | None, history: UserHistory) -> _Update | None:
         """How to bring the user's state to the request's time; None, and the request's error, if the table cannot tell."""
-        end, windows = history.end_before(request.request_ts), self._model.windows
+        end, windows = history.end_before(request.request_ts), self._engine.model.windows
         if held and held.entry.known != self._known(request.user_key) and not history.holds(held.entry.events):
             self._store.drop_stale(request.user_key)
             held = None
@@ -219,7 +219,7 @@ class StateResolver:
         store, histories = self._store, _events(updates)
         slots = store.slots(rows_for(store.layout, histories.end_index_B))
         with stage("encode"):
-            states = encode(self._model, store.pool, histories, slots)
+            states = self._engine.encode(histories, slots)
         for update, state in zip(updates, states, strict=True):
             self._finish(update, "load" if update.end else "cold", state)
 
@@ -236,7 +236,7 @@ class StateResolver:
         ]
         try:
             with stage("append"):
-                states = append(self._model, store.pool, bases, new, slots)
+                states = self._engine.append(bases, new, slots)
             for (update, _), state in zip(updates, states, strict=True):
                 self._finish(update, "append", state)
         except BaseException:
@@ -255,8 +255,9 @@ class StateResolver:
             state.last_event_ts,
             update.history.next_ts(update.end),
             self._known(request.user_key),
-            _print(update, state, self._model.windows.stride_events),
+            _print(update, state, self._engine.model.windows.stride_events),
             update.holds_table,
+            request.user_id[0].as_py(),
         )
         if base is not None and base.entry.state.slot is state.slot:
             self._store.update(request.user_key, entry)

@@ -13,13 +13,14 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from longer.arrays import NO_EVENT_TS, Candidates
 from longer.data.items import ItemTable, items_version
 from longer.data.tables import SequenceTable
 from longer.errors import UserError
 from longer.hashing import stable_keys
-from longer.model.captured_scores import scorer_of
+from longer.model.engine import StateEngine
 from longer.model.longer import Longer
 from longer.model.outputs import to_scores
 from longer.model.pool import Precision
@@ -95,7 +96,7 @@ class Scorer:
 
         Where its states' memory cannot be had, the error leaves the old model serving, from an empty store.
         """
-        del self._score  # it holds the pool and its graphs
+        del self._engine, self.states  # they hold the pool and its graphs
         try:
             self.cache.fit(model)
             self.model, self.info = model, info
@@ -111,12 +112,12 @@ class Scorer:
             yield partial(self._warm_up, num_requests, num_candidates)
 
     def _warm_up(self, num_requests: int, num_candidates: int) -> None:
-        warm_up(self.model, self.cache, self.history, self._score, num_requests, num_candidates)
+        warm_up(self._engine, self.cache, self.history, num_requests, num_candidates)
 
     def _serve_states(self) -> None:
-        version = StateVersion(self.info.model_version, self.info.schema.hash(), self.info.model.encoding)
-        self._score = scorer_of(self.model, self.cache.pool)
-        self._states = StateResolver(self.model, version, self.history, self.online, self.cache)
+        self.version = StateVersion(self.info.model_version, self.info.schema.hash(), self.info.model.encoding)
+        self._engine = StateEngine(self.model, self.cache.pool)
+        self.states = StateResolver(self._engine, self.version, self.history, self.online, self.cache)
 
     def newer_tables(self) -> Tables | None:
         """Newer served sequences with their catalogue, to `move_to`; UserError until both are there. For any thread."""
@@ -145,7 +146,7 @@ class Scorer:
         outcomes = [self._prepare(request) for request in requests]
         for wave in _waves([outcome for outcome in outcomes if isinstance(outcome, _Asked)]):
             try:
-                self._states.resolve(wave)
+                self.states.resolve(wave)
                 self._answer([request for request in wave if request.error is None])
             finally:
                 self.cache.release()
@@ -156,7 +157,7 @@ class Scorer:
         outcomes = [self._prepare_events(request) for request in requests]
         for wave in _waves([outcome for outcome in outcomes if isinstance(outcome, Pending)]):
             try:
-                self._states.add_events(wave)
+                self.states.add_events(wave)
             finally:
                 self.cache.release()
         return [
@@ -164,9 +165,24 @@ class Scorer:
             for o in outcomes
         ]
 
+    def warm(self, user_ids: pa.Array) -> int:
+        """Encodes the users of whom no state is here, as far as none has to go for them; how many, `BATCH_USERS` at most."""
+        keys, most = stable_keys(user_ids).tolist(), self.cache.free_bytes // self.cache.most_state_bytes
+        unknown = [n for n, user_key in enumerate(keys) if self.cache.peek(user_key, self.version) is None]
+        wave = [Pending(user_ids[n : n + 1], keys[n], now_ms(), None) for n in unknown[: min(most, BATCH_USERS)]]
+        try:
+            self.states.resolve(wave)
+        finally:
+            self.cache.release()
+        return sum(request.error is None for request in wave)
+
+    def user_key(self, user_id: int | str) -> int:
+        """What the user is known by in here. A UserError if it is no user id."""
+        return int(stable_keys(self._reader.user(user_id))[0])
+
     def forget(self, user_id: int | str) -> bool:
         """Drops the user's state, from all tiers, and online events; whether there was any. A UserError if it is no user id."""
-        user_key = int(stable_keys(self._reader.user(user_id))[0])
+        user_key = self.user_key(user_id)
         had_events, had_state = self.online.forget(user_key), self.cache.forget(user_key)
         return had_events or had_state
 
@@ -198,7 +214,7 @@ class Scorer:
         }
         states = [request.state for request in requests if request.state is not None]
         request_ts_R = np.array([request.request_ts for request in requests], np.int64)
-        outputs_CT = self._score(states, request_ts_R, Candidates(offsets_R1, features))
+        outputs_CT = self._engine.score(states, request_ts_R, Candidates(offsets_R1, features))
         for request, state, start, end in zip(requests, states, offsets_R1[:-1], offsets_R1[1:], strict=True):
             assert request.source is not None
             scores = to_scores(outputs_CT[start:end], self.model.tasks)

@@ -5,19 +5,24 @@ for good; what is asked for there comes back. On CUDA both ways are copies on a 
 the host waits for none, and the device only where it needs the memory.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from longer.model.longer import Longer
 from longer.model.pool import Precision, StateLayout, StatePool
 from longer.model.states import UserState
 from longer.serving.cache import Counters, Entry, Held, StateIndex, StateVersion, Tier
-from longer.slots import Move, Slot
+from longer.serving.copies import Copies, DevicePool, HostPool
+from longer.slots import Slot
 
 BATCH_USERS = 32
 """Most users whose states one batch uses: room for them stands beside the budget."""
+
+_ENTRY_BYTES = 4_000
+"""Of a state's Python objects, its partial group's arrays and its fingerprint's sums, as measured over thousands of states."""
 
 HeldState = Held[UserState]
 StateEntry = Entry[UserState]
@@ -38,12 +43,11 @@ class StateStore:
 
     def _allocate(self, layout: StateLayout, device: torch.device) -> None:
         self.layout = layout
-        self._copies = _Copies(device)
-        largest_bytes = layout.largest_rows * layout.row_bytes
+        self._copies = Copies(device)
         # a state that outgrows its slot has two for a moment; and what may lie idle (`SlotAllocator.most_idle_units`)
-        beside_bytes = 2 * (BATCH_USERS + len(StatePool.sizes_of(layout))) * largest_bytes
-        self.pool = StatePool(layout, self.budget_bytes + beside_bytes, device)
-        self._host = _HostPool(layout, self.host_budget_bytes, self._copies) if self.host_budget_bytes else None
+        beside_bytes = 2 * (BATCH_USERS + len(StatePool.sizes_of(layout))) * self.most_state_bytes
+        self.pool = DevicePool(layout, self.budget_bytes + beside_bytes, device, self._copies)
+        self._host = HostPool(layout, self.host_budget_bytes, self._copies) if self.host_budget_bytes else None
 
     def fit(self, model: Longer) -> None:
         """Goes over to a model of another shape, if it is one: its states need other memory, so that none of the old ones stays.
@@ -78,6 +82,27 @@ class StateStore:
         """Bytes of the states in host memory."""
         return self._index.tiers[Tier.HOST].num_bytes
 
+    @property
+    def reserved_bytes(self) -> tuple[int, int]:
+        """What is really allocated on the device and in host memory: the budgets in whole slabs, and beside the device's the room
+        for one batch and for what may lie idle."""
+        return self.pool.words_NI.nbytes, self._host.words_NI.nbytes if self._host else 0
+
+    @property
+    def index_bytes(self) -> int:
+        """About what Python keeps of the states besides, in host memory."""
+        return len(self) * _ENTRY_BYTES
+
+    @property
+    def free_bytes(self) -> int:
+        """What both tiers can take before anything has to go for good."""
+        return self.budget_bytes + self.host_budget_bytes - self.num_bytes - self.host_bytes
+
+    @property
+    def most_state_bytes(self) -> int:
+        """Of the largest state."""
+        return self.layout.largest_rows * self.layout.row_bytes
+
     def __len__(self) -> int:
         return len(self._index)
 
@@ -98,13 +123,14 @@ class StateStore:
     def bring(self, taken: Iterable[HeldState]) -> None:
         """The states are on the device from here on."""
         away = [held for held in taken if held.tier == Tier.HOST]
-        for held in away:
-            assert self._host is not None
-            slot = self._slot(held.entry.state.slot.size)
-            self._copies.copy(self._host, held.entry.state.slot, self.pool, slot)
-            self._host.slots.free(held.entry.state.slot)
-            _lies_in(held, slot)
-            self._index.move(held, Tier.DEVICE)
+        slots = [self._slot(held.entry.state.slot.size) for held in away]
+        with self._copies.after_all_queued():
+            for held, slot in zip(away, slots, strict=True):
+                assert self._host is not None
+                self._copies.copy(self._host, held.entry.state.slot, self.pool, slot)
+                self._host.slots.free(held.entry.state.slot)
+                _lies_in(held, slot)
+                self._index.move(held, Tier.DEVICE)
         self._copies.wait()
 
     def slots(self, num_rows_B: Iterable[int]) -> list[Slot]:
@@ -112,11 +138,9 @@ class StateStore:
 
         What is not `put` in there is taken back at the next `release`.
         """
-        self._copies.wait()
-        slots = []
-        for num_rows in num_rows_B:
-            slots.append(self._slot(int(num_rows)))
-            self._lent.add(slots[-1])
+        slots = [self._slot(int(num_rows)) for num_rows in num_rows_B]
+        self._lent.update(slots)
+        self._copies.wait()  # what lay there may still be copied from
         return slots
 
     def update(self, user_key: int, entry: StateEntry) -> None:
@@ -139,8 +163,10 @@ class StateStore:
             self.pool.slots.free(slot)
         self._in_use.clear()
         self._lent.clear()
-        while self.num_bytes > self.budget_bytes:
-            self._push_out()
+        if self.num_bytes > self.budget_bytes:
+            with self._copies.after_all_queued():
+                while self.num_bytes > self.budget_bytes:
+                    self._push_out()
 
     def drop_stale(self, user_key: int) -> None:
         """Drops a user's state because what it was made from is no longer so."""
@@ -157,6 +183,38 @@ class StateStore:
         self.counters.forget += self._index.forget(user_key)
         return True
 
+    # -- what outlives it ---------------------------------------------------------------------------------------------
+
+    def hottest(self, version: StateVersion) -> Iterator[tuple[HeldState, bool]]:
+        """This version's states, who would go last first, and whether each is protected. Nothing may be in use."""
+        for tier in self._index.tiers:
+            held = [one for one in tier if one.version == version]
+            yield from ((one, tier.is_protected(one)) for one in reversed(held))
+
+    def words(self, held: HeldState) -> Tensor:
+        """Everything in the state's slot, [rows, words]: in host memory where it lies, or a copy from the device."""
+        pool, slot = (self.pool if held.tier == Tier.DEVICE else self._host), held.entry.state.slot
+        assert pool is not None
+        self._copies.finish()
+        return pool.words_NI[slot.start : slot.start + slot.size].cpu()
+
+    def restore(
+        self, user_key: int, version: StateVersion, entry: StateEntry, words_NI: Tensor, is_protected: bool
+    ) -> bool:
+        """Takes a kept state (`entry` with any slot) into host memory, if there is room and nothing is held of the user."""
+        num_bytes = len(words_NI) * self.layout.row_bytes
+        is_held = self._index.find(user_key) is not None
+        if is_held or self._host is None or self.host_bytes + num_bytes > self.host_budget_bytes:
+            return False
+        slot = self._host.slots.allocate(len(words_NI))
+        if slot is None:
+            return False
+        self._copies.finish()  # the slot's memory may still be read or written
+        self._host.words_NI[slot.start : slot.start + slot.size].copy_(words_NI)
+        entry = replace(entry, state=replace(entry.state, slot=slot))
+        self._index.restore(user_key, version, entry, num_bytes, is_protected)
+        return True
+
     # -- memory -------------------------------------------------------------------------------------------------------
 
     def _pin(self, held: HeldState) -> None:
@@ -164,14 +222,14 @@ class StateStore:
         self._in_use.append(held)
 
     def _slot(self, num_rows: int) -> Slot:
-        self._copies.wait()  # an allocation may move what is being copied
+        """Its memory may be read by copies until the device has waited for them."""
         while (slot := self.pool.slots.allocate(num_rows)) is None:
-            self._push_out()
-            self._copies.wait()
+            with self._copies.after_all_queued():
+                self._push_out()
         return slot
 
     def _push_out(self) -> None:
-        """Whoever is first to go leaves the device."""
+        """Whoever is first to go leaves the device, by a copy."""
         held = self._index.tiers[Tier.DEVICE].victim()
         assert held is not None  # there is room for a batch beside the budget
         slot = self._host_slot(held) if self._host else None
@@ -207,41 +265,3 @@ class StateStore:
 
 def _lies_in(held: HeldState, slot: Slot) -> None:
     held.entry = replace(held.entry, state=replace(held.entry.state, slot=slot))
-
-
-class _Copies:
-    """Copies between a device and host memory: on CUDA on a stream of their own, elsewhere at once."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def copy(self, source: StatePool, source_slot: Slot, target: StatePool, target_slot: Slot) -> None:
-        """One slot to another of its size, after all that is queued on the device now."""
-        read = source.words_NI[source_slot.start : source_slot.start + source_slot.size]
-        write = target.words_NI[target_slot.start : target_slot.start + target_slot.size]
-        if self.stream is None:
-            write.copy_(read)
-            return
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            write.copy_(read, non_blocking=True)
-
-    def wait(self) -> None:
-        """What is queued on the device from here on comes after the copies."""
-        if self.stream is not None:
-            torch.cuda.current_stream().wait_stream(self.stream)
-
-    def finish(self) -> None:
-        """The host waits for the copies."""
-        if self.stream is not None:
-            self.stream.synchronize()
-
-
-class _HostPool(StatePool):
-    def __init__(self, layout: StateLayout, num_bytes: int, copies: _Copies) -> None:
-        super().__init__(layout, num_bytes, pinned=copies.stream is not None)
-        self._copies = copies
-
-    def _move(self, moves: list[Move]) -> None:
-        self._copies.finish()
-        super()._move(moves)

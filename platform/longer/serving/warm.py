@@ -4,30 +4,30 @@ import numpy as np
 import pyarrow as pa
 
 from longer.arrays import NO_EVENT_TS, Candidates, Histories
-from longer.model.captured_scores import Score
-from longer.model.longer import Longer
-from longer.model.states import append, encode, rows_for
+from longer.model.engine import StateEngine
+from longer.model.states import rows_for
 from longer.schema import EventSchema
 from longer.serving.history import HistorySource
 from longer.serving.store import StateStore
 
 
 def warm_up(
-    model: Longer, store: StateStore, history: HistorySource, score: Score, num_requests: int, num_candidates: int
+    engine: StateEngine, store: StateStore, history: HistorySource, num_requests: int, num_candidates: int
 ) -> None:
     """Users with a full window are encoded, appended to and asked by `num_requests` requests of `num_candidates` each."""
+    model = engine.model
     num_events, num_users = (
         model.settings.history_events,
         min(num_requests, 2),
-    )  # kernels of one user, and of any other number
+    )  # kernels of one, and of any other number
     window, newer = _events(history, model.schema, num_events)
     try:
         slots = store.slots(rows_for(store.layout, np.full(num_users, num_events + 1)))
-        states = encode(model, store.pool, Histories.concatenate([window] * num_users), slots)
-        states = append(model, store.pool, states, Histories.concatenate([newer] * num_users), slots)
+        states = engine.encode(Histories.concatenate([window] * num_users), slots)
+        states = engine.append(states, Histories.concatenate([newer] * num_users), slots)
         asked = [states[r % num_users] for r in range(num_requests)]
         offsets = np.arange(num_requests + 1) * num_candidates
-        score(asked, np.full(num_requests, num_events + 1), _candidates(model.schema, offsets))
+        engine.score(asked, np.full(num_requests, num_events + 1), _candidates(model.schema, offsets))
     finally:
         store.release()
 

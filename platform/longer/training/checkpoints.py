@@ -57,13 +57,14 @@ class TrainerState:
     """Where a training run stands.
 
     `history` holds one record a logged step and one a validation, `epochs` what has been trained of each epoch (`Trained`),
-    `checkpoints` the step and score of every checkpoint so far, this one included.
+    `checkpoints` the step and score of every checkpoint so far, this one included, `scaling` what `Scaling.state` gave.
     """
 
     position: Position = field(default_factory=Position)
     history: list[dict[str, Any]] = field(default_factory=list)
     epochs: list[dict[str, Any]] = field(default_factory=list)
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
+    scaling: dict[str, float] = field(default_factory=dict)
 
 
 Tensors = dict[str, torch.Tensor]
@@ -188,7 +189,9 @@ def load_trainer(path: str, model: Ranker, optimizer: HasMoments) -> TrainerStat
 
 def read_trainer_state(path: str) -> TrainerState:
     about = _read_json(path, "trainer.json")
-    return TrainerState(Position(**about["position"]), about["history"], about["epochs"], about["checkpoints"])
+    return TrainerState(
+        Position(**about["position"]), about["history"], about["epochs"], about["checkpoints"], about["scaling"]
+    )
 
 
 _CHANGEABLE = {"history_events", "query_groups", "stride_groups", "dropout"}

@@ -86,12 +86,15 @@ class SplitData:
 
 
 def score_packs(
-    data: SplitData, packs: Packs, score: Callable[[RequestBatch], npt.NDArray[np.float32]]
+    data: SplitData,
+    packs: Packs,
+    score: Callable[[RequestBatch], npt.NDArray[np.float32]],
+    cost_per_batch: int = COST_PER_BATCH,
 ) -> Iterator[tuple[Int64, npt.NDArray[np.float32]]]:
     """Rows among all candidates of `data`, and their scores, batch by batch. Packs of similar cost go together: less padding."""
     cost_P = data.cost(packs)
     by_cost = np.argsort(cost_P, kind="stable")
-    batch_P = np.cumsum(cost_P[by_cost]) // COST_PER_BATCH
+    batch_P = np.cumsum(cost_P[by_cost]) // cost_per_batch
     offsets_R1 = data.requests.candidates.offsets_R1
     for members in np.split(by_cost, np.flatnonzero(np.diff(batch_P)) + 1):
         if len(members):

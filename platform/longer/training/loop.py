@@ -16,6 +16,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.torch import get_device
 
 from longer.arrays import Int64, RequestBatch
+from longer.errors import UserError
 from longer.model.captured import Staged
 from longer.model.encoders.factory import make_model
 from longer.training.checkpoints import (
@@ -38,6 +39,9 @@ from longer.training.validation import validate
 
 _STEPS_AHEAD = 2
 _RECORDS_PER_VALIDATION = 10
+_MOST_SKIPPED_IN_ROW = 50
+"""The scale of an fp16 loss has fallen to where nothing overflows long before."""
+
 _ITS_END = 1 << 30
 """Days are trained at the rate with which the schedule of a long run ends."""
 
@@ -114,7 +118,10 @@ class Run:
             if done % record_every == 0 or done in (1, num_steps):
                 meter.loss = float(self._sum_over_workers(loss_sum)) / num_candidates
                 meter.add_phases(self.timer.take())
-                self._record(done, loss=meter.loss, gradient_norm=float(gradient_norm), **meter.rates())
+                skipped = self._skipped_steps(done)
+                self._record(
+                    done, loss=meter.loss, gradient_norm=float(gradient_norm), skipped_steps=skipped, **meter.rates()
+                )
                 loss_sum, num_candidates = torch.zeros_like(loss_sum), 0
             if self.rank == 0 and meter.is_due(done):
                 self._say(meter.line(done))
@@ -138,6 +145,7 @@ class Run:
             with checkpoint.as_directory() as directory:
                 model.load_state_dict(load_model(directory, str(device))[0].state_dict())
                 self.state = load_trainer(directory, model, stepper.optimizer)
+            stepper.optimizer.scaling.restore(self.state.scaling)
             if self.rank == 0:
                 self.trained.restore(self.state.epochs)
         elif self.job.weights:
@@ -172,6 +180,19 @@ class Run:
         self.trained.add(work.position.epoch, work.request_id_R)
         return taken
 
+    def _skipped_steps(self, done: int) -> int:
+        """How many steps have changed nothing so far, since their gradients were not finite; a UserError if it goes on."""
+        before = next((r["skipped_steps"] for r in reversed(self.state.history) if "skipped_steps" in r), 0)
+        total, in_row = self.stepper.optimizer.scaling.num_skipped()
+        if in_row >= _MOST_SKIPPED_IN_ROW:
+            raise UserError(
+                f"training: the gradients of steps {done - in_row + 1} to {done} are not finite and changed nothing: lower "
+                "train.learning_rate and train.embedding_learning_rate, or look for numbers without bounds among the features"
+            )
+        if total > before:
+            self._say(f"step {done}: {total} steps so far had gradients that are not finite and changed nothing")
+        return total
+
     def _test_day(self, epoch: int) -> None:
         """Metrics of a day that no step has seen yet, before its first step."""
         day = self.content.expected[epoch]["day"]
@@ -191,6 +212,7 @@ class Run:
             self._record(done, validation=metrics)
         self.state.checkpoints.append({"step": done, "score": score})
         self.state.epochs = self._trained_so_far()
+        self.state.scaling = self.stepper.optimizer.scaling.state()
         name = f"step_{done:07d}"
         if self.rank > 0:
             ray.train.report({}, checkpoint_dir_name=name, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)

@@ -11,6 +11,7 @@ from longer.config import TrainSettings
 from longer.model.embedding import Reads
 from longer.model.fuse import has_kernels
 from longer.model.ranker import Ranker
+from longer.training.scaling import Scaling
 from longer.training.table_gradients import TableGradient, combine, over_workers
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8
@@ -27,7 +28,8 @@ class Optimizer:
     """Takes the place of a model's gradients and moments; the model's large tables note what they read from now on.
 
     A table's row whose gradient is zero, because nobody read it or nothing came of it, keeps its weights and moments (torch's
-    SparseAdam does the same). Moments lie in `state` under their parameter: a step touches no row that it did not read.
+    SparseAdam does the same). Moments lie in `state` under their parameter: a step touches no row that it did not read. A step
+    whose gradients are not finite changes no weight and no moment; `scaling` counts it.
     """
 
     def __init__(self, model: Ranker, settings: TrainSettings) -> None:
@@ -37,6 +39,7 @@ class Optimizer:
             table.reads = []
         device = model.norm_head.weight.device
         on_cuda = device.type == "cuda"
+        self.scaling = Scaling(device, is_scaled=settings.precision == "fp16")
 
         def rate(value: float) -> Tensor | float:
             return torch.tensor(value, device=device) if on_cuda else value
@@ -102,33 +105,43 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, num_workers: int) -> Tensor:
-        """One update from the gradients of all workers, summed; returns their norm before it was clipped."""
+        """One update from the gradients of all workers, summed; returns their norm before it was clipped.
+
+        They are those of `scaling.scale` times the loss.
+        """
         dense = [p.grad for group in self._dense.param_groups for p in group["params"] if p.grad is not None]
         tables = {parameter: combine(table.reads) for parameter, table in self.tables.items() if table.reads}
         if num_workers > 1:
             _sum_over_workers(dense)
             tables = {parameter: over_workers(gradient) for parameter, gradient in tables.items()}
         norm = get_total_norm([*dense, *(gradient.gradient_Ud for gradient in tables.values())], foreach=True)
-        scale = (self.clip_norm / (norm + 1e-6)).clamp_max(1.0)
-        torch._foreach_mul_(dense, scale)
+        norm = norm.float() / self.scaling.scale
+        is_finite = norm.isfinite()
+        divisor = ((norm + 1e-6) / self.clip_norm).clamp_min(1.0) * self.scaling.scale
+        self._dense.grad_scale, self._dense.found_inf = divisor, 1.0 - is_finite.float()  # type: ignore[attr-defined]
         self._dense.step()
-        rate = self._dense.param_groups[1]["lr"]
+        scale, rate = 1.0 / divisor, self._dense.param_groups[1]["lr"]
         for parameter, gradient in tables.items():
-            self._update(parameter, gradient, scale, rate)
+            num_rows = torch.where(is_finite, gradient.num_rows, 0)
+            self.state[parameter]["step"] += is_finite
+            self._update(parameter, gradient, num_rows, scale, rate)
+        self.scaling.update(is_finite)
         return norm
 
-    def _update(self, parameter: Tensor, gradient: TableGradient, scale: Tensor, rate: Tensor | float) -> None:
+    def _update(
+        self, parameter: Tensor, gradient: TableGradient, num_rows: Tensor, scale: Tensor, rate: Tensor | float
+    ) -> None:
         state = self.state[parameter]
-        state["step"] += 1
         moments = state["exp_avg"], state["exp_avg_sq"]
         if has_kernels(parameter):
             from longer.training.table_triton import update_rows
 
             assert isinstance(rate, Tensor)
-            rows = gradient.rows_U, gradient.gradient_Ud, gradient.num_rows
+            rows = gradient.rows_U, gradient.gradient_Ud, num_rows
             update_rows(parameter, moments, *rows, scale, rate, state["step"], _BETAS, _EPS)
             return
         learns_U = gradient.gradient_Ud.any(dim=1)
+        learns_U[int(num_rows) :] = False
         rows_U, gradient_Ud = gradient.rows_U[learns_U], gradient.gradient_Ud[learns_U] * scale
         mean_Ud = moments[0][rows_U].lerp_(gradient_Ud, 1 - _BETAS[0])
         square_Ud = moments[1][rows_U].mul_(_BETAS[1]).addcmul_(gradient_Ud, gradient_Ud, value=1 - _BETAS[1])

@@ -27,7 +27,7 @@ from longer.training.optimizer import Optimizer
 from longer.training.timing import PhaseTimer
 
 _FINAL_LEARNING_RATE_SHARE = 0.05
-_AUTOCAST = {"float32": None, "tf32": None, "bf16": torch.bfloat16}
+_AUTOCAST = {"float32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _roomy(size: int) -> int:
@@ -86,6 +86,8 @@ class Stepper:
         """The batch as `step` takes it soonest; for one thread, any, that calls it for one batch after the other."""
         if not isinstance(self.model, Longer) or not self.model.has_flat_pass:
             return batch
+        if self.settings.recompute and self.model.settings.dropout:
+            return batch  # what was dropped is found again by the generator's state, which no CUDA graph gives
         if not has_kernels(self.model.norm_head.weight) or not len(batch.histories.event_ts_E):
             return batch
         sizes = Sizes.of(batch, self.model.windows)
@@ -115,14 +117,15 @@ class Stepper:
             return torch.stack(losses).sum(), self.optimizer.step(self.num_workers)
 
     def _backward(self, batch: RequestBatch | Staged, weight: float, num_candidates: int) -> Tensor:
+        scale = self.optimizer.scaling.scale * (weight / num_candidates)
         if isinstance(batch, Staged):
-            return self._captured_for(batch)(batch, weight / num_candidates) * weight
+            return self._captured_for(batch)(batch, scale) * weight
         tensors = to_tensors(batch, self.device)
         with self.autocast():
             output_CT = self.model(tensors)
-        loss = weight * loss_sum(output_CT, tensors.labels, self.settings.tasks)
-        (loss / num_candidates).backward()
-        return loss.detach()
+        loss = loss_sum(output_CT, tensors.labels, self.settings.tasks)
+        (loss * scale).backward()
+        return loss.detach() * weight
 
     def _captured_for(self, batch: Staged) -> CapturedPass:
         if self._captured is None or self._captured.room != batch.room:

@@ -188,7 +188,7 @@ def causal_block(block: Any, x_TD: Tensor) -> Tensor:
 def test_transformer_is_a_causal_transformer_with_the_candidate_at_the_end(asked: RequestBatch) -> None:
     def equation(model: EncoderRanker, user: OneUser, c: int) -> Tensor:
         assert isinstance(model.encoder, TransformerEncoder)
-        x_TD = torch.cat([user.x_LD, user.v_CD[c : c + 1]])
+        x_TD = torch.cat([user.x_LD, user.v_CD[c : c + 1] + model.encoder.candidate_D])
         for block in model.encoder.layers:
             x_TD = causal_block(block, x_TD)
         return model.encoder.norm(x_TD[-1])

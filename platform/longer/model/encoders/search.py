@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from longer.config import ModelSettings
 from longer.encoder_settings import Sim, Twin
+from longer.model.attention import search_weight
 from longer.model.context import take_rows
 from longer.model.embedding import Embedding, Gap
 from longer.model.encoders.bucket import Bucket
@@ -43,6 +44,13 @@ def softmax_over(score: Tensor, found: Tensor) -> Tensor:
     return score.masked_fill(~found, torch.finfo(score.dtype).min).softmax(-1) * found
 
 
+@torch.no_grad()
+def _begin_as_search(query: nn.Linear, key: nn.Linear, head_width: int) -> None:
+    """As LONGER's first layer does, so that what is compared is what they read."""
+    for linear in (query, key):
+        linear.weight.copy_(search_weight(len(linear.weight), head_width))
+
+
 class SimEncoder(SequenceEncoder):
     """Search-based Interest Model (arXiv 2006.05639).
 
@@ -60,6 +68,7 @@ class SimEncoder(SequenceEncoder):
         self.soft = self.search == "soft"
         if self.soft:
             self.search_event, self.search_candidate = (nn.Linear(width, width, bias=False) for _ in range(2))
+            _begin_as_search(self.search_event, self.search_candidate, width)
         self.gap = Gap(width)
         self.key = nn.Linear(2 * width, width, bias=False)
         self.query = nn.Linear(width, width, bias=False)
@@ -113,6 +122,7 @@ class TwinEncoder(SequenceEncoder):
         self.key = nn.Linear(width, width, bias=False)
         self.query = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
+        _begin_as_search(self.query, self.key, width // self.num_heads)
         self.cross = nn.ModuleList(
             nn.Linear(settings.event_width, 1, bias=False) for _ in (*self.categories, *self.numbers, "gap", "hour")
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from longer.config import ModelSettings
 from longer.model.attention import Block
-from longer.model.embedding import Embedding
+from longer.model.embedding import CANDIDATE_STD, Embedding
 from longer.model.encoders.bucket import Bucket
 from longer.model.encoders.ranker import SequenceEncoder
 from longer.model.variants import attend_and_self
@@ -44,16 +44,21 @@ class CausalLayers(nn.Module):
 
 
 class TransformerEncoder(SequenceEncoder):
-    """A causal Transformer over the events; each candidate is one more token at its request's end, which nothing else sees."""
+    """A causal Transformer over the events; each candidate is one more token at its request's end, which nothing else sees.
+
+    Like LONGER it begins as a search for the candidate's own events, and a learned vector tells candidates from events.
+    """
 
     def __init__(self, settings: ModelSettings, num_layers: int):
         super().__init__()
         self.output_width = settings.width
         self.layers = CausalLayers(settings, num_layers)
         self.norm = nn.LayerNorm(settings.width)
+        self.candidate_D = nn.Parameter(torch.randn(settings.width) * CANDIDATE_STD)
+        next(iter(self.layers)).begin_as_search(self.candidate_D)
 
     def forward(self, bucket: Bucket, embedding: Embedding) -> Tensor:
-        x_BLD, x_NAD, seen_NAL = bucket.x_BLD, bucket.x_NAD, bucket.seen_NAL
+        x_BLD, x_NAD, seen_NAL = bucket.x_BLD, bucket.x_NAD + self.candidate_D, bucket.seen_NAL
         for block in self.layers:
             x_BLD, key, value = self.layers.layer(block, x_BLD)
             query, (own_key, own_value) = block.queries(x_NAD, bucket.end_NA), block.keys_values(x_NAD, bucket.end_NA)
@@ -173,7 +178,7 @@ class HstuLayer(nn.Module):
         score_BHTS = torch.einsum("bthz,bshz->bhts", query, key)
         bias_BTS = self.bias(*distances)[..., 0].to(score_BHTS.dtype)
         seen_BTS = seen if seen.ndim == 3 else seen[None]
-        weights = F.silu(score_BHTS + bias_BTS.unsqueeze(-3)) * (seen_BTS[:, None] * self.scale).to(score_BHTS.dtype)
+        weights = F.silu(score_BHTS + bias_BTS.unsqueeze(-3)) * (seen_BTS[:, None].to(score_BHTS.dtype) * self.scale)
         return torch.einsum("bhts,bshz->bthz", weights, value)
 
     def finish(self, x: Tensor, gathered: Tensor, gate: Tensor) -> Tensor:

@@ -1,0 +1,162 @@
+"""What the job is compared with: each request from scratch in Ray Data, and bare loops over what is in memory."""
+
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+
+from longer.arrays import Float32, RequestBatch
+from longer.config import Settings
+from longer.data.batches import concat_histories, rows_of_requests
+from longer.data.columns import requests_of
+from longer.data.scores import score_rows
+from longer.data.tables import RequestTable, SequenceTable
+from longer.model.inputs import BatchTensors, to_tensors
+from longer.model.longer import Longer
+from longer.model.outputs import to_scores
+from longer.serving.batch_answers import computing_in
+from longer.serving.batch_input import Chunk, Reader
+from longer.serving.batch_output import Run
+from longer.serving.batch_plan import plan_scores
+from longer.serving.offline import Budget, score_lists
+from longer.storage import Table, remove_tree
+from longer.training.checkpoints import load_model
+from longer.training.loader import COST_PER_BATCH, SplitData, concat_requests, score_packs
+
+PACK_REQUESTS = 64
+_MAP_REQUESTS = 256
+_PACKED_CANDIDATES = 1 << 20
+"""Candidates of which the packed loop's batches are kept on the device: a rate needs no more."""
+
+Loop = Callable[[], int]
+"""Scores what is in memory; how many scores that are."""
+
+
+def batch_cost(device: str) -> int:
+    """Events and candidates of a batch of the training pass: what fills a GPU, or a CPU's caches."""
+    return 1 << 20 if device == "cuda" else COST_PER_BATCH
+
+
+class FromScratch:
+    """Scores each request on a history of its own, as a job without states would; one instance an actor."""
+
+    def __init__(self, settings: Settings) -> None:
+        torch.set_num_threads(1)
+        self._plan = plan_scores(settings)
+        self._model, _ = load_model(self._plan.checkpoint.path, self._plan.device)
+        self._sequences = SequenceTable(settings.path("tables", "sequences"), self._plan.schema)
+        self._is_warm = self._plan.device == "cpu"
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """The score rows, with the times between which they were made; on a GPU, kernels are compiled before that."""
+        if not self._is_warm:
+            self._scored(rows)
+            self._is_warm = True
+        begun = time.time()
+        scored = self._scored(rows)
+        times = {name: pa.array(np.full(len(rows), x)) for name, x in (("begun", begun), ("done", time.time()))}
+        return pa.table({**{name: scored[name] for name in scored.column_names}, **times})
+
+    def _scored(self, rows: pa.Table) -> pa.Table:
+        schema = self._plan.schema
+        requests = requests_of(rows.select(schema.requests_arrow().names), schema)
+        histories = self._sequences.get(requests.user_id_R.unique())
+        data = SplitData(histories, requests, rows_of_requests(histories, requests), self._model.windows)
+        output_CT = np.empty((len(requests.item_id_C), len(self._model.tasks)), np.float32)
+        for rows_N, outputs_NT in score_packs(data, data.packs(1), self._forward, batch_cost(self._plan.device)):
+            output_CT[rows_N] = outputs_NT
+        return score_rows(requests, to_scores(output_CT, self._model.tasks), schema)
+
+    @torch.inference_mode()
+    def _forward(self, batch: RequestBatch) -> Float32:
+        with computing_in(self._plan.precision, self._plan.device):
+            return self._model(to_tensors(batch, self._plan.device)).float().cpu().numpy()
+
+
+def from_scratch(settings: Settings, num_requests: int) -> float:
+    """Scores per second of whole users' first requests on one actor, from the first batch begun to the last one written."""
+    output = settings.path("from_scratch")
+    remove_tree(output)
+    requests = Table(settings.path("tables", "requests")).require("jobs.build_requests")
+    rows = ray.data.read_parquet(requests.files("split=test/"), partitioning=None).limit(num_requests)
+    rows.map_batches(
+        FromScratch,
+        fn_constructor_args=(settings,),
+        batch_size=_MAP_REQUESTS,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=1),
+        num_cpus=1,
+        num_gpus=1 if settings.batch_score.num_gpus_per_scorer else None,
+    ).write_parquet(output)
+    written = pq.read_table(output, partitioning=None)
+    seconds = pa.compute.max(written["done"]).as_py() - pa.compute.min(written["begun"]).as_py()
+    return len(written["item_id"].combine_chunks().flatten()) / seconds
+
+
+def bare_loops(settings: Settings, device: str) -> dict[str, Loop]:
+    """The model over test requests that are in memory: packed as in training, on the device, and as the job scores chunks.
+
+    Each has run once.
+    """
+    plan = plan_scores(settings)
+    model, _ = load_model(plan.checkpoint.path, device)
+    requests = RequestTable(settings.path("tables", "requests"), plan.schema)
+    sequences = SequenceTable(settings.path("tables", "sequences"), plan.schema, plan.sequences.id)
+    reader = Reader(plan, sequences, requests, Run(""), model.windows, 1)
+    chunks = [chunk for bucket in sequences.buckets for chunk in reader.chunks(bucket)]
+    batches = list(_packed(model, chunks, device))
+    budget = Budget(model, settings.batch_score.batch_bytes)
+
+    @torch.inference_mode()
+    def packed() -> int:
+        return sum(len(model(batch)) for batch in batches)
+
+    def appended() -> int:
+        return sum(len(_scored(chunk, budget)) for chunk in chunks)
+
+    def computed(loop: Loop) -> Loop:
+        def run() -> int:
+            with computing_in(plan.precision, device):
+                return loop()
+
+        run()
+        return run
+
+    loops = {"requests packed as in training": packed, "the job's scoring of chunks": appended}
+    return {f"bare loop: {name}": computed(loop) for name, loop in loops.items()}
+
+
+def loop_rate(loop: Loop, device: str) -> float:
+    """Scores per second."""
+    started = time.perf_counter()
+    num_scores = loop()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return num_scores / (time.perf_counter() - started)
+
+
+def _scored(chunk: Chunk, budget: Budget) -> Float32:
+    assert chunk.requests
+    return score_lists(chunk.questions, chunk.requests.candidates, budget)
+
+
+def _packed(model: Longer, chunks: list[Chunk], device: str) -> Iterator[BatchTensors]:
+    """Requests of the first chunks as batches of the training forward pass, on the device."""
+    sizes = [len(chunk.requests.item_id_C) for chunk in chunks if chunk.requests]
+    some = chunks[: int(np.searchsorted(np.cumsum(sizes), _PACKED_CANDIDATES)) + 1]
+    asked = concat_requests([chunk.requests for chunk in some if chunk.requests])
+    histories = concat_histories([chunk.questions.histories for chunk in some])
+    data = SplitData(histories, asked, rows_of_requests(histories, asked), model.windows)
+    batches: list[RequestBatch] = []
+
+    def gather(batch: RequestBatch) -> Float32:
+        batches.append(batch)
+        return np.zeros((len(batch.candidates.features["item_id"]), len(model.tasks)), np.float32)
+
+    for _ in score_packs(data, data.packs(PACK_REQUESTS), gather, batch_cost(device)):
+        pass
+    return (to_tensors(batch, device) for batch in batches)

@@ -1,0 +1,158 @@
+"""The benchmark's Markdown page: hardware, versions, commit, sizes, rates, and the goals beside what was measured."""
+
+import argparse
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from statistics import median
+
+import pyarrow as pa
+import ray
+import torch
+
+from benchmarks.batch_arms.world import num_cores, scoring_seconds
+from benchmarks.point_reads import commit
+from benchmarks.quickstart import cpu_model
+from longer.config import Settings
+from longer.storage import Version
+
+JOB, SCRATCH = "**the job**", "each request from scratch (`map_batches`)"
+LINEAR_WITHIN = 0.1
+"""By how much the cost of a user may change between a quarter of the users and all of them, to count as linear."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that a run of the split has found; `stages` are seconds by what took them."""
+
+    asked: argparse.Namespace
+    settings: Settings
+    rates: dict[str, list[float]]
+    scored: Version
+    best: Version | None
+    linear: dict[int, Version]
+    stages: dict[str, float]
+
+
+def page(of: Measured, summary: dict[str, float]) -> list[str]:
+    told, job, num_users = of.scored.manifest, median(of.rates[JOB]), of.scored.manifest["num_users"]
+    return [
+        "# Offline scoring, from Parquet to Parquet\n",
+        *_conditions(of.asked, of.settings, 1),
+        f"- {num_users} users with {told['num_requests'] / num_users:.0f} requests each on average, {told['num_rows']:,} scores; "
+        f"medians of {of.asked.runs} runs, the fewest and the most in brackets",
+        f"- {_stages(of.stages)}\n",
+        "| | scores/s | of the job |",
+        "|---|---|---|",
+        *(
+            f"| {name} | {median(runs):,.0f} ({min(runs):,.0f} to {max(runs):,.0f}) | {median(runs) / job:.3f} |"
+            for name, runs in of.rates.items()
+        ),
+        f"\nBefore its scores, the last run of the job took {told['start_s']:.1f} s until its first actor was up; "
+        f"{told['device_s_per_million_scores']:.2f} device-seconds a million scores; {_memory(of.scored)}. {_checked(of.scored)}\n",
+        *([_best_in_words(of.best)] if of.best else []),
+        *_linear(of.linear),
+        *_goals(
+            ("end to end, of the bare loop", ">= 90% on a GPU", f"{summary['vs_bare_loop']:.0%}", summary["vs_bare_loop"] >= 0.9),
+            ("times scoring from scratch", ">= 20", f"{summary['vs_from_scratch']:.1f}", summary["vs_from_scratch"] >= 20),
+            _linear_goal(of.linear),
+        ),
+    ]  # fmt: skip
+
+
+def catalogue_page(
+    asked: argparse.Namespace,
+    settings: Settings,
+    num_devices: int,
+    runs: dict[int, Version],
+    summary: dict[str, float],
+    stages: dict[str, float],
+) -> list[str]:
+    whole = runs[max(runs)]
+    return [
+        f"# Best {asked.top_k} items of a large catalogue\n",
+        *_conditions(asked, settings, num_devices),
+        f"- {_stages(stages)}\n",
+        f"{_best_in_words(whole)} {whole.manifest['start_s']:.1f} s before that until the first actor was up.",
+        *_linear(runs),
+        *_goals(
+            ("score matrix held", "never", "block by block", True),
+            _linear_goal(runs),
+        ),
+    ]
+
+
+def _conditions(asked: argparse.Namespace, settings: Settings, num_devices: int) -> list[str]:
+    sizes = settings.model
+    device = f"one core of {cpu_model()}"
+    if asked.device == "cuda":
+        device = f"{num_devices} x {torch.cuda.get_device_name()}, {num_cores()} CPU cores"
+    precision = "float32, no TF32" if asked.precision == "float32" else asked.precision
+    return [
+        f"`python -m benchmarks.batch_scoring {' '.join(sys.argv[1:])}`\n",
+        f"- hardware: {device}; {asked.scorers} scorers a device",
+        f"- {datetime.now(UTC):%Y-%m-%d}, commit {_commit()}; Python {sys.version.split()[0]}, torch {torch.__version__}, ray "
+        f"{ray.__version__}, pyarrow {pa.__version__}",
+        f"- L = {sizes.history_events}, K = {sizes.merge_size}, D = {sizes.width}, k = {sizes.query_groups}, s = "
+        f"{sizes.stride_groups}, one cross and {sizes.num_self_layers} self layers, {precision}; {asked.users:,} users with "
+        f"{settings.generate.num_events // asked.users:,} events each",
+    ]
+
+
+def _commit() -> str:
+    """Of the code; a copy of a working tree need have none."""
+    try:
+        return commit()
+    except (OSError, subprocess.CalledProcessError):
+        return "of the copied tree"
+
+
+def _stages(stages: dict[str, float]) -> str:
+    """What took how long."""
+    return "seconds, starts included: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in stages.items())
+
+
+def _memory(version: Version) -> str:
+    told = version.manifest
+    of_gpu = f", {told['peak_gpu_bytes'] / 1e6:,.0f} MB of its GPU" if told["peak_gpu_bytes"] else ""
+    return f"an actor held at most {told['peak_bytes'] / 1e6:,.0f} MB of memory{of_gpu}"
+
+
+def _checked(version: Version) -> str:
+    check = version.manifest["online_check"]
+    return f"{check['requests']} requests through the serving path too: largest difference {check['max_abs_diff']:.1e}."
+
+
+def _best_in_words(best: Version) -> str:
+    told, seconds = best.manifest, scoring_seconds(best)
+    num_users, matrix_bytes = told["num_users"], 4 * told["num_rows"]
+    return (
+        f"Best {told['settings']['top_k']} of {told['num_rows'] // num_users:,} items for {num_users:,} users: "
+        f"{told['num_rows']:,} scores in {seconds:.1f} s, {told['num_rows'] / seconds:,.0f} a second, "
+        f"{told['device_s_per_million_scores']:.3g} device-seconds a million; {_memory(best)}; the scores alone would be "
+        f"{matrix_bytes / 1e6:,.0f} MB. {_checked(best)}"
+    )
+
+
+def _linear(runs: dict[int, Version]) -> list[str]:
+    lines = ["", "| users | scores | seconds | device-seconds | ms of a device for a user |", "|---|---|---|---|---|"]
+    for num_users, version in runs.items():
+        told = version.manifest
+        lines.append(
+            f"| {num_users:,} | {told['num_rows']:,} | {scoring_seconds(version):.2f} | {told['device_s']:.2f} | "
+            f"{told['device_s'] / num_users * 1e3:.2f} |"
+        )
+    return lines
+
+
+def _linear_goal(runs: dict[int, Version]) -> tuple[str, str, str, bool]:
+    cost = [version.manifest["device_s"] / num_users for num_users, version in runs.items()]
+    change = cost[-1] / cost[0] - 1
+    name = f"cost of a user, {max(runs):,} users against {min(runs):,}"
+    return name, f"at most {LINEAR_WITHIN:+.0%}", f"{change:+.0%}", change <= LINEAR_WITHIN
+
+
+def _goals(*goals: tuple[str, str, str, bool]) -> list[str]:
+    rows = [f"| {name} | {goal} | {found} | {'yes' if met else 'no'} |" for name, goal, found, met in goals]
+    return ["", "| goal | | measured | met |", "|---|---|---|---|", *rows, ""]

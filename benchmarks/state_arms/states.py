@@ -1,0 +1,139 @@
+"""What a batch of states costs: recomputed, encoded, appended to, hit on the device, hit in host memory."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.model_arms.sizes import DEVICE, ON_CUDA, per_impression, seconds
+from benchmarks.state_arms.users import NUM_ROUNDS, Users, Way, rounds_ms, spread, ways
+from longer.arrays import Candidates, RequestBatch
+from longer.model.inputs import to_tensors
+from longer.serving.cache import Entry, Known, StateVersion
+from longer.serving.fingerprint import EventPrint
+from longer.serving.store import StateStore
+
+Row = dict[str, Any]
+
+NUM_NEW = (1, 8, 64)
+"""Events of an append."""
+
+_BLOCK_CANDIDATES = 64
+_MOST_STEPS_INSIDE = 8
+_NUM_APPEND_ROUNDS = 3
+_VERSION = StateVersion("benchmark", "schema", "appendable")
+_NO_EVENTS = EventPrint(0, 0, np.zeros(1, np.uint64), np.uint64(0))
+
+
+def rows_of(users: Users, num_users: Sequence[int], num_candidates: Sequence[int]) -> Iterator[Row]:
+    """Every arm of one width and history length."""
+    size = {
+        "width": users.settings.width,
+        "L": users.num_events,
+        "stride": users.model.windows.stride_events,
+        "state_bytes": users.state_bytes,
+    }
+    asked = {(u, c): users.asked(u, c) for u in num_users for c in num_candidates}
+    for candidates in num_candidates:
+        yield size | {"users": 1, "candidates": candidates, "arm": "recompute"} | recompute(users, asked[1, candidates])
+    for count in num_users:
+        for way in users.ways:
+            what = size | {"users": count, "way": way.name}
+            yield what | {"arm": "encode"} | encode(users, way, count)
+            for num_new in [n for n in NUM_NEW if n < users.model.windows.stride_events]:
+                yield what | {"arm": f"append {num_new}"} | append(users, way, count, num_new)
+            for arm, candidates, times in hits(users, way, count, {c: asked[count, c] for c in num_candidates}):
+                yield what | {"arm": arm, "candidates": candidates} | times
+
+
+def recompute(users: Users, asked: RequestBatch) -> dict[str, float]:
+    """One user, every candidate with a history of its own, in blocks that fit, which lie on the device before the clock starts."""
+    blocks = [to_tensors(block, DEVICE) for block in blocks_of(users, asked)]
+
+    def step() -> None:
+        for block in blocks:
+            users.model(block)
+
+    with torch.inference_mode(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=ON_CUDA, cache_enabled=False):
+        return rounds_ms(step, 1, 3)
+
+
+def blocks_of(users: Users, asked: RequestBatch) -> list[RequestBatch]:
+    """One user's candidates, each once and with a copy of the history; the last block is what is left."""
+    request = users.request(asked, users.num_events)
+    num_candidates = len(asked.candidates.features["item_id"])
+    bounds = [*range(0, num_candidates, _BLOCK_CANDIDATES), num_candidates]
+    return [per_impression(_part(request, *span), span[1] - span[0]) for span in pairwise(bounds)]
+
+
+def _part(request: RequestBatch, begin: int, end: int) -> RequestBatch:
+    """One user's request with some of its candidates."""
+    features = {name: values[begin:end] for name, values in request.candidates.features.items()}
+    return replace(request, candidates=Candidates(np.array([0, end - begin]), features), labels={})
+
+
+def encode(users: Users, way: Way, num_users: int) -> dict[str, float]:
+    slots, events = users.slots(num_users), users.events(num_users, 0, users.num_events)
+    times = rounds_ms(lambda: way.encode(events, slots), way.num_steps)
+    users.free(slots)
+    return times
+
+
+def append(users: Users, way: Way, num_users: int, num_new: int) -> dict[str, float]:
+    """An append's mean over a stride: steps inside it (`inside_ms`) and the one that moves windows (`move_ms`), by their shares.
+
+    States grow in place, as in serving; each round starts from states encoded anew, which is not counted.
+    """
+    windows, size = users.model.windows, users.settings.merge_size
+    num_inside = min(_MOST_STEPS_INSIDE, (windows.stride_events - size) // num_new)
+    boundary = (users.num_events // windows.stride_events + 1) * windows.stride_events - size  # the last end before it
+    first = boundary - min(num_new, 4) + 1 - num_new * num_inside
+    ends = [first + n * num_new for n in range(num_inside + 2)]
+    steps = [users.events(num_users, begin, begin + num_new) for begin in ends[:-1]]
+    slots, history = users.slots(num_users), users.events(num_users, 0, first)
+    inside_ms, move_ms = [], []
+    for _ in range(_NUM_APPEND_ROUNDS + 1):
+        states, remaining = way.encode(history, slots), iter(steps)
+
+        def step() -> None:
+            nonlocal states
+            states = way.append(states, next(remaining), slots)  # noqa: B023  (called in this round only)
+
+        inside_ms.append(1e3 * seconds(step, num_inside, 0))
+        move_ms.append(1e3 * seconds(step, 1, 0))
+    users.free(slots)
+    share = min(1.0, num_new / windows.stride_events)
+    means_ms = [(1 - share) * a + share * b for a, b in zip(inside_ms[1:], move_ms[1:], strict=True)]
+    return spread(means_ms) | {"inside_ms": float(np.median(inside_ms[1:])), "move_ms": float(np.median(move_ms[1:]))}
+
+
+def hits(
+    users: Users, way: Way, num_users: int, asked: dict[int, RequestBatch]
+) -> Iterator[tuple[str, int, dict[str, float]]]:
+    """`hit`: the states are on the device. `host hit`: each batch's states come from host memory, and go back."""
+    slots, history = users.slots(num_users), users.events(num_users, 0, users.num_events)
+    states = way.encode(history, slots)
+    for candidates, batch in asked.items():
+        step = partial(way.score, states, batch.request_ts_R, batch.candidates)
+        yield "hit", candidates, rounds_ms(step, way.num_steps)
+    users.free(slots)
+    store = StateStore(users.model, 0, (num_users + 20) * 2 * users.state_bytes, users.pool.layout.precision)
+    [way] = [other for other in ways(users.model, store.pool) if other.name == way.name]
+    for user, state in enumerate(way.encode(history, store.slots([store.layout.largest_rows] * num_users))):
+        store.put(user, _VERSION, Entry(state, 0, 0, Known("", 0), _NO_EVENTS, True))
+    store.release()
+    for candidates, batch in asked.items():
+        yield "host hit", candidates, rounds_ms(partial(_host_hit, store, way, batch), max(2, way.num_steps // 2))
+    if store.counters.promote < len(asked) * NUM_ROUNDS * 2 * num_users:
+        raise AssertionError("states did not come from host memory")
+
+
+def _host_hit(store: StateStore, way: Way, batch: RequestBatch) -> None:
+    taken = [held for user in range(batch.num_requests) if (held := store.take(user, _VERSION))]
+    store.bring(taken)
+    way.score([held.entry.state for held in taken], batch.request_ts_R, batch.candidates)
+    store.release()

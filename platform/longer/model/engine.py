@@ -1,0 +1,50 @@
+"""One model with the pool that its states lie in: `states`' three functions as the device does them best."""
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from longer.arrays import Candidates, Histories, Int64
+from longer.model.captured_growth import CapturedGrowth
+from longer.model.captured_scores import CapturedScores
+from longer.model.longer import Longer
+from longer.model.pool import StatePool
+from longer.model.states import Grow, UserState, append, computing_dtype, encode, score
+from longer.slots import Slot
+
+Score = Callable[[Sequence[UserState], Int64, Candidates], npt.NDArray]
+
+
+class StateEngine:
+    """Encodes, appends and scores as `states` does; captured on CUDA, where the pool keeps what the kernels read."""
+
+    def __init__(self, model: Longer, pool: StatePool) -> None:
+        self.model, self.pool = model, pool
+        self._grow: Grow | None = None
+        self._score: Score = partial(score, model, pool)
+        if pool.device.type == "cuda" and pool.layout.dtype == computing_dtype(model, pool):
+            twin, memory = _with_products_in(computing_dtype(model, pool), model), torch.cuda.graph_pool_handle()
+            self._grow = CapturedGrowth(twin, pool, memory).grow
+            self._score = CapturedScores(twin, pool, memory).score
+
+    def encode(self, histories: Histories, slots: Sequence[Slot]) -> list[UserState]:
+        return encode(self.model, self.pool, histories, slots, self._grow)
+
+    def append(self, states: Sequence[UserState], new: Histories, slots: Sequence[Slot]) -> list[UserState]:
+        return append(self.model, self.pool, states, new, slots, self._grow)
+
+    def score(self, states: Sequence[UserState], request_ts_R: Int64, candidates: Candidates) -> npt.NDArray:
+        return self._score(states, request_ts_R, candidates)
+
+
+def _with_products_in(dtype: torch.dtype, model: Longer) -> Longer:
+    """The model with matrices in this type, so that no replay casts them anew; it shares its tables with the other."""
+    twin = copy.deepcopy(model, {id(table): table for table in model.embedding_parameters()})
+    for module in twin.modules():
+        if isinstance(module, nn.Linear):
+            module.to(dtype)
+    return twin

@@ -1,0 +1,132 @@
+"""States that a replica starts with: what replicas before it left in dumps, and those of the most active users of the table.
+
+All of it in the background, once the replica answers and knows who the others are, so that it takes what is its own by the ring.
+Files are read beside the worker thread, which takes in one file, or encodes a few users, between two batches of requests. Only
+free room is filled: nothing that is held goes for it. It is done again when the ring, the dumps or the model change.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from longer.serving.cache import StateVersion
+from longer.serving.dumps import DumpCounters, StateDumps
+from longer.serving.kept_states import KeptState
+from longer.serving.scorer import Scorer
+from serve_apps.affinity import Ring, session_of
+from serve_apps.arguments import ScoringArgs
+
+_WARMED_TOGETHER = 4
+_MORE_THAN_A_SHARE = 1.5
+"""Replicas own users unevenly: of so many times what all of them want, each finds enough of its own."""
+
+_logger = logging.getLogger("ray.serve")
+
+InWorker = Callable[..., Awaitable[Any]]
+
+
+class StateKeeper:
+    """Brings states to a replica, and leaves its states to others; `in_worker` runs what touches the scorer."""
+
+    def __init__(self, args: ScoringArgs, scorer: Scorer, replica: str, in_worker: InWorker) -> None:
+        self._args, self._scorer, self._replica, self._in_worker = args, scorer, replica, in_worker
+        self._dumps = StateDumps(args.state_dump, replica) if args.state_dump else None
+        self._brought: tuple[Any, ...] = ()
+        self._lock = asyncio.Lock()
+        self._forgotten: set[int] = set()
+        self.num_warmed = 0
+
+    @property
+    def counters(self) -> dict[str, int]:
+        dumps = self._dumps.counters if self._dumps else DumpCounters()
+        return {**dumps.as_dict(), "warmed": self.num_warmed}
+
+    async def bring(self, ring: Ring) -> None:
+        """Restores and warms this replica's users, unless that is under way or done for what is there now."""
+        if self._lock.locked() or not (self._dumps or self._args.warm_users):
+            return
+        async with self._lock:
+            try:
+                dumps = await asyncio.to_thread(self._dumps.names) if self._dumps else frozenset()
+                wanted = (ring.replica_ids, dumps, self._scorer.version)
+                if wanted != self._brought:
+                    await self._restore(ring)
+                    await self._warm(ring)
+                    self._brought = wanted
+            except Exception:
+                _logger.exception(
+                    "states of before: not all could be brought back; they are encoded when they are asked for"
+                )
+
+    async def _restore(self, ring: Ring) -> None:
+        if self._dumps is None:
+            return
+        version, layout = self._scorer.version, self._scorer.cache.layout
+        files = self._dumps.states(version, layout, lambda user_id: self._is_own(user_id, ring))
+        taken = set[int]()
+        while (states := await asyncio.to_thread(_next, files)) is not None:
+            taken |= (some := await self._in_worker(self._take_in, states, version))
+            self._dumps.counters.restored += len(some)
+        marked = await asyncio.to_thread(self._dumps.forgotten)  # some may be since the first file was read
+        await self._in_worker(self._drop, marked & taken)
+        self._forgotten.clear()
+        if taken:
+            _logger.info("%d states of before are back, in host memory", len(taken))
+
+    def _is_own(self, user_id: int | str, ring: Ring) -> bool:
+        return ring.owner(session_of(user_id)) == self._replica
+
+    def _take_in(self, states: list[KeptState], version: StateVersion) -> set[int]:
+        """Keys of the users whose states are here from now on; none if the model is another by now."""
+        cache = self._scorer.cache
+        return {
+            one.user_key
+            for one in states
+            if self._scorer.version == version
+            and one.user_key not in self._forgotten
+            and cache.restore(one.user_key, version, one.entry, one.words_NI, one.is_protected)
+        }
+
+    def _drop(self, user_keys: set[int]) -> None:
+        for user_key in user_keys:
+            self._scorer.cache.forget(user_key)
+
+    async def _warm(self, ring: Ring) -> None:
+        wanted = self._args.warm_users
+        most = round(wanted * len(ring.replica_ids) * _MORE_THAN_A_SHARE)
+        if not most:
+            return
+        active = await asyncio.to_thread(self._scorer.history.most_active, most)
+        own = [n for n, user_id in enumerate(active.to_pylist()) if self._is_own(user_id, ring)][:wanted]
+        users = active.take(pa.array(own, pa.int64()))
+        for begin in range(0, len(users), _WARMED_TOGETHER):
+            self.num_warmed += await self._in_worker(self._scorer.warm, users[begin : begin + _WARMED_TOGETHER])
+
+    async def mark_forgotten(self, user_id: int | str) -> None:
+        """No dump brings the user back; to be done before replicas drop what they hold."""
+        if self._dumps:
+            await asyncio.to_thread(self._dumps.forget, self._scorer.user_key(user_id))
+
+    def forget(self, user_id: int | str) -> bool:
+        """Drops what the replica holds of the user, and will not take in what is being read; whether it held anything."""
+        if self._lock.locked():
+            self._forgotten.add(self._scorer.user_key(user_id))
+        return self._scorer.forget(user_id)
+
+    async def leave(self) -> None:
+        """Dumps the replica's states for those after it."""
+        if self._dumps is None:
+            return
+        try:
+            args = self._scorer.cache, self._scorer.version, self._args.state_dump_s
+            num_states = await self._in_worker(self._dumps.write, *args)
+            _logger.info("%d states dumped to %s", num_states, self._args.state_dump)
+        except Exception:
+            _logger.exception("states could not be dumped to %s", self._args.state_dump)
+
+
+def _next(files: Iterator[list[KeptState]]) -> list[KeptState] | None:
+    return next(files, None)

@@ -1,0 +1,68 @@
+"""A service that stops and starts again on real Ray Serve: its users' states are there before they ask."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.serve_apps.services import CANDIDATES, END_MS, running
+from tests.serving.tables import NUM_USERS, build_world
+
+USERS = range(1, NUM_USERS + 1)
+_WITHIN_S = 60
+
+
+def score(url: str, user: int) -> dict[str, Any]:
+    body = {"user_id": user, "candidates": CANDIDATES, "request_ts": END_MS}
+    answer = httpx.post(f"{url}/v1/score", json=body, headers={"x-session-id": str(user)}, timeout=30)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def kept(url: str) -> dict[str, int]:
+    """What all replicas dumped, restored, warmed and left alone."""
+    told = [one["kept_states"] for one in httpx.get(f"{url}/v1/status", timeout=30).json()["replicas"]]
+    return {name: sum(one[name] for one in told) for name in told[0]}
+
+
+def wait_for(url: str, is_so: Callable[[dict[str, int]], bool]) -> dict[str, int]:
+    deadline = time.monotonic() + _WITHIN_S
+    while not is_so(found := kept(url)):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.2)
+    return found
+
+
+@pytest.mark.ray
+def test_the_first_request_after_a_restart_is_a_hit_and_a_forgotten_user_stays_forgotten(
+    local_ray: None, tmp_path: Path
+) -> None:
+    """Slow: Serve starts twice."""
+    world = build_world(tmp_path / "world")
+    kwargs = {"host_cache_bytes": 1 << 20, "state_dump": str(tmp_path / "dumps"), "refresh_s": 1}
+    with running(world, num_replicas=2, max_replicas=2, **kwargs) as url:
+        before = {user: score(url, user) for user in USERS}
+        assert httpx.delete(f"{url}/v1/users/3", timeout=30).json()["held"] == 1
+    with running(world, num_replicas=1, **kwargs) as url:
+        found = wait_for(url, lambda counts: counts["restored"] >= NUM_USERS - 1)
+        assert (found["restored"], found["torn"], found["disagreeing"]) == (NUM_USERS - 1, 0, 0)
+        after = {user: score(url, user) for user in USERS}
+        cache = httpx.get(f"{url}/v1/stats", timeout=30).json()["cache"]
+    assert {user: answer["user_state"]["source"] for user, answer in after.items()} == {
+        user: "load" if user == 3 else "hit" for user in USERS
+    }
+    assert cache["promote"] == NUM_USERS - 1
+    for user in USERS:
+        np.testing.assert_allclose(after[user]["scores"]["label"], before[user]["scores"]["label"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.ray
+def test_replicas_warm_their_own_most_active_users_and_those_hit_at_once(local_ray: None, tmp_path: Path) -> None:
+    world = build_world(tmp_path)
+    with running(world, num_replicas=2, max_replicas=2, warm_users=NUM_USERS, refresh_s=1) as url:
+        wait_for(url, lambda counts: counts["warmed"] >= NUM_USERS)
+        assert {score(url, user)["user_state"]["source"] for user in USERS} == {"hit"}

@@ -1,0 +1,12 @@
+"""What a stage tells of itself is about its work."""
+
+import pytest
+
+from longer.progress import track
+
+
+def test_a_rate_counts_from_when_the_work_began_not_from_when_workers_were_asked_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert list(track(iter(range(4)), 4, "scoring", "buckets", seconds=lambda: 2.0)) == [0, 1, 2, 3]
+    assert "scoring: 4/4 buckets, 2.0 buckets/s" in capsys.readouterr().err
