@@ -57,10 +57,10 @@ def _train_missing(asked: argparse.Namespace, results: Path, records: list[dict[
     bases = QUICK if asked.quick else BASES
     base = bases[asked.log]
     budget = Budget(
-        asked.train_requests or (3_000 if asked.quick else 140_000),
+        asked.train_requests or (2_000 if asked.quick else 140_000),
         asked.requests_per_step or (32 if asked.quick else 128),
-        asked.test_requests or (1_000 if asked.quick else 6_000),
-        500 if asked.quick else 2_000,
+        asked.test_requests or (500 if asked.quick else 6_000),
+        300 if asked.quick else 2_000,
         device,
     )
     every = tuning(asked.log) if asked.tune else grid(asked.log, asked.quick, asked.seeds)
