@@ -1,7 +1,7 @@
 """Scores from states as CUDA graphs: a batch costs one copy to the device, one replay and one copy back.
 
-A graph serves every batch of up to U users and C candidates; sizes are rounded up to a few, and what fills a batch up is a user
-without events, whom the filling asks about.
+A graph serves every batch of up to U users and C candidates; sizes are rounded up to a few. What fills a batch up is a user without
+events, whom the filling asks about, whatever the batch before left there.
 
 R requests of one user each, C candidates.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from longer.arrays import Candidates, Int64
-from longer.model.captured_call import Arrays, Graphs, power_of_two, rounded
+from longer.model.captured_call import Graphs, power_of_two, rounded
 from longer.model.inputs import RequestTensors, under
 from longer.model.longer import Longer
 from longer.model.pool import StatePool
@@ -35,41 +35,32 @@ class CapturedScores:
     ) -> npt.NDArray[np.float32]:
         """[C, tasks]: request r asks `states[r]` about its own candidates."""
         num_candidates = int(candidates.offsets_R1[-1])
-        size = power_of_two(len(states)), rounded(num_candidates)
-        arrays = self._arrays(states, request_ts_R, candidates, *size)
-        graph = self._graphs.of(size, self._outputs, lambda: arrays)
-        output_CT: Tensor = graph(arrays)
+        num_users, room = size = power_of_two(len(states)) + 1, rounded(num_candidates)
+        last_ts_R = np.array([state.last_event_ts for state in states], np.int64)
+        numbers = context_of(self._pool, states).arrays | {"last_ts": last_ts_R, "request_ts": request_ts_R}
+        numbers_AU = np.zeros((len(numbers), num_users), np.int64)
+        numbers_AU[:, : len(states)] = list(numbers.values())
+        offsets_U1 = np.append(candidates.offsets_R1, np.full(num_users - len(states), num_candidates))
+        offsets_U1[-1] = room
+        features = {f"candidate.{name}": values for name, values in candidates.features.items()}
+        names, given = list(numbers), {"numbers": numbers_AU, "offsets": offsets_U1}
+        graph = self._graphs.of(
+            size,
+            lambda tensors: self._outputs(names, tensors),
+            lambda: given | {name: np.zeros(room, values.dtype) for name, values in features.items()},
+        )
+        output_CT: Tensor = graph(given | features)
         return output_CT[:num_candidates].cpu().numpy()
 
-    def _arrays(
-        self, states: Sequence[UserState], request_ts_R: Int64, candidates: Candidates, num_users: int, num_rows: int
-    ) -> Arrays:
-        """Everything on the host, filled up: one more user than `num_users` owns what is left of the candidates."""
-        filling = num_users + 1 - len(states)
-        context = context_of(self._pool, states, filling)
-        last_ts = np.array([state.last_event_ts for state in states], np.int64)
-        offsets = np.append(candidates.offsets_R1, np.full(filling, candidates.offsets_R1[-1]))
-        offsets[-1] = num_rows
-        return {
-            **{f"context.{name}": values for name, values in context.arrays.items()},
-            "last_ts": np.append(last_ts, np.zeros(filling, np.int64)),
-            "request_ts": np.append(request_ts_R, np.zeros(filling, np.int64)),
-            "offsets": offsets,
-            **{
-                f"candidate.{name}": np.append(values, np.zeros(num_rows - len(values), values.dtype))
-                for name, values in candidates.features.items()
-            },
-        }
-
-    def _outputs(self, tensors: dict[str, Tensor]) -> Tensor:
+    def _outputs(self, names: list[str], tensors: dict[str, Tensor]) -> Tensor:
         model, pool = self._model, self._pool
+        numbers = dict(zip(names, tensors["numbers"].view(len(names), -1).unbind(), strict=True))
         with computing(model, pool):
-            numbers = under("context.", tensors)
-            together = gathered(model, StagedContext(pool, numbers), numbers, tensors["last_ts"])
+            together = gathered(model, StagedContext(pool, numbers), numbers, numbers["last_ts"])
             requests = RequestTensors(
-                row_R=torch.arange(len(tensors["request_ts"]), device=pool.device),
+                row_R=torch.arange(len(numbers["last_ts"]), device=pool.device),
                 history_end_R=together.num_events_B,
-                request_ts_R=tensors["request_ts"],
+                request_ts_R=numbers["request_ts"],
                 candidate_offsets_R1=tensors["offsets"],
                 candidates=under("candidate.", tensors),
                 labels={},

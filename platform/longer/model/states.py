@@ -147,19 +147,12 @@ def gather(model: Longer, pool: StatePool, states: Sequence[UserState]) -> Gathe
     return gathered(model, context, context.numbers, to_device(last_ts_B, pool.device))
 
 
-def context_of(pool: StatePool, states: Sequence[UserState], num_filling: int = 0) -> PoolContext:
-    """Where the states lie, and behind them users without events, who read and are nothing."""
-    nothing = np.zeros(num_filling, np.int64)
-    starts, sizes, first_index, query_first, num_events = (
-        np.append(np.array(values, np.int64), nothing)
-        for values in zip(
-            *((s.slot.start, s.slot.size, s.first_index, s.query_first, s.num_events) for s in states), strict=True
-        )
-    )
-    sizes[len(states) :] = pool.layout.smallest_rows
-    return PoolContext(
-        pool, pool.places(starts, sizes), first_index // pool.layout.windows.merge_size, query_first, num_events
-    )
+def context_of(pool: StatePool, states: Sequence[UserState]) -> PoolContext:
+    """Where the states lie."""
+    held = [(s.slot.start, s.slot.size, s.first_index, s.query_first, s.num_events) for s in states]
+    starts, sizes, first_index, query_first, num_events = np.array(held, np.int64).reshape(-1, 5).T
+    merge_size = pool.layout.windows.merge_size
+    return PoolContext(pool, pool.places(starts, sizes), first_index // merge_size, query_first, num_events)
 
 
 def gathered(
