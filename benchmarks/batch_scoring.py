@@ -12,8 +12,9 @@ in which all users are alike, with a model of random weights:
 
 With `--catalogue-items N` only the best items, of N, for a quarter and for all of `--top-k-users`, on all GPUs of the machine.
 
-Rates leave out the start of Ray and of the actors with their kernels, which is given beside them. Prints a Markdown page; last, one
-JSON line: the job's scores per second, and its ratios to `from scratch` and to the bare loop.
+Rates leave out the start of Ray and of the actors with their kernels, which is given beside them. On a CPU they are per second
+of CPU time, of all threads of the processes that score: what else runs on the machine does not count. Prints a Markdown page;
+last, one JSON line: the job's scores per second, and its ratios to `from scratch` and to the bare loop.
 """
 
 import argparse

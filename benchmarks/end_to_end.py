@@ -12,6 +12,8 @@ Prints Markdown; last, one JSON line: the end-to-end rate's share of the model s
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,20 +35,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=256 if ON_CUDA else 32, help="D (default 256; 32 on a CPU)")
     parser.add_argument("--length", type=int, default=2_000 if ON_CUDA else 256, help="L (default 2,000; 256 on a CPU)")
-    parser.add_argument("--users", type=int, default=1_500 if ON_CUDA else 60)
-    parser.add_argument("--events", type=int, default=600_000 if ON_CUDA else 20_000)
+    parser.add_argument("--users", type=int, default=1_500 if ON_CUDA else 20)
+    parser.add_argument("--events", type=int, default=600_000 if ON_CUDA else 3_000)
     parser.add_argument("--tokens", type=int, default=200_000 if ON_CUDA else 6_000, help="train.tokens_per_step")
     parser.add_argument("--steps", type=int, default=40 if ON_CUDA else 6, help="steps of the model step's loop")
     parser.add_argument("--data", default="runs/benchmark_end_to_end", help="folder for tables, which stay")
     asked = parser.parse_args()
-    settings = _settings(asked)
+    settings = settings_of(asked)
     start_ray(settings.ray)
     for job in (generate_events, build_sequences, build_requests):
         job.run(settings)
     shutil.rmtree(settings.path("training"), ignore_errors=True)
     shutil.rmtree(settings.path("checkpoints"), ignore_errors=True)
     version = train(settings)
-    end_to_end, waits = _rates(version)
+    records = [record for record in version.manifest["history"] if "elapsed_s" in record]
+    end_to_end, waits = rates([r for r in records if r["step"] >= WARM_UP_SHARE * records[-1]["step"]])
     alone = _model_step(settings, version, asked.steps)
     lengths = (
         f"{asked.users:,} users, {asked.events:,} events, L = {asked.length:,}, at most {asked.tokens:,} tokens a step"
@@ -60,7 +63,8 @@ def main() -> None:
     )
 
 
-def _settings(asked: argparse.Namespace) -> Settings:
+def settings_of(asked: argparse.Namespace, **train: Any) -> Settings:
+    """Of a run on one worker, unless `train` says otherwise."""
     merge_size, query_groups = (8, 100) if ON_CUDA else (4, 16)
     return load_settings(
         overrides={
@@ -84,18 +88,18 @@ def _settings(asked: argparse.Namespace) -> Settings:
                 "use_gpu": ON_CUDA,
                 "precision": "bf16" if ON_CUDA else "float32",
                 "tokens_per_step": asked.tokens,
-                "validate_every_steps": 300,
+                "validate_every_steps": 300 if ON_CUDA else 20,
                 "max_validation_requests": 200,
+                **train,
             },
             "ray": {"num_cpus": 12 if ON_CUDA else 3},
         }
     )
 
 
-def _rates(version: Version) -> tuple[float, float]:
-    """Impressions per second, and the share of time waiting for data, after the warm-up's records."""
-    records = [record for record in version.manifest["history"] if "elapsed_s" in record]
-    first, last = next(r for r in records if r["step"] >= WARM_UP_SHARE * records[-1]["step"]), records[-1]
+def rates(records: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """Impressions per second, and the share of time waiting for data, between the first of a run's records and the last."""
+    first, last = records[0], records[-1]
     spent_s = last["elapsed_s"] - first["elapsed_s"]
 
     def since(rate: str) -> float:

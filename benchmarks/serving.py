@@ -23,6 +23,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 
 import ray
 import torch
@@ -118,7 +119,8 @@ def summary(arms: dict[str, Arm], warm_share: float) -> dict[str, float]:
     }
 
 
-def options() -> argparse.Namespace:
+def options(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """Of the command line, or given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few users and short measurements")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the model runs (default cpu)")
@@ -143,7 +145,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--logical-cpus", type=int, default=8, help="CPUs that Ray counts with (default 8)")
     parser.add_argument("--data", default="runs/benchmark_serving", help="folder for tables, which stay")
     parser.add_argument("--seed", type=int, default=1)
-    asked = parser.parse_args()
+    asked = parser.parse_args(given)
     on_gpu = asked.device == "cuda"
     asked.users = asked.users or (60 if asked.quick else 200 if on_gpu else 400)
     asked.seconds = asked.seconds or (1.5 if asked.quick else 3.0 if on_gpu else 10.0)

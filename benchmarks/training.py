@@ -52,6 +52,9 @@ NUM_CANDIDATES = 32
 
 def main() -> None:
     asked = _options()
+    torch._dynamo.config.recompile_limit = (
+        64  # one process measures many models, and a piece beyond the limit is not compiled
+    )
     worst = check_arms_agree()
     device = torch.cuda.get_device_name() if ON_CUDA else "CPU"
     print(

@@ -36,6 +36,7 @@ class StateKeeper:
         self._dumps = StateDumps(args.state_dump, replica) if args.state_dump else None
         self._brought: tuple[Any, ...] = ()
         self._lock = asyncio.Lock()
+        self._read: set[tuple[StateVersion, str, int | str]] = set()
         self._forgotten: set[int] = set()
         self.num_warmed = 0
 
@@ -65,7 +66,16 @@ class StateKeeper:
         if self._dumps is None:
             return
         version, layout = self._scorer.version, self._scorer.cache.layout
-        files = self._dumps.states(version, layout, lambda user_id: self._is_own(user_id, ring))
+
+        def is_wanted(dump: str, user_id: int | str) -> bool:
+            """Each state is read once, whatever becomes of it, though the ring may change often."""
+            state = version, dump, user_id
+            if state in self._read or not self._is_own(user_id, ring):
+                return False
+            self._read.add(state)
+            return True
+
+        files = self._dumps.states(version, layout, is_wanted)
         taken = set[int]()
         while (states := await asyncio.to_thread(_next, files)) is not None:
             taken |= (some := await self._in_worker(self._take_in, states, version))

@@ -56,9 +56,10 @@ class FromScratch:
         if not self._is_warm:
             self._scored(rows)
             self._is_warm = True
-        begun = time.time()
+        begun, cpu_s = time.time(), time.process_time()
         scored = self._scored(rows)
-        times = {name: pa.array(np.full(len(rows), x)) for name, x in (("begun", begun), ("done", time.time()))}
+        clocks = {"begun": begun, "done": time.time(), "cpu_s": time.process_time() - cpu_s}
+        times = {name: pa.array(np.full(len(rows), x)) for name, x in clocks.items()}
         return pa.table({**{name: scored[name] for name in scored.column_names}, **times})
 
     def _scored(self, rows: pa.Table) -> pa.Table:
@@ -77,8 +78,15 @@ class FromScratch:
             return self._model(to_tensors(batch, self._plan.device)).float().cpu().numpy()
 
 
+def pool_has_gpus(settings: Settings) -> bool:
+    return settings.batch_score.num_gpus_per_scorer > 0
+
+
 def from_scratch(settings: Settings, num_requests: int) -> float:
-    """Scores per second of whole users' first requests on one actor, from the first batch begun to the last one written."""
+    """Scores per second of whole users' first requests on one actor: from the first batch begun to the last one written.
+
+    On a CPU, per second of its process.
+    """
     output = settings.path("from_scratch")
     remove_tree(output)
     requests = Table(settings.path("tables", "requests")).require("jobs.build_requests")
@@ -90,10 +98,12 @@ def from_scratch(settings: Settings, num_requests: int) -> float:
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=1),
         num_cpus=1,
-        num_gpus=1 if settings.batch_score.num_gpus_per_scorer else None,
+        num_gpus=1 if pool_has_gpus(settings) else None,
     ).write_parquet(output)
     written = pq.read_table(output, partitioning=None)
     seconds = pa.compute.max(written["done"]).as_py() - pa.compute.min(written["begun"]).as_py()
+    if not pool_has_gpus(settings):
+        seconds = sum(written.group_by("begun").aggregate([("cpu_s", "max")])["cpu_s_max"].to_pylist())
     return len(written["item_id"].combine_chunks().flatten()) / seconds
 
 
@@ -131,12 +141,13 @@ def bare_loops(settings: Settings, device: str) -> dict[str, Loop]:
 
 
 def loop_rate(loop: Loop, device: str) -> float:
-    """Scores per second."""
-    started = time.perf_counter()
+    """Scores per second; on a CPU, per second of this process."""
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    started = clock()
     num_scores = loop()
     if device == "cuda":
         torch.cuda.synchronize()
-    return num_scores / (time.perf_counter() - started)
+    return num_scores / (clock() - started)
 
 
 def _scored(chunk: Chunk, budget: Budget) -> Float32:

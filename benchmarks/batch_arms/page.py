@@ -43,14 +43,14 @@ def page(of: Measured, summary: dict[str, float]) -> list[str]:
         f"- {num_users} users with {told['num_requests'] / num_users:.0f} requests each on average, {told['num_rows']:,} scores; "
         f"medians of {of.asked.runs} runs, the fewest and the most in brackets",
         f"- {_stages(of.stages)}\n",
-        "| | scores/s | of the job |",
+        f"| | {_unit(of.asked)} | of the job |",
         "|---|---|---|",
         *(
             f"| {name} | {median(runs):,.0f} ({min(runs):,.0f} to {max(runs):,.0f}) | {median(runs) / job:.3f} |"
             for name, runs in of.rates.items()
         ),
         f"\nBefore its scores, the last run of the job took {told['start_s']:.1f} s until its first actor was up; "
-        f"{told['device_s_per_million_scores']:.2f} device-seconds a million scores; {_memory(of.scored)}. {_checked(of.scored)}\n",
+        f"{_cost(of.scored):.2f} device-seconds a million scores; {_memory(of.scored)}. {_checked(of.scored)}\n",
         *([_best_in_words(of.best)] if of.best else []),
         *_linear(of.linear),
         *_goals(
@@ -108,6 +108,11 @@ def _commit() -> str:
         return "of the copied tree"
 
 
+def _unit(asked: argparse.Namespace) -> str:
+    """On a CPU, time is that of processes, all threads together, so that a shared machine's other work does not count."""
+    return "scores/s" if asked.device == "cuda" else "scores a second of CPU time"
+
+
 def _stages(stages: dict[str, float]) -> str:
     """What took how long."""
     return "seconds, starts included: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in stages.items())
@@ -130,24 +135,32 @@ def _best_in_words(best: Version) -> str:
     return (
         f"Best {told['settings']['top_k']} of {told['num_rows'] // num_users:,} items for {num_users:,} users: "
         f"{told['num_rows']:,} scores in {seconds:.1f} s, {told['num_rows'] / seconds:,.0f} a second, "
-        f"{told['device_s_per_million_scores']:.3g} device-seconds a million; {_memory(best)}; the scores alone would be "
+        f"{_cost(best):.3g} device-seconds a million; {_memory(best)}; the scores alone would be "
         f"{matrix_bytes / 1e6:,.0f} MB. {_checked(best)}"
     )
 
 
 def _linear(runs: dict[int, Version]) -> list[str]:
-    lines = ["", "| users | scores | seconds | device-seconds | ms of a device for a user |", "|---|---|---|---|---|"]
+    lines = ["", "| users | scores | seconds | ms for a user |", "|---|---|---|---|"]
     for num_users, version in runs.items():
-        told = version.manifest
+        seconds = _device_seconds(version)
         lines.append(
-            f"| {num_users:,} | {told['num_rows']:,} | {scoring_seconds(version):.2f} | {told['device_s']:.2f} | "
-            f"{told['device_s'] / num_users * 1e3:.2f} |"
+            f"| {num_users:,} | {version.manifest['num_rows']:,} | {seconds:.2f} | {seconds / num_users * 1e3:.2f} |"
         )
     return lines
 
 
+def _device_seconds(version: Version) -> float:
+    """Of GPUs, or of CPU time."""
+    return version.manifest["device_s" if version.manifest["device"] == "cuda" else "cpu_s"]
+
+
+def _cost(version: Version) -> float:
+    return _device_seconds(version) / version.manifest["num_rows"] * 1e6
+
+
 def _linear_goal(runs: dict[int, Version]) -> tuple[str, str, str, bool]:
-    cost = [version.manifest["device_s"] / num_users for num_users, version in runs.items()]
+    cost = [_device_seconds(version) / num_users for num_users, version in runs.items()]
     change = cost[-1] / cost[0] - 1
     name = f"cost of a user, {max(runs):,} users against {min(runs):,}"
     return name, f"at most {LINEAR_WITHIN:+.0%}", f"{change:+.0%}", change <= LINEAR_WITHIN

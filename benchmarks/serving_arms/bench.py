@@ -163,10 +163,10 @@ class Bench:
         headers = {"x-session-id": session}
         return requests.post(f"{self.url(app)}/v1/score", data=body, headers=headers, timeout=60).content
 
-    def floor(self, answer: bytes, num_replicas: int) -> Arm:
+    def floor(self, answer: bytes, num_replicas: int, with_open: bool = True) -> Arm:
         app = floor_app(answer, num_replicas, 4 * self.asked.max_batch_requests)
         serve.run(app, name="floor", route_prefix="/floor")
-        arm = self.measure(f"floor, {num_replicas} replica(s)", self.url("floor"), self.world.hits)
+        arm = self.measure(f"floor, {num_replicas} replica(s)", self.url("floor"), self.world.hits, with_open)
         serve.delete("floor")
         return arm
 

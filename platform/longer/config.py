@@ -293,6 +293,11 @@ class TrainSettings(Section):
         description="Most events and candidates that a worker computes at once: a part of a step that may exceed it is cut into "
         "batches whose gradients are summed; null: the whole part at once.",
     )
+    table_sharding: Literal["replicated", "rows"] = Field(
+        "replicated",
+        description="Large embedding tables: all of them on every worker, or rows: each worker holds a part of the rows and their "
+        "moments, and lends them to the others' batches. Checkpoints are the same.",
+    )
     max_requests: int | None = Field(None, ge=1, description="Train on the newest this many requests only; null: all.")
     learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate of AdamW on the dense layers.")
     embedding_learning_rate: float = Field(1e-2, gt=0, description="Peak learning rate on the embedding tables.")

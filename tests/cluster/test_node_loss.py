@@ -1,19 +1,24 @@
 """A node that dies in the midst of a job costs the tasks that ran there, and the result is the same."""
 
+import json
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jobs import batch_score, build_sequences
 from longer.config import Settings
 from longer.data.scores import max_abs_diff, read_scores
-from longer.data.tables import SequenceTable
+from longer.data.tables import RequestTable, SequenceTable
 from longer.storage import Table
+from longer.training.content import tally
 from tests.cluster.nodes import ROOT, SEEN_DEAD_SOON, Head, kill_node, processes_of, running_head
+from tests.data.test_build_on_ray import run_all, settings_of
 from tests.data.test_build_survives import NUM_BUCKETS, records, settings_with_events, wait_for_records
 from tests.data.test_increments import rows_of
 from tests.serving.tables import build_world, publish_requests
@@ -31,16 +36,19 @@ def head() -> Iterator[Head]:
         yield started
 
 
-def start(head: Head, module: str, settings: Settings, folder: Path) -> subprocess.Popen:
+def start(head: Head, module: str, settings: Settings, folder: Path, **environment: str) -> subprocess.Popen:
     config = folder / "settings.yaml"
     config.write_text(settings.model_dump_json(exclude={"ray"}))
     command = [sys.executable, "-m", module, "--config", str(config), "--ray.address", head.address]
-    return subprocess.Popen(command, cwd=ROOT, env=head.environment, stderr=subprocess.PIPE, text=True)
+    env = {**head.environment, **environment}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
 
 
-def finish(job: subprocess.Popen) -> None:
+def finish(job: subprocess.Popen) -> str:
+    """What the job said."""
     _, said = job.communicate(timeout=_WITHIN_S)
     assert job.returncode == 0, said[-3000:]
+    return str(said)
 
 
 def test_a_build_that_loses_a_node_ends_with_the_same_table(head: Head, tmp_path: Path) -> None:
@@ -73,3 +81,32 @@ def test_batch_scoring_that_loses_a_scorers_node_ends_with_the_same_scores(head:
     batch_score.run(undisturbed)
     expected = read_scores(Table(undisturbed.path("batch_scores")).require("jobs.batch_score"))
     assert max_abs_diff(expected, scored, world.train.tasks) == (pytest.approx(0, abs=1e-6), len(expected))
+
+
+def test_training_that_loses_a_node_goes_on_with_the_workers_that_are_left(head: Head, tmp_path: Path) -> None:
+    """Every request is trained once an epoch although the number of workers changes within one.
+
+    Ray counts on a lost node for up to 20 s, which the run waits out.
+    """
+    built = settings_of(tmp_path, requests={"validation_days_share": 0.1})
+    run_all(built)
+    elastic = {"num_workers": (1, 2), "tokens_per_step": 320, "epochs": 2, "validate_every_steps": 8, "max_failures": 1}
+    small = {**built.model.model_dump(), "item_rows": 211, "user_rows": 31, "event_width": 8, "num_heads": 2}
+    settings = Settings(**{**built.model_dump(), "model": small, "train": elastic})
+    job = start(head, "jobs.train", settings, tmp_path, RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2")
+    committed = "training/*/checkpoint_manager_snapshot.json"
+    deadline = time.monotonic() + _WITHIN_S
+    while not any(json.loads(path.read_text())["checkpoint_results"] for path in Path(settings.root).glob(committed)):
+        assert job.poll() is None, "training ended before a checkpoint was committed"
+        assert time.monotonic() < deadline, "no checkpoint was committed"
+        time.sleep(0.05)
+    assert any("RayTrainWorker" in command for command in processes_of(head.nodes[0]).values())
+    kill_node(head.nodes[0])
+    starts = re.findall(r"(\d+) steps, starting at step (\d+) with (\d) workers", finish(job))
+    (num_steps, first, first_workers), (_, second, second_workers) = starts
+    assert (first, first_workers, second_workers) == ("0", "2", "1")
+    assert 0 < int(second) < int(num_steps), "it was not interrupted in its midst"
+    (trained,) = Table(settings.path("checkpoints")).require("jobs.train").manifest["trained"]
+    table = RequestTable(settings.path("tables", "requests"), settings.event_schema)
+    ids = np.concatenate([table.read("train", bucket).request_id_R for bucket in range(table.num_buckets)])
+    assert trained["epochs"] == [tally(ids)] * 2

@@ -84,3 +84,16 @@ def test_replayed_growth_and_scores_are_those_of_launched_kernels(precision: Pre
                     )
                 for state in {id(s.slot): s for turn in launched + replayed for s in turn}.values():
                     pool.slots.free(state.slot)
+
+
+def test_what_kernels_read_of_a_tail_lies_close_even_for_one_request() -> None:
+    """A Triton kernel takes places for granted: a broadcast number read as if it were many reads other memory."""
+    for num_requests in (1, 2):
+        end_R, row_R, first_B = (
+            torch.full((num_requests,), 26),
+            torch.arange(num_requests),
+            torch.zeros(num_requests).long(),
+        )
+        for x in MODEL._tail_reads(end_R, row_R, first_B, first_B):
+            assert x.is_contiguous()
+            assert x.numel() == 0 or all(n == 1 or step > 0 for n, step in zip(x.shape, x.stride(), strict=True))

@@ -35,7 +35,7 @@ def url(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     with running(build_world(folder), **sizes) as service:
         event = {"item_id": HTML, "event_ts": END_MS, "action": "buy", "features": {"quantity": 1}}
         for events in ([], [], [event]):
-            for user in range(1, 10):
+            for user in range(9, 0, -1):  # the most active, whom replicas warm, first
                 body = {"user_id": user, "candidates": ["item1"], "request_ts": END_MS + 1, "events": events}
                 headers = {**BEARER, "x-session-id": str(user)}
                 assert httpx.post(f"{service}/v1/score", json=body, headers=headers, timeout=30).status_code == 200

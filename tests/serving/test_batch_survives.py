@@ -124,6 +124,17 @@ def test_a_killed_actor_costs_its_bucket_only(world: Settings, monkeypatch: pyte
     assert checksums(version) == checksums(undisturbed(asked))
 
 
+def test_buckets_side_by_side_in_an_actor_are_the_same_and_no_second_is_charged_twice(
+    world: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = asking(world, "2030-01-08T00:00:00Z")
+    monkeypatch.setattr(batch, "_BUCKETS_AT_ONCE", {"cpu": 2})
+    version = batch_score.run(asked)
+    monkeypatch.undo()
+    assert version.manifest["device_s"] <= 2 * version.manifest["seconds"]  # by two actors
+    assert checksums(version) == checksums(undisturbed(asked))
+
+
 class Poisoned(BucketScorer):
     """Dies of some bucket every time, as when memory runs out."""
 

@@ -62,7 +62,7 @@ def restore(
     """Ids of the users taken in."""
     return [
         state.user_id
-        for states in dumps.states(scorer.version, scorer.cache.layout, is_wanted)
+        for states in dumps.states(scorer.version, scorer.cache.layout, lambda _, user_id: is_wanted(user_id))
         for state in states
         if scorer.cache.restore(state.user_key, scorer.version, state.entry, state.words_NI, state.is_protected)
     ]
@@ -263,5 +263,5 @@ def test_warming_encodes_the_most_active_users_into_free_room_only(world: Settin
 def test_a_state_kept_of_another_model_shape_does_not_fit(world: Settings, dumped: Path) -> None:
     scorer, dumps = scorer_of(world), StateDumps(str(dumped), "after")
     other = replace(scorer.cache.layout, num_layers=9)
-    assert list(dumps.states(scorer.version, other, lambda _: True)) == []
+    assert list(dumps.states(scorer.version, other, lambda *_: True)) == []
     assert dumps.counters.disagreeing == 1

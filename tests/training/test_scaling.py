@@ -10,7 +10,7 @@ import torch
 from longer.config import TrainSettings
 from longer.model.longer import Longer
 from longer.training.scaling import Scaling
-from longer.training.steps import Stepper
+from longer.training.steps import Stepper, dropout_seed
 from tests.model.generate import TASKS, request_batch, small_model
 
 CPU = torch.device("cpu")
@@ -74,3 +74,11 @@ def test_a_scale_that_comes_back_from_a_checkpoint_goes_on_as_the_one_that_was_s
     assert second.state() == whole.state()
     assert whole.num_skipped() == (3, 2)
     assert float(whole.scale) == 2.0**16 / 2 * 2 / 4
+
+
+def test_every_workers_random_numbers_of_a_step_are_its_own_and_the_largest_seed_overflows_nothing() -> None:
+    for num_workers in (1, 2, 7):
+        places = [(step, rank) for step in range(50) for rank in range(num_workers)]
+        seeds = {dropout_seed(2**31 - 1, step, rank, num_workers) for step, rank in places}
+        assert len(seeds) == len(places)
+        torch.manual_seed(max(seeds))

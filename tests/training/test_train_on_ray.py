@@ -91,10 +91,13 @@ def trained(tables: Settings, tmp_path_factory: pytest.TempPathFactory) -> tuple
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("longer.training.run.train_worker", worker_that_is_killed)
         for num_workers in (2, 1):
-            accumulating = {"max_tokens_per_batch": 150}  # two batches each of two workers, or four of one
+            accumulating = {
+                "max_tokens_per_batch": 150,
+                "table_sharding": "rows",
+            }  # two batches each of two, or four of one
             with pytest.raises(TrainingFailedError):
                 train.run(settings_for(tables, root, num_workers=num_workers, max_failures=0, **accumulating))
-        settings = settings_for(tables, root, num_workers=3, max_failures=1)
+        settings = settings_for(tables, root, num_workers=3, max_failures=1, table_sharding="rows")
         return settings, train.run(settings)
 
 
@@ -173,6 +176,35 @@ def test_a_run_that_finished_but_was_not_published_is_published_without_training
     assert again.id == version.id
     for key in ("model_version", "step", "history"):
         assert again.manifest[key] == version.manifest[key]
+
+
+def worker_whose_storage_fails_once(config: dict[str, Any]) -> None:
+    """The worker function, but the first upload fails half-way as S3 sometimes does, and Ray uploads again."""
+    save, failed = loop.save_trainer, []
+
+    def save_trainer(directory: str, moments: Any, state: TrainerState) -> None:
+        if not failed:
+            failed.append(directory)
+            raise OSError("AWS Error SLOW_DOWN during PutObject: please reduce your request rate")
+        save(directory, moments, state)
+
+    loop.save_trainer = save_trainer  # type: ignore[assignment]
+    train_worker(config)
+
+
+def test_an_upload_that_is_tried_again_loses_no_checkpoint_and_a_checkpoint_no_loss(
+    tables: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses since the last record are recorded at a checkpoint, or a run that is resumed there would not have them."""
+    monkeypatch.setattr("longer.training.run.train_worker", worker_whose_storage_fails_once)
+    settings = settings_for(tables, tmp_path, num_workers=1, validate_every_steps=21, max_failures=0)
+    version = train.run(settings)
+    folder = Path(settings.path("training", version.id))
+    assert [read_trainer_state(str(folder / f"step_{step:07d}")).checkpoints[-1]["step"] for step in (21, 32)] == [
+        21,
+        32,
+    ]
+    assert {21, 32} <= {record["step"] for record in version.manifest["history"] if "loss" in record}
 
 
 def test_one_and_two_workers_have_the_same_gradient_from_the_same_checkpoint(

@@ -12,12 +12,16 @@ import torch
 from torch import Tensor
 
 from longer.arrays import RequestBatch
+from longer.model.embedding import HeldRows
 from longer.model.flat import flat_outputs
 from longer.model.inputs import to_device, under, unpacked
 from longer.model.layout import FlatBatch, Sizes, flatten
 from longer.model.longer import Longer
 
 _WARM_UP_STEPS = 3
+
+Fetch = Callable[[dict[str, Tensor]], dict[str, HeldRows]]
+"""Brings the rows that these keys read of each large table, by the table's name; the work of all workers together."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class CapturedPass:
 
     `loss(outputs, labels, exists_C)` must not read the device; where `exists_C` is false stands filling. Each call replaces the
     parameters' `.grad` and what the tables noted. What is random, dropout, is captured with the generator's state, as
-    `torch.cuda.CUDAGraph` does.
+    `torch.cuda.CUDAGraph` does. With `fetch`, the graph reads the large tables' rows where each call puts those of its batch.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class CapturedPass:
         loss: Callable[[Tensor, dict[str, Tensor], Tensor], Tensor],
         example: Staged,
         autocast: torch.dtype | None = None,
+        fetch: Fetch | None = None,
     ) -> None:
         self.model, self.loss, self.autocast, self.room = model, loss, autocast, example.room
         self.device = model.norm_head.weight.device
@@ -67,6 +72,10 @@ class CapturedPass:
         self.num_candidates = torch.full((), example.num_candidates, device=self.device)
         self.scale = torch.zeros((), device=self.device)
         self.tensors = unpacked(self.buffers, self.flat.arrays)
+        self._fetch, self._held = fetch, dict[str, HeldRows]()
+        if fetch:
+            for name, table in model.large_tables().items():
+                table.held = self._held[name] = table.room(len(self._keys()[name]))
         self._tables = [table for table in model.large_tables().values() if table.reads is not None]
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
@@ -88,12 +97,19 @@ class CapturedPass:
             self.buffers[dtype].copy_(buffer, non_blocking=True)
         self.num_candidates.fill_(batch.num_candidates)
         self.scale.copy_(scale)
+        if self._fetch:
+            for name, held in self._fetch(self._keys()).items():
+                self._held[name].put(held)
         self.graph.replay()
         for parameter, gradient in zip(self.model.parameters(), self.gradients, strict=True):
             parameter.grad = gradient
         for table, reads in zip(self._tables, self.reads, strict=True):
             table.reads[:] = reads  # type: ignore[index]
         return self.value
+
+    def _keys(self) -> dict[str, Tensor]:
+        items_E, items_C = self.tensors["event.item_id"], self.tensors["candidate.item_id"]
+        return self.model.keys_read(items_E, items_C, self.tensors["layout.user_key"])
 
     def _run(self) -> Tensor:
         self.model.zero_grad(set_to_none=True)

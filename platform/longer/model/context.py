@@ -5,7 +5,7 @@ T tail tokens, D width, H heads, Z head width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -29,8 +29,8 @@ class Groups:
         return Readers(offsets_B1, self.begin_B, self.num_keys_B, self.max_keys, **reads)
 
     def over(self, readers: Readers) -> Readers:
-        """The same queries, of these groups: what is worked out about the queries is shared."""
-        return replace(readers, key_begin_B=self.begin_B, num_keys_B=self.num_keys_B, max_keys=self.max_keys)
+        """The same queries, of these groups."""
+        return readers.over(self.begin_B, self.num_keys_B, self.max_keys)
 
 
 class SharedContext(Protocol):

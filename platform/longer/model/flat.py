@@ -8,7 +8,6 @@ B histories, N full groups of all histories, P of them in query windows, R reque
 D width, H heads, Z head width, K events in a group.
 """
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -119,7 +118,6 @@ class _Readers(NamedTuple):
         request_P = torch.cat([request_RT, at.request_of_candidate])
         sees_PT = torch.cat([model.tail_tokens_see(exists_RT).flatten(0, 1), sees_CT])
         runs_R1 = torch.arange(num_requests + 1, device=device) * num_tail + tail_first
-        above = {"key_begin_B": at.query_offsets[:-1], "num_keys_B": at.num_queries, "max_keys": flat.max_keys[1]}
         context = at.group_offsets[:-1], at.num_groups, flat.max_keys[0]
         offsets_JR1 = torch.stack([runs_R1, at.candidate_offsets + own_first])
         everyone = Readers(at.segment_offsets, *context, tail_first, own_first, request_P, sees_PT, offsets_JR1)
@@ -127,8 +125,8 @@ class _Readers(NamedTuple):
         only_candidates = Readers(
             candidates_B1, *context, 0, 0, at.request_of_candidate, sees_CT, at.candidate_offsets[None]
         )
-        # Copies share the tiles, which depend on the queries alone.
-        return _Readers((everyone, replace(everyone, **above)), (only_candidates, replace(only_candidates, **above)))
+        above = at.query_offsets[:-1], at.num_queries, flat.max_keys[1]
+        return _Readers((everyone, everyone.over(*above)), (only_candidates, only_candidates.over(*above)))
 
 
 def _features(

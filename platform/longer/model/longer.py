@@ -218,12 +218,14 @@ class Longer(Ranker):
         has_partial_R = full_R * windows.merge_size < history_end_R
         exists_RT = has_partial_R[:, None] | (kind_T == GLOBAL)
         position_RT = torch.where(kind_T == GROUP, full_R[:, None], windows.num_groups(history_end_R)[:, None])
-        request_RT = torch.arange(len(row_R), device=row_R.device)[:, None].expand_as(exists_RT)
-        visible = [(full_R - of_B[row_R])[:, None].expand_as(exists_RT).flatten() for of_B in (first_B, query_first_B)]
+        request_R = torch.arange(len(row_R), device=row_R.device)
+        of_requests = request_R, *(full_R - of_B[row_R] for of_B in (first_B, query_first_B))
+        # contiguous, as kernels read them: of one request alone, `flatten` would be a view of one number
+        request_P, *visible = (x_R[:, None].expand_as(exists_RT).contiguous().flatten() for x_R in of_requests)
         return (
             exists_RT,
             self.tail_tokens_see(exists_RT).flatten(0, 1),
-            request_RT.flatten(),
+            request_P,
             position_RT.flatten(),
             *visible,
         )

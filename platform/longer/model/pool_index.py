@@ -102,9 +102,15 @@ def grow_index(pool: StatePool, at: dict[str, Tensor], room: Room, new: NewEvent
 
     `at` holds how many events each state `kept`, of which the first `dropped` go, and where they lie.
     """
-    new_BFn = _padded_pairs(new.keys_MF, new, at["kept"] - at["dropped"], room.newest).sort(dim=-1).values
     words_I, trash_word = pool.words_I, pool.trash_word
-    target_W, word_W = _written(words_I, new_BFn, at, new, room.kept, room.moves, trash_word)
+    new_BFn = _padded_pairs(new.keys_MF, new, at["kept"] - at["dropped"], room.newest).sort(dim=-1).values
+    old_BFL, old_ts_BL = _kept(words_I, at, new_BFn.shape[1], room.kept, trash_word)
+    if room.moves:
+        old_BFL = _without(old_BFL, at["dropped"])
+    # Searched outside of compiled code: Triton fails at a search in rows fused with what it searches for.
+    old_places_BFL, new_places_BFn = torch.searchsorted(new_BFn, old_BFL), torch.searchsorted(old_BFL, new_BFn)
+    merged = old_BFL, new_BFn, old_places_BFL, new_places_BFn
+    target_W, word_W = _written(*merged, old_ts_BL, at, new, room.moves, trash_word)
     words_I[target_W] = word_W
 
 
@@ -121,36 +127,45 @@ def _padded_pairs(keys_MF: Tensor, new: NewEvents, stay_B: Tensor, newest: int) 
 
 
 @fused_on_cuda
-def _written(
-    words_I: Tensor,
-    new_BFn: Tensor,
-    at: dict[str, Tensor],
-    new: NewEvents,
-    most_kept: int,
-    moves: bool,
-    trash_word: int,
+def _kept(
+    words_I: Tensor, at: dict[str, Tensor], num_fields: int, most_kept: int, trash_word: int
 ) -> tuple[Tensor, Tensor]:
-    """Words to write, and where: pairs kept and new, and times."""
-    field_F = 1 + torch.arange(new_BFn.shape[1], device=words_I.device)
-    begin_BF = at["event_ts"][:, None] + field_F * at["event_words"][:, None]
+    """[B, F, L] and [B, L]: pairs and times that stand."""
+    field_F = 1 + torch.arange(num_fields, device=words_I.device)
     number_L = torch.arange(most_kept, device=words_I.device)
     is_kept_BL = number_L < at["kept"][:, None]
     old_BF = at["old_event_ts"][:, None] + field_F * at["old_event_words"][:, None]
     read_BFL = torch.where(is_kept_BL[:, None], old_BF[..., None] + number_L, trash_word)
-    old_BFL = words_I[read_BFL].masked_fill(~is_kept_BL[:, None], PAD)
-    if moves:
-        old_BFL = _without(old_BFL, at["dropped"])
+    old_BFL = torch.where(is_kept_BL[:, None], words_I[read_BFL], PAD)
+    return old_BFL, words_I[torch.where(is_kept_BL, at["old_event_ts"][:, None] + number_L, trash_word)]
+
+
+@fused_on_cuda
+def _written(
+    old_BFL: Tensor,
+    new_BFn: Tensor,
+    old_places_BFL: Tensor,
+    new_places_BFn: Tensor,
+    old_ts_BL: Tensor,
+    at: dict[str, Tensor],
+    new: NewEvents,
+    moves: bool,
+    trash_word: int,
+) -> tuple[Tensor, Tensor]:
+    """Where to write what: pairs that stand and new ones, each moved up by those of the others before it, and times."""
+    field_F = 1 + torch.arange(new_BFn.shape[1], device=new_BFn.device)
+    begin_BF1 = (at["event_ts"][:, None] + field_F * at["event_words"][:, None])[..., None]
     targets = [torch.where(new.exists_M, at["event_ts"][new.row_M] + new.number_M, trash_word)]
     words = [new.event_ts_M]
-    for pairs, others in ((old_BFL, new_BFn), (new_BFn, old_BFL)):
-        place = torch.arange(pairs.shape[-1], device=words_I.device) + torch.searchsorted(others, pairs)
-        targets.append(torch.where(pairs < PAD, begin_BF[..., None] + place, trash_word).flatten())
+    for pairs, before in ((old_BFL, old_places_BFL), (new_BFn, new_places_BFn)):
+        place = torch.arange(pairs.shape[-1], device=pairs.device) + before
+        targets.append(torch.where(pairs < PAD, begin_BF1 + place, trash_word).flatten())
         words.append(pairs.flatten())
     if moves:
-        number_BL = number_L - at["dropped"][:, None]
-        stays_BL = is_kept_BL & (number_BL >= 0)
-        old_ts_BL = words_I[torch.where(is_kept_BL, at["old_event_ts"][:, None] + number_L, trash_word)]
-        targets.append(torch.where(stays_BL, at["event_ts"][:, None] + number_BL, trash_word).flatten())
+        number_L = torch.arange(old_ts_BL.shape[1], device=old_ts_BL.device)
+        stays_BL = (number_L < at["kept"][:, None]) & (number_L >= at["dropped"][:, None])
+        to_BL = at["event_ts"][:, None] + number_L - at["dropped"][:, None]
+        targets.append(torch.where(stays_BL, to_BL, trash_word).flatten())
         words.append(old_ts_BL.flatten())
     return torch.cat(targets), torch.cat(words)
 

@@ -75,6 +75,15 @@ class Ranker(nn.Module):
             "item_bias.embedding.weight": self.item_bias,
         }
 
+    @staticmethod
+    def keys_read(item_key_E: Tensor, item_key_C: Tensor, user_key_B: Tensor) -> dict[str, Tensor]:
+        """What a batch of these events, candidates and users reads of each large table."""
+        return {
+            "embedding.item.embedding.weight": torch.cat([item_key_E, item_key_C]),
+            "embedding.user.embedding.weight": user_key_B,
+            "item_bias.embedding.weight": item_key_C,
+        }
+
     def enter(
         self, request_RD: Tensor, request_C: Tensor, features_CF: Tensor | None, candidates: dict[str, Tensor]
     ) -> Tensor:

@@ -5,7 +5,7 @@ request, C queries with an own key, H heads, Z head width.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,10 @@ class Readers:
         """Readers of contexts padded to `num_groups` and laid end to end, queries sorted by history."""
         begin_B = torch.arange(len(offsets_B1) - 1, device=offsets_B1.device) * num_groups
         return Readers(offsets_B1, begin_B, torch.full_like(begin_B, num_groups), num_groups, **reads)
+
+    def over(self, key_begin_B: Tensor, num_keys_B: Tensor, max_keys: int) -> "Readers":
+        """The same queries, of other groups: what is worked out about the queries is shared."""
+        return replace(self, key_begin_B=key_begin_B, num_keys_B=num_keys_B, max_keys=max_keys)
 
     @property
     def num_rows(self) -> int:

@@ -6,6 +6,7 @@ interrupted run keeps its finished buckets, a dead actor or node costs its bucke
 
 import json
 import resource
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,12 +41,16 @@ from longer.training.loader import prefetch
 
 _CACHE_BYTES = 64 << 20
 
+_BUCKETS_AT_ONCE = {"cpu": 1, "cuda": 2}
+"""In an actor: on a GPU one is read and written while another is scored. A CPU has nothing to wait for."""
+
 
 class BucketScorer:
     """Writes the answers of the buckets it is given; one instance an actor, which loads the model once."""
 
     def __init__(self, plan: Plan, run: Run) -> None:
         self._plan, self._run = plan, run
+        self._device, self._charging, self._charged = threading.Lock(), threading.Lock(), (0.0, 0.0)
         with run.starting(plan.most_actors, plan.section), _memory_told(plan):
             self._start()
 
@@ -85,7 +90,7 @@ class BucketScorer:
 
     def write_bucket(self, bucket: int) -> Record:
         """Writes one bucket's file; its record, of no file if nobody is asked about in it."""
-        started = time.perf_counter()
+        started = _clocks()
         self._run.begin(bucket, f"{self._plan.section}.batch_bytes")
         record: Record = {"bucket": bucket, "begun_at": time.time(), "num_requests": 0, "num_users": 0, "num_scores": 0}
         num_checked = self._plan.check_requests if self._scorer else 0
@@ -97,7 +102,7 @@ class BucketScorer:
         record |= {
             "file": asdict(written) if written else None,
             "device": self._plan.device,
-            "device_s": (time.perf_counter() - started) * self._plan.device_share,
+            **self._charge(started),
             "check_requests": self._plan.check_requests,
             "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "peak_gpu_bytes": torch.cuda.max_memory_allocated() if self._plan.device == "cuda" else 0,
@@ -106,15 +111,26 @@ class BucketScorer:
         }
         return remember_bucket(self._run.version_path, record)
 
+    def _charge(self, started: tuple[float, float]) -> dict[str, float]:
+        """Seconds since then, of the device and of CPUs, that no other bucket of this actor has been charged for."""
+        with self._charging:
+            now = _clocks()
+            device_s, cpu_s = (
+                end - max(begin, last) for end, begin, last in zip(now, started, self._charged, strict=True)
+            )
+            self._charged = now
+        return {"device_s": device_s * self._plan.device_share, "cpu_s": cpu_s}
+
     def _parts(self, bucket: int, check: OnlineCheck, record: Record) -> Iterator[pa.Table]:
         """The rows of each chunk, which is read while the one before it is scored; counts them, and compares some.
 
-        Scored in the actor's own thread: others get memory for large tensors anew each time, which costs a tenth.
+        Scored in the thread that asked for the bucket: others get memory for large tensors anew each time, which costs a tenth.
         """
         last_user = None
         for chunk in prefetch(self._reader.chunks(bucket), 1):
-            rows = self._answers.rows(chunk)
-            check.see(chunk, rows)
+            with self._device:
+                rows = self._answers.rows(chunk)
+                check.see(chunk, rows)
             record["num_requests"] += len(rows)
             begun_before = (
                 chunk.user_id_R[0] == last_user
@@ -123,6 +139,11 @@ class BucketScorer:
             last_user = chunk.user_id_R[-1]
             record["num_scores"] += self._answers.num_scores(chunk)
             yield rows
+
+
+def _clocks() -> tuple[float, float]:
+    """Now, and the seconds that this process has had of CPUs."""
+    return time.perf_counter(), time.process_time()
 
 
 @contextmanager
@@ -238,13 +259,20 @@ def _score_buckets(
             "wait for ever: set 0, or the address of a cluster that has some"
         )
     fewest, most = (min(number, len(buckets)) for number in pool.concurrency)
+    at_once = _BUCKETS_AT_ONCE[plan.device]
     rows = ray.data.from_items([{"bucket": bucket} for bucket in buckets], override_num_blocks=len(buckets))
     written = rows.map_batches(
         BucketScorer,
         fn_constructor_args=(plan, run),
         batch_size=1,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=most),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=fewest,
+            max_size=most,
+            max_tasks_in_flight_per_actor=2,  # one at least waits, or is read, where another is scored
+            enable_true_multi_threading=at_once > 1,
+            max_concurrent_calls_per_actor=at_once,
+        ),
         **scorer_options(pool, where),
     )
     records: list[Record] = []

@@ -16,6 +16,7 @@ def totals_of(records: Sequence[Record]) -> dict[str, Any]:
         "num_rows": num_scores,
         "device": "+".join(sorted({record["device"] for record in records})),
         "device_s": device_s,
+        "cpu_s": sum(record["cpu_s"] for record in records),  # of the actors' processes, all of their threads
         "peak_bytes": max((record["peak_bytes"] for record in records), default=0),  # of one actor's process
         "peak_gpu_bytes": max((record["peak_gpu_bytes"] for record in records), default=0),
         "device_s_per_million_scores": device_s / num_scores * 1e6 if num_scores else None,

@@ -162,9 +162,10 @@ class StateDumps:
         return whole
 
     def states(
-        self, version: StateVersion, layout: StateLayout, is_wanted: Callable[[int | str], bool]
+        self, version: StateVersion, layout: StateLayout, is_wanted: Callable[[str, int | str], bool]
     ) -> Iterator[list[KeptState]]:
-        """States of the wanted users, a file's at a time, the last dump and in it the hottest first; of no forgotten user."""
+        """States that are wanted by dump and user, a file's at a time, the last dump and in it the hottest first; of no forgotten
+        user."""
         there = self._listed()
         forgotten_s = {user_key: self._forgotten_s(self._mark(user_key)) for user_key in there.forgotten}
         dumps = [self._read(name, sizes) for name, sizes in there.dumps.items() if name != self._replica]
@@ -174,9 +175,10 @@ class StateDumps:
             assert dump.manifest
             gone = {key for key, since_s in forgotten_s.items() if since_s > dump.began_s - _CLOCK_SKEW_S}
             for file in dump.manifest.files:
-                if any(map(is_wanted, file.user_ids)):
+                wanted = {user_id for user_id in file.user_ids if is_wanted(dump.name, user_id)}
+                if wanted:
                     found = self._states_of(dump, file)
-                    yield [s for s in found if s.user_key not in gone and is_wanted(s.user_id)]
+                    yield [state for state in found if state.user_id in wanted and state.user_key not in gone]
 
     def _is_usable(self, dump: "_Dump", version: StateVersion, layout: StateLayout) -> bool:
         if dump.manifest is None:

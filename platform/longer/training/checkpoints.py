@@ -10,7 +10,7 @@ Random numbers need no state: those of a step are a function of seed, step and w
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, cast
 
@@ -70,15 +70,22 @@ class TrainerState:
 Tensors = dict[str, torch.Tensor]
 
 
-def weights_of(model: Ranker) -> Tensors:
-    """A copy of the weights on the CPU, which training leaves alone."""
-    return {name: _copied(tensor) for name, tensor in model.state_dict().items()}
+def copied(_: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the CPU, which training leaves alone."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def moments_of(model: Ranker, optimizer: HasMoments) -> Tensors:
-    """A copy of the optimizer's moments on the CPU, under their parameters' names."""
+def weights_of(model: Ranker, whole: Callable[[str, torch.Tensor], torch.Tensor] = copied) -> Tensors:
+    """A copy of the weights on the CPU; `whole` copies one, where other workers have parts of it."""
+    return {name: whole(name, tensor) for name, tensor in model.state_dict().items()}
+
+
+def moments_of(
+    model: Ranker, optimizer: HasMoments, whole: Callable[[str, torch.Tensor], torch.Tensor] = copied
+) -> Tensors:
+    """The same of the optimizer's moments, under their parameters' names, a slash and their own."""
     return {
-        f"{name}/{key}": _copied(value)
+        f"{name}/{key}": whole(f"{name}/{key}", value)
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state[parameter].items()
     }
@@ -178,12 +185,21 @@ def save_trainer(directory: str, moments: Tensors, state: TrainerState) -> None:
     write_bytes(f"{directory}/trainer.json", _json(about))
 
 
-def load_trainer(path: str, model: Ranker, optimizer: HasMoments) -> TrainerState:
-    """Puts the moments back into `optimizer` and returns the state that was saved with them."""
+def _all_of_it(_: str, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def load_trainer(
+    path: str,
+    model: Ranker,
+    optimizer: HasMoments,
+    own: Callable[[str, torch.Tensor], torch.Tensor] = _all_of_it,
+) -> TrainerState:
+    """Puts the moments back into `optimizer`, of each what is this worker's `own`; returns the state saved with them."""
     for name, tensor in _read_tensors(path, "trainer.safetensors").items():
         parameter_name, key = name.rsplit("/", 1)
         parameter = model.get_parameter(parameter_name)
-        optimizer.state[parameter][key] = tensor.to(parameter.device)
+        optimizer.state[parameter][key] = own(name, tensor).to(parameter.device)
     return read_trainer_state(path)
 
 
@@ -271,10 +287,6 @@ def _read_json(path: str, name: str) -> dict[str, Any]:
             "use the release that wrote it, or train again"
         )
     return about
-
-
-def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _json(about: dict[str, Any]) -> bytes:

@@ -20,6 +20,7 @@ from longer.errors import UserError
 from longer.model.captured import Staged
 from longer.model.encoders.factory import make_model
 from longer.training.checkpoints import (
+    Tensors,
     TrainerState,
     load_model,
     load_trainer,
@@ -34,7 +35,7 @@ from longer.training.content import Content, Job, Trained
 from longer.training.cursor import Position, batches_per_worker
 from longer.training.loader import SplitData, prefetch
 from longer.training.meter import Meter, Scalars
-from longer.training.steps import Stepper, gather, rate_share, selection_score
+from longer.training.steps import Stepper, dropout_seed, gather, rate_share, selection_score
 from longer.training.validation import validate
 
 _STEPS_AHEAD = 2
@@ -83,7 +84,8 @@ class Run:
         )
         self.state, self.trained = TrainerState(), Trained(self.cursor.num_epochs)
         self.scalars: Scalars | None = None
-        self._upload = threading.Lock()
+        self._uploaded = threading.Event()
+        self._uploaded.set()
         self.stepper = self._make_stepper()
         self.timer = self.stepper.timer
 
@@ -115,7 +117,9 @@ class Run:
             num_candidates += work.num_candidates
             meter.add(work.num_requests, work.num_candidates)
             self.state.position = self.cursor.after(work.position)
-            if done % record_every == 0 or done in (1, num_steps):
+            day_ends = self.job.trains_days and self.state.position.step == 0
+            saves = done % every == 0 or done == num_steps or day_ends
+            if done % record_every == 0 or done == 1 or saves:  # a checkpoint leaves no sum behind
                 meter.loss = float(self._sum_over_workers(loss_sum)) / num_candidates
                 meter.add_phases(self.timer.take())
                 skipped = self._skipped_steps(done)
@@ -125,8 +129,7 @@ class Run:
                 loss_sum, num_candidates = torch.zeros_like(loss_sum), 0
             if self.rank == 0 and meter.is_due(done):
                 self._say(meter.line(done))
-            day_ends = self.job.trains_days and self.state.position.step == 0
-            if done % every == 0 or done == num_steps or day_ends:
+            if saves:
                 with meter.paused():
                     self._checkpoint(done)
         if self.scalars:
@@ -140,16 +143,19 @@ class Run:
         torch.manual_seed(settings.seed)
         model = make_model(settings.model, settings.event_schema, settings.train.tasks)
         load_upstream(model, settings.model)
-        stepper = Stepper(model.to(device), settings.train, device, self.num_workers)
+        stepper = Stepper(model, settings.train, device, self.num_workers)
+        weights: Tensors = {}
         if checkpoint:
             with checkpoint.as_directory() as directory:
-                model.load_state_dict(load_model(directory, str(device))[0].state_dict())
-                self.state = load_trainer(directory, model, stepper.optimizer)
+                weights = load_model(directory)[0].state_dict()
+                self.state = load_trainer(directory, model, stepper.optimizer, stepper.own)
             stepper.optimizer.scaling.restore(self.state.scaling)
             if self.rank == 0:
                 self.trained.restore(self.state.epochs)
         elif self.job.weights:
-            model.load_state_dict(load_weights(self.job.weights, settings)[0])
+            weights = load_weights(self.job.weights, settings)[0]
+        if weights:
+            model.load_state_dict({name: stepper.own(name, tensor) for name, tensor in weights.items()})
         return stepper
 
     def _work(self) -> Iterator[Work]:
@@ -175,7 +181,7 @@ class Run:
         step = self.cursor.global_step(work.position)
         of_schedule = (_ITS_END, _ITS_END) if self.job.trains_days else (step, self.cursor.num_steps)
         self.stepper.optimizer.set_rate_share(rate_share(*of_schedule, self.settings.train.warmup_share))
-        torch.manual_seed(((self.settings.seed << 32) + step) * self.num_workers + self.rank)  # of dropout
+        torch.manual_seed(dropout_seed(self.settings.seed, step, self.rank, self.num_workers))
         taken = self.stepper.step(work.batches, work.weights, work.num_candidates)
         self.trained.add(work.position.epoch, work.request_id_R)
         return taken
@@ -214,10 +220,13 @@ class Run:
         self.state.epochs = self._trained_so_far()
         self.state.scaling = self.stepper.optimizer.scaling.state()
         name = f"step_{done:07d}"
+        if self.rank == 0:
+            self._uploaded.wait()  # the checkpoint before is written: memory holds one copy
+        copies = self._copies() if self.rank == 0 or self.stepper.sharded else ({}, {})
         if self.rank > 0:
             ray.train.report({}, checkpoint_dir_name=name, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
             return
-        upload = self._upload_of_now()
+        upload = self._upload_of(*copies)
         reported = {"step": done, "score": score, "validation": metrics, "keep": self._to_keep()}
         nothing = Checkpoint.from_directory(tempfile.mkdtemp())  # `upload` has it all; Ray removes this folder
         ray.train.report(
@@ -232,14 +241,18 @@ class Run:
         shown = f"validation {_shown(metrics)}; " if metrics else ""
         self._say(f"step {done}: {shown}{time.perf_counter() - started:.1f} s with checkpoint")
 
-    def _upload_of_now(self) -> Any:
+    def _copies(self) -> tuple[Tensors, Tensors]:
+        """Weights and moments of now; whole on the first worker."""
+        stepper = self.stepper
+        return weights_of(stepper.model, stepper.whole), moments_of(stepper.model, stepper.optimizer, stepper.whole)
+
+    def _upload_of(self, weights: Tensors, moments: Tensors) -> Any:
         """A function for Ray's thread that writes a checkpoint of this moment, whatever training does meanwhile.
 
-        Waits until the one before is written, so that memory holds one copy at most.
+        Ray calls it again after some failures.
         """
-        self._upload.acquire()
-        settings, stepper = self.settings, self.stepper
-        weights, moments = weights_of(stepper.model), moments_of(stepper.model, stepper.optimizer)
+        settings = self.settings
+        self._uploaded = uploaded = threading.Event()
         state = replace(self.state, history=list(self.state.history), checkpoints=list(self.state.checkpoints))
         storage, path = ray.train.get_context().get_storage(), self._path()
 
@@ -248,7 +261,7 @@ class Run:
                 save_weights(f"{path}/{name}", weights, settings.model, settings.event_schema, settings.train.tasks)
                 save_trainer(f"{path}/{name}", moments, state)
             finally:
-                self._upload.release()
+                uploaded.set()
             return Checkpoint(storage.build_checkpoint_path_from_name(name), storage.storage_filesystem)
 
         return upload

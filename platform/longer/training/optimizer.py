@@ -12,6 +12,7 @@ from longer.model.embedding import Reads
 from longer.model.fuse import has_kernels
 from longer.model.ranker import Ranker
 from longer.training.scaling import Scaling
+from longer.training.sharding import over_owners
 from longer.training.table_gradients import TableGradient, combine, over_workers
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8
@@ -104,18 +105,23 @@ class Optimizer:
             noted.extend(reads)
 
     @torch.no_grad()
-    def step(self, num_workers: int) -> Tensor:
+    def step(self, num_workers: int, owns_rows: bool = False) -> Tensor:
         """One update from the gradients of all workers, summed; returns their norm before it was clipped.
 
-        They are those of `scaling.scale` times the loss.
+        They are those of `scaling.scale` times the loss. With `owns_rows` the tables are this worker's blocks, and what was
+        noted of them is all workers' already.
         """
         dense = [p.grad for group in self._dense.param_groups for p in group["params"] if p.grad is not None]
         tables = {parameter: combine(table.reads) for parameter, table in self.tables.items() if table.reads}
-        if num_workers > 1:
+        if owns_rows:
             _sum_over_workers(dense)
-            tables = {parameter: over_workers(gradient) for parameter, gradient in tables.items()}
-        norm = get_total_norm([*dense, *(gradient.gradient_Ud for gradient in tables.values())], foreach=True)
-        norm = norm.float() / self.scaling.scale
+        elif num_workers > 1:
+            summed = over_workers(list(tables.values()), meanwhile=lambda: _sum_over_workers(dense))
+            tables = dict(zip(tables, summed, strict=True))
+        of_tables = get_total_norm([gradient.gradient_Ud for gradient in tables.values()], foreach=True)
+        if owns_rows:
+            of_tables = over_owners(of_tables)
+        norm = torch.hypot(get_total_norm(dense, foreach=True), of_tables).float() / self.scaling.scale
         is_finite = norm.isfinite()
         divisor = ((norm + 1e-6) / self.clip_norm).clamp_min(1.0) * self.scaling.scale
         self._dense.grad_scale, self._dense.found_inf = divisor, 1.0 - is_finite.float()  # type: ignore[attr-defined]
@@ -155,5 +161,4 @@ def _sum_over_workers(gradients: list[Tensor]) -> None:
     """In place, as one message."""
     flat = torch._utils._flatten_dense_tensors(gradients)
     dist.all_reduce(flat)
-    for gradient, summed in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
-        gradient.copy_(summed)
+    torch._foreach_copy_(gradients, torch._utils._unflatten_dense_tensors(flat, gradients))

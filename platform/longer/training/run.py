@@ -2,6 +2,7 @@
 
 import math
 import os
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -28,8 +29,11 @@ from longer.training.content import Job
 from longer.training.loop import train_worker
 from longer.training.relay import relayed_lines
 
-_HOW_NOT_WHAT = {"num_workers", "use_gpu", "max_failures", "keep_checkpoints", "max_tokens_per_batch"}
+_HOW_NOT_WHAT = {"num_workers", "use_gpu", "max_failures", "keep_checkpoints", "max_tokens_per_batch", "table_sharding"}
 """Settings that do not change what is learned: an interrupted run may go on with other values."""
+
+_WAIT_FOR_MORE_WORKERS_S = "10"
+"""Ray counts on a lost node for up to 20 s; then it would wait a minute for workers there, where fewer would do."""
 
 
 def train(settings: Settings, start_from: str | None = None) -> Version:
@@ -112,7 +116,8 @@ class KeepBestAndLast(UserCallback):
             folder, _, file = path.partition("/")
             stale = folder.startswith("step_") and folder < f"step_{newest:07d}" and folder not in keep
             if stale and file != "model.json":
-                remove_tree(f"{self._run_path}/{path}")
+                with suppress(OSError):  # what storage does not remove now is stale the next time too
+                    remove_tree(f"{self._run_path}/{path}")
 
 
 def fit(job: Job, run_id: str) -> Result:
@@ -125,6 +130,8 @@ def fit(job: Job, run_id: str) -> Result:
     on_s3 = storage.startswith("s3://")
     # Workers print their own progress; Ray's copy of each line, its state machine and reports stay in the session's log files.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    if isinstance(asked.num_workers, tuple):
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _WAIT_FOR_MORE_WORKERS_S)
     with relayed_lines() as lines:
         trainer = TorchTrainer(
             train_worker,

@@ -18,12 +18,14 @@ from longer.arrays import RequestBatch
 from longer.config import TaskSettings, TrainSettings
 from longer.model.captured import CapturedPass, Staged, stage
 from longer.model.fuse import has_kernels
-from longer.model.inputs import to_tensors
+from longer.model.inputs import BatchTensors, to_tensors
 from longer.model.layout import Sizes
 from longer.model.longer import Longer
 from longer.model.ranker import Ranker
+from longer.training.checkpoints import copied
 from longer.training.metrics import binary_metrics
 from longer.training.optimizer import Optimizer
+from longer.training.sharding import ShardedTables
 from longer.training.timing import PhaseTimer
 
 _FINAL_LEARNING_RATE_SHARE = 0.05
@@ -41,6 +43,11 @@ def rate_share(step: int, num_steps: int, warmup_share: float) -> float:
     progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return (step + 1) / warmup if step < warmup else cosine + (1 - cosine) * _FINAL_LEARNING_RATE_SHARE
+
+
+def dropout_seed(seed: int, step: int, rank: int, num_workers: int) -> int:
+    """Of one worker's random numbers in one step: resuming needs no generator's state."""
+    return (((seed << 32) + step) * num_workers + rank) % 2**63
 
 
 def loss_sum(
@@ -62,11 +69,15 @@ def loss_sum(
 class Stepper:
     """Applies steps to a model on one of `num_workers` workers, which have the same weights before and after each step.
 
-    On CUDA a step's forward and backward pass are one CUDA graph, captured again when a batch is larger than all before it.
+    The model moves to the device, with `train.table_sharding: rows` without the rows of large tables that other workers own. On
+    CUDA a step's forward and backward pass are one CUDA graph, captured again when a batch is larger than all before it.
     """
 
     def __init__(self, model: Ranker, settings: TrainSettings, device: torch.device, num_workers: int) -> None:
-        self.model, self.settings, self.device, self.num_workers = model, settings, device, num_workers
+        self.settings, self.device, self.num_workers = settings, device, num_workers
+        is_sharded = settings.table_sharding == "rows" and num_workers > 1
+        self.sharded = ShardedTables(model) if is_sharded else None
+        self.model = model.to(device)
         self.optimizer, self.timer = Optimizer(model, settings), PhaseTimer(device)
         self._autocast = _AUTOCAST[settings.precision]
         self._room = Sizes(*[0] * len(Sizes._fields))
@@ -76,7 +87,8 @@ class Stepper:
         model.set_recompute(settings.recompute)
         if num_workers > 1:
             for parameter in model.parameters():
-                dist.broadcast(parameter.data, 0)
+                if not (is_sharded and parameter in self.optimizer.tables):
+                    dist.broadcast(parameter.data, 0)
 
     def autocast(self) -> AbstractContextManager:
         kind = self._autocast or torch.bfloat16
@@ -95,6 +107,14 @@ class Stepper:
             self._room = Sizes(*(max(room, _roomy(size)) for size, room in zip(sizes, self._room, strict=True)))
         return stage(batch, self.model, self._room)
 
+    def own(self, name: str, whole: Tensor) -> Tensor:
+        """This worker's part of a weight or moment, by its name in a checkpoint, which has all of it."""
+        return self.sharded.own(name, whole) if self.sharded else whole
+
+    def whole(self, name: str, own: Tensor) -> Tensor:
+        """A copy on the CPU of all of it on the first worker; with sharded tables all workers call this in step."""
+        return self.sharded.whole(name, own) if self.sharded else copied(name, own)
+
     def step(
         self, batches: Sequence[RequestBatch | Staged], weights: Sequence[float], num_candidates: int
     ) -> tuple[Tensor, Tensor]:
@@ -109,18 +129,21 @@ class Stepper:
         with self.timer.phase("forward_backward"):
             for number, (batch, weight) in enumerate(zip(batches, weights, strict=True), 1):
                 losses.append(self._backward(batch, weight, num_candidates))
+                if self.sharded:
+                    self.sharded.give_back()
                 if number < len(batches):
                     before.append(self.optimizer.taken())
         with self.timer.phase("optimizer"):
             for gradients in before:
                 self.optimizer.add(gradients)
-            return torch.stack(losses).sum(), self.optimizer.step(self.num_workers)
+            return torch.stack(losses).sum(), self.optimizer.step(self.num_workers, self.sharded is not None)
 
     def _backward(self, batch: RequestBatch | Staged, weight: float, num_candidates: int) -> Tensor:
         scale = self.optimizer.scaling.scale * (weight / num_candidates)
         if isinstance(batch, Staged):
             return self._captured_for(batch)(batch, scale) * weight
         tensors = to_tensors(batch, self.device)
+        self._fetch(tensors)
         with self.autocast():
             output_CT = self.model(tensors)
         loss = loss_sum(output_CT, tensors.labels, self.settings.tasks)
@@ -135,15 +158,25 @@ class Stepper:
                 return loss_sum(output_CT, labels, self.settings.tasks, exists_C)
 
             assert isinstance(self.model, Longer)
-            self._captured = CapturedPass(self.model, loss, batch, self._autocast)
+            fetch = self.sharded.fetch if self.sharded else None
+            self._captured = CapturedPass(self.model, loss, batch, self._autocast, fetch)
         return self._captured
+
+    def _fetch(self, tensors: BatchTensors) -> None:
+        if self.sharded:
+            items_E, items_C = tensors.histories.features["item_id"], tensors.candidates["item_id"]
+            held = self.sharded.fetch(self.model.keys_read(items_E, items_C, tensors.histories.user_key_B))
+            for name, table in self.model.large_tables().items():
+                table.held = held[name]
 
     @torch.inference_mode()
     def outputs(self, batch: RequestBatch) -> np.ndarray:
-        """[C, T] in float32, in evaluation mode."""
+        """[C, T] in float32, in evaluation mode; with sharded tables all workers call this in step."""
         self.model.eval()
+        tensors = to_tensors(batch, self.device)
+        self._fetch(tensors)
         with self.autocast():
-            output_CT = self.model(to_tensors(batch, self.device))
+            output_CT = self.model(tensors)
         self.model.train()
         return output_CT.float().cpu().numpy()
 

@@ -3,10 +3,12 @@
 E reads, U rows of a table that were read, d width.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from longer.model.embedding import Reads
@@ -38,16 +40,29 @@ def combine(reads: Reads) -> TableGradient:
     return TableGradient(rows_U, summed_Ud, torch.tensor(len(rows_U)))
 
 
-def over_workers(mine: TableGradient) -> TableGradient:
-    """The sum of all workers' gradients, the same on each; every worker calls this."""
-    num_workers, device = dist.get_world_size(), mine.rows_U.device
-    longest = torch.tensor(len(mine.rows_U), device=device)
-    dist.all_reduce(longest, dist.ReduceOp.MAX)
-    filling = int(longest) - len(mine.rows_U)
-    rows_U = torch.cat([mine.rows_U, mine.rows_U.new_zeros(filling)])
-    gradient_Ud = torch.cat([mine.gradient_Ud, mine.gradient_Ud.new_zeros(filling, mine.gradient_Ud.shape[1])])
-    all_rows = rows_U.new_empty(num_workers * len(rows_U))
-    all_gradients = gradient_Ud.new_empty(num_workers * len(rows_U), gradient_Ud.shape[1])
+def over_workers(mine: Sequence[TableGradient], meanwhile: Callable[[], None]) -> list[TableGradient]:
+    """The sum of all workers' gradients of each table, the same on every worker; all call this with the same tables.
+
+    What lies behind the rows of the worker that has most stays where it is: on CUDA that is most of it. The device does what
+    `meanwhile` asks of it while the host learns that number and sees to the rest.
+    """
+    device = mine[0].rows_U.device
+    most_T = torch.stack([gradient.num_rows.to(device, torch.int64) for gradient in mine])
+    dist.all_reduce(most_T, dist.ReduceOp.MAX)
+    sizes_T = most_T.to("cpu", non_blocking=True)
+    known = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+    meanwhile()
+    if known:
+        known.synchronize()
+    return [_gathered(gradient, size) for gradient, size in zip(mine, sizes_T.tolist(), strict=True)]
+
+
+def _gathered(mine: TableGradient, size: int) -> TableGradient:
+    num_workers, filling = dist.get_world_size(), max(0, size - len(mine.rows_U))
+    rows_U = F.pad(mine.rows_U[:size], (0, filling))
+    gradient_Ud = F.pad(mine.gradient_Ud[:size], (0, 0, 0, filling))
+    all_rows = rows_U.new_empty(num_workers * size)
+    all_gradients = gradient_Ud.new_empty(num_workers * size, gradient_Ud.shape[1])
     dist.all_gather_into_tensor(all_rows, rows_U)
     dist.all_gather_into_tensor(all_gradients, gradient_Ud)
     return combine([(all_rows, all_gradients)])

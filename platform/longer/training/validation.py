@@ -23,9 +23,15 @@ def validate(
     rank: int,
     num_workers: int,
 ) -> dict[str, dict[str, float]]:
-    """Metrics of all requests of `data` by task; the same on every worker, each of which scores whole users."""
+    """Metrics of all requests of `data` by task; the same on every worker, each of which scores whole users.
+
+    All call `outputs` equally often, so that it may be the work of all together: who has fewer batches borrows a pack.
+    """
     packs, totals = data.packs(_MAX_PACK_REQUESTS), StreamingMetrics(tasks)
-    for chosen in _batches(data, packs, rank, num_workers):
+    batches = list(_batches(data, packs, rank, num_workers))
+    for _ in range(max(gather(len(batches), num_workers)) - len(batches)):
+        outputs(data.batch(packs.take(np.zeros(1, np.int64))))
+    for chosen in batches:
         batch = data.batch(chosen)
         user_C = np.repeat(data.row_R[chosen.order_R], np.diff(batch.candidates.offsets_R1))
         totals.add(outputs(batch), batch.labels, user_C)

@@ -1,0 +1,85 @@
+"""What `benchmarks.multi_gpu` derives from its measurements, and the divisions of work that it compares."""
+
+import numpy as np
+import pytest
+
+from benchmarks.model_arms.sizes import zipf_lengths
+from benchmarks.multi_gpu_arms.runs import parts
+from benchmarks.multi_gpu_arms.steps import (
+    BALANCED,
+    BY_COUNT,
+    NO_EXCHANGE,
+    NUM_BATCHES,
+    ROWS,
+    Row,
+    divided,
+    imbalance,
+    summary,
+)
+from longer.storage import Version
+
+USERS, DEVICES = 64, 4
+LENGTHS = zipf_lengths(np.random.default_rng(0), USERS * NUM_BATCHES, 2_000)
+
+
+@pytest.mark.parametrize("by_tokens", [True, False])
+def test_each_division_takes_every_user_once_in_the_same_steps(by_tokens: bool) -> None:
+    steps = divided(LENGTHS, DEVICES, by_tokens)
+    assert [len(parts) for parts in steps] == [DEVICES] * NUM_BATCHES
+    taken = np.concatenate([part for parts in steps for part in parts])
+    assert sorted(taken) == sorted(np.tile(LENGTHS, DEVICES))
+    same = divided(LENGTHS, DEVICES, not by_tokens)
+    for one, other in zip(steps, same, strict=True):
+        assert sorted(np.concatenate(one)) == sorted(np.concatenate(other))
+
+
+def test_the_division_by_number_is_even_in_users_and_the_other_in_tokens() -> None:
+    by_count, by_tokens = divided(LENGTHS, DEVICES, False), divided(LENGTHS, DEVICES, True)
+    for parts_N in by_count:
+        sizes = [len(part) for part in parts_N]
+        assert max(sizes) - min(sizes) <= 1
+    assert imbalance(by_tokens) < 1.02 < 1.1 < imbalance(by_count)
+
+
+def test_one_device_has_as_many_tokens_as_each_of_several() -> None:
+    """Else weak scaling would compare unequal work."""
+    one, several = (sum(part.sum() for parts in divided(LENGTHS, num, True) for part in parts) for num in (1, DEVICES))
+    assert several == DEVICES * one
+
+
+def row(num_devices: int, arm: str, step_ms: float, impressions: int) -> Row:
+    return Row("L2000_64", num_devices, arm, step_ms, impressions / step_ms * 1000, 1.0, 0.0, [])
+
+
+def test_efficiency_gain_and_share_are_ratios_of_what_was_measured() -> None:
+    rows = [
+        row(1, BALANCED, 10.0, 100),
+        row(4, BALANCED, 12.5, 400),
+        row(4, NO_EXCHANGE, 10.0, 400),
+        row(4, BY_COUNT, 15.0, 400),
+        row(4, ROWS, 10.0, 400),
+    ]
+    found = {key: value["L2000_64"] for key, value in summary(rows).items()}
+    assert found == {
+        "weak_scaling_efficiency": {"4": 0.8},
+        "by_count_efficiency": {"4": 0.6667},
+        "balancing_gain": {"4": 1.2},
+        "all_reduce_share": {"4": 0.2},
+        "sharded_vs_replicated": {"4": 1.25},
+    }
+
+
+def test_a_resumed_run_is_taken_apart_where_it_was_resumed_even_if_the_clock_shows_more() -> None:
+    def record(step: int, elapsed_s: float, impressions: float) -> dict[str, float]:
+        return {"step": step, "elapsed_s": elapsed_s, "impressions_per_s": impressions / elapsed_s}
+
+    history = [
+        record(1, 1, 10),
+        record(20, 2, 200),
+        {"step": 20, "validation": 0.5},
+        record(21, 9, 10),
+        record(40, 20, 200),
+    ]
+    first, second = parts(Version("id", "path", {"history": history}))
+    assert [r["step"] for r in first] == [1, 20]
+    assert [r["step"] for r in second] == [21, 40]
