@@ -73,8 +73,8 @@ class MicroBatcher(Generic[Item, Outcome]):
                 self._answer(batch, loop)
         finally:
             with self._lock:
-                self._is_running = bool(self._waiting)
-            if self._is_running:
+                goes_on = self._is_running = bool(self._waiting)
+            if goes_on:
                 self._worker.submit(self._run, loop)  # behind what else has been asked of the worker
 
     def _next(self) -> list[_Waiting[Item, Outcome]]:

@@ -72,17 +72,21 @@ class StateKeeper:
             state = version, dump, user_id
             if state in self._read or not self._is_own(user_id, ring):
                 return False
-            self._read.add(state)
+            asked_for.add(state)
             return True
 
+        asked_for = set[tuple[StateVersion, str, int | str]]()
         files = self._dumps.states(version, layout, is_wanted)
         taken = set[int]()
-        while (states := await asyncio.to_thread(_next, files)) is not None:
-            taken |= (some := await self._in_worker(self._take_in, states, version))
-            self._dumps.counters.restored += len(some)
-        marked = await asyncio.to_thread(self._dumps.forgotten)  # some may be since the first file was read
-        await self._in_worker(self._drop, marked & taken)
-        self._forgotten.clear()
+        try:
+            while (states := await asyncio.to_thread(_next, files)) is not None:
+                taken |= (some := await self._in_worker(self._take_in, states, version))
+                self._dumps.counters.restored += len(some)
+                self._read |= asked_for  # what could not be read is asked for again
+        finally:
+            marked = await asyncio.to_thread(self._dumps.forgotten)  # some may be since the first file was read
+            await self._in_worker(self._drop, marked & taken)
+            self._forgotten.clear()
         if taken:
             _logger.info("%d states of before are back, in host memory", len(taken))
 

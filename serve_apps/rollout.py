@@ -28,7 +28,7 @@ class Rollouts:
         self._scorer, self._in_worker, self._warm_ups = scorer, in_worker, warm_ups
         self._lock = asyncio.Lock()
         self._wanted: dict[str, Any] | None = None
-        self.is_refused = False
+        self.is_refused = self._may_be_mended = False
 
     async def ask(self, user_config: dict[str, Any]) -> None:
         """Goes over to the checkpoint of a `user_config`. Of several asked for at once, the last one serves in the end."""
@@ -39,21 +39,29 @@ class Rollouts:
 
     async def retry(self) -> None:
         """Tries the checkpoint again that was refused, if it is still wanted: its files may have been put right since."""
-        if self.is_refused and self._wanted is not None and not self._lock.locked():
+        if self._may_be_mended and self._wanted is not None and not self._lock.locked():
             await self.ask(self._wanted)
 
     async def _try(self, user_config: dict[str, Any]) -> None:
+        """A model that loads but finds no room is not tried again by itself: each try costs all states that are held."""
+        version, self._may_be_mended = self._scorer.info.model_version, True
         try:
             checkpoint = Rollout.model_validate(user_config).checkpoint
             loaded = await asyncio.to_thread(self._scorer.load_checkpoint, checkpoint)
+            self._may_be_mended = False
             await self._in_worker(self._scorer.adopt, *loaded)
         except Exception as error:  # whatever it is, raising would end this replica and its states
             self.is_refused = True
-            version = self._scorer.info.model_version
-            _logger.error("roll-out refused, model %s serves on; it is tried again: %s", version, one_line(error))
-            return
-        self.is_refused = False
-        _logger.info("model: now %s", self._scorer.info.model_version)
+            again = "; it is tried again" if self._may_be_mended else ""
+            _logger.error("roll-out refused, model %s serves on%s: %s", version, again, one_line(error))
+        else:
+            self.is_refused = False
+            _logger.info("model: now %s", self._scorer.info.model_version)
+        if not self._may_be_mended:
+            await self._warm()
+
+    async def _warm(self) -> None:
+        """The model that serves from now on, or the old one in memory that is new to it."""
         try:
             for warm_up in self._warm_ups(self._scorer):  # between batches: requests wait for one at a time
                 await self._in_worker(warm_up)

@@ -55,7 +55,7 @@ class ScoringService:
             1, "scorer", initializer=torch.set_num_threads, initargs=(args.torch_threads,)
         )
         self._scorer = self._worker.submit(self._load).result()
-        self._refreshed_s, self._upkeep = time.monotonic(), None
+        self._refreshed_s, self._upkeep = time.monotonic(), dict[str, asyncio.Future[None]]()
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._affinity, self._peers, self._recent = Affinity(self._replica), Peers(), Recent()
         self._keeper = StateKeeper(args, self._scorer, self._replica, self._in_worker)
@@ -242,9 +242,11 @@ class ScoringService:
         Now and then looks beside it for newer sequences, at the ring, and again at a checkpoint that was refused.
         """
         is_due = time.monotonic() - self._refreshed_s >= self._args.refresh_s or self._affinity.ring is None
-        if is_due and (self._upkeep is None or self._upkeep.done()):
+        if is_due:
             self._refreshed_s = time.monotonic()
-            self._upkeep = asyncio.gather(self._look_at_ring(), self._refresh(), self._rollouts.retry())
+            for work in (self._look_at_ring, self._refresh, self._rollouts.retry):
+                if (last := self._upkeep.get(work.__name__)) is None or last.done():
+                    self._upkeep[work.__name__] = asyncio.ensure_future(work())
         await self._in_worker(self._touch_device)
         self._tell()
 

@@ -16,10 +16,28 @@ import requests
 from pydantic_core import to_json
 from requests.adapters import HTTPAdapter
 from urllib3 import Retry
+from urllib3.exceptions import ReadTimeoutError
 
 from longer.errors import UserError
 
 _ARROW = "application/vnd.apache.arrow.stream"
+
+
+class _Retry(Retry):
+    """But for a call that was not answered in time: the service may be at it still, and would only have more to do."""
+
+    def increment(
+        self,
+        method: str | None = None,
+        url: str | None = None,
+        response: Any = None,
+        error: Exception | None = None,
+        *others: Any,
+        **more: Any,
+    ) -> "_Retry":
+        if isinstance(error, ReadTimeoutError):
+            raise error
+        return super().increment(method, url, response, error, *others, **more)
 
 
 class ScoringClient:
@@ -32,7 +50,7 @@ class ScoringClient:
 
     def __init__(self, url: str, token: str | None = None, timeout_s: float = 1.0, max_retries: int = 2) -> None:
         self._url, self._timeout_s = url.rstrip("/"), timeout_s
-        retry = Retry(
+        retry = _Retry(
             max_retries,
             status_forcelist=[500, 503],
             allowed_methods=None,

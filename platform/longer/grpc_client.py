@@ -45,7 +45,12 @@ class GrpcScoringClient:
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self._target, self._timeout_s, self._max_retries = target, timeout_s, max_retries
-        channel = grpc.secure_channel(target, credentials) if credentials else grpc.insecure_channel(target)
+        any_size = [("grpc.max_receive_message_length", -1)]  # too large an answer would look like a full service
+        channel = (
+            grpc.secure_channel(target, credentials, any_size)
+            if credentials
+            else grpc.insecure_channel(target, any_size)
+        )
         self._channel, self._stub = channel, ScoringStub(channel)
         self._metadata = [("application", application), ("x-timeout-ms", str(max(int(timeout_s * 1000), 1)))]
         if token:

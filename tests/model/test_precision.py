@@ -11,7 +11,7 @@ from longer.model.states import append, score
 from tests.model.generate import encoded, pool_for, random_candidates, random_histories, slots_for, small_model
 
 MODEL = small_model(dtype=torch.float32)
-TOLERANCE: dict[Precision, float] = {"bf16": 2e-4, "int8": 5e-4, "fp8": 2e-3}
+TOLERANCE: dict[Precision, float] = {"bf16": 5e-4, "int8": 1e-3, "fp8": 5e-3}
 """Most that a probability moves; keys and values are one input of a score, beside the candidate's own."""
 
 

@@ -53,6 +53,7 @@ def test_a_lone_request_is_scored_at_once_and_those_that_come_meanwhile_are_the_
         scorer.may_go.release(3)
         answers = [answer for call in calls for answer in await call]
         assert between.result() == 1  # what else is asked of the worker does not wait for the queue to be empty
+        await until(lambda: len(told) == 3)  # after the answers
         return answers
 
     answers = asyncio.run(run())

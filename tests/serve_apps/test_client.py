@@ -1,8 +1,9 @@
 """The client against a running service, and against one that is full at first."""
 
 import threading
+import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from typing import ClassVar
 
 import numpy as np
@@ -78,3 +79,26 @@ def test_a_full_service_is_asked_again_and_not_for_ever(full_at_first: str) -> N
         ScoringClient(full_at_first, max_retries=1).score(1, [1])
     with pytest.raises(requests.ConnectionError):
         ScoringClient("http://127.0.0.1:9", max_retries=0).score(1, [1])
+
+
+class Silent(FullAtFirst):
+    """Takes a call and does not answer in time."""
+
+    num_calls: ClassVar[int] = 0
+
+    def do_POST(self) -> None:
+        type(self).num_calls += 1
+        time.sleep(0.5)
+
+
+def test_a_call_that_takes_too_long_is_not_asked_again() -> None:
+    """The service may be at it still: asked three times, an overloaded one would have three times the load."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Silent)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(requests.ReadTimeout):
+            ScoringClient(f"http://127.0.0.1:{server.server_port}", timeout_s=0.1).score(1, [1])
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert Silent.num_calls == 1

@@ -74,6 +74,28 @@ def test_a_refused_checkpoint_is_tried_again_until_it_serves_or_another_is_wante
     assert rolling.num_warm_ups == len(rolling.adopted) == 2
 
 
+def test_a_model_that_finds_no_room_is_not_tried_again_by_itself(world: Settings) -> None:
+    """Each try gives the states that are held back first: tried every minute, the model that serves would never have a hit."""
+    rolling, second = Rolling(world), publish_random_model(world, seed=1).path
+    before, tries = rolling.scorer.info.model_version, 0
+
+    def no_room(*_: Any) -> None:
+        nonlocal tries
+        tries += 1
+        raise MemoryError("no room")
+
+    rolling.scorer.adopt = no_room  # type: ignore[method-assign]
+
+    async def run() -> None:
+        await rolling.rollouts.ask({"checkpoint": second})
+        await rolling.rollouts.retry()
+        assert (rolling.rollouts.is_refused, rolling.scorer.info.model_version) == (True, before)
+        await rolling.rollouts.ask({"checkpoint": second})
+
+    asyncio.run(run())
+    assert tries == 2
+
+
 def test_of_rollouts_asked_for_at_once_the_last_one_serves(world: Settings) -> None:
     paths = [publish_random_model(world, seed=seed).path for seed in (1, 2, 3)]
     rolling = Rolling(world)

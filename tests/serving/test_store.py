@@ -1,5 +1,7 @@
 """Whatever happened to a state on the way, its scores are those of a full recomputation: the contract's sixth section, whole."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from longer.arrays import Histories
 from longer.model.longer import Longer
 from longer.model.pinned import pinned_words
-from longer.model.pool import Precision, StateLayout
+from longer.model.pool import Precision, StateLayout, StatePool
 from longer.model.states import UserState, append, encode, new_slots, rows_for, score
 from longer.serving.cache import Entry, Known, StateVersion
 from longer.serving.fingerprint import EventPrint
@@ -247,3 +249,16 @@ def test_states_that_do_not_all_fit_take_no_room() -> None:
         new_slots(pool, longest)
     assert pool.slots.used_units == 0
     assert new_slots(pool, longest[:2])
+
+
+def test_a_pool_that_nobody_holds_gives_its_memory_back_at_once() -> None:
+    """A roll-out to another shape allocates the next pool at once: what waits for the garbage collector is there twice."""
+    layout = StateLayout.of(small_model(), "float32")
+    pool = StatePool(layout, layout.largest_rows * layout.row_bytes)
+    gone = weakref.ref(pool)
+    gc.disable()
+    try:
+        del pool
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-MAX_GRAPHS = 64
+MAX_GRAPHS = 128
 """Graphs kept, the last used ones: a few for each size of batch would be enough if batches were alike."""
 
 _WARM_UP_CALLS = 2

@@ -18,6 +18,8 @@ from longer.model.pool import StatePool
 from longer.model.pool_context import StagedContext
 from longer.model.states import computing
 
+_MOST_COARSE = 4_096
+
 
 class CapturedGrowth:
     """`grow.grow` on CUDA without a launch a kernel; the same numbers as far as equal shapes give them."""
@@ -51,9 +53,9 @@ class CapturedGrowth:
 def room_for(growth: Growth, num_users: int) -> Room:
     """Room for the growth of at most so many users, of one of a few sizes."""
     exact, layout = growth.room(), growth.pool.layout
-    num_moving = int((growth.has_moved_B | growth.is_elsewhere_B).sum())
-    num_moving = power_of_two(num_moving) if num_moving else 0
-    events = rounded(exact.events)
+    is_moving = bool((growth.has_moved_B | growth.is_elsewhere_B).any())
+    num_moving = num_users * is_moving  # all of them: how many do would be one more size
+    events = _coarsely(exact.events)
     groups = events // layout.windows.merge_size
     most_events = int(layout.event_words(np.array(layout.most_groups)))
     return Room(
@@ -63,6 +65,11 @@ def room_for(growth: Growth, num_users: int) -> Room:
         copied_rows=num_moving * (layout.most_groups + (layout.num_layers - 1) * layout.most_query_groups),
         copied_vectors=num_moving * layout.most_query_groups,
         kept=most_events if exact.kept else 0,
-        newest=rounded(exact.newest),
-        moves=num_moving > 0,
+        newest=_coarsely(exact.newest),
+        moves=is_moving,
     )
+
+
+def _coarsely(n: int) -> int:
+    """Appends are small, and every size is one more graph to capture; whole windows would waste too much by powers of two."""
+    return max(64, power_of_two(n)) if n <= _MOST_COARSE else rounded(n)

@@ -8,6 +8,8 @@ sorted (key, number) pairs, for candidates to be counted. What a state holds sta
 B states, N rows of the pool, V = 2N vectors, G groups, T tail tokens, F interaction fields, H heads, Z head width, I int64 words.
 """
 
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -176,7 +178,7 @@ class StatePool:
             self.words_NI = pinned_words(shape[0] * shape[1]).view(shape)
         else:
             self.words_NI = torch.empty(shape, dtype=torch.int64, device=device)
-        self.slots = SlotAllocator(num_rows, layout.largest_rows, layout.smallest_rows, self._move)
+        self.slots = SlotAllocator(num_rows, layout.largest_rows, layout.smallest_rows, _weakly(self._move))
 
     @staticmethod
     def sizes_of(layout: StateLayout) -> list[int]:
@@ -274,3 +276,15 @@ class StatePool:
     def _move(self, moves: list[Move]) -> None:
         for source, target, size in moves:
             self.words_NI[target : target + size].copy_(self.words_NI[source : source + size])
+
+
+def _weakly(move: Callable[[list[Move]], None]) -> Callable[[list[Move]], None]:
+    """The method, without keeping its pool: a pool's memory goes with the last who holds it, not when garbage is collected."""
+    method = weakref.WeakMethod(move)
+
+    def carry_out(moves: list[Move]) -> None:
+        bound = method()
+        assert bound is not None  # whoever allocates holds the pool
+        bound(moves)
+
+    return carry_out

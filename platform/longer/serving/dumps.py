@@ -85,7 +85,7 @@ class StateDumps:
     def __init__(self, folder: str, replica: str) -> None:
         self._folder, self._replica = folder.rstrip("/"), replica
         self._started_s = time.time()
-        self._unfinished_before: frozenset[str] | None = None
+        self._there_before: frozenset[str] | None = None
         self._told: set[tuple[str, StateVersion]] = set()
         self.counters = DumpCounters()
 
@@ -142,7 +142,7 @@ class StateDumps:
         there, began_s, old = self._listed(), [time.time()], []
         for name, sizes in there.dumps.items():
             dump = self._read(name, sizes)
-            if dump.began_s < self._started_s and (dump.manifest or name in (self._unfinished_before or ())):
+            if dump.began_s < self._started_s and (dump.manifest or name in (self._there_before or ())):
                 old.append(f"{self._folder}/{name}")
             elif dump.manifest:
                 began_s.append(dump.began_s)
@@ -157,8 +157,8 @@ class StateDumps:
         """The dumps that are there and whole as far as their JSON says."""
         there = self._listed()
         whole = frozenset(name for name, sizes in there.dumps.items() if _DUMP in sizes and name != self._replica)
-        if self._unfinished_before is None:
-            self._unfinished_before = frozenset(there.dumps) - whole
+        if self._there_before is None:
+            self._there_before = frozenset(there.dumps) - {self._replica}
         return whole
 
     def states(
@@ -167,7 +167,10 @@ class StateDumps:
         """States that are wanted by dump and user, a file's at a time, the last dump and in it the hottest first; of no forgotten
         user."""
         there = self._listed()
-        forgotten_s = {user_key: self._forgotten_s(self._mark(user_key)) for user_key in there.forgotten}
+        forgotten_s = dict[int, float]()
+        for user_key in there.forgotten:
+            with suppress(FileNotFoundError):  # with it went the dumps that it was of
+                forgotten_s[user_key] = self._forgotten_s(self._mark(user_key))
         dumps = [self._read(name, sizes) for name, sizes in there.dumps.items() if name != self._replica]
         for dump in sorted(dumps, key=lambda dump: -dump.began_s):
             if not self._is_usable(dump, version, layout):

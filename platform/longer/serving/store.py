@@ -141,6 +141,8 @@ class StateStore:
         slots = [self._slot(int(num_rows)) for num_rows in num_rows_B]
         self._lent.update(slots)
         self._copies.wait()  # what lay there may still be copied from
+        for slot in slots:  # a state does not fill its slot, and what another user left there would go where it goes
+            self.pool.words_NI[slot.start : slot.start + slot.size].zero_()
         return slots
 
     def update(self, user_key: int, entry: StateEntry) -> None:

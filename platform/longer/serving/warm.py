@@ -1,5 +1,7 @@
 """What requests will need once, done before they come: kernels are compiled, and shapes of batches captured. No state is kept."""
 
+from itertools import pairwise
+
 import numpy as np
 import pyarrow as pa
 
@@ -20,32 +22,38 @@ def warm_up(
         model.settings.history_events,
         min(num_requests, 2),
     )  # kernels of one, and of any other number
-    window, newer = _events(history, model.schema, num_events)
+    ends = np.cumsum(
+        [num_events, 1, model.windows.stride_events]
+    )  # inside a stride, and over its end into another slot
+    window, *parts = _events(history, model.schema, ends)
     try:
-        slots = store.slots(rows_for(store.layout, np.full(num_users, num_events + 1)))
-        states = engine.encode(Histories.concatenate([window] * num_users), slots)
-        states = engine.append(states, Histories.concatenate([newer] * num_users), slots)
+        rows = [rows_for(store.layout, np.full(num_users, end)) for end in ends]
+        states = engine.encode(Histories.concatenate([window] * num_users), store.slots(rows[1]))
+        slots = [state.slot for state in states], store.slots(rows[2])
+        for part, into in zip(parts, slots, strict=True):
+            states = engine.append(states, Histories.concatenate([part] * num_users), into)
         asked = [states[r % num_users] for r in range(num_requests)]
         offsets = np.arange(num_requests + 1) * num_candidates
-        engine.score(asked, np.full(num_requests, num_events + 1), _candidates(model.schema, offsets))
+        engine.score(asked, np.full(num_requests, ends[-1]), _candidates(model.schema, offsets))
     finally:
         store.release()
 
 
-def _events(history: HistorySource, schema: EventSchema, num_events: int) -> tuple[Histories, Histories]:
-    """So many events of one user, and one more: one a millisecond, of which nothing else is known."""
-    own = {"user_id": pa.array(["0"]).cast(schema.id_types[0]), "event_ts": pa.array(np.arange(num_events + 1))}
+def _events(history: HistorySource, schema: EventSchema, ends: np.ndarray) -> list[Histories]:
+    """One user's events up to the first end, and between the others: one a millisecond, of which nothing else is known."""
+    num_events = int(ends[-1])
+    own = {"user_id": pa.array(["0"]).cast(schema.id_types[0]), "event_ts": pa.array(np.arange(num_events))}
     columns = [
-        pa.repeat(own["user_id"][0], num_events + 1)
+        pa.repeat(own["user_id"][0], num_events)
         if field.name == "user_id"
         else own["event_ts"].cast(field.type)
         if field.name == "event_ts"
-        else pa.nulls(num_events + 1, field.type)
+        else pa.nulls(num_events, field.type)
         for field in schema.events_arrow()
     ]
     events = pa.table(columns, schema.events_arrow())
     [whole] = history.tails(own["user_id"], events, np.zeros(1, np.int64), np.array([NO_EVENT_TS]))
-    return whole.events(0, num_events), whole.events(num_events, num_events + 1)
+    return [whole.events(begin, end) for begin, end in pairwise([0, *ends.tolist()])]
 
 
 def _candidates(schema: EventSchema, offsets_R1: np.ndarray) -> Candidates:

@@ -30,7 +30,7 @@ from longer.schema import EventSchema
 from longer.storage import read_bytes, write_bytes
 from longer.training.cursor import Position
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _TASKS: TypeAdapter[tuple[TaskSettings, ...]] = TypeAdapter(tuple[TaskSettings, ...])
 
@@ -199,7 +199,9 @@ def load_trainer(
     for name, tensor in _read_tensors(path, "trainer.safetensors").items():
         parameter_name, key = name.rsplit("/", 1)
         parameter = model.get_parameter(parameter_name)
-        optimizer.state[parameter][key] = own(name, tensor).to(parameter.device)
+        optimizer.state[parameter][key] = own(name, tensor).to(
+            parameter.device, copy=True
+        )  # a view keeps all workers' rows
     return read_trainer_state(path)
 
 

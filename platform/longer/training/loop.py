@@ -1,5 +1,6 @@
 """What each Ray Train worker runs: steps, validations and checkpoints, resumable at any step with any number of workers."""
 
+import math
 import os
 import tempfile
 import threading
@@ -301,7 +302,10 @@ class Run:
         return total
 
     def _record(self, step: int, **values: Any) -> None:
-        record = {"step": step, **values}
+        known = {
+            name: x for name, x in values.items() if not isinstance(x, float) or math.isfinite(x)
+        }  # as JSON has it
+        record = {"step": step, **known}
         self.state.history.append(record)
         if self.scalars:
             self.scalars.add(record)
