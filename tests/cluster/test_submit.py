@@ -123,7 +123,7 @@ def test_an_interrupted_submission_leaves_the_job_and_a_stopped_job_is_told(head
     while "waiting" not in followed.stdout.readline():  # type: ignore[union-attr]
         assert followed.poll() is None
     followed.send_signal(signal.SIGINT)
-    _, said = followed.communicate(timeout=30)
+    _, said = followed.communicate(timeout=60)
     assert followed.returncode == 130
     submission = said.splitlines()[0].split()[1]
     assert f"the job goes on: see `ray job logs --follow {submission}`" in said
