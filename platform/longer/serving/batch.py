@@ -291,7 +291,19 @@ def _score_buckets(
             records.append(json.loads(row["record"]))
             yield records[-1]
 
-    return list(track(finished(), len(buckets), job.replace("_", " "), "buckets", note, seconds))
+    try:
+        return list(track(finished(), len(buckets), job.replace("_", " "), "buckets", note, seconds))
+    finally:
+        _end(written)
+
+
+def _end(dataset: ray.data.Dataset) -> None:
+    """Ends the actors of a run that is over or has failed, those that are still starting too.
+
+    Ray lets go of them only when nobody holds the error that it raised, and until then they keep their CPUs from the next run.
+    """
+    if executor := dataset._current_executor:
+        executor.shutdown(force=True)
 
 
 def check_against_online(settings: Settings, scored: Version) -> Version:
