@@ -51,8 +51,8 @@ def rows_of(
     settings = model_settings(event_width, num_events, small=not ON_CUDA)
     if only != "replay":
         users = Users(settings, max(NUM_USERS), precision)
-        found = worst_difference(users)
-        differences |= {f"width{settings.width}_L{num_events}_{way}": value for way, value in found.items()}
+        found = {f"{n}_{way}": value for n in (1, 2) for way, value in worst_difference(users, n).items()}
+        differences |= {f"width{settings.width}_L{num_events}_{what}": value for what, value in found.items()}
         if max(found.values()) > (0.02 if ON_CUDA else 1e-4):
             raise AssertionError(f"states score otherwise than the float64 forward pass: {found}")
         yield from states.rows_of(users, NUM_USERS, NUM_CANDIDATES)

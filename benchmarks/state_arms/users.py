@@ -94,7 +94,7 @@ def spread(values_ms: Sequence[float]) -> dict[str, float]:
     return {"ms": float(np.median(values_ms)), "least_ms": min(values_ms), "most_ms": max(values_ms)}
 
 
-def worst_difference(users: Users, num_users: int = 2, num_candidates: int = 16) -> dict[str, float]:
+def worst_difference(users: Users, num_users: int, num_candidates: int = 16) -> dict[str, float]:
     """By way, the largest difference of probabilities from the float64 forward pass over the whole history.
 
     The states are encoded, then appended to over a stride and its move, by a number of events that no group's size divides.

@@ -107,7 +107,7 @@ class Histories:
     @staticmethod
     def concatenate(parts: Sequence["Histories"]) -> "Histories":
         """All users of all parts, in order."""
-        lengths_B = np.concatenate([np.diff(part.offsets_B1) for part in parts])
+        lengths_B = np.concatenate([part.offsets_B1[1:] - part.offsets_B1[:-1] for part in parts])
         return Histories(
             user_key_B=np.concatenate([part.user_key_B for part in parts]),
             offsets_B1=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths_B)]),

@@ -9,6 +9,7 @@ import pytest
 
 from longer.arrays import Candidates
 from longer.data.batches import Requests
+from longer.model.layout import Sizes
 from longer.training.loader import SplitData, prefetch, score_packs
 from longer.windows import WindowRule
 from tests.training.test_baselines import histories_of
@@ -60,6 +61,14 @@ def test_every_candidate_is_scored_once_and_lands_in_its_row() -> None:
 def test_cost_counts_the_events_of_the_window_once_a_pack_and_all_candidates() -> None:
     data = split_of([[3, 5], [20]])
     assert data.cost(data.packs(8)).tolist() == [5 + 6, 20 - 12 + 3]
+
+
+def test_the_room_of_a_batch_is_known_from_its_packs_before_it_is_made() -> None:
+    data = split_of([[3, 5, 20, 21], [0], [7, 7, 8], [1, 13]])
+    packs = data.packs(2)
+    for chosen in ([0], [1, 3], [0, 2, 4, 5], range(len(packs))):
+        batch = data.batch(packs.take(np.array(chosen)))
+        assert Sizes.of(batch, data.windows) == tuple(size_P[list(chosen)].sum() for size_P in data.sizes(packs))
 
 
 def test_the_loaders_error_reaches_the_consumer_after_what_came_before() -> None:

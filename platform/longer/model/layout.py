@@ -29,14 +29,18 @@ class Sizes(NamedTuple):
 
     @staticmethod
     def of(batch: RequestBatch, windows: WindowRule) -> "Sizes":
-        end_B = batch.histories.end_index_B
-        num_groups = (end_B // windows.merge_size - batch.histories.first_index_B // windows.merge_size).sum()
-        num_queries = np.maximum(end_B // windows.merge_size - windows.query_start(end_B), 0).sum()
-        num_candidates = batch.candidates.offsets_R1[-1]
-        return Sizes(
-            len(batch.histories.event_ts_E), int(num_groups), int(num_queries), len(batch.histories), batch.num_requests,
-            int(num_candidates),
-        )  # fmt: skip
+        histories = batch.histories
+        of_histories = Sizes.of_histories(histories.first_index_B, histories.end_index_B, windows)
+        num_events, num_groups, num_queries = (int(each_B.sum()) for each_B in of_histories)
+        num_candidates = int(batch.candidates.offsets_R1[-1])
+        return Sizes(num_events, num_groups, num_queries, len(histories), batch.num_requests, num_candidates)
+
+    @staticmethod
+    def of_histories(first_index_B: Int64, end_B: Int64, windows: WindowRule) -> tuple[Int64, Int64, Int64]:
+        """Events, groups and queries of each history with these absolute indices."""
+        num_groups_B = end_B // windows.merge_size - first_index_B // windows.merge_size
+        num_queries_B = np.maximum(end_B // windows.merge_size - windows.query_start(end_B), 0)
+        return end_B - first_index_B, num_groups_B, num_queries_B
 
 
 class Layout(NamedTuple, Generic[T]):

@@ -110,9 +110,9 @@ class StateLayout:
     def smallest_rows(self) -> int:
         return int(self.num_rows(np.array(max(1, self.most_groups // _SMALLEST_SHARE))))
 
-    def groups_in(self, slot_rows: int) -> int:
-        """The most groups that a slot of so many rows has room for."""
-        return int(self._groups_by_rows.searchsorted(slot_rows, side="right")) - 1
+    def groups_in(self, slot_rows_B: Int64) -> Int64:
+        """[B]: the most groups that slots of so many rows have room for."""
+        return self._groups_by_rows.searchsorted(slot_rows_B, side="right") - 1
 
     @cached_property
     def _groups_by_rows(self) -> Int64:
@@ -223,8 +223,7 @@ class StatePool:
         return len(self.words_VI) - 1
 
     def places(self, starts: Int64, sizes: Int64) -> Places:
-        groups = np.array([self.layout.groups_in(int(size)) for size in sizes], np.int64)
-        return Places(self.layout, starts, groups)
+        return Places(self.layout, starts, self.layout.groups_in(sizes))
 
     def read_rows(self, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values of rows, each [..., H, Z]."""

@@ -196,8 +196,8 @@ def _advanced(model: Longer, growth: Growth, slots: Sequence[Slot], carry_out: G
     end_B = events.end_index_B
     rows = np.arange(len(events))
     partial = events.slice_events(rows, np.maximum(end_B // merge_size * merge_size, events.first_index_B), end_B)
-    last_E = np.append(events.event_ts_E, 0)[np.maximum(events.offsets_B1[1:] - 1, 0)]
-    last_ts_B = np.where(np.diff(events.offsets_B1) > 0, last_E, events.prev_event_ts_B)
+    last_ts_B, has_events_B = events.prev_event_ts_B.copy(), np.diff(events.offsets_B1) > 0
+    last_ts_B[has_events_B] = events.event_ts_E[events.offsets_B1[1:][has_events_B] - 1]
     first_B, query_first_B = growth.first_B * merge_size, growth.query_first_B
     return [
         UserState(

@@ -13,6 +13,7 @@ from longer.config import Settings
 from longer.data.events import iso_time
 from longer.data.tables import RequestTable, SequenceTable
 from longer.hashing import hash_int64
+from longer.model.layout import Sizes
 from longer.training.cursor import DataCursor
 from longer.training.loader import MS_PER_DAY, SplitData, read_since, read_split
 
@@ -69,6 +70,13 @@ class Content:
     def day(self, epoch: int) -> SplitData:
         """The requests of one day."""
         return self.data.take(self.packs.take(self._epochs[epoch]).order_R)
+
+    def largest_batch(self, num_batches: int) -> Sizes:
+        """The most of everything in any of the `num_batches` of any step: with room for it, all steps have the same shapes."""
+        sizes, epochs = self.data.sizes(self.packs), range(self.cursor.num_epochs)
+        plans = (self.cursor.plan(epoch, num_batches) for epoch in epochs)
+        largest = [[plan.sums(size_P).max() for size_P in sizes] for plan in plans]
+        return Sizes(*np.max(largest, axis=0).tolist())
 
     def _request_ids(self, epoch: int) -> Int64:
         return self.data.requests.request_id_R[self.packs.take(self._epochs[epoch]).order_R]

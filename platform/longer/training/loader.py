@@ -15,6 +15,7 @@ from longer.data.batches import Packs, Requests, assemble, concat_histories, pla
 from longer.data.requests import SPLITS
 from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import UserError
+from longer.model.layout import Sizes
 from longer.windows import WindowRule
 
 T = TypeVar("T")
@@ -77,9 +78,18 @@ class SplitData:
 
     def cost(self, packs: Packs) -> Int64:
         """Events and candidates that each pack makes the model compute."""
-        newest_end_P = self.requests.history_end_R[packs.order_R[packs.offsets_P1[1:] - 1]]
-        start_P = self.windows.history_start(newest_end_P) * self.windows.merge_size
-        return newest_end_P - start_P + self.num_candidates(packs)
+        start_P, end_P = self._spans(packs)
+        return end_P - start_P + self.num_candidates(packs)
+
+    def sizes(self, packs: Packs) -> list[Int64]:
+        """The `Sizes` of each pack, each [P]; those of a batch are the sums over its packs."""
+        of_histories = Sizes.of_histories(*self._spans(packs), self.windows)
+        return [*of_histories, np.ones(len(packs), np.int64), np.diff(packs.offsets_P1), self.num_candidates(packs)]
+
+    def _spans(self, packs: Packs) -> tuple[Int64, Int64]:
+        """Absolute index of the first event that each pack's history window holds, and the one after its last."""
+        end_P = self.requests.history_end_R[packs.order_R[packs.offsets_P1[1:] - 1]]
+        return self.windows.history_start(end_P) * self.windows.merge_size, end_P
 
     def batch(self, packs: Packs) -> RequestBatch:
         return assemble(self.histories, self.row_R, self.requests, packs, self.windows)

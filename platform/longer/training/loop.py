@@ -90,12 +90,6 @@ class Run:
         self.stepper = self._make_stepper()
         self.timer = self.stepper.timer
 
-    def largest_batch(self, values_P: Int64) -> int:
-        """The most of `values_P`, one a pack of the content, in any worker's batch of any step: it bounds shapes."""
-        num_batches = self.num_workers * self.batches_each
-        plans = (self.cursor.plan(epoch, num_batches) for epoch in range(self.cursor.num_epochs))
-        return max(int(plan.sums(values_P).max()) for plan in plans)
-
     def train(self) -> None:
         """From the state's position to the end of the last epoch."""
         first_step, num_steps = self.cursor.global_step(self.state.position), self.cursor.num_steps
@@ -144,7 +138,8 @@ class Run:
         torch.manual_seed(settings.seed)
         model = make_model(settings.model, settings.event_schema, settings.train.tasks)
         load_upstream(model, settings.model)
-        stepper = Stepper(model, settings.train, device, self.num_workers)
+        largest = self.content.largest_batch(self.num_workers * self.batches_each)
+        stepper = Stepper(model, settings.train, device, self.num_workers, largest)
         weights: Tensors = {}
         if checkpoint:
             with checkpoint.as_directory() as directory:

@@ -32,9 +32,17 @@ _FINAL_LEARNING_RATE_SHARE = 0.05
 _AUTOCAST = {"float32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+_NOTHING = Sizes(*[0] * len(Sizes._fields))
+
+
+def _whole(size: int) -> int:
+    """In steps of 64, as kernels like it."""
+    return -(-size // 64) * 64
+
+
 def _roomy(size: int) -> int:
     """A little more than a batch had, since the next will differ: captures are dear, filling is not free."""
-    return -(-(size + size // 32) // 64) * 64
+    return _whole(size + size // 32)
 
 
 def rate_share(step: int, num_steps: int, warmup_share: float) -> float:
@@ -70,17 +78,25 @@ class Stepper:
     """Applies steps to a model on one of `num_workers` workers, which have the same weights before and after each step.
 
     The model moves to the device, with `train.table_sharding: rows` without the rows of large tables that other workers own. On
-    CUDA a step's forward and backward pass are one CUDA graph, captured again when a batch is larger than all before it.
+    CUDA a step's forward and backward pass are one CUDA graph, captured again when a batch is larger than `largest` and than all
+    before it.
     """
 
-    def __init__(self, model: Ranker, settings: TrainSettings, device: torch.device, num_workers: int) -> None:
+    def __init__(
+        self,
+        model: Ranker,
+        settings: TrainSettings,
+        device: torch.device,
+        num_workers: int,
+        largest: Sizes = _NOTHING,
+    ) -> None:
         self.settings, self.device, self.num_workers = settings, device, num_workers
         is_sharded = settings.table_sharding == "rows" and num_workers > 1
         self.sharded = ShardedTables(model) if is_sharded else None
         self.model = model.to(device)
         self.optimizer, self.timer = Optimizer(model, settings), PhaseTimer(device)
         self._autocast = _AUTOCAST[settings.precision]
-        self._room = Sizes(*[0] * len(Sizes._fields))
+        self._room = Sizes(*map(_whole, largest))
         self._captured: CapturedPass | None = None
         if device.type == "cuda":
             torch.set_float32_matmul_precision("highest" if settings.precision == "float32" else "high")
