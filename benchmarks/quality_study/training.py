@@ -24,7 +24,7 @@ from longer.model.longer import Longer
 from longer.model.ranker import Ranker
 from longer.training.baselines import count_in_history, item_counts, popularity
 from longer.training.cursor import MIN_PACKS_OF_STEP, DataCursor
-from longer.training.loader import SplitData, prefetch, score_split
+from longer.training.loader import SplitData, largest_batch, prefetch, score_split
 from longer.training.metrics import auc, binary_metrics
 from longer.training.steps import Stepper, rate_share
 
@@ -135,7 +135,8 @@ def _train(model: Ranker, log: Log, budget: Budget, arm: Arm, asked: TrainSettin
         f"{log.name}/{seed}", cost_P, epochs, max(tokens_per_step, MIN_PACKS_OF_STEP * int(cost_P.max()))
     )
     model.to(device).train()
-    stepper = Stepper(model, asked, device, num_workers=1)
+    largest = largest_batch(data.sizes(packs), (cursor.plan(epoch, 1) for epoch in range(arm.epochs)))
+    stepper = Stepper(model, asked, device, num_workers=1, largest=largest)
     num_steps, losses, step = cursor.num_steps, [], 0
     best: tuple[float, int, dict[str, Tensor]] = (-1.0, 0, {})
     for epoch in range(arm.epochs):

@@ -15,7 +15,7 @@ from longer.data.tables import RequestTable, SequenceTable
 from longer.hashing import hash_int64
 from longer.model.layout import Sizes
 from longer.training.cursor import DataCursor
-from longer.training.loader import MS_PER_DAY, SplitData, read_since, read_split
+from longer.training.loader import MS_PER_DAY, SplitData, largest_batch, read_since, read_split
 
 MAX_PACK_REQUESTS = 16
 """Requests of one user in a pack: more share one history, but a step's requests are more alike. 8, 16 and 32 learn alike."""
@@ -73,10 +73,8 @@ class Content:
 
     def largest_batch(self, num_batches: int) -> Sizes:
         """The most of everything in any of the `num_batches` of any step: with room for it, all steps have the same shapes."""
-        sizes, epochs = self.data.sizes(self.packs), range(self.cursor.num_epochs)
-        plans = (self.cursor.plan(epoch, num_batches) for epoch in epochs)
-        largest = [[plan.sums(size_P).max() for size_P in sizes] for plan in plans]
-        return Sizes(*np.max(largest, axis=0).tolist())
+        plans = (self.cursor.plan(epoch, num_batches) for epoch in range(self.cursor.num_epochs))
+        return largest_batch(self.data.sizes(self.packs), plans)
 
     def _request_ids(self, epoch: int) -> Int64:
         return self.data.requests.request_id_R[self.packs.take(self._epochs[epoch]).order_R]

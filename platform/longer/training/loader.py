@@ -16,6 +16,7 @@ from longer.data.requests import SPLITS
 from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import UserError
 from longer.model.layout import Sizes
+from longer.training.cursor import EpochPlan
 from longer.windows import WindowRule
 
 T = TypeVar("T")
@@ -93,6 +94,11 @@ class SplitData:
 
     def batch(self, packs: Packs) -> RequestBatch:
         return assemble(self.histories, self.row_R, self.requests, packs, self.windows)
+
+
+def largest_batch(sizes_of_packs: list[Int64], plans: Iterable[EpochPlan]) -> Sizes:
+    """The most of everything in any batch of these epochs."""
+    return Sizes(*np.max([[plan.sums(size_P).max() for size_P in sizes_of_packs] for plan in plans], axis=0).tolist())
 
 
 def score_packs(
