@@ -37,7 +37,8 @@ class _Waiting(Generic[Item, Outcome]):
 class MicroBatcher(Generic[Item, Outcome]):
     """Runs `work` on batches of at most `max_items`, in the one thread of `worker`, between whatever else is asked of that.
 
-    `account` is told of every batch when its callers have been answered.
+    `account` is told of every batch when its callers have been answered. A batch that fails is tried again item by item: `work` may
+    be repeated.
     """
 
     def __init__(
@@ -91,7 +92,11 @@ class MicroBatcher(Generic[Item, Outcome]):
             with collected_ms() as stages_ms:
                 outcomes = self._work([one.item for one in batch])
         except Exception as error:
-            loop.call_soon_threadsafe(_fail, batch, error)
+            if len(batch) == 1:
+                loop.call_soon_threadsafe(_fail, batch, error)
+            else:  # one item's error is nobody else's
+                for one in batch:
+                    self._answer([one], loop)
             return
         stages_ms["score"] = (time.perf_counter() - started_s) * 1000 - sum(stages_ms.values())
         times = [Times((started_s - one.since_s) * 1000, stages_ms) for one in batch]

@@ -63,22 +63,39 @@ def test_a_lone_request_is_scored_at_once_and_those_that_come_meanwhile_are_the_
     assert all(times.queue_ms >= 0 and times.batch_ms["score"] > 0 for _, times in answers)
 
 
-def test_who_has_given_up_is_left_out_and_a_batch_that_fails_fails_its_own_only(worker: ThreadPoolExecutor) -> None:
+def test_who_has_given_up_is_left_out(worker: ThreadPoolExecutor) -> None:
     scorer = Scorer()
     batcher = MicroBatcher(worker, scorer.score, 2, lambda _: None)
 
     async def run() -> None:
         first = asyncio.ensure_future(batcher.ask(1))
         await until(lambda: scorer.batches == [[1]])
-        late, broken, last = (asyncio.ensure_future(batcher.ask(*numbers)) for numbers in ([2], [-1, 3], [4]))
-        await until(lambda: len(batcher) == 4)
+        late, last = (asyncio.ensure_future(batcher.ask(number)) for number in (2, 4))
+        await until(lambda: len(batcher) == 2)
         late.cancel()
         await asyncio.sleep(0)
-        scorer.may_go.release(3)
-        with pytest.raises(RuntimeError, match="broken"):
-            await broken
+        scorer.may_go.release(2)
         assert [outcome for outcome, _ in [*await first, *await last]] == [2, 8]
         assert late.cancelled()
 
     asyncio.run(run())
-    assert scorer.batches == [[1], [-1, 3], [4]]
+    assert scorer.batches == [[1], [4]]
+
+
+def test_an_item_that_cannot_be_scored_fails_alone(worker: ThreadPoolExecutor) -> None:
+    scorer = Scorer()
+    scorer.may_go.release(4)
+    batcher = MicroBatcher(worker, scorer.score, 3, lambda _: None)
+
+    async def run() -> None:
+        all_wait = threading.Event()
+        worker.submit(all_wait.wait, 10)
+        good, broken, better = (asyncio.ensure_future(batcher.ask(number)) for number in (1, -1, 3))
+        await until(lambda: len(batcher) == 3)
+        all_wait.set()
+        with pytest.raises(RuntimeError, match="broken"):
+            await broken
+        assert [outcome for outcome, _ in [*await good, *await better]] == [2, 6]
+
+    asyncio.run(run())
+    assert scorer.batches == [[1, -1, 3], [1], [-1], [3]]
