@@ -278,6 +278,27 @@ def test_the_memory_of_all_users_events_is_bounded_and_who_was_dropped_is_answer
         assert result.num_events == user * user + held
 
 
+def test_events_that_come_together_are_each_their_own_requests(world: Settings) -> None:
+    scorer, sent = (
+        scorer_of(world),
+        {5: [event(LATER, 0)] * 2, 6: [(-1, *event(0, 0)[1:])], 7: [], 8: [event(LATER, 1)]},
+    )
+    outcomes = scorer.score(
+        [
+            ScoreRequest(
+                user,
+                CANDIDATES,
+                request_ts=START_MS + (LATER + 3) * HOUR_MS,
+                events=columns_of(events) if events else {},
+            )
+            for user, events in sent.items()
+        ]
+    )
+    assert str(outcomes[1]) == "events: event_ts before 1970: send events as the log will have them"
+    num_events = [outcome.num_events for outcome in outcomes if isinstance(outcome, ScoreResult)]
+    assert num_events == [25 + 2, 49, 64 + 1]
+
+
 def test_events_expire(world: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     scorer, now_s = scorer_of(world, keep_s=10), 1000.0
     monkeypatch.setattr(online.time, "monotonic", lambda: now_s)

@@ -143,7 +143,8 @@ class Scorer:
 
         Requests of one user are answered in order, each from the state and the events that the ones before it left.
         """
-        outcomes = [self._prepare(request) for request in requests]
+        events = self._reader.events(requests)
+        outcomes = [self._prepare(request, own) for request, own in zip(requests, events, strict=True)]
         for wave in _waves([outcome for outcome in outcomes if isinstance(outcome, _Asked)]):
             try:
                 self.states.resolve(wave)
@@ -154,7 +155,8 @@ class Scorer:
 
     def add_events(self, requests: Sequence[EventsRequest]) -> list[EventsResult | UserError]:
         """Takes in events, one outcome a request, in order; a state that is here, and ends before them, is appended to."""
-        outcomes = [self._prepare_events(request) for request in requests]
+        events = self._reader.events(requests)
+        outcomes = [self._prepare_events(request, own) for request, own in zip(requests, events, strict=True)]
         for wave in _waves([outcome for outcome in outcomes if isinstance(outcome, Pending)]):
             try:
                 self.states.add_events(wave)
@@ -186,24 +188,27 @@ class Scorer:
         had_events, had_state = self.online.forget(user_key), self.cache.forget(user_key)
         return had_events or had_state
 
-    def _prepare(self, request: ScoreRequest) -> _Asked | UserError:
+    def _prepare(self, request: ScoreRequest, events: pa.Table | UserError | None) -> _Asked | UserError:
         try:
             user_id = self._reader.user(request.user_id)
             candidates = self._reader.candidates(request, self.items)
-            events = self._reader.events(user_id, request.events)
         except UserError as error:
             return error
+        if isinstance(events, UserError):
+            return events
         request_ts = now_ms() if request.request_ts is None else request.request_ts
         return _Asked(user_id, int(stable_keys(user_id)[0]), request_ts, events, candidates=candidates)
 
-    def _prepare_events(self, request: EventsRequest) -> Pending | UserError:
+    def _prepare_events(self, request: EventsRequest, events: pa.Table | UserError | None) -> Pending | UserError:
         try:
             user_id = self._reader.user(request.user_id)
-            return Pending(
-                user_id, int(stable_keys(user_id)[0]), now_ms(), self._reader.events(user_id, request.events)
-            )
         except UserError as error:
             return error
+        return (
+            events
+            if isinstance(events, UserError)
+            else Pending(user_id, int(stable_keys(user_id)[0]), now_ms(), events)
+        )
 
     def _answer(self, requests: Sequence[_Asked]) -> None:
         if not requests:
