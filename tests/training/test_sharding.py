@@ -85,16 +85,22 @@ def outcome_of(stepper: Stepper, rank: int) -> Outcome:
 
 
 def skips_if_one_overflows(stepper: Stepper, rank: int) -> bool:
-    """Whether no worker changes a weight in a step in which rows of the second one alone have infinite gradients."""
+    """Whether no worker changes a weight in a step in which rows that the second one alone reads and owns overflow."""
     optimizer, before = stepper.optimizer, [parameter.detach().clone() for parameter in stepper.model.parameters()]
     optimizer.zero_grad()
+    tables = stepper.model.large_tables()
+    row = {name: table.num_rows - 1 if rank == 1 else 1 for name, table in tables.items()}
+    assert optimizer.exchange
+    keys = {name: np.array([number - 1 or tables[name].num_rows - 1]) for name, number in row.items()}
+    held = optimizer.exchange.begin(optimizer.exchange.announce(keys))
     for parameter in stepper.model.parameters():
         if table := optimizer.tables.get(parameter):
             gradient_Ud = torch.full_like(parameter[:1], torch.inf if rank == 1 else 1.0)
-            cast(list, table.reads).append((torch.ones(1, dtype=torch.int64, device=parameter.device), gradient_Ud))
+            read = 0 if held else table.num_rows - 1 if rank == 1 else 1
+            cast(list, table.reads).append((torch.full((1,), read, device=parameter.device), gradient_Ud))
         else:
             parameter.grad = torch.ones_like(parameter)
-    optimizer.step(NUM_WORKERS, stepper.sharded is not None)
+    optimizer.step()
     same = all(torch.equal(old, new) for old, new in zip(before, stepper.model.parameters(), strict=True))
     by_worker = [same] * NUM_WORKERS
     dist.all_gather_object(by_worker, same)
