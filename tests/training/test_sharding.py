@@ -128,6 +128,21 @@ def worker(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def one_workers_steps(folder: Path) -> tuple[list[tuple[float, float]], Tensors]:
+    """Losses, norms and weights of one worker that takes both workers' batches."""
+    model = small_model(dtype=DTYPE)
+    stepper = Stepper(model, TrainSettings(**TRAIN), torch.device("cpu"), 1)
+    model.load_state_dict(torch.load(folder / "weights"))
+    load_trainer(str(folder), model, stepper.optimizer)
+    steps = []
+    for step in range(NUM_STEPS):
+        batches = [batch for rank in range(NUM_WORKERS) for batch in batches_of(model, step, rank)]
+        last = 0.0 if step == NUM_STEPS - 1 else 1.0
+        loss, norm = stepper.step(batches, [1.0, 1.0, 1.0, last], num_candidates=300)
+        steps.append((float(loss), float(norm)))
+    return steps, weights_of(model)
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Outcome]:
     """Of whole tables and of spread ones, both going on from one worker's checkpoint."""
@@ -150,6 +165,15 @@ def test_spread_tables_learn_what_whole_ones_do(outcomes: tuple[Outcome, Outcome
     assert all(norm > TRAIN["clip_norm"] for _, norm in replicated.losses_and_norms)
     np.testing.assert_allclose(rows.losses_and_norms, replicated.losses_and_norms, rtol=CLOSE["rtol"])
     np.testing.assert_allclose(rows.outputs_CT, replicated.outputs_CT, rtol=1e-5, atol=max(1e-6, CLOSE["atol"]))
+
+
+def test_two_workers_learn_what_one_does_from_both_their_batches(
+    outcomes: tuple[Outcome, Outcome], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    steps, weights = one_workers_steps(tmp_path_factory.getbasetemp() / "sharding0")
+    np.testing.assert_allclose(outcomes[0].losses_and_norms, steps, rtol=CLOSE["rtol"])
+    for name, tensor in weights.items():
+        torch.testing.assert_close(outcomes[0].weights[name], tensor, **CLOSE, msg=name)
 
 
 def test_gradients_that_overflow_on_one_owner_make_every_worker_skip_the_step(
