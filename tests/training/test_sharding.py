@@ -3,6 +3,7 @@
 With two GPUs, over NCCL and in CUDA graphs.
 """
 
+import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -44,6 +45,8 @@ class Outcome:
     moments: Tensors
     num_item_rows: int
     skips: bool
+    waited: str
+    """Where the host waited for its device within a step."""
 
 
 def batches_of(model: Longer, step: int, rank: int) -> list[RequestBatch]:
@@ -81,7 +84,28 @@ def outcome_of(stepper: Stepper, rank: int) -> Outcome:
     metrics = validate(one_users_requests(model), stepper.outputs, TRAIN["tasks"], rank, NUM_WORKERS)
     whole = weights_of(model, stepper.whole), moments_of(model, stepper.optimizer, stepper.whole)
     num_item_rows = len(model.embedding.item.embedding.weight)
-    return Outcome(steps, outputs_CT, metrics, *whole, num_item_rows, skips_if_one_overflows(stepper, rank))
+    return Outcome(
+        steps, outputs_CT, metrics, *whole, num_item_rows, skips_if_one_overflows(stepper, rank), waits(stepper, rank)
+    )
+
+
+def waits(stepper: Stepper, rank: int) -> str:
+    """Where the host waits for its device in a step that needs no capture; nowhere on a CPU."""
+    if not ON_CUDA:
+        return ""
+    batches = batches_of(cast(Longer, stepper.model), 0, rank)
+    for batch in batches:  # so that one capture holds them all
+        stepper.staged(batch)
+    first, second = ([stepper.staged(batch) for batch in batches] for _ in range(2))
+    stepper.step(first, [1.0, 1.0], num_candidates=300)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        stepper.step(second, [1.0, 1.0], num_candidates=300)
+    except RuntimeError:
+        return traceback.format_exc()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return ""
 
 
 def skips_if_one_overflows(stepper: Stepper, rank: int) -> bool:
@@ -176,6 +200,11 @@ def test_two_workers_learn_what_one_does_from_both_their_batches(
     np.testing.assert_allclose(outcomes[0].losses_and_norms, steps, rtol=max(1e-6, CLOSE["rtol"]))  # losses are float32
     for name, tensor in weights.items():
         torch.testing.assert_close(outcomes[0].weights[name], tensor, **CLOSE, msg=name)
+
+
+@pytest.mark.skipif(not ON_CUDA, reason="nobody waits for a CPU")
+def test_no_step_waits_for_its_device(outcomes: tuple[Outcome, Outcome]) -> None:
+    assert [outcome.waited for outcome in outcomes] == ["", ""]
 
 
 def test_gradients_that_overflow_on_one_owner_make_every_worker_skip_the_step(

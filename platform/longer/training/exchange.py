@@ -76,6 +76,26 @@ def distinct(rows_E: Int64, num_rows: int) -> Int64:
     return np.flatnonzero(is_read)
 
 
+class Beside:
+    """A stream for what need not hold up the pass; on a CPU there is but one. Its memory is of use until `awaited` and after."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def begin(self) -> AbstractContextManager:
+        """Work in this context starts when what was asked of the device so far is done: memory that was freed is free by then."""
+        if self._stream is None:
+            return nullcontext()
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        return torch.cuda.stream(self._stream)
+
+    def awaited(self) -> None:
+        """What is asked of the device from now on finds that work done."""
+        if self._stream:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+
 class ReplicatedTables:
     """Tables that every worker holds: each takes in all workers' gradients, one a row. All workers call all methods in step.
 
@@ -86,7 +106,7 @@ class ReplicatedTables:
     def __init__(self, model: Ranker, device: torch.device, sent_as: torch.dtype | None) -> None:
         self._weights = [model.get_parameter(name) for name in model.large_tables()]
         self._device, self._sent_as = device, sent_as
-        self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._beside = Beside(device)
         bounds = [[0, table.num_rows] for table in model.large_tables().values()]
         self.announce = Announcer(model.large_tables(), bounds, device.type == "cuda")
         self._known: list[tuple[Tensor, int, Joined]] = []
@@ -95,7 +115,7 @@ class ReplicatedTables:
         """Before a batch's pass; the tables are read where they lie."""
         num_rows_WT = [[num for (num,) in of_worker] for of_worker in ahead.num_rows_WTP()]
         sizes_T = [max(1, *nums) for nums in zip(*num_rows_WT, strict=True)]
-        with self._apart():
+        with self._beside.begin():
             rows = to_device(ahead.rows_X, self._device).split([num for (num,) in ahead.num_rows_TP.tolist()])
             mine_X = rows[0].new_full((sum(sizes_T),), NO_ROW)
             for rows_U, room_U in zip(rows, mine_X.split(sizes_T), strict=True):
@@ -112,8 +132,7 @@ class ReplicatedTables:
 
     def summed(self, mine: Sequence[TableGradient]) -> list[TableGradient]:
         """After its pass: all workers' gradients of each table from this worker's."""
-        if self._beside:
-            torch.cuda.current_stream(self._device).wait_stream(self._beside)
+        self._beside.awaited()
         found = []
         for gradient, (rows_U, size, of_all) in zip(mine, self._known, strict=True):
             sent_Ud = laid_out(gradient, rows_U, size, self._sent_as)
@@ -122,13 +141,6 @@ class ReplicatedTables:
             found.append(of_all.sum(received_Nd, gradient.gradient_Ud.dtype))
         self._known = []
         return found
-
-    def _apart(self) -> AbstractContextManager:
-        """It begins when what was asked of the device so far is done: memory of the step before is free by then."""
-        if self._beside is None:
-            return nullcontext()
-        self._beside.wait_stream(torch.cuda.current_stream(self._device))
-        return torch.cuda.stream(self._beside)
 
 
 def laid_out(gradient: TableGradient, rows_U: Tensor, size: int, sent_as: torch.dtype | None) -> Tensor:

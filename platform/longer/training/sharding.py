@@ -20,14 +20,14 @@ from longer.model.fuse import has_kernels
 from longer.model.inputs import to_device
 from longer.model.ranker import Ranker
 from longer.training.checkpoints import copied
-from longer.training.exchange import NO_ROW, Ahead, Announcer, laid_out
+from longer.training.exchange import NO_ROW, Ahead, Announcer, Beside, laid_out
 from longer.training.table_gradients import Joined, TableGradient, joined
 
 
 class _Loan(NamedTuple):
     """Rows of one table on their way: from this worker's block, how many to each worker, and how many come from each."""
 
-    of_all: Joined
+    place_A: Tensor
     num_lent_W: list[int]
     num_held_W: list[int]
 
@@ -40,7 +40,8 @@ class ShardedTables:
 
     def __init__(self, model: Ranker, device: torch.device, sent_as: torch.dtype | None) -> None:
         self._rank, self._num_workers = dist.get_rank(), dist.get_world_size()
-        self._tables, self._loans, self._device, self._sent_as = model.large_tables(), list[_Loan](), device, sent_as
+        self._tables, self._device, self._sent_as = model.large_tables(), device, sent_as
+        self._loans, self._joined, self._beside = list[_Loan](), list[Joined](), Beside(device)
         for table in self._tables.values():
             table.embedding.weight = nn.Parameter(self._block(table, table.embedding.weight.detach()).clone())
         bounds = [self._bounds(table) for table in self._tables.values()]
@@ -48,12 +49,26 @@ class ShardedTables:
 
     def begin(self, ahead: Ahead) -> dict[str, HeldRows]:
         """The rows of each table that this batch reads; their gradients are waited for by `summed`."""
+        held, self._loans = self._lent(ahead)
+        with self._beside.begin():
+            self._joined = [
+                # a step counts for a block of which nothing was read, too
+                joined(place_A if len(place_A) else place_A.new_zeros(1), has_kernels(table.embedding.weight), NO_ROW)
+                for table, (place_A, _, _) in zip(self._tables.values(), self._loans, strict=True)
+            ]
+        return held
+
+    def begin_now(self, keys: Mapping[str, npt.NDArray]) -> dict[str, HeldRows]:
+        """The same where nothing is learned, of a batch that nobody has announced; another thread may announce others."""
+        return self._lent(self._announce_now(keys))[0]
+
+    def _lent(self, ahead: Ahead) -> tuple[dict[str, HeldRows], list[_Loan]]:
         num_rows_TWW = list(zip(*ahead.num_rows_WTP(), strict=True))  # by table, worker that reads and worker that owns
         num_held_TW = [of_table[self._rank] for of_table in num_rows_TWW]
         num_lent_TW = [[owned_W[self._rank] for owned_W in of_table] for of_table in num_rows_TWW]
         rows_X = to_device(ahead.rows_X, self._device)
         asked = self._asked(rows_X, num_held_TW, num_lent_TW)
-        held, self._loans = {}, []
+        held, loans = {}, []
         for (name, table), rows_U, place_A, num_held_W, num_lent_W in zip(
             self._tables.items(), rows_X.split([*map(sum, num_held_TW)]), asked, num_held_TW, num_lent_TW, strict=True
         ):
@@ -61,26 +76,21 @@ class ShardedTables:
             weight = table.embedding.weight.detach()
             lent_Ad = weight.index_select(0, place_A)
             held[name] = HeldRows(rows_U.long(), _exchange(lent_Ad, num_lent_W, num_held_W))
-            # a step counts for a block of which nothing was read, too
-            of_all = joined(place_A if len(place_A) else place_A.new_zeros(1), has_kernels(weight), NO_ROW)
-            self._loans.append(_Loan(of_all, num_lent_W, num_held_W))
-        return held
-
-    def begin_now(self, keys: Mapping[str, npt.NDArray]) -> dict[str, HeldRows]:
-        """The same of a batch that nobody has announced, while another thread may announce others."""
-        return self.begin(self._announce_now(keys))
+            loans.append(_Loan(place_A, num_lent_W, num_held_W))
+        return held, loans
 
     def summed(self, mine: Sequence[TableGradient]) -> list[TableGradient]:
         """All workers' gradients of this worker's block of each table, from this worker's of the rows that it held."""
+        self._beside.awaited()
         found = []
-        for loan, gradient in zip(self._loans, mine, strict=True):
+        for loan, of_all, gradient in zip(self._loans, self._joined, mine, strict=True):
             num_held = sum(loan.num_held_W)
             place_U = torch.arange(num_held, device=gradient.rows_U.device)
             sent_Ud = laid_out(gradient, place_U, num_held, self._sent_as)
             received_Ad = _exchange(sent_Ud, loan.num_held_W, loan.num_lent_W)
             if not len(received_Ad):
                 received_Ad = received_Ad.new_zeros(1, received_Ad.shape[1])
-            found.append(loan.of_all.sum(received_Ad, gradient.gradient_Ud.dtype))
+            found.append(of_all.sum(received_Ad, gradient.gradient_Ud.dtype))
         return found
 
     def _asked(
