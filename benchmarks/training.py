@@ -41,10 +41,9 @@ from benchmarks.model_arms.sizes import (
 from benchmarks.model_arms.work import kernel_table
 from longer.arrays import RequestBatch
 from longer.config import TrainSettings
-from longer.model.captured import Staged
 from longer.model.inputs import to_tensors
 from longer.model.longer import Longer
-from longer.training.steps import Stepper, loss_sum
+from longer.training.steps import StepBatch, Stepper, loss_sum
 
 PER_IMPRESSION, SHARED, LAUNCHED, STEP = "per impression", "shared padded", "launched", "model step"
 NUM_CANDIDATES = 32
@@ -156,7 +155,7 @@ class Size:
         }  # fmt: skip
 
     def our_step(self, stepper: Stepper, is_staged: bool) -> Callable[[int], Any]:
-        ready: list[RequestBatch | Staged] = list(self.batches)
+        ready: list[StepBatch] = list(self.batches)
         if is_staged:
             for batch in self.batches:  # so that one capture holds them all
                 stepper.staged(batch)

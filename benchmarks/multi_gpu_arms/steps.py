@@ -104,9 +104,9 @@ class Device:
         rows = [self._row(BALANCED, stepper, balanced)]
         if self.num_devices == 1:
             return rows
-        stepper.num_workers = 1
+        exchange, stepper.optimizer.exchange = stepper.optimizer.exchange, None
         rows.append(self._row(NO_EXCHANGE, stepper, balanced))
-        stepper.num_workers = self.num_devices
+        stepper.optimizer.exchange = exchange
         rows.append(self._row(BY_COUNT, stepper, by_count))
         del stepper
         rows.append(self._row(ROWS, self._stepper("rows"), balanced))

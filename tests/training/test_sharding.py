@@ -3,6 +3,7 @@
 With two GPUs, over NCCL and in CUDA graphs.
 """
 
+import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -44,6 +45,8 @@ class Outcome:
     moments: Tensors
     num_item_rows: int
     skips: bool
+    waited: str
+    """Where the host waited for its device within a step."""
 
 
 def batches_of(model: Longer, step: int, rank: int) -> list[RequestBatch]:
@@ -81,24 +84,66 @@ def outcome_of(stepper: Stepper, rank: int) -> Outcome:
     metrics = validate(one_users_requests(model), stepper.outputs, TRAIN["tasks"], rank, NUM_WORKERS)
     whole = weights_of(model, stepper.whole), moments_of(model, stepper.optimizer, stepper.whole)
     num_item_rows = len(model.embedding.item.embedding.weight)
-    return Outcome(steps, outputs_CT, metrics, *whole, num_item_rows, skips_if_one_overflows(stepper, rank))
+    return Outcome(
+        steps, outputs_CT, metrics, *whole, num_item_rows, skips_if_one_overflows(stepper, rank), waits(stepper, rank)
+    )
+
+
+def waits(stepper: Stepper, rank: int) -> str:
+    """Where the host waits for its device in a step that needs no capture; nowhere on a CPU."""
+    if not ON_CUDA:
+        return ""
+    batches = batches_of(cast(Longer, stepper.model), 0, rank)
+    for batch in batches:  # so that one capture holds them all
+        stepper.staged(batch)
+    first, second = ([stepper.staged(batch) for batch in batches] for _ in range(2))
+    stepper.step(first, [1.0, 1.0], num_candidates=300)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        stepper.step(second, [1.0, 1.0], num_candidates=300)
+    except RuntimeError:
+        return traceback.format_exc()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return ""
 
 
 def skips_if_one_overflows(stepper: Stepper, rank: int) -> bool:
-    """Whether no worker changes a weight in a step in which rows of the second one alone have infinite gradients."""
+    """Whether no worker changes a weight in a step in which rows that the second one alone reads and owns overflow."""
     optimizer, before = stepper.optimizer, [parameter.detach().clone() for parameter in stepper.model.parameters()]
     optimizer.zero_grad()
+    tables = stepper.model.large_tables()
+    row = {name: table.num_rows - 1 if rank == 1 else 1 for name, table in tables.items()}
+    assert optimizer.exchange
+    keys = {name: np.array([number - 1 or tables[name].num_rows - 1]) for name, number in row.items()}
+    held = optimizer.exchange.begin(optimizer.exchange.announce(keys))
     for parameter in stepper.model.parameters():
         if table := optimizer.tables.get(parameter):
             gradient_Ud = torch.full_like(parameter[:1], torch.inf if rank == 1 else 1.0)
-            cast(list, table.reads).append((torch.ones(1, dtype=torch.int64, device=parameter.device), gradient_Ud))
+            read = 0 if held else table.num_rows - 1 if rank == 1 else 1
+            cast(list, table.reads).append((torch.full((1,), read, device=parameter.device), gradient_Ud))
         else:
             parameter.grad = torch.ones_like(parameter)
-    optimizer.step(NUM_WORKERS, stepper.sharded is not None)
+    optimizer.step()
     same = all(torch.equal(old, new) for old, new in zip(before, stepper.model.parameters(), strict=True))
     by_worker = [same] * NUM_WORKERS
     dist.all_gather_object(by_worker, same)
     return all(by_worker)
+
+
+def one_workers_steps(folder: str) -> tuple[list[tuple[float, float]], Tensors]:
+    """Losses, norms and weights of one worker that takes both workers' batches."""
+    model = small_model(dtype=DTYPE)
+    stepper = Stepper(model, TrainSettings(**TRAIN), torch.device("cpu"), 1)
+    model.load_state_dict(torch.load(f"{folder}/weights"))
+    load_trainer(folder, model, stepper.optimizer)
+    steps = []
+    for step in range(NUM_STEPS):
+        batches = [batch for rank in range(NUM_WORKERS) for batch in batches_of(model, step, rank)]
+        last = 0.0 if step == NUM_STEPS - 1 else 1.0
+        loss, norm = stepper.step(batches, [1.0, 1.0, 1.0, last], num_candidates=300)
+        steps.append((float(loss), float(norm)))
+    return steps, weights_of(model)
 
 
 def worker(rank: int, folder: str) -> None:
@@ -120,6 +165,8 @@ def worker(rank: int, folder: str) -> None:
         if rank == 0:
             torch.save(outcome, f"{folder}/{sharding}")
     dist.destroy_process_group()
+    if rank == 0:
+        torch.save(one_workers_steps(folder), f"{folder}/alone")
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +191,20 @@ def test_spread_tables_learn_what_whole_ones_do(outcomes: tuple[Outcome, Outcome
     assert all(norm > TRAIN["clip_norm"] for _, norm in replicated.losses_and_norms)
     np.testing.assert_allclose(rows.losses_and_norms, replicated.losses_and_norms, rtol=CLOSE["rtol"])
     np.testing.assert_allclose(rows.outputs_CT, replicated.outputs_CT, rtol=1e-5, atol=max(1e-6, CLOSE["atol"]))
+
+
+def test_two_workers_learn_what_one_does_from_both_their_batches(
+    outcomes: tuple[Outcome, Outcome], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    steps, weights = torch.load(tmp_path_factory.getbasetemp() / "sharding0" / "alone")
+    np.testing.assert_allclose(outcomes[0].losses_and_norms, steps, rtol=max(1e-6, CLOSE["rtol"]))  # losses are float32
+    for name, tensor in weights.items():
+        torch.testing.assert_close(outcomes[0].weights[name], tensor, **CLOSE, msg=name)
+
+
+@pytest.mark.skipif(not ON_CUDA, reason="nobody waits for a CPU")
+def test_no_step_waits_for_its_device(outcomes: tuple[Outcome, Outcome]) -> None:
+    assert [outcome.waited for outcome in outcomes] == ["", ""]
 
 
 def test_gradients_that_overflow_on_one_owner_make_every_worker_skip_the_step(

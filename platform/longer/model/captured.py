@@ -3,7 +3,7 @@
 C candidates.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +19,7 @@ from longer.model.layout import FlatBatch, Sizes, flatten
 from longer.model.longer import Longer
 
 _WARM_UP_STEPS = 3
-
-Fetch = Callable[[dict[str, Tensor]], dict[str, HeldRows]]
-"""Brings the rows that these keys read of each large table, by the table's name; the work of all workers together."""
+_NOTHING: Mapping[str, HeldRows] = {}
 
 
 @dataclass(frozen=True)
@@ -49,12 +47,17 @@ def stage(batch: RequestBatch, model: Longer, room: Sizes) -> Staged:
     return Staged(room, flat, buffers, int(batch.candidates.offsets_R1[-1]))
 
 
+def keys_of(flat: FlatBatch) -> tuple[npt.NDArray, npt.NDArray, npt.NDArray]:
+    """Of events, candidates and users, filling included: it reads rows too."""
+    return flat.arrays["event.item_id"], flat.arrays["candidate.item_id"], flat.arrays["layout.user_key"]
+
+
 class CapturedPass:
     """Gradients of a loss in the model's parameters and large tables, replayed for any batch staged in the same room.
 
     `loss(outputs, labels, exists_C)` must not read the device; where `exists_C` is false stands filling. Each call replaces the
     parameters' `.grad` and what the tables noted. What is random, dropout, is captured with the generator's state, as
-    `torch.cuda.CUDAGraph` does. With `fetch`, the graph reads the large tables' rows where each call puts those of its batch.
+    `torch.cuda.CUDAGraph` does. With `is_lent`, the graph reads the large tables' rows where each call puts those of its batch.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class CapturedPass:
         loss: Callable[[Tensor, dict[str, Tensor], Tensor], Tensor],
         example: Staged,
         autocast: torch.dtype | None = None,
-        fetch: Fetch | None = None,
+        is_lent: bool = False,
     ) -> None:
         self.model, self.loss, self.autocast, self.room = model, loss, autocast, example.room
         self.device = model.norm_head.weight.device
@@ -72,10 +75,11 @@ class CapturedPass:
         self.num_candidates = torch.full((), example.num_candidates, device=self.device)
         self.scale = torch.zeros((), device=self.device)
         self.tensors = unpacked(self.buffers, self.flat.arrays)
-        self._fetch, self._held = fetch, dict[str, HeldRows]()
-        if fetch:
+        self._held = dict[str, HeldRows]()
+        if is_lent:
+            keys = model.keys_read(*keys_of(example.flat))
             for name, table in model.large_tables().items():
-                table.held = self._held[name] = table.room(len(self._keys()[name]))
+                table.held = self._held[name] = table.room(len(keys[name]))
         self._tables = [table for table in model.large_tables().values() if table.reads is not None]
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
@@ -91,25 +95,20 @@ class CapturedPass:
         self.gradients = [parameter.grad for parameter in model.parameters()]
         self.reads = [list(table.reads or ()) for table in self._tables]
 
-    def __call__(self, batch: Staged, scale: Tensor) -> Tensor:
+    def __call__(self, batch: Staged, scale: Tensor, held: Mapping[str, HeldRows] = _NOTHING) -> Tensor:
         """The loss of the batch, valid until the next call; gradients, of `scale` times that loss, are where training looks."""
         for dtype, buffer in batch.buffers.items():
             self.buffers[dtype].copy_(buffer, non_blocking=True)
         self.num_candidates.fill_(batch.num_candidates)
         self.scale.copy_(scale)
-        if self._fetch:
-            for name, held in self._fetch(self._keys()).items():
-                self._held[name].put(held)
+        for name, rows in held.items():
+            self._held[name].put(rows)
         self.graph.replay()
         for parameter, gradient in zip(self.model.parameters(), self.gradients, strict=True):
             parameter.grad = gradient
         for table, reads in zip(self._tables, self.reads, strict=True):
             table.reads[:] = reads  # type: ignore[index]
         return self.value
-
-    def _keys(self) -> dict[str, Tensor]:
-        items_E, items_C = self.tensors["event.item_id"], self.tensors["candidate.item_id"]
-        return self.model.keys_read(items_E, items_C, self.tensors["layout.user_key"])
 
     def _run(self) -> Tensor:
         self.model.zero_grad(set_to_none=True)

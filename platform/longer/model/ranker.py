@@ -5,6 +5,8 @@ B histories, R requests, C candidates in all requests, D width, F interaction fe
 
 from typing import cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -76,10 +78,10 @@ class Ranker(nn.Module):
         }
 
     @staticmethod
-    def keys_read(item_key_E: Tensor, item_key_C: Tensor, user_key_B: Tensor) -> dict[str, Tensor]:
+    def keys_read(item_key_E: npt.NDArray, item_key_C: npt.NDArray, user_key_B: npt.NDArray) -> dict[str, npt.NDArray]:
         """What a batch of these events, candidates and users reads of each large table."""
         return {
-            "embedding.item.embedding.weight": torch.cat([item_key_E, item_key_C]),
+            "embedding.item.embedding.weight": np.concatenate([item_key_E, item_key_C]),
             "embedding.user.embedding.weight": user_key_B,
             "item_bias.embedding.weight": item_key_C,
         }

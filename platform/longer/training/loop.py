@@ -16,9 +16,8 @@ import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.torch import get_device
 
-from longer.arrays import Int64, RequestBatch
+from longer.arrays import Int64
 from longer.errors import UserError
-from longer.model.captured import Staged
 from longer.model.encoders.factory import make_model
 from longer.training.checkpoints import (
     Tensors,
@@ -36,7 +35,7 @@ from longer.training.content import Content, Job, Trained
 from longer.training.cursor import Position, batches_per_worker
 from longer.training.loader import SplitData, prefetch
 from longer.training.meter import Meter, Scalars
-from longer.training.steps import Stepper, dropout_seed, gather, rate_share, selection_score
+from longer.training.steps import StepBatch, Stepper, dropout_seed, gather, rate_share, selection_score
 from longer.training.validation import validate
 
 _STEPS_AHEAD = 2
@@ -64,7 +63,7 @@ class Work:
     """
 
     position: Position
-    batches: Sequence[RequestBatch | Staged]
+    batches: Sequence[StepBatch]
     weights: list[float]
     request_id_R: Int64
     num_requests: int

@@ -1,5 +1,6 @@
 """AdamW on the dense layers; on large tables Adam of the rows that a step read, and nothing of the others."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,21 +9,21 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from longer.config import TrainSettings
-from longer.model.embedding import Reads
 from longer.model.fuse import has_kernels
 from longer.model.ranker import Ranker
+from longer.training.exchange import ReplicatedTables
 from longer.training.scaling import Scaling
-from longer.training.sharding import over_owners
-from longer.training.table_gradients import TableGradient, combine, over_workers
+from longer.training.sharding import ShardedTables, over_owners
+from longer.training.table_gradients import TableGradient, combine
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8
 
 
 class Gradients(NamedTuple):
-    """Of dense parameters, and what was read of each table's."""
+    """Of dense parameters, this worker's, and of the rows of large tables that were read, all workers'."""
 
     dense: dict[nn.Parameter, Tensor]
-    tables: dict[nn.Parameter, Reads]
+    tables: dict[nn.Parameter, TableGradient]
 
 
 class Optimizer:
@@ -30,10 +31,14 @@ class Optimizer:
 
     A table's row whose gradient is zero, because nobody read it or nothing came of it, keeps its weights and moments (torch's
     SparseAdam does the same). Moments lie in `state` under their parameter: a step touches no row that it did not read. A step
-    whose gradients are not finite changes no weight and no moment; `scaling` counts it.
+    whose gradients are not finite changes no weight and no moment; `scaling` counts it. With an `exchange`, gradients are summed
+    over all workers.
     """
 
-    def __init__(self, model: Ranker, settings: TrainSettings) -> None:
+    def __init__(
+        self, model: Ranker, settings: TrainSettings, exchange: ReplicatedTables | ShardedTables | None = None
+    ) -> None:
+        self.exchange = exchange
         self.model, self.clip_norm = model, settings.clip_norm
         self.tables = {model.get_parameter(name): table for name, table in model.large_tables().items()}
         for table in self.tables.values():
@@ -89,37 +94,33 @@ class Optimizer:
             table.reads.clear()
 
     def taken(self) -> Gradients:
-        """A copy of what the backward passes since `zero_grad` left; there is nothing left afterwards."""
+        """What the backward passes since `zero_grad` left; there is nothing left afterwards."""
         dense = {p: p.grad.clone() for group in self._dense.param_groups for p in group["params"] if p.grad is not None}
-        tables = {p: [(r.clone(), g.clone()) for r, g in table.reads or ()] for p, table in self.tables.items()}
+        taken = Gradients(dense, self._of_tables())
         self.zero_grad()
-        return Gradients(dense, tables)
+        return taken
 
-    def add(self, gradients: Gradients) -> None:
-        """Gradients that were `taken` count for the next step too."""
-        for parameter, gradient in gradients.dense.items():
-            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-        for parameter, reads in gradients.tables.items():
-            noted = self.tables[parameter].reads
-            assert noted is not None
-            noted.extend(reads)
+    def _of_tables(self) -> dict[nn.Parameter, TableGradient]:
+        mine = {parameter: combine(table.reads) for parameter, table in self.tables.items() if table.reads}
+        return dict(zip(mine, self.exchange.summed([*mine.values()]), strict=True)) if self.exchange else mine
 
     @torch.no_grad()
-    def step(self, num_workers: int, owns_rows: bool = False) -> Tensor:
-        """One update from the gradients of all workers, summed; returns their norm before it was clipped.
+    def step(self, earlier: Sequence[Gradients] = ()) -> Tensor:
+        """One update from the gradients of now and those `taken` earlier; returns their norm before it was clipped.
 
-        They are those of `scaling.scale` times the loss. With `owns_rows` the tables are this worker's blocks, and what was
-        noted of them is all workers' already.
+        They are those of `scaling.scale` times the loss.
         """
+        for gradients in earlier:
+            for parameter, dense_gradient in gradients.dense.items():
+                parameter.grad = dense_gradient if parameter.grad is None else parameter.grad.add_(dense_gradient)
         dense = [p.grad for group in self._dense.param_groups for p in group["params"] if p.grad is not None]
-        tables = {parameter: combine(table.reads) for parameter, table in self.tables.items() if table.reads}
-        if owns_rows:
-            _sum_over_workers(dense)
-        elif num_workers > 1:
-            summed = over_workers(list(tables.values()), meanwhile=lambda: _sum_over_workers(dense))
-            tables = dict(zip(tables, summed, strict=True))
+        on_its_way = _OverWorkers(dense) if self.exchange else None
+        by_batch = [*(gradients.tables for gradients in earlier), self._of_tables()]
+        tables = {p: _together([found[p] for found in by_batch if p in found]) for p in by_batch[-1]}
+        if on_its_way:
+            on_its_way.wait()
         of_tables = get_total_norm([gradient.gradient_Ud for gradient in tables.values()], foreach=True)
-        if owns_rows:
+        if isinstance(self.exchange, ShardedTables):
             of_tables = over_owners(of_tables)
         norm = torch.hypot(get_total_norm(dense, foreach=True), of_tables).float() / self.scaling.scale
         is_finite = norm.isfinite()
@@ -157,8 +158,19 @@ class Optimizer:
         parameter.index_add_(0, rows_U, mean_Ud / root_Ud * (-rate / bias_mean))
 
 
-def _sum_over_workers(gradients: list[Tensor]) -> None:
-    """In place, as one message."""
-    flat = torch._utils._flatten_dense_tensors(gradients)
-    dist.all_reduce(flat)
-    torch._foreach_copy_(gradients, torch._utils._unflatten_dense_tensors(flat, gradients))
+class _OverWorkers:
+    """Gradients on their way to become all workers' sum, in place, as one message; `wait` has the device wait, not the host."""
+
+    def __init__(self, gradients: list[Tensor]) -> None:
+        self._gradients, self._flat = gradients, torch._utils._flatten_dense_tensors(gradients)
+        self._work = dist.all_reduce(self._flat, async_op=True)
+
+    def wait(self) -> None:
+        self._work.wait()
+        summed = torch._utils._unflatten_dense_tensors(self._flat, self._gradients)
+        torch._foreach_copy_(self._gradients, summed)
+
+
+def _together(by_batch: Sequence[TableGradient]) -> TableGradient:
+    """The sum of a table's gradients in several batches."""
+    return by_batch[0] if len(by_batch) == 1 else combine([(x.rows_U, x.gradient_Ud) for x in by_batch])

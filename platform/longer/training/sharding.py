@@ -6,18 +6,22 @@ and what is sent depends on what was read. A worker's block is its model's param
 U rows that a batch here reads, A rows that are asked of this worker, d width, W workers, T tables.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from longer.model.embedding import HashedTable, HeldRows
+from longer.model.fuse import has_kernels
+from longer.model.inputs import to_device
 from longer.model.ranker import Ranker
 from longer.training.checkpoints import copied
-from longer.training.table_gradients import combine
+from longer.training.exchange import NO_ROW, Ahead, Announcer, Beside, laid_out
+from longer.training.table_gradients import Joined, TableGradient, joined
 
 
 class _Loan(NamedTuple):
@@ -29,47 +33,78 @@ class _Loan(NamedTuple):
 
 
 class ShardedTables:
-    """The large tables of a model from which the other workers' rows are cut off; all workers call all methods in step."""
+    """The large tables of a model from which the other workers' rows are cut off; all workers call all methods in step.
 
-    def __init__(self, model: Ranker) -> None:
+    Gradients are sent as type `sent_as` where that is told, and summed in their own, by rank.
+    """
+
+    def __init__(self, model: Ranker, device: torch.device, sent_as: torch.dtype | None) -> None:
         self._rank, self._num_workers = dist.get_rank(), dist.get_world_size()
-        self._tables, self._loans = model.large_tables(), dict[str, _Loan]()
+        self._tables, self._device, self._sent_as = model.large_tables(), device, sent_as
+        self._loans, self._joined, self._beside = list[_Loan](), list[Joined](), Beside(device)
         for table in self._tables.values():
             table.embedding.weight = nn.Parameter(self._block(table, table.embedding.weight.detach()).clone())
+        bounds = [self._bounds(table) for table in self._tables.values()]
+        self.announce, self._announce_now = (Announcer(self._tables, bounds, device.type == "cuda") for _ in range(2))
 
-    def fetch(self, keys: Mapping[str, Tensor]) -> dict[str, HeldRows]:
-        """The rows of each table that these keys read; their gradients are waited for by `give_back`."""
-        rows = {name: table.rows_of(keys[name]).unique() for name, table in self._tables.items()}
-        cuts_TW1 = [
-            torch.searchsorted(rows[name], torch.tensor(self._bounds(table), device=rows[name].device))
-            for name, table in self._tables.items()
-        ]
-        num_held_WT = torch.stack(cuts_TW1).diff().T.contiguous()
-        num_lent_WT = torch.empty_like(num_held_WT)
-        dist.all_to_all_single(num_lent_WT, num_held_WT)
-        num_held_TW, num_lent_TW = torch.stack([num_held_WT.T, num_lent_WT.T]).tolist()
-        held = {}
-        for (name, table), num_held_W, num_lent_W in zip(self._tables.items(), num_held_TW, num_lent_TW, strict=True):
-            place_A = _exchange(rows[name], num_held_W, num_lent_W) - self._bounds(table)[self._rank]
-            self._loans[name] = _Loan(place_A, num_lent_W, num_held_W)
-            lent_Ad = table.embedding.weight.detach()[place_A]
-            held[name] = HeldRows(rows[name], _exchange(lent_Ad, num_lent_W, num_held_W))
+    def begin(self, ahead: Ahead) -> dict[str, HeldRows]:
+        """The rows of each table that this batch reads; their gradients are waited for by `summed`."""
+        held, self._loans = self._lent(ahead)
+        with self._beside.begin():
+            self._joined = [
+                # a step counts for a block of which nothing was read, too
+                joined(place_A if len(place_A) else place_A.new_zeros(1), has_kernels(table.embedding.weight), NO_ROW)
+                for table, (place_A, _, _) in zip(self._tables.values(), self._loans, strict=True)
+            ]
         return held
 
-    def give_back(self) -> None:
-        """What the tables noted of the rows that were fetched last becomes what all workers noted of this worker's block."""
-        for name, table in self._tables.items():
-            assert table.reads is not None
-            loan, mine = self._loans.pop(name), combine(table.reads)
-            num_held, width = sum(loan.num_held_W), mine.gradient_Ud.shape[1]
-            exists_U = torch.arange(len(mine.rows_U), device=mine.rows_U.device) < mine.num_rows.to(mine.rows_U.device)
-            place_U = torch.where(exists_U, mine.rows_U.long(), num_held)  # filling goes behind
-            gradient_Ud = mine.gradient_Ud.new_zeros(num_held + 1, width).index_copy_(0, place_U, mine.gradient_Ud)
-            gradient_Ad = _exchange(gradient_Ud[:num_held], loan.num_held_W, loan.num_lent_W)
-            place_A = loan.place_A
-            if not len(place_A):  # a step counts for a block of which nothing was read, too
-                place_A, gradient_Ad = place_A.new_zeros(1), gradient_Ad.new_zeros(1, width)
-            table.reads[:] = [(place_A, gradient_Ad)]
+    def begin_now(self, keys: Mapping[str, npt.NDArray]) -> dict[str, HeldRows]:
+        """The same where nothing is learned, of a batch that nobody has announced; another thread may announce others."""
+        return self._lent(self._announce_now(keys))[0]
+
+    def _lent(self, ahead: Ahead) -> tuple[dict[str, HeldRows], list[_Loan]]:
+        num_rows_TWW = list(zip(*ahead.num_rows_WTP(), strict=True))  # by table, worker that reads and worker that owns
+        num_held_TW = [of_table[self._rank] for of_table in num_rows_TWW]
+        num_lent_TW = [[owned_W[self._rank] for owned_W in of_table] for of_table in num_rows_TWW]
+        rows_X = to_device(ahead.rows_X, self._device)
+        asked = self._asked(rows_X, num_held_TW, num_lent_TW)
+        held, loans = {}, []
+        for (name, table), rows_U, place_A, num_held_W, num_lent_W in zip(
+            self._tables.items(), rows_X.split([*map(sum, num_held_TW)]), asked, num_held_TW, num_lent_TW, strict=True
+        ):
+            place_A -= self._bounds(table)[self._rank]
+            weight = table.embedding.weight.detach()
+            lent_Ad = weight.index_select(0, place_A)
+            held[name] = HeldRows(rows_U.long(), _exchange(lent_Ad, num_lent_W, num_held_W))
+            loans.append(_Loan(place_A, num_lent_W, num_held_W))
+        return held, loans
+
+    def summed(self, mine: Sequence[TableGradient]) -> list[TableGradient]:
+        """All workers' gradients of this worker's block of each table, from this worker's of the rows that it held."""
+        self._beside.awaited()
+        found = []
+        for loan, of_all, gradient in zip(self._loans, self._joined, mine, strict=True):
+            num_held = sum(loan.num_held_W)
+            place_U = torch.arange(num_held, device=gradient.rows_U.device)
+            sent_Ud = laid_out(gradient, place_U, num_held, self._sent_as)
+            received_Ad = _exchange(sent_Ud, loan.num_held_W, loan.num_lent_W)
+            if not len(received_Ad):
+                received_Ad = received_Ad.new_zeros(1, received_Ad.shape[1])
+            found.append(of_all.sum(received_Ad, gradient.gradient_Ud.dtype))
+        return found
+
+    def _asked(
+        self, rows_X: Tensor, num_held_TW: Sequence[list[int]], num_lent_TW: Sequence[list[int]]
+    ) -> list[Tensor]:
+        """[A] of each table: the rows of this worker's block that the batches read, worker by worker, in one exchange."""
+        by_table_and_owner = rows_X.split([num for held_W in num_held_TW for num in held_W])
+        sent_X = torch.cat(
+            [x for owner in range(self._num_workers) for x in by_table_and_owner[owner :: self._num_workers]]
+        )
+        num_lent_WT, num_held_WT = (list(zip(*nums_TW, strict=True)) for nums_TW in (num_lent_TW, num_held_TW))
+        received_X = _exchange(sent_X, [*map(sum, num_held_WT)], [*map(sum, num_lent_WT)])
+        by_worker_and_table = received_X.split([num for lent_T in num_lent_WT for num in lent_T])
+        return [torch.cat(by_worker_and_table[number :: len(num_lent_TW)]) for number in range(len(num_lent_TW))]
 
     def own(self, name: str, whole: Tensor) -> Tensor:
         """This worker's part of a weight or moment of the whole model; `name` is the parameter's, or begins with it and a slash."""

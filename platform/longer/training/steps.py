@@ -6,9 +6,10 @@ C candidates, T tasks.
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -16,13 +17,15 @@ from torch import Tensor
 
 from longer.arrays import RequestBatch
 from longer.config import TaskSettings, TrainSettings
-from longer.model.captured import CapturedPass, Staged, stage
+from longer.model.captured import CapturedPass, Staged, keys_of, stage
+from longer.model.embedding import HeldRows
 from longer.model.fuse import has_kernels
-from longer.model.inputs import BatchTensors, to_tensors
+from longer.model.inputs import to_tensors
 from longer.model.layout import Sizes
 from longer.model.longer import Longer
 from longer.model.ranker import Ranker
 from longer.training.checkpoints import copied
+from longer.training.exchange import Ahead, ReplicatedTables
 from longer.training.metrics import binary_metrics
 from longer.training.optimizer import Optimizer
 from longer.training.sharding import ShardedTables
@@ -74,6 +77,17 @@ def loss_sum(
     return total
 
 
+class Announced(NamedTuple):
+    """A batch, and what the other workers are told of it."""
+
+    batch: RequestBatch | Staged
+    ahead: Ahead
+
+
+StepBatch = RequestBatch | Staged | Announced
+"""A batch as `Stepper.step` takes it; with several workers, announced."""
+
+
 class Stepper:
     """Applies steps to a model on one of `num_workers` workers, which have the same weights before and after each step.
 
@@ -91,11 +105,13 @@ class Stepper:
         largest: Sizes = _NOTHING,
     ) -> None:
         self.settings, self.device, self.num_workers = settings, device, num_workers
-        is_sharded = settings.table_sharding == "rows" and num_workers > 1
-        self.sharded = ShardedTables(model) if is_sharded else None
-        self.model = model.to(device)
-        self.optimizer, self.timer = Optimizer(model, settings), PhaseTimer(device)
         self._autocast = _AUTOCAST[settings.precision]
+        sent_as = torch.bfloat16 if self._autocast else None  # what the pass computed of them was no finer
+        is_sharded = settings.table_sharding == "rows" and num_workers > 1
+        self.sharded = ShardedTables(model, device, sent_as) if is_sharded else None
+        self.model = model.to(device)
+        exchange = self.sharded or (ReplicatedTables(model, device, sent_as) if num_workers > 1 else None)
+        self.optimizer, self.timer = Optimizer(model, settings, exchange), PhaseTimer(device)
         self._room = Sizes(*map(_whole, largest))
         self._captured: CapturedPass | None = None
         if device.type == "cuda":
@@ -110,8 +126,16 @@ class Stepper:
         kind = self._autocast or torch.bfloat16
         return torch.autocast(self.device.type, kind, enabled=self._autocast is not None, cache_enabled=False)
 
-    def staged(self, batch: RequestBatch) -> RequestBatch | Staged:
-        """The batch as `step` takes it soonest; for one thread, any, that calls it for one batch after the other."""
+    def staged(self, batch: RequestBatch) -> StepBatch:
+        """The batch as `step` takes it soonest; for one thread, any, that calls it for one batch after the other.
+
+        All workers stage as many batches as the others, and take them in the same order.
+        """
+        laid_out = self._laid_out(batch)
+        exchange = self.optimizer.exchange
+        return Announced(laid_out, exchange.announce(self._keys(laid_out))) if exchange else laid_out
+
+    def _laid_out(self, batch: RequestBatch) -> RequestBatch | Staged:
         if not isinstance(self.model, Longer) or not self.model.has_flat_pass:
             return batch
         if self.settings.recompute and self.model.settings.dropout:
@@ -123,6 +147,12 @@ class Stepper:
             self._room = Sizes(*(max(room, _roomy(size)) for size, room in zip(sizes, self._room, strict=True)))
         return stage(batch, self.model, self._room)
 
+    def _keys(self, batch: RequestBatch | Staged) -> dict[str, npt.NDArray]:
+        if isinstance(batch, Staged):
+            return self.model.keys_read(*keys_of(batch.flat))
+        items_E, items_C = batch.histories.features["item_id"], batch.candidates.features["item_id"]
+        return self.model.keys_read(items_E, items_C, batch.histories.user_key_B)
+
     def own(self, name: str, whole: Tensor) -> Tensor:
         """This worker's part of a weight or moment, by its name in a checkpoint, which has all of it."""
         return self.sharded.own(name, whole) if self.sharded else whole
@@ -132,7 +162,7 @@ class Stepper:
         return self.sharded.whole(name, own) if self.sharded else copied(name, own)
 
     def step(
-        self, batches: Sequence[RequestBatch | Staged], weights: Sequence[float], num_candidates: int
+        self, batches: Sequence[StepBatch], weights: Sequence[float], num_candidates: int
     ) -> tuple[Tensor, Tensor]:
         """This worker's loss sum and the gradient norm before clipping.
 
@@ -141,25 +171,26 @@ class Stepper:
         are no requests: the worker joins the others with a borrowed one.
         """
         self.optimizer.zero_grad()
-        losses, before = [], []
+        losses, earlier = [], []
         with self.timer.phase("forward_backward"):
             for number, (batch, weight) in enumerate(zip(batches, weights, strict=True), 1):
                 losses.append(self._backward(batch, weight, num_candidates))
-                if self.sharded:
-                    self.sharded.give_back()
                 if number < len(batches):
-                    before.append(self.optimizer.taken())
+                    earlier.append(self.optimizer.taken())
         with self.timer.phase("optimizer"):
-            for gradients in before:
-                self.optimizer.add(gradients)
-            return torch.stack(losses).sum(), self.optimizer.step(self.num_workers, self.sharded is not None)
+            return torch.stack(losses).sum(), self.optimizer.step(earlier)
 
-    def _backward(self, batch: RequestBatch | Staged, weight: float, num_candidates: int) -> Tensor:
+    def _backward(self, batch: StepBatch, weight: float, num_candidates: int) -> Tensor:
         scale = self.optimizer.scaling.scale * (weight / num_candidates)
+        held: dict[str, HeldRows] = {}
+        if isinstance(batch, Announced):
+            assert self.optimizer.exchange
+            batch, ahead = batch
+            held = self.optimizer.exchange.begin(ahead)
         if isinstance(batch, Staged):
-            return self._captured_for(batch)(batch, scale) * weight
+            return self._captured_for(batch)(batch, scale, held) * weight
         tensors = to_tensors(batch, self.device)
-        self._fetch(tensors)
+        self._read_from(held)
         with self.autocast():
             output_CT = self.model(tensors)
         loss = loss_sum(output_CT, tensors.labels, self.settings.tasks)
@@ -174,23 +205,21 @@ class Stepper:
                 return loss_sum(output_CT, labels, self.settings.tasks, exists_C)
 
             assert isinstance(self.model, Longer)
-            fetch = self.sharded.fetch if self.sharded else None
-            self._captured = CapturedPass(self.model, loss, batch, self._autocast, fetch)
+            self._captured = CapturedPass(self.model, loss, batch, self._autocast, is_lent=self.sharded is not None)
         return self._captured
 
-    def _fetch(self, tensors: BatchTensors) -> None:
-        if self.sharded:
-            items_E, items_C = tensors.histories.features["item_id"], tensors.candidates["item_id"]
-            held = self.sharded.fetch(self.model.keys_read(items_E, items_C, tensors.histories.user_key_B))
-            for name, table in self.model.large_tables().items():
-                table.held = held[name]
+    def _read_from(self, held: dict[str, HeldRows]) -> None:
+        tables = self.model.large_tables()
+        for name, rows in held.items():
+            tables[name].held = rows
 
     @torch.inference_mode()
     def outputs(self, batch: RequestBatch) -> np.ndarray:
         """[C, T] in float32, in evaluation mode; with sharded tables all workers call this in step."""
         self.model.eval()
         tensors = to_tensors(batch, self.device)
-        self._fetch(tensors)
+        if self.sharded:
+            self._read_from(self.sharded.begin_now(self._keys(batch)))
         with self.autocast():
             output_CT = self.model(tensors)
         self.model.train()

@@ -1,14 +1,11 @@
 """What a step read of a large table, each row once with its whole gradient, and the update of those rows alone.
 
-E reads, U rows of a table that were read, d width.
+E reads, U rows of a table that were read, N rows of all workers, d width.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from longer.model.embedding import Reads
@@ -40,32 +37,41 @@ def combine(reads: Reads) -> TableGradient:
     return TableGradient(rows_U, summed_Ud, torch.tensor(len(rows_U)))
 
 
-def over_workers(mine: Sequence[TableGradient], meanwhile: Callable[[], None]) -> list[TableGradient]:
-    """The sum of all workers' gradients of each table, the same on every worker; all call this with the same tables.
+@dataclass(frozen=True)
+class Joined:
+    """The distinct rows among N of several workers, of which each has a row once, and where their gradients are found: [N] all."""
 
-    What lies behind the rows of the worker that has most stays where it is: on CUDA that is most of it. The device does what
-    `meanwhile` asks of it while the host learns that number and sees to the rest.
-    """
-    device = mine[0].rows_U.device
-    most_T = torch.stack([gradient.num_rows.to(device, torch.int64) for gradient in mine])
-    dist.all_reduce(most_T, dist.ReduceOp.MAX)
-    sizes_T = most_T.to("cpu", non_blocking=True)
-    known = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-    meanwhile()
-    if known:
-        known.synchronize()
-    return [_gathered(gradient, size) for gradient, size in zip(mine, sizes_T.tolist(), strict=True)]
+    rows_U: Tensor
+    num_rows: Tensor
+    order_N: Tensor
+    bounds_N1: Tensor | None
+
+    def sum(self, gradient_Nd: Tensor, dtype: torch.dtype) -> TableGradient:
+        """The sums of each row's gradients, worker by worker."""
+        if self.bounds_N1 is None:
+            summed_Ud = gradient_Nd.new_zeros(len(self.rows_U) + 1, gradient_Nd.shape[1], dtype=dtype)
+            summed_Ud.index_add_(0, self.order_N, gradient_Nd.to(dtype))
+            return TableGradient(self.rows_U, summed_Ud[:-1], self.num_rows)
+        from longer.training.table_triton import sum_ranges
+
+        return TableGradient(
+            self.rows_U, sum_ranges(gradient_Nd, self.order_N, self.bounds_N1, gradient_Nd.shape[1]), self.num_rows
+        )
 
 
-def _gathered(mine: TableGradient, size: int) -> TableGradient:
-    num_workers, filling = dist.get_world_size(), max(0, size - len(mine.rows_U))
-    rows_U = F.pad(mine.rows_U[:size], (0, filling))
-    gradient_Ud = F.pad(mine.gradient_Ud[:size], (0, 0, 0, filling))
-    all_rows = rows_U.new_empty(num_workers * size)
-    all_gradients = gradient_Ud.new_empty(num_workers * size, gradient_Ud.shape[1])
-    dist.all_gather_into_tensor(all_rows, rows_U)
-    dist.all_gather_into_tensor(all_gradients, gradient_Ud)
-    return combine([(all_rows, all_gradients)])
+def joined(rows_N: Tensor, in_kernels: bool, no_row: int) -> Joined:
+    """Needs no gradient, so that it can be found while they are computed; where `no_row` stands there is none."""
+    if not in_kernels:
+        rows_U, place_N = rows_N.unique(return_inverse=True)  # `no_row` is the last one
+        rows_U = rows_U[rows_U != no_row]
+        return Joined(rows_U, torch.tensor(len(rows_U)), place_N, None)
+    sorted_N, order_N = rows_N.sort(stable=True)
+    exists_N = sorted_N != no_row
+    is_first_N = exists_N.clone()
+    is_first_N[1:] &= sorted_N[1:] != sorted_N[:-1]
+    row_N, place_N = is_first_N.cumsum(0), torch.arange(len(rows_N), device=rows_N.device, dtype=torch.int32)
+    bounds_N1 = _positions(is_first_N, row_N, place_N, len(rows_N)).minimum(exists_N.sum(dtype=torch.int32))
+    return Joined(_positions(is_first_N, row_N, sorted_N, 0)[:-1], row_N[-1], order_N, bounds_N1)
 
 
 def _combine_in_place(rows_E: Tensor, gradient_Ed: Tensor) -> TableGradient:

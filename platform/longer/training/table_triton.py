@@ -3,6 +3,7 @@
 E summands of a block, d width, U rows.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,9 +13,9 @@ _BLOCK_VALUES = 2048
 
 
 def sum_ranges(values_Ed: Tensor, order_E: Tensor | None, bounds: Tensor, width: int) -> Tensor:
-    """[N, d]: sums of `values_Ed[order_E[bounds[n]:bounds[n + 1]]]`, in that order; without `order_E`, as the values lie."""
+    """[N, d] in float32: sums of `values_Ed[order_E[bounds[n]:bounds[n + 1]]]`, in that order; without `order_E`, as they lie."""
     num_ranges = len(bounds) - 1
-    out = values_Ed.new_empty(num_ranges, width)
+    out = values_Ed.new_empty(num_ranges, width, dtype=torch.float32)
     block_d = max(16, triton.next_power_of_2(width))
     _sum_kernel[(num_ranges,)](
         values_Ed, bounds if order_E is None else order_E, bounds, out, width, HAS_ORDER=order_E is not None,
@@ -59,7 +60,8 @@ def _sum_kernel(
         if HAS_ORDER:
             place_E = tl.load(ORDER + place_E, exists_E, 0)
         inside_ED = exists_E[:, None] & (d_D < width)[None, :]
-        sum_D += tl.sum(tl.load(VALUES + place_E[:, None] * width + d_D[None, :], inside_ED, 0.0), 0)
+        values_ED = tl.load(VALUES + place_E[:, None] * width + d_D[None, :], inside_ED, 0.0)
+        sum_D += tl.sum(values_ED.to(tl.float32), 0)
     tl.store(OUT + n.to(tl.int64) * width + d_D, sum_D, d_D < width)
 
 
