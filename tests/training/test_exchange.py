@@ -31,13 +31,14 @@ READS = [
 
 
 def reads_of(model: Longer, batch: int, rank: int) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
-    """Announced rows of each table, of which one is not read, and what is noted of them: some rows twice."""
+    """Announced rows of each table, of which the first of several is not read, and what is noted of them: some rows twice."""
     rng = np.random.default_rng([batch, rank])
     announced, noted = {}, []
     for name, table in model.large_tables().items():
         rows = np.array([row for row in READS[batch][rank] if row < table.num_rows], np.int64)
         announced[name] = torch.from_numpy(rows)
-        read = torch.from_numpy(rng.permutation(np.concatenate([rows[:-1], rows[: len(rows) // 2]])))
+        of_those = rows[1:] if len(rows) > 1 else rows
+        read = torch.from_numpy(rng.permutation(np.concatenate([of_those, of_those[: len(rows) // 2]])))
         width = table.embedding.embedding_dim
         noted.append((read, torch.from_numpy(rng.normal(size=(len(read), width)).astype(np.float32))))
     return announced, noted
