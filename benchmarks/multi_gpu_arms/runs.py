@@ -32,7 +32,7 @@ from longer.training import loop, run
 from longer.training.content import tally
 from longer.training.loop import Run, Work, train_worker
 
-EVERY = 40 if ON_CUDA else 6
+EVERY = 16 if ON_CUDA else 6
 """Steps between checkpoints."""
 DIES_AT_STEP = EVERY + EVERY // 4
 _COMMITTED_WITHIN_S = 5
@@ -92,8 +92,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=num_devices, help="W (default: one a device)")
     parser.add_argument("--width", type=int, default=512 if ON_CUDA else 32, help="D (default 512; 32 on a CPU)")
     parser.add_argument("--length", type=int, default=2_000 if ON_CUDA else 256, help="L (default 2,000; 256 on a CPU)")
-    parser.add_argument("--users", type=int, default=3_000 if ON_CUDA else 30)
-    parser.add_argument("--events", type=int, default=1_200_000 if ON_CUDA else 6_000)
+    parser.add_argument("--users-each", type=int, default=400 if ON_CUDA else 15, help="users a worker")
+    parser.add_argument("--events-each", type=int, default=160_000 if ON_CUDA else 3_000, help="events a worker")
     parser.add_argument(
         "--tokens", type=int, default=200_000 if ON_CUDA else 5_000, help="of a worker's part of a step"
     )
@@ -102,6 +102,10 @@ def main() -> None:
     parser.add_argument("--data", default="runs/benchmark_multi_gpu", help="folder for tables, which stay")
     parser.add_argument("--prepare", action="store_true", help="build the tables only")
     asked = parser.parse_args()
+    asked.users, asked.events = (
+        asked.workers * asked.users_each,
+        asked.workers * asked.events_each,
+    )  # as many steps for any W
     train = {"epochs": asked.epochs, "validate_every_steps": EVERY, "max_failures": 0, "table_sharding": asked.sharding}
     most = asked.tokens + asked.length + 2_000  # so that half the workers take a step in two batches each
     train |= {

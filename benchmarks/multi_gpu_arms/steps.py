@@ -187,6 +187,7 @@ def device_process(rank: int, asked: argparse.Namespace, folder: str, barrier: B
 def measured(asked: argparse.Namespace) -> list[Row]:
     """Every arm, or those that were measured within `asked.seconds`."""
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     most, context = max(asked.worlds), torch.multiprocessing.get_context("spawn")
     barrier, out = context.Barrier(most), context.SimpleQueue()
     rows: list[Row] = []

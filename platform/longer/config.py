@@ -307,7 +307,8 @@ class TrainSettings(Section):
     precision: Literal["float32", "tf32", "bf16", "fp16"] = Field(
         "float32",
         description="bf16: autocast, float32 master weights; fp16: the same where there is no bf16, with a scaled loss; tf32: "
-        "matrix products of a GPU round their inputs.",
+        "matrix products of a GPU round their inputs. With bf16 and fp16 the gradients of large tables' rows travel between "
+        "workers as bfloat16 and are summed in float32.",
     )
     recompute: bool = Field(
         False,

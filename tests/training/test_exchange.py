@@ -14,9 +14,9 @@ import torch.multiprocessing
 from torch import Tensor
 
 from longer.model.longer import Longer
-from longer.training.exchange import ReplicatedTables, distinct
+from longer.training.exchange import NO_ROW, ReplicatedTables, distinct
 from longer.training.sharding import ShardedTables
-from longer.training.table_gradients import combine
+from longer.training.table_gradients import combine, joined
 from tests.model.generate import small_model
 
 NUM_WORKERS = 3
@@ -31,13 +31,14 @@ READS = [
 
 
 def reads_of(model: Longer, batch: int, rank: int) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
-    """Announced rows of each table, of which one is not read, and what is noted of them: some rows twice."""
+    """Announced rows of each table, of which the first of several is not read, and what is noted of them: some rows twice."""
     rng = np.random.default_rng([batch, rank])
     announced, noted = {}, []
     for name, table in model.large_tables().items():
         rows = np.array([row for row in READS[batch][rank] if row < table.num_rows], np.int64)
         announced[name] = torch.from_numpy(rows)
-        read = torch.from_numpy(rng.permutation(np.concatenate([rows[:-1], rows[: len(rows) // 2]])))
+        of_those = rows[1:] if len(rows) > 1 else rows
+        read = torch.from_numpy(rng.permutation(np.concatenate([of_those, of_those[: len(rows) // 2]])))
         width = table.embedding.embedding_dim
         noted.append((read, torch.from_numpy(rng.normal(size=(len(read), width)).astype(np.float32))))
     return announced, noted
@@ -132,3 +133,19 @@ def test_lent_rows_are_the_owners_weights_to_the_bit(outcomes: list[dict[tuple[s
 def test_distinct_rows_ascend_however_large_the_table_is(num_rows: int) -> None:
     rows_E = np.random.default_rng(0).integers(0, num_rows, 40)
     assert distinct(rows_E, num_rows).tolist() == sorted(set(rows_E.tolist()))
+
+
+@pytest.mark.parametrize(
+    "rows_WU", [[[0, 3, 9], [3, 4, NO_ROW], [9, NO_ROW, NO_ROW]], [[5], [5]], [[NO_ROW], [NO_ROW]]]
+)
+def test_rows_joined_for_kernels_are_those_joined_by_torch(rows_WU: list[list[int]]) -> None:
+    rows_N = torch.tensor(rows_WU, dtype=torch.int32).flatten()
+    gradient_Nd = torch.randn(len(rows_N), 2, generator=torch.Generator().manual_seed(0))
+    gradient_Nd[rows_N == NO_ROW] = torch.nan  # whatever stands there is read by nobody
+    by_torch, for_kernels = (joined(rows_N, in_kernels, NO_ROW) for in_kernels in (False, True))
+    num, bounds_N1 = int(for_kernels.num_rows), for_kernels.bounds_N1
+    assert bounds_N1 is not None
+    assert for_kernels.rows_U[:num].tolist() == by_torch.rows_U.tolist()
+    summed_Nd = torch.stack([gradient_Nd[for_kernels.order_N[a:b]].sum(0) for a, b in bounds_N1.unfold(0, 2, 1)])
+    torch.testing.assert_close(summed_Nd[:num], by_torch.sum(gradient_Nd, torch.float32).gradient_Ud)
+    assert not summed_Nd[num:].any()
