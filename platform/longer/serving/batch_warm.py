@@ -14,8 +14,8 @@ from longer.serving.batch_answers import computing_in
 from longer.serving.offline import Budget, Questions, score_lists
 from longer.serving.scorer import Scorer
 
-_SIZES = ((3, 2), (1, 2), (1, 1))
-"""Users, and requests of each in a window."""
+_SIZES = ((3, 2), (3, 40), (1, 2), (1, 1))
+"""Users, and requests of each in a window: few and many, which attention cuts into tiles of different heights."""
 _NUM_CANDIDATES = 80
 _NOW = 1_700_000_000_000
 
