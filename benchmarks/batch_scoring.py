@@ -84,10 +84,10 @@ def _split(asked: argparse.Namespace) -> tuple[list[str], dict[str, float]]:
             users = users_file(settings, min(asked.users, asked.top_k_users))
             best = fresh_run(settings, BatchSettings(**pool, catalogue=True, top_k=asked.top_k, users=users))
     linear = {}
-    if asked.linear_users:
+    if num_users := min(asked.users, asked.linear_users):
         with _timed("linear in users", stages):
             items = items_file(settings, asked.candidates)
-            for n in (asked.linear_users // 4, asked.linear_users):
+            for n in (num_users // 4, num_users):
                 chosen = BatchSettings(**pool, users=users_file(settings, n), candidates=items)
                 linear[n] = fresh_run(settings, chosen)
     measured = Measured(asked, settings, dict(rates), scored, best, linear, stages)

@@ -32,6 +32,8 @@ _MAP_REQUESTS = 256
 _LOOP_CANDIDATES = 1 << 21
 """About how many candidates the bare loops score: a rate needs no more."""
 
+_LOOP_S = 2
+
 Loop = Callable[[], int]
 """Scores what is in memory; how many scores that are."""
 
@@ -141,13 +143,15 @@ def bare_loops(settings: Settings, device: str) -> dict[str, Loop]:
 
 
 def loop_rate(loop: Loop, device: str) -> float:
-    """Scores per second; on a CPU, per second of this process."""
+    """Scores per second, of some seconds; on a CPU, per second of this process."""
     clock = time.perf_counter if device == "cuda" else time.process_time
-    started = clock()
-    num_scores = loop()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return num_scores / (clock() - started)
+    started, num_scores, seconds = clock(), 0, 0.0
+    while seconds < _LOOP_S:
+        num_scores += loop()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds = clock() - started
+    return num_scores / seconds
 
 
 def _scored(chunk: Chunk, budget: Budget) -> Float32:
