@@ -5,10 +5,11 @@ in which all users are alike, with a model of random weights:
 
     the job           `jobs.batch_score` of the test split: each history encoded once and appended to, candidates in blocks
     from scratch      the same model in Ray Data's `map_batches`: every request encodes its own history; on a part of the requests
-    bare model loop   the model alone over what is in memory: requests packed onto shared histories as in training, batches made
-                      before; and the job's own scoring function over chunks that were read before. The faster one is the limit.
+    bare model loop   the model alone over what is in memory, of a part of the requests: packed onto shared histories as in
+                      training, batches made before; and by the job's own scoring function, chunks read before. The faster one
+                      is the limit.
     best items        users x the whole catalogue with top_k, and the memory that took against the size of the score matrix
-    linear in users   a quarter and all of the users x 1,000 candidates
+    linear in users   a quarter and all of the users x --candidates
 
 With `--catalogue-items N` only the best items, of N, for a quarter and for all of `--top-k-users`, on all GPUs of the machine.
 
@@ -28,8 +29,8 @@ from statistics import median
 import ray
 import torch
 
-from benchmarks.batch_arms.arms import bare_loops, from_scratch, loop_rate
-from benchmarks.batch_arms.page import JOB, SCRATCH, Measured, catalogue_page, page
+from benchmarks.batch_arms.arms import Loop, bare_loops, from_scratch, loop_rate
+from benchmarks.batch_arms.page import JOB, SCRATCH, Measured, actors_in_words, catalogue_page, page
 from benchmarks.batch_arms.world import (
     fresh_run,
     items_file,
@@ -44,7 +45,6 @@ from longer.config import Settings
 from longer.progress import say
 from longer.runner import start_ray
 
-NUM_CANDIDATES = 1_000
 MOST_START_S = 600
 
 
@@ -61,18 +61,20 @@ def _split(asked: argparse.Namespace) -> tuple[list[str], dict[str, float]]:
     _start_ray(settings)
     with _timed("tables", stages):
         make_tables(settings, with_requests=True)
-    with _timed("bare loops' batches", stages):
-        loops = bare_loops(settings, asked.device)
-    rates = defaultdict[str, list[float]](list)
+    rates, loops = defaultdict[str, list[float]](list), dict[str, Loop]()
     for _ in range(asked.runs):  # all in turn, so that a change in the machine's mood meets all of them
         with _timed("the job", stages):
             scored = fresh_run(settings, settings.batch_score)
-        rates[JOB].append(scored.manifest["num_rows"] / scoring_seconds(scored))
-        with _timed("from scratch", stages):
-            rates[SCRATCH].append(from_scratch(settings, asked.scratch_requests))
+        _note(rates, JOB, scored.manifest["num_rows"] / scoring_seconds(scored))
+        say("batch_scoring", "; ".join(actors_in_words(scored)))
+        if not loops:
+            with _timed("bare loops' batches and kernels", stages):
+                loops = bare_loops(settings, asked.device)
         with _timed("bare loops", stages):
             for name, loop in loops.items():
-                rates[name].append(loop_rate(loop, asked.device))
+                _note(rates, name, loop_rate(loop, asked.device))
+        with _timed("from scratch", stages):
+            _note(rates, SCRATCH, from_scratch(settings, asked.scratch_requests))
     loops.clear()  # the actors need the memory
     torch.cuda.empty_cache()
     pool = pool_of(asked, asked.scorers)
@@ -81,12 +83,13 @@ def _split(asked: argparse.Namespace) -> tuple[list[str], dict[str, float]]:
         with _timed("best items", stages):
             users = users_file(settings, min(asked.users, asked.top_k_users))
             best = fresh_run(settings, BatchSettings(**pool, catalogue=True, top_k=asked.top_k, users=users))
-    with _timed("linear in users", stages):
-        items = items_file(settings, NUM_CANDIDATES)
-        linear = {
-            n: fresh_run(settings, BatchSettings(**pool, users=users_file(settings, n), candidates=items))
-            for n in (asked.users // 4, asked.users)
-        }
+    linear = {}
+    if num_users := min(asked.users, asked.linear_users):
+        with _timed("linear in users", stages):
+            items = items_file(settings, asked.candidates)
+            for n in (num_users // 4, num_users):
+                chosen = BatchSettings(**pool, users=users_file(settings, n), candidates=items)
+                linear[n] = fresh_run(settings, chosen)
     measured = Measured(asked, settings, dict(rates), scored, best, linear, stages)
     job, scratch = median(rates[JOB]), median(rates[SCRATCH])
     limit = max(median(of_runs) for name, of_runs in rates.items() if name not in (JOB, SCRATCH))
@@ -124,6 +127,12 @@ def _start_ray(settings: Settings) -> None:
     ray.data.DataContext.get_current().wait_for_min_actors_s = MOST_START_S
 
 
+def _note(rates: dict[str, list[float]], name: str, rate: float) -> None:
+    """Adds a round's rate, and tells it."""
+    rates[name].append(rate)
+    say("batch_scoring", f"{name}: {rate:,.0f} scores/s")
+
+
 @contextmanager
 def _timed(stage: str, stages: dict[str, float]) -> Iterator[None]:
     """Adds to the stage's seconds, and tells them."""
@@ -135,19 +144,16 @@ def _timed(stage: str, stages: dict[str, float]) -> Iterator[None]:
 
 
 DEFAULTS = {
-    "cpu": {"scorers": 1, "event_width": 16, "self_layers": 2, "users": 200, "requests_per_user": 40, "top_k_users": 50}
-    | {"scratch_requests": 1_000, "batch_bytes": 256 << 20, "runs": 3},
-    "cuda": {
-        "scorers": 4,
-        "event_width": 32,
-        "self_layers": 3,
-        "users": 1_600,
-        "requests_per_user": 200,
-        "top_k_users": 0,
-    }
-    | {"scratch_requests": 2_000, "batch_bytes": 4_000_000_000, "runs": 2},
+    "cpu": {"precision": "float32", "scorers": 1, "batch_bytes": 256 << 20, "runs": 3}
+    | {"history_events": 1_000, "merge_size": 4, "query_groups": 50, "event_width": 16, "self_layers": 2}
+    | {"users": 200, "requests_per_user": 40, "negatives": 9, "candidates": 1_000}
+    | {"scratch_requests": 1_000, "linear_users": 200, "top_k_users": 50},
+    "cuda": {"precision": "bf16", "scorers": 4, "batch_bytes": 4_000_000_000, "runs": 1}
+    | {"history_events": 10_000, "merge_size": 8, "query_groups": 100, "event_width": 32, "self_layers": 3}
+    | {"users": 1_600, "requests_per_user": 200, "negatives": 99, "candidates": 10_000}
+    | {"scratch_requests": 1_000, "linear_users": 1_600, "top_k_users": 0},
 }
-"""Sizes that keep the device busy for some seconds."""
+"""Sizes that keep the device busy for some seconds; all of it takes minutes."""
 
 
 def _options() -> argparse.Namespace:
@@ -156,16 +162,20 @@ def _options() -> argparse.Namespace:
         description=__doc__, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the model runs (default cpu)")
-    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="bf16 on a GPU only")
+    parser.add_argument("--precision", choices=("float32", "bf16"), help="of products; bf16 on a GPU only")
     parser.add_argument("--scorers", type=int, help="actors that share a device")
-    parser.add_argument("--history-events", type=int, default=1_000, help="L (default 1,000)")
-    parser.add_argument("--merge-size", type=int, default=4, help="K (default 4)")
-    parser.add_argument("--query-groups", type=int, default=50, help="k, twice the stride in groups (default 50)")
+    parser.add_argument("--history-events", type=int, help="L")
+    parser.add_argument("--merge-size", type=int, help="K")
+    parser.add_argument("--query-groups", type=int, help="k, twice the stride in groups")
     parser.add_argument("--event-width", type=int, help="d; tokens are K*d wide")
     parser.add_argument("--self-layers", type=int, help="N")
     parser.add_argument("--users", type=int, help="users of the log")
     parser.add_argument("--requests-per-user", type=int, help="about how many")
-    parser.add_argument("--negatives", type=int, default=9, help="candidates of a request besides its item (default 9)")
+    parser.add_argument("--negatives", type=int, help="candidates of a request besides its item")
+    parser.add_argument("--candidates", type=int, help="items that all of --linear-users are asked about")
+    parser.add_argument(
+        "--linear-users", type=int, help="users asked about --candidates, and a quarter of them, if not 0"
+    )
     parser.add_argument("--items", type=int, default=10_000, help="items of the log (default 10,000)")
     parser.add_argument("--top-k", type=int, default=100, help="best items of a user that are kept (default 100)")
     parser.add_argument("--top-k-users", type=int, help="users who get the best items of all, if not 0")

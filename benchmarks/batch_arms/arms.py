@@ -29,8 +29,10 @@ from longer.training.loader import COST_PER_BATCH, SplitData, concat_requests, s
 
 PACK_REQUESTS = 64
 _MAP_REQUESTS = 256
-_PACKED_CANDIDATES = 1 << 20
-"""Candidates of which the packed loop's batches are kept on the device: a rate needs no more."""
+_LOOP_CANDIDATES = 1 << 21
+"""About how many candidates the bare loops score: a rate needs no more."""
+
+_LOOP_S = 2
 
 Loop = Callable[[], int]
 """Scores what is in memory; how many scores that are."""
@@ -108,7 +110,7 @@ def from_scratch(settings: Settings, num_requests: int) -> float:
 
 
 def bare_loops(settings: Settings, device: str) -> dict[str, Loop]:
-    """The model over test requests that are in memory: packed as in training, on the device, and as the job scores chunks.
+    """The model over test requests in memory: packed as in training, on the device, and as the job scores chunks.
 
     Each has run once.
     """
@@ -117,7 +119,7 @@ def bare_loops(settings: Settings, device: str) -> dict[str, Loop]:
     requests = RequestTable(settings.path("tables", "requests"), plan.schema)
     sequences = SequenceTable(settings.path("tables", "sequences"), plan.schema, plan.sequences.id)
     reader = Reader(plan, sequences, requests, Run(""), model.windows, 1)
-    chunks = [chunk for bucket in sequences.buckets for chunk in reader.chunks(bucket)]
+    chunks = list(_first_chunks(reader, sequences.buckets))
     batches = list(_packed(model, chunks, device))
     budget = Budget(model, settings.batch_score.batch_bytes)
 
@@ -141,13 +143,15 @@ def bare_loops(settings: Settings, device: str) -> dict[str, Loop]:
 
 
 def loop_rate(loop: Loop, device: str) -> float:
-    """Scores per second; on a CPU, per second of this process."""
+    """Scores per second, of some seconds; on a CPU, per second of this process."""
     clock = time.perf_counter if device == "cuda" else time.process_time
-    started = clock()
-    num_scores = loop()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return num_scores / (clock() - started)
+    started, num_scores, seconds = clock(), 0, 0.0
+    while seconds < _LOOP_S:
+        num_scores += loop()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds = clock() - started
+    return num_scores / seconds
 
 
 def _scored(chunk: Chunk, budget: Budget) -> Float32:
@@ -155,12 +159,22 @@ def _scored(chunk: Chunk, budget: Budget) -> Float32:
     return score_lists(chunk.questions, chunk.requests.candidates, budget)
 
 
+def _first_chunks(reader: Reader, buckets: list[int]) -> Iterator[Chunk]:
+    """Until they have candidates enough."""
+    num_candidates = 0
+    for bucket in buckets:
+        for chunk in reader.chunks(bucket):
+            assert chunk.requests
+            yield chunk
+            num_candidates += len(chunk.requests.item_id_C)
+            if num_candidates >= _LOOP_CANDIDATES:
+                return
+
+
 def _packed(model: Longer, chunks: list[Chunk], device: str) -> Iterator[BatchTensors]:
-    """Requests of the first chunks as batches of the training forward pass, on the device."""
-    sizes = [len(chunk.requests.item_id_C) for chunk in chunks if chunk.requests]
-    some = chunks[: int(np.searchsorted(np.cumsum(sizes), _PACKED_CANDIDATES)) + 1]
-    asked = concat_requests([chunk.requests for chunk in some if chunk.requests])
-    histories = concat_histories([chunk.questions.histories for chunk in some])
+    """The chunks' requests as batches of the training forward pass, on the device."""
+    asked = concat_requests([chunk.requests for chunk in chunks if chunk.requests])
+    histories = concat_histories([chunk.questions.histories for chunk in chunks])
     data = SplitData(histories, asked, rows_of_requests(histories, asked), model.windows)
     batches: list[RequestBatch] = []
 

@@ -49,14 +49,16 @@ def page(of: Measured, summary: dict[str, float]) -> list[str]:
             f"| {name} | {median(runs):,.0f} ({min(runs):,.0f} to {max(runs):,.0f}) | {median(runs) / job:.3f} |"
             for name, runs in of.rates.items()
         ),
-        f"\nBefore its scores, the last run of the job took {told['start_s']:.1f} s until its first actor was up; "
+        f"\nThe last run of the job: **start** {told['start_s']:.1f} s until the first actor was up, then {_steady(of.scored)}; "
+        f"start and all, {told['num_rows'] / told['seconds']:,.0f} scores a second. "
         f"{_cost(of.scored):.2f} device-seconds a million scores; {_memory(of.scored)}. {_checked(of.scored)}\n",
+        *_actors(of.scored),
         *([_best_in_words(of.best)] if of.best else []),
-        *_linear(of.linear),
+        *(_linear(of.linear) if of.linear else []),
         *_goals(
             ("end to end, of the bare loop", ">= 90% on a GPU", f"{summary['vs_bare_loop']:.0%}", summary["vs_bare_loop"] >= 0.9),
             ("times scoring from scratch", ">= 20", f"{summary['vs_from_scratch']:.1f}", summary["vs_from_scratch"] >= 20),
-            _linear_goal(of.linear),
+            *([_linear_goal(of.linear)] if of.linear else []),
         ),
     ]  # fmt: skip
 
@@ -127,6 +129,42 @@ def _memory(version: Version) -> str:
 def _checked(version: Version) -> str:
     check = version.manifest["online_check"]
     return f"{check['requests']} requests through the serving path too: largest difference {check['max_abs_diff']:.1e}."
+
+
+def _steady(version: Version) -> str:
+    told = version.manifest
+    seconds = told["seconds"] - told["start_s"]
+    return f"**steady** {seconds:.1f} s for {told['num_rows']:,} scores, {told['num_rows'] / seconds:,.0f} a second"
+
+
+_STAGES = ("read", "queue", "encode", "score", "check", "write")
+
+
+def _actors(version: Version) -> list[str]:
+    """Where the actors' time went."""
+    return [
+        "Seconds of each actor, summed over its buckets, of which a GPU's has two at once: waits for what is *read*, in the "
+        "*queue* for the device, histories *encoded* and appended to (until launched), candidates *scored* (and waited for), "
+        "requests *checked* through the serving path, waits for what is *written*, and the rest. Before: *load*, *warm up*.\n",
+        "| actor | load | warm up | begun at | done at | buckets | scores | " + " | ".join(_STAGES) + " | rest |",
+        "|---" * (8 + len(_STAGES)) + "|",
+        *(
+            f"| {n} | {a['start_s']['load']:.1f} | {a['start_s']['warm up']:.1f} | {a['begun_s']:.1f} | {a['done_s']:.1f} | "
+            f"{a['buckets']} | {a['scores']:,} | "
+            + " | ".join(f"{a['stages_s'].get(name, 0.0):.2f}" for name in _STAGES)
+            + f" | {a['buckets_s'] - sum(a['stages_s'].values()):.2f} |"
+            for n, a in enumerate(version.manifest["actors"], 1)
+        ),
+        "",
+    ]
+
+
+def actors_in_words(version: Version) -> list[str]:
+    """The same in few words, for who watches."""
+    return [
+        f"actor {n}: {', '.join(f'{name} {s:.1f}' for name, s in (actor['start_s'] | actor['stages_s']).items())} s"
+        for n, actor in enumerate(version.manifest["actors"], 1)
+    ]
 
 
 def _best_in_words(best: Version) -> str:

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from jobs import build_requests, build_sequences, generate_events
+from benchmarks.batch_arms.newest import build_newest_requests
+from jobs import build_sequences, generate_events
 from longer.batch_settings import BatchSettings
 from longer.config import Settings, load_settings
 from longer.model.longer import Longer
@@ -54,7 +55,7 @@ def settings_of(asked: argparse.Namespace, num_actors: int) -> Settings:
             },
             "sequences": {
                 "keep_events": 2 * events_per_user,
-                "num_buckets": max(2 * num_actors, asked.users * events_per_user // _EVENTS_PER_BUCKET),
+                "num_buckets": max(4 * num_actors, asked.users * events_per_user // _EVENTS_PER_BUCKET),
             },
             "requests": {
                 "negatives_per_positive": asked.negatives,
@@ -93,7 +94,7 @@ def make_tables(settings: Settings, with_requests: bool) -> None:
     generate_events.run(settings)
     build_sequences.run(settings)
     if with_requests:
-        build_requests.run(settings)
+        build_newest_requests(settings)
     torch.manual_seed(settings.seed)
     model = Longer(settings.model, settings.event_schema, settings.train.tasks)
     table, version_id = Table(settings.path("checkpoints")), fingerprint("random", settings.seed)

@@ -76,6 +76,10 @@ def test_batch_scores_equal_online_ones_and_a_rerun_finds_them(
     assert scored.manifest["online_check"]["requests"] > 0
     assert 0 < scored.manifest["online_check"]["max_abs_diff"] <= 1e-5
     assert scored.manifest["model_version"] == inputs.checkpoint.manifest["model_version"]
+    actors = scored.manifest["actors"]
+    assert sum(actor["scores"] for actor in actors) == scored.manifest["num_rows"]
+    assert all(sum(actor["stages_s"].values()) <= actor["buckets_s"] for actor in actors), "no second is told twice"
+    assert all({"read", "encode", "score", "check", "write"} <= actor["stages_s"].keys() for actor in actors)
 
     capsys.readouterr()
     assert score_split(world) == scored

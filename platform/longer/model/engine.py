@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import numpy.typing as npt
@@ -11,6 +12,7 @@ from torch import nn
 from longer.arrays import Candidates, Histories, Int64
 from longer.model.captured_growth import CapturedGrowth
 from longer.model.captured_scores import CapturedScores
+from longer.model.fuse import plainly
 from longer.model.longer import Longer
 from longer.model.pool import StatePool
 from longer.model.states import Grow, UserState, append, computing_dtype, encode, score
@@ -20,25 +22,34 @@ Score = Callable[[Sequence[UserState], Int64, Candidates], npt.NDArray]
 
 
 class StateEngine:
-    """Encodes, appends and scores as `states` does; captured on CUDA, where the pool keeps what the kernels read."""
+    """Encodes, appends and scores as `states` does; captured on CUDA, where the pool keeps what the kernels read.
 
-    def __init__(self, model: Longer, pool: StatePool) -> None:
-        self.model, self.pool = model, pool
+    `is_plain`: neither captured nor compiled, for the few calls of whom that would take longer than all that they ask.
+    """
+
+    def __init__(self, model: Longer, pool: StatePool, is_plain: bool = False) -> None:
+        self.model, self.pool, self._is_plain = model, pool, is_plain
         self._grow: Grow | None = None
         self._score: Score = partial(score, model, pool)
-        if pool.device.type == "cuda" and pool.layout.dtype == computing_dtype(model, pool):
+        if not is_plain and pool.device.type == "cuda" and pool.layout.dtype == computing_dtype(model, pool):
             twin, memory = _with_products_in(computing_dtype(model, pool), model), torch.cuda.graph_pool_handle()
             self._grow = CapturedGrowth(twin, pool, memory).grow
             self._score = CapturedScores(twin, pool, memory).score
 
     def encode(self, histories: Histories, slots: Sequence[Slot]) -> list[UserState]:
-        return encode(self.model, self.pool, histories, slots, self._grow)
+        with self._how():
+            return encode(self.model, self.pool, histories, slots, self._grow)
 
     def append(self, states: Sequence[UserState], new: Histories, slots: Sequence[Slot]) -> list[UserState]:
-        return append(self.model, self.pool, states, new, slots, self._grow)
+        with self._how():
+            return append(self.model, self.pool, states, new, slots, self._grow)
 
     def score(self, states: Sequence[UserState], request_ts_R: Int64, candidates: Candidates) -> npt.NDArray:
-        return self._score(states, request_ts_R, candidates)
+        with self._how():
+            return self._score(states, request_ts_R, candidates)
+
+    def _how(self) -> AbstractContextManager:
+        return plainly() if self._is_plain else nullcontext()
 
 
 def _with_products_in(dtype: torch.dtype, model: Longer) -> Longer:

@@ -1,11 +1,16 @@
 """What is done otherwise on CUDA: elementwise work compiled into few kernels, attention and counting in kernels of our own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config as shapes
+
+_IS_PLAIN = ContextVar("is_plain", default=False)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -21,6 +26,16 @@ def computed_in(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Inside, nothing is compiled: for what is computed too seldom to be worth it."""
+    token = _IS_PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _IS_PLAIN.reset(token)
+
+
 def fused_on_cuda(function: F) -> F:
     """The same function, compiled by `torch.compile` for any sizes where our kernels serve its first tensor argument.
 
@@ -32,7 +47,10 @@ def fused_on_cuda(function: F) -> F:
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or not has_kernels(next(x for x in args if isinstance(x, Tensor))):
             return function(*args)
+        if _IS_PLAIN.get():
+            return function(*args)
         if not compiled:
+            shapes.use_duck_shape = False  # or sizes that agree by chance in one call must do so ever after
             compiled.append(torch.compile(function, dynamic=True))
         return compiled[0](*args)
 

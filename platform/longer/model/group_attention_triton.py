@@ -31,7 +31,7 @@ def _weights(
     return q_MD, k_MD, v_MD, event_M, inside_MD, weight_MM / tl.where(sum_M == 0.0, 1.0, sum_M)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_groups"])
 def group_attention_kernel(
     QKV, EXISTS, OUT, num_groups, scale,
     K: tl.constexpr, D: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -41,7 +41,7 @@ def count_kernel(
         tl.store(NEWEST + c_M * F + field, newest_M, exists_M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_wanted", "num_pairs", "num_steps"])
 def rank_kernel(
     PAIRS, ROW, WANTED, RANK, num_wanted, num_pairs, num_steps, F: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip

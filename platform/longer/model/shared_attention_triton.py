@@ -20,7 +20,7 @@ def _online(score_M, value_MZ, max_M, sum_M, out_MZ):
     return new_M, sum_M * old_M + weight_M, out_MZ * old_M[:, None] + weight_M[:, None] * value_MZ
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "tail_first", "own_first"])  # or it is compiled anew for one row, and for 16
 def forward_kernel(
     Q, K, V, TAIL_K, TAIL_V, OWN_K, OWN_V, OUT, LSE, TILE_SEGMENT, TILE_FIRST, OFFSETS, KEY_BEGIN, NUM_VISIBLE, REQUEST, SEES,
     q_step, k_step, v_step, tail_k_step, tail_v_step, own_k_step, own_v_step, num_rows, tail_first, own_first, scale,

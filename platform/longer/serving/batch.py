@@ -5,7 +5,9 @@ interrupted run keeps its finished buckets, a dead actor or node costs its bucke
 """
 
 import json
+import os
 import resource
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -31,10 +33,11 @@ from longer.serving.batch_check import OnlineCheck, chosen_numbers, num_left_out
 from longer.serving.batch_input import Reader
 from longer.serving.batch_output import Run, done_buckets, remember_bucket, remove_unnamed, write_rows
 from longer.serving.batch_plan import Plan, check_model, plan_scores, plan_vectors
-from longer.serving.batch_totals import cost_in_words, in_words, rates_of, totals_of
+from longer.serving.batch_totals import actors_of, cost_in_words, in_words, rates_of, totals_of
 from longer.serving.batch_warm import warm_up
 from longer.serving.offline import Budget
 from longer.serving.scorer import Scorer
+from longer.serving.stages import collected_ms, stage
 from longer.storage import TABLE_FORMAT, DataFile, Table, Version, fingerprint, remove_tree
 from longer.training.checkpoints import load_model
 from longer.training.loader import prefetch
@@ -51,13 +54,15 @@ class BucketScorer:
     def __init__(self, plan: Plan, run: Run) -> None:
         self._plan, self._run = plan, run
         self._device, self._charging, self._charged = threading.Lock(), threading.Lock(), (0.0, 0.0)
-        with run.starting(plan.most_actors, plan.section), _memory_told(plan):
+        with run.starting(plan.most_actors, plan.section), _memory_told(plan), collected_ms() as stages:
             self._start()
+        self._actor = {"name": f"{socket.gethostname()}:{os.getpid()}", "start_ms": stages}
 
     def _start(self) -> None:
         plan, run = self._plan, self._run
         sequences = f"{plan.root}/tables/sequences"
-        model, info = load_model(plan.checkpoint.path, plan.device)
+        with stage("load"):
+            model, info = load_model(plan.checkpoint.path, plan.device)
         self._scorer: Scorer | None = None  # without user states, there is no serving path to compare with
         if info.model.is_appendable:
             self._scorer = Scorer(
@@ -68,6 +73,7 @@ class BucketScorer:
                 plan.sequences.id,
                 plan.device,
                 state_precision=plan.precision,
+                is_plain=True,  # compiled, a few requests of each bucket would cost more than all others
             )
             model = self._scorer.model
         budget = Budget(model, plan.batch_bytes)
@@ -81,7 +87,8 @@ class BucketScorer:
             windows=model.windows,
             outputs_a_request=self._answers.values_a_user,
         )
-        warm_up(model, budget, plan.precision, self._scorer)
+        with stage("warm up"):
+            warm_up(model, budget, plan.precision, self._scorer)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         with _memory_told(self._plan):
@@ -98,8 +105,12 @@ class BucketScorer:
         numbers = chosen_numbers(num_requests, num_checked)
         others = num_left_out(num_requests, len(items.item_id_I), len(numbers)) if items else 0
         check = OnlineCheck(self._plan, self._scorer, items, numbers, others)
-        written = write_rows(self._run.version_path, self._run.file_of(bucket), self._parts(bucket, check, record))
+        with collected_ms() as stages:
+            written = write_rows(self._run.version_path, self._run.file_of(bucket), self._parts(bucket, check, record))
         record |= {
+            "done_at": time.time(),
+            "stages_ms": stages,
+            "actor": self._actor,
             "file": asdict(written) if written else None,
             "device": self._plan.device,
             **self._charge(started),
@@ -126,11 +137,19 @@ class BucketScorer:
 
         Scored in the thread that asked for the bucket: others get memory for large tensors anew each time, which costs a tenth.
         """
-        last_user = None
-        for chunk in prefetch(self._reader.chunks(bucket), 1):
-            with self._device:
+        last_user, chunks = None, prefetch(self._reader.chunks(bucket), 1)
+        while True:
+            with stage("read"):
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
+            with stage("queue"):
+                self._device.acquire()
+            try:
                 rows = self._answers.rows(chunk)
                 check.see(chunk, rows)
+            finally:
+                self._device.release()
             record["num_requests"] += len(rows)
             begun_before = (
                 chunk.user_id_R[0] == last_user
@@ -218,6 +237,7 @@ def _scored(
         "seconds": seconds,
         "start_s": start_s,  # of them, until the first actor was there with its model
         **rates_of(fresh, seconds - start_s),
+        "actors": actors_of(fresh, started_at),
     }
     return manifest, [DataFile(**record["file"]) for record in records if record["file"]]
 

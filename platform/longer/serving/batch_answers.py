@@ -25,6 +25,7 @@ from longer.serving.batch_input import Chunk, Items
 from longer.serving.batch_output import Run
 from longer.serving.batch_plan import Plan
 from longer.serving.offline import Budget, best_items, score_all, score_lists, waves
+from longer.serving.stages import stage
 
 
 def computing_in(precision: str, device: str) -> AbstractContextManager:
@@ -60,6 +61,7 @@ class Answers:
             return len(chunk.requests.item_id_C)
         return len(chunk.questions) * len(self.items.item_id_I) if self.items else 0
 
+    @torch.inference_mode()
     def rows(self, chunk: Chunk) -> pa.Table:
         """One row a question, in the chunk's order."""
         with computing_in(self.plan.precision, self.plan.device):
@@ -76,8 +78,9 @@ class Answers:
     def _lists(self, chunk: Chunk) -> pa.Table:
         outputs_RIT = self._empty(chunk)
         for rows_R, asked in waves(chunk.questions, self.budget):
-            for begin, block_RIT in score_all(asked, self.item_features, self.budget):
-                outputs_RIT[rows_R, begin : begin + block_RIT.shape[1]] = block_RIT.float().cpu().numpy()
+            with stage("score"):
+                for begin, block_RIT in score_all(asked, self.item_features, self.budget):
+                    outputs_RIT[rows_R, begin : begin + block_RIT.shape[1]] = block_RIT.float().cpu().numpy()
         number_RI = np.broadcast_to(np.arange(self.values_a_user), outputs_RIT.shape[:2])
         return self._user_rows(chunk, number_RI, outputs_RIT)
 
@@ -86,7 +89,9 @@ class Answers:
         outputs_RkT = self._empty(chunk)
         number_Rk = np.zeros(outputs_RkT.shape[:2], np.int64)
         for rows_R, asked in waves(chunk.questions, self.budget):
-            number_Rk[rows_R], outputs_RkT[rows_R] = best_items(asked, self.item_features, self.plan.top_k, self.budget)
+            with stage("score"):
+                best = best_items(asked, self.item_features, self.plan.top_k, self.budget)
+            number_Rk[rows_R], outputs_RkT[rows_R] = best
         return self._user_rows(chunk, number_Rk, outputs_RkT)
 
     def _vectors(self, chunk: Chunk) -> pa.Table:

@@ -24,12 +24,14 @@ from longer.data.scores import (
 )
 from longer.errors import UserError
 from longer.hashing import stable_keys
+from longer.model.fuse import plainly
 from longer.model.inputs import event_tensors
 from longer.model.states import gather
 from longer.serving.batch_input import Chunk, Items
 from longer.serving.batch_plan import Plan
 from longer.serving.resolver import Pending
 from longer.serving.scorer import Scorer, ScoreRequest
+from longer.serving.stages import collected_ms, stage
 
 _SCORE = score_column("")
 
@@ -59,6 +61,10 @@ class OnlineCheck:
         here = self.numbers[(self.numbers >= chunk.first) & (self.numbers < chunk.first + len(rows))] - chunk.first
         if not len(here):
             return
+        with stage("check"), collected_ms():  # the serving path's own stages are not the bucket's
+            self._see(chunk, rows, here)
+
+    def _see(self, chunk: Chunk, rows: pa.Table, here: Int64) -> None:
         tasks = [name.removeprefix(_SCORE) for name in rows.column_names if name.startswith(_SCORE)]
         scales = {task: root_mean_square(_flat(rows[score_column(task)])) for task in tasks}
         if self.plan.kind == "vectors":
@@ -111,6 +117,7 @@ class OnlineCheck:
         return [result.scores for result in results if not isinstance(result, UserError)]
 
     @torch.inference_mode()
+    @plainly()
     def _online_vector(self, chunk: Chunk, r: int) -> np.ndarray:
         """The user's own token, made from the state that the serving path has of the user at the time of the request."""
         assert self.scorer

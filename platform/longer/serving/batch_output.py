@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from longer.data.records import Record, finished, remember, scratch
 from longer.errors import UserError
+from longer.serving.stages import stage
 from longer.storage import (
     DataFile,
     Version,
@@ -90,18 +91,27 @@ def write_rows(version_path: str, file: str, parts: Iterable[pa.Table]) -> DataF
     folder, name = (version_path, file) if on_s3 else (scratch(version_path), f"{uuid.uuid4().hex}.parquet")
     with (
         checked_output(folder, name) as sink,
-        pq.ParquetWriter(sink, first.schema, compression="zstd") as writer,
+        pq.ParquetWriter(sink, first.schema, compression="zstd", use_dictionary=_repeating(first.schema)) as writer,
         ThreadPoolExecutor(1) as thread,  # the parts are made meanwhile, in the thread that asks for them
     ):
         writing = thread.submit(writer.write_table, first, row_group_size=len(first))
         for rows in groups:
-            writing.result()
+            with stage("write"):
+                writing.result()
             writing = thread.submit(writer.write_table, rows, row_group_size=len(rows))
-        writing.result()
+        with stage("write"):
+            writing.result()
     if not on_s3:
         make_parents(f"{version_path}/{file}")
         os.replace(f"{folder}/{name}", f"{version_path}/{file}")
     return replace(sink.data_file, path=file)
+
+
+def _repeating(schema: pa.Schema) -> list[str]:
+    """Paths of the columns that are worth a dictionary: scores are not, hardly any two agree."""
+    paths = {field.name: f"{field.name}.list.element" for field in schema if pa.types.is_list(field.type)}
+    kinds = {field.name: field.type.value_type if field.name in paths else field.type for field in schema}
+    return [paths.get(name, name) for name, kind in kinds.items() if not pa.types.is_floating(kind)]
 
 
 def remove_unnamed(version: Version, run: Run) -> None:

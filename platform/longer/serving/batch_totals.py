@@ -36,6 +36,35 @@ def rates_of(fresh: Sequence[Record], seconds: float) -> dict[str, float]:
     }
 
 
+def actors_of(fresh: Sequence[Record], started_at: float) -> list[dict[str, Any]]:
+    """Where each actor's time went, from the moment that the run began.
+
+    `stages_s` sums over its buckets, of which a GPU has two at once: `read` and `write` are waits for what is done meanwhile,
+    `queue` for the bucket before on the device. `encode` ends when it is launched, so `score` waits for both.
+    """
+    actors: dict[str, list[Record]] = {}
+    for record in fresh:
+        actors.setdefault(record["actor"]["name"], []).append(record)
+    return [
+        {
+            "name": name,
+            "buckets": len(records),
+            "scores": sum(record["num_scores"] for record in records),
+            "begun_s": min(record["begun_at"] for record in records) - started_at,
+            "done_s": max(record["done_at"] for record in records) - started_at,
+            "buckets_s": sum(record["done_at"] - record["begun_at"] for record in records),
+            "start_s": _seconds([records[0]["actor"]["start_ms"]]),
+            "stages_s": _seconds([record["stages_ms"] for record in records]),
+        }
+        for name, records in sorted(actors.items())
+    ]
+
+
+def _seconds(stages_ms: Sequence[dict[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for stages in stages_ms for name in stages)
+    return {name: sum(stages.get(name, 0.0) for stages in stages_ms) / 1000 for name in names}
+
+
 def in_words(manifest: dict[str, Any]) -> str:
     check = manifest["online_check"]
     told = f"{manifest['num_users']} users"

@@ -1,6 +1,7 @@
 """What an actor on a GPU does before its first bucket: kernels are compiled and sizes tried on users that nobody has.
 
-Compiling takes the better part of a minute in each process, and would otherwise be counted, and felt, as scoring.
+Compiling takes many seconds in each process, and would otherwise be counted, and felt, as scoring. Kernels serve any sizes but one,
+which has kernels of its own: buckets end with one user, and with one request.
 """
 
 import numpy as np
@@ -13,7 +14,8 @@ from longer.serving.batch_answers import computing_in
 from longer.serving.offline import Budget, Questions, score_lists
 from longer.serving.scorer import Scorer
 
-_NUM_USERS = 3
+_SIZES = ((3, 2), (3, 40), (1, 2), (1, 1))
+"""Users, and requests of each in a window: few and many, which attention cuts into tiles of different heights."""
 _NUM_CANDIDATES = 80
 _NOW = 1_700_000_000_000
 
@@ -22,26 +24,33 @@ def warm_up(model: Ranker, budget: Budget, precision: str, scorer: Scorer | None
     """Users of full windows, asked before and after their windows move; on a CPU, where nothing is compiled, nothing."""
     if not model.norm_head.weight.is_cuda:
         return
-    windows, schema = model.windows, model.schema
-    ends = windows.max_history_events + windows.stride_events * np.arange(1, 4) + 1
-    num_events, num_asked = int(ends[-1]), _NUM_USERS * len(ends)
-    keys, numeric = ["item_id", "action", *schema.of_kind("categorical")], schema.of_kind("numeric")
-    histories = Histories(
-        user_key_B=np.arange(1, _NUM_USERS + 1),
-        offsets_B1=np.arange(_NUM_USERS + 1) * num_events,
-        first_index_B=np.zeros(_NUM_USERS, np.int64),
-        prev_event_ts_B=np.full(_NUM_USERS, NO_EVENT_TS, np.int64),
-        event_ts_E=np.tile(_NOW + 1000 * np.arange(num_events), _NUM_USERS),
-        features=_features(keys, numeric, num_events * _NUM_USERS),
-    )
-    row_R, request_ts_R = np.repeat(np.arange(_NUM_USERS), len(ends)), np.full(num_asked, 2 * _NOW)
-    questions = Questions(histories, row_R, np.tile(ends, _NUM_USERS), request_ts_R)
     with computing_in(precision, "cuda"):
-        score_lists(questions, _candidates(schema, num_asked), budget)
+        for num_users, num_requests in _SIZES:
+            questions = _questions(model, num_users, num_requests)
+            score_lists(questions, _candidates(model.schema, len(questions)), budget)
     if scorer:
         for call in scorer.warm_ups(1, _NUM_CANDIDATES):
             call()
     torch.cuda.synchronize()
+
+
+def _questions(model: Ranker, num_users: int, num_requests: int) -> Questions:
+    """So many requests of each user in each of two windows, inside of groups."""
+    windows, schema = model.windows, model.schema
+    begins = windows.max_history_events + windows.stride_events * np.arange(1, 3)
+    ends = (begins[:, None] + np.arange(1, num_requests + 1)).ravel()
+    num_events = int(ends[-1])
+    keys, numeric = ["item_id", "action", *schema.of_kind("categorical")], schema.of_kind("numeric")
+    histories = Histories(
+        user_key_B=np.arange(1, num_users + 1),
+        offsets_B1=np.arange(num_users + 1) * num_events,
+        first_index_B=np.zeros(num_users, np.int64),
+        prev_event_ts_B=np.full(num_users, NO_EVENT_TS, np.int64),
+        event_ts_E=np.tile(_NOW + 1000 * np.arange(num_events), num_users),
+        features=_features(keys, numeric, num_events * num_users),
+    )
+    row_R = np.repeat(np.arange(num_users), len(ends))
+    return Questions(histories, row_R, np.tile(ends, num_users), np.full(len(row_R), 2 * _NOW))
 
 
 def _candidates(schema: EventSchema, num_requests: int) -> Candidates:

@@ -17,6 +17,7 @@ from longer.model.longer import Longer
 from longer.model.ranker import Ranker
 from longer.model.sweep import Asked, Sweep
 from longer.serving.plain import score_lists_plainly
+from longer.serving.stages import stage
 
 _FLOATS_PER_TOKEN = 24
 """Numbers of the token's width that a layer holds at once: the token, its projections, the feed-forward layer's four."""
@@ -94,15 +95,19 @@ def waves(questions: Questions, budget: Budget) -> Iterator[tuple[Int64, Asked]]
         users = users[np.argsort(-num_U[users], kind="stable")]
         mine = row_U[users]
         last_B = newest_P[first_U[users] + num_U[users] - 1]
-        sweep = Sweep(model, questions.histories.slice_events(mine, start_U[users], last_B))
+        with stage("encode"):
+            sweep = Sweep(model, questions.histories.slice_events(mine, start_U[users], last_B))
         for wave in range(num_U[users[0]]):
             packs_B = first_U[users[num_U[users] > wave]] + wave
             chosen = packs.take(packs_B)
-            sweep.advance(newest_P[packs_B])
             row = np.repeat(np.arange(len(chosen)), np.diff(chosen.offsets_P1))
-            yield chosen.order_R, sweep.ask(row, end_R[chosen.order_R], questions.request_ts_R[chosen.order_R])
+            with stage("encode"):
+                sweep.advance(newest_P[packs_B])
+                asked = sweep.ask(row, end_R[chosen.order_R], questions.request_ts_R[chosen.order_R])
+            yield chosen.order_R, asked
 
 
+@torch.inference_mode()
 def score_lists(questions: Questions, candidates: Candidates, budget: Budget) -> Float32:
     """[C, T] outputs of every request's own candidates, in their order."""
     if not budget.model.settings.is_appendable:
@@ -115,7 +120,8 @@ def score_lists(questions: Questions, candidates: Candidates, budget: Budget) ->
         picked_C = np.repeat(begins - offsets[:-1], lengths) + np.arange(offsets[-1])
         chosen = Candidates(offsets, {name: values[picked_C] for name, values in candidates.features.items()})
         if len(picked_C):
-            outputs_CT[picked_C] = _outputs(asked, chosen, budget).float().cpu().numpy()
+            with stage("score"):
+                outputs_CT[picked_C] = _outputs(asked, chosen, budget).float().cpu().numpy()
     return outputs_CT
 
 

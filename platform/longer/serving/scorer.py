@@ -75,8 +75,9 @@ class Scorer:
         event_limits: EventLimits | None = None,
         host_bytes: int = 0,
         state_precision: Precision = "float32",
+        is_plain: bool = False,
     ) -> None:
-        self._device = device
+        self._device, self._is_plain = device, is_plain
         self.model, self.info = load_appendable(checkpoint, device)
         self.history = HistorySource(sequences, self.info.schema, sequences_version)
         self._items_path, self._reader = items, RequestReader(self.info.schema)
@@ -116,7 +117,7 @@ class Scorer:
 
     def _serve_states(self) -> None:
         self.version = StateVersion(self.info.model_version, self.info.schema.hash(), self.info.model.encoding)
-        self._engine = StateEngine(self.model, self.cache.pool)
+        self._engine = StateEngine(self.model, self.cache.pool, self._is_plain)
         self.states = StateResolver(self._engine, self.version, self.history, self.online, self.cache)
 
     def newer_tables(self) -> Tables | None:
