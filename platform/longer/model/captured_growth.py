@@ -19,6 +19,8 @@ from longer.model.pool_context import StagedContext
 from longer.model.states import computing
 
 _MOST_COARSE = 4_096
+_EVENTS_A_USER = 32
+"""Room that there is at least: most appends are smaller, and then need no other graph than that of so many users."""
 
 
 class CapturedGrowth:
@@ -55,7 +57,7 @@ def room_for(growth: Growth, num_users: int) -> Room:
     exact, layout = growth.room(), growth.pool.layout
     is_moving = bool((growth.has_moved_B | growth.is_elsewhere_B).any())
     num_moving = num_users * is_moving  # all of them: how many do would be one more size
-    events = _coarsely(exact.events)
+    events = max(_coarsely(exact.events), num_users * _EVENTS_A_USER)
     groups = events // layout.windows.merge_size
     most_events = int(layout.event_words(np.array(layout.most_groups)))
     return Room(

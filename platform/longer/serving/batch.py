@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 import torch
+from ray.actor import ActorHandle
 
 from longer.batch_settings import ScorerPool
 from longer.config import RaySettings, Settings
@@ -33,6 +34,7 @@ from longer.serving.batch_check import OnlineCheck, chosen_numbers, num_left_out
 from longer.serving.batch_input import Reader
 from longer.serving.batch_output import Run, done_buckets, remember_bucket, remove_unnamed, write_rows
 from longer.serving.batch_plan import Plan, check_model, plan_scores, plan_vectors
+from longer.serving.batch_roll import roll, sign
 from longer.serving.batch_totals import actors_of, cost_in_words, in_words, rates_of, totals_of
 from longer.serving.batch_warm import warm_up
 from longer.serving.offline import Budget
@@ -51,7 +53,9 @@ _BUCKETS_AT_ONCE = {"cpu": 1, "cuda": 2}
 class BucketScorer:
     """Writes the answers of the buckets it is given; one instance an actor, which loads the model once."""
 
-    def __init__(self, plan: Plan, run: Run) -> None:
+    def __init__(self, plan: Plan, run: Run, actors: ActorHandle | None = None) -> None:
+        if actors:
+            sign(actors)
         self._plan, self._run = plan, run
         self._device, self._charging, self._charged = threading.Lock(), threading.Lock(), (0.0, 0.0)
         with run.starting(plan.most_actors, plan.section), _memory_told(plan), collected_ms() as stages:
@@ -281,49 +285,36 @@ def _score_buckets(
     fewest, most = (min(number, len(buckets)) for number in pool.concurrency)
     at_once = _BUCKETS_AT_ONCE[plan.device]
     rows = ray.data.from_items([{"bucket": bucket} for bucket in buckets], override_num_blocks=len(buckets))
-    written = rows.map_batches(
-        BucketScorer,
-        fn_constructor_args=(plan, run),
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(
-            min_size=fewest,
-            max_size=most,
-            max_tasks_in_flight_per_actor=2,  # one at least waits, or is read, where another is scored
-            enable_true_multi_threading=at_once > 1,
-            max_concurrent_calls_per_actor=at_once,
-        ),
-        **scorer_options(pool, where),
-    )
-    records: list[Record] = []
-
-    def seconds() -> float:
-        return time.time() - min(record["begun_at"] for record in records)  # actors have started before that
-
-    def note() -> str:
-        rates = rates_of(records, seconds())
-        return (
-            f"{rates['rows_per_s']:.0f} scores/s, {rates['users_per_s']:.1f} users/s{cost_in_words(totals_of(records))}"
+    with roll() as actors:
+        written = rows.map_batches(
+            BucketScorer,
+            fn_constructor_args=(plan, run, actors),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(
+                min_size=fewest,
+                max_size=most,
+                max_tasks_in_flight_per_actor=2,  # one at least waits, or is read, where another is scored
+                enable_true_multi_threading=at_once > 1,
+                max_concurrent_calls_per_actor=at_once,
+            ),
+            **scorer_options(pool, where),
         )
+        records: list[Record] = []
 
-    def finished() -> Iterator[Record]:
-        for row in written.iter_rows():
-            records.append(json.loads(row["record"]))
-            yield records[-1]
+        def seconds() -> float:
+            return time.time() - min(record["begun_at"] for record in records)  # actors have started before that
 
-    try:
+        def note() -> str:
+            rates = rates_of(records, seconds())
+            return f"{rates['rows_per_s']:.0f} scores/s, {rates['users_per_s']:.1f} users/s{cost_in_words(totals_of(records))}"
+
+        def finished() -> Iterator[Record]:
+            for row in written.iter_rows():
+                records.append(json.loads(row["record"]))
+                yield records[-1]
+
         return list(track(finished(), len(buckets), job.replace("_", " "), "buckets", note, seconds))
-    finally:
-        _end(written)
-
-
-def _end(dataset: ray.data.Dataset) -> None:
-    """Ends the actors of a run that is over or has failed, those that are still starting too.
-
-    Ray lets go of them only when nobody holds the error that it raised, and until then they keep their CPUs from the next run.
-    """
-    if executor := dataset._current_executor:
-        executor.shutdown(force=True)
 
 
 def check_against_online(settings: Settings, scored: Version) -> Version:

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from longer.arrays import NO_EVENT_TS, Candidates, Histories
+from longer.model.captured_call import power_of_two
 from longer.model.engine import StateEngine
 from longer.model.states import rows_for
 from longer.schema import EventSchema
@@ -16,15 +17,13 @@ from longer.serving.store import StateStore
 def warm_up(
     engine: StateEngine, store: StateStore, history: HistorySource, num_requests: int, num_candidates: int
 ) -> None:
-    """Users with a full window are encoded, appended to and asked by `num_requests` requests of `num_candidates` each."""
-    model = engine.model
-    num_events, num_users = (
-        model.settings.history_events,
-        min(num_requests, 2),
-    )  # kernels of one, and of any other number
-    ends = np.cumsum(
-        [num_events, 1, model.windows.stride_events]
-    )  # inside a stride, and over its end into another slot
+    """Users with a full window are encoded, appended to and asked by `num_requests` requests of `num_candidates` each.
+
+    As many users as requests, where growth has another size for so many; one, where it has not.
+    """
+    model, num_users = engine.model, num_requests if power_of_two(num_requests) == num_requests else 1
+    # inside a stride, and over its end into another slot
+    ends = np.cumsum([model.settings.history_events, 1, model.windows.stride_events])
     window, *parts = _events(history, model.schema, ends)
     try:
         rows = [rows_for(store.layout, np.full(num_users, end)) for end in ends]
