@@ -36,6 +36,9 @@ def _beats_all(arms: dict[str, list[Record]], baselines: dict[str, dict[str, flo
     behind = sorted((lead, noise, name) for name, (lead, noise) in leads.items() if lead <= noise)
     figures = f"{own:.4f} against {own - leads['none'][0]:.4f} of the features alone and {baselines['count_all']['long_auc']:.4f}"
     told = ", ".join(f"{name} (lead {lead:+.4f}, both spreads {noise:.4f})" for lead, noise, name in behind)
+    missing = [name for name in ENCODERS if name not in rivals]
+    if missing and not behind:
+        return f"- **so far**: {claim}: {figures} of count_all; not trained: {', '.join(missing)}"
     return _line(
         not behind, claim, f"{figures} of count_all; {'not beyond the spread: ' + told if told else 'all beaten'}"
     )
