@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from longer.hashing import stable_keys
 from longer.serving.cache import StateVersion
 from longer.serving.dumps import DumpCounters, StateDumps
 from longer.serving.kept_states import KeptState
@@ -86,7 +87,6 @@ class StateKeeper:
         finally:
             marked = await asyncio.to_thread(self._dumps.forgotten)  # some may be since the first file was read
             await self._in_worker(self._drop, marked & taken)
-            self._forgotten.clear()
         if taken:
             _logger.info("%d states of before are back, in host memory", len(taken))
 
@@ -116,8 +116,15 @@ class StateKeeper:
         active = await asyncio.to_thread(self._scorer.history.most_active, most)
         own = [n for n, user_id in enumerate(active.to_pylist()) if self._is_own(user_id, ring)][:wanted]
         users = active.take(pa.array(own, pa.int64()))
+        marked = await asyncio.to_thread(self._dumps.forgotten) if self._dumps else frozenset[int]()
         for begin in range(0, len(users), _WARMED_TOGETHER):
-            self.num_warmed += await self._in_worker(self._scorer.warm, users[begin : begin + _WARMED_TOGETHER])
+            self.num_warmed += await self._in_worker(self._encode, users[begin : begin + _WARMED_TOGETHER], marked)
+
+    def _encode(self, users: pa.Array, marked: frozenset[int]) -> int:
+        """How many of the users have been encoded: of those who were forgotten nothing is made before they ask."""
+        gone = self._forgotten | marked
+        is_wanted = [user_key not in gone for user_key in stable_keys(users).tolist()]
+        return self._scorer.warm(users.filter(pa.array(is_wanted, pa.bool_())))
 
     async def mark_forgotten(self, user_id: int | str) -> None:
         """No dump brings the user back; to be done before replicas drop what they hold."""
@@ -125,9 +132,8 @@ class StateKeeper:
             await asyncio.to_thread(self._dumps.forget, self._scorer.user_key(user_id))
 
     def forget(self, user_id: int | str) -> bool:
-        """Drops what the replica holds of the user, and will not take in what is being read; whether it held anything."""
-        if self._lock.locked():
-            self._forgotten.add(self._scorer.user_key(user_id))
+        """Drops what the replica holds of the user, and brings nothing of hers here any more; whether it held anything."""
+        self._forgotten.add(self._scorer.user_key(user_id))
         return self._scorer.forget(user_id)
 
     async def leave(self) -> None:

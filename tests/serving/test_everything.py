@@ -1,0 +1,146 @@
+"""Whatever happens to a replica, in whatever order and batches, a score is that of the history recomputed in plain Python.
+
+Tables that catch up or lose events, events sent online, forgetting, other models and back, restarts from dumps, warm-up, budgets
+from nothing to plenty in both tiers, and batches in which users come several times.
+"""
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from longer.errors import UserError
+from longer.serving.dumps import StateDumps
+from longer.serving.scorer import EventsRequest, Scorer, ScoreRequest
+from tests.serving.tables import START_MS, build_world, checkpoint_path, publish_random_model, tiny_settings
+from tests.serving.test_online import CANDIDATES, HOUR_MS, Event, Recomputed, columns_of, event, in_order, publish
+
+USERS = (1, 2, 4, 5)
+BUDGETS = ((0, 0), (9_000, 0), (0, 12_000), (9_000, 12_000), (9_000, 40_000), (1 << 30, 0), (3_000, 5_000))
+"""Bytes on the device and in host memory; a state of these worlds takes some thousands."""
+
+
+class Life:
+    """A replica, and what is true of its users."""
+
+    def __init__(self, rng: random.Random, checkpoints: list[str], root: Path) -> None:
+        self.rng, self.root, self.settings = rng, root, tiny_settings(root)
+        self.checkpoints = list(checkpoints)
+        self.budget, self.newest_hour, self.num_versions = rng.choice(BUDGETS), 41, 0
+        self.tables = {user: Counter(self.some_event() for _ in range(rng.randint(0, 60))) for user in USERS}
+        self.tables[3] = Counter([event(0, 0)])  # a table is never empty
+        self.publish()
+        self.scorer = self.started()
+        self.known = {user: Recomputed(self.scorer) for user in USERS}
+        for user in USERS:
+            self.known[user].table = self.tables[user].copy()
+
+    def some_event(self) -> Event:
+        return event(self.rng.randint(0, self.newest_hour), self.rng.randint(0, 2))
+
+    def started(self) -> Scorer:
+        tables = [self.settings.path("tables", name) for name in ("sequences", "items")]
+        return Scorer(self.checkpoints[0], tables[0], self.budget[0], tables[1], host_bytes=self.budget[1])
+
+    def publish(self) -> None:
+        self.num_versions += 1
+        publish(
+            self.settings, {user: events for user, events in self.tables.items() if events}, f"v{self.num_versions}"
+        )
+
+    # -- what happens -------------------------------------------------------------------------------------------------
+
+    def table(self) -> None:
+        """Catches up with some or all that was sent, brings events that nobody sent, or has lost every second one."""
+        user = self.rng.choice(USERS)
+        sent = self.known[user].sent
+        brought = Counter(self.some_event() for _ in range(self.rng.randint(0, 4)))
+        self.tables[user] = (self.tables[user] | Counter(in_order(sent)[:: self.rng.choice((1, 2))])) + brought
+        if self.rng.random() < 0.15:
+            self.tables[user] = Counter(in_order(self.tables[user])[::2])
+        self.publish()
+        newer = self.scorer.newer_tables()
+        assert newer
+        self.scorer.move_to(newer)
+        self.known[user].table = self.tables[user].copy()
+
+    def events(self) -> None:
+        user, events = self.rng.choice(USERS), [self.some_event() for _ in range(self.rng.randint(1, 5))]
+        self.known[user].sent |= Counter(events)
+        self.scorer.add_events([EventsRequest(user, columns_of(events))])
+
+    def forget(self) -> None:
+        user = self.rng.choice(USERS)
+        self.scorer.forget(user)
+        assert self.scorer.cache.peek(self.scorer.user_key(user), self.scorer.version) is None
+        self.known[user].sent = Counter()
+
+    def adopt(self) -> None:
+        self.checkpoints.reverse()
+        self.scorer.adopt(*self.scorer.load_checkpoint(self.checkpoints[0]))
+
+    def restart(self) -> None:
+        """Events sent online are gone, states of the dump are not; some events may be there before them."""
+        folder = str(self.root / f"dump{self.num_versions}_{self.rng.random()}")
+        StateDumps(folder, "before").write(self.scorer.cache, self.scorer.version, 60)
+        self.scorer = self.started()
+        for known in self.known.values():
+            known._scorer, known.sent = self.scorer, Counter()
+        if self.rng.random() < 0.5:
+            self.events()
+        version, layout = self.scorer.version, self.scorer.cache.layout
+        for states in StateDumps(folder, "after").states(version, layout, lambda *_: True):
+            for one in states:
+                self.scorer.cache.restore(one.user_key, version, one.entry, one.words_NI, one.is_protected)
+
+    def warm(self) -> None:
+        self.scorer.warm(pa.array(USERS))
+
+    def ask(self) -> None:
+        """Several requests at once, of the past too; a user's are answered in order."""
+        asked = []
+        for _ in range(self.rng.randint(1, 7)):
+            if self.rng.random() < 0.4:
+                events = [event(self.newest_hour, kind) for kind in range(self.rng.randint(0, 5))]
+                self.newest_hour += 1
+                hour = self.newest_hour
+            else:
+                events = [self.some_event() for _ in range(self.rng.choice((0, 0, 2)))]
+                hour = self.rng.randint(0, self.newest_hour + 1)
+            asked.append((self.rng.choice(USERS), START_MS + hour * HOUR_MS, events))
+        requests = [ScoreRequest(u, CANDIDATES, request_ts=ts, events=columns_of(events)) for u, ts, events in asked]
+        for (user, request_ts, events), result in zip(asked, self.scorer.score(requests), strict=True):
+            self.known[user].sent |= Counter(events)
+            wanted, num_events, is_cut = self.known[user].score(user, request_ts)
+            if isinstance(result, UserError):
+                assert is_cut, result
+                continue
+            assert result.num_events == num_events
+            np.testing.assert_allclose(result.scores["label"], wanted, rtol=0, atol=1e-5)
+
+    def check_bytes(self) -> None:
+        cache = self.scorer.cache
+        assert cache.num_bytes <= self.budget[0]
+        assert cache.host_bytes <= self.budget[1]
+        assert cache.pool.slots.used_units * cache.layout.row_bytes == cache.num_bytes
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    world = build_world(tmp_path_factory.mktemp("world"))
+    return [checkpoint_path(world), publish_random_model(world, seed=1).path]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_mixture_of_what_happens_to_a_replica_changes_a_score(
+    seed: int, checkpoints: list[str], tmp_path: Path
+) -> None:
+    rng = random.Random(seed)
+    life = Life(rng, checkpoints, tmp_path)
+    happens = [life.table, life.events, life.forget, life.adopt, life.restart, life.warm, life.ask]
+    for what in rng.choices(happens, weights=(12, 8, 8, 6, 6, 5, 55), k=20):
+        what()
+        life.check_bytes()
