@@ -23,9 +23,8 @@ from pydantic import (
 from pydantic_core import to_json
 
 from longer.errors import UserError
-from longer.serving.requests import EventsRequest, EventsResult, ScoreRequest, ScoreResult
+from longer.serving.requests import LAST_MS, EventsRequest, EventsResult, ScoreRequest, ScoreResult
 
-_LAST_MS = 253_402_300_799_999  # the end of the year 9999
 MAX_COLUMNS = 256
 """Most names of features in one body: each becomes a column as long as the body has items."""
 
@@ -44,12 +43,12 @@ Value = StrictStr | StrictInt | Annotated[float, Strict(), Field(allow_inf_nan=F
 Time = Annotated[
     int,
     BeforeValidator(_milliseconds),
-    Field(strict=True, ge=0, le=_LAST_MS),
+    Field(strict=True, ge=0, le=LAST_MS),
     WithJsonSchema(
         {
             "description": "Milliseconds since 1970 UTC, or ISO 8601 with a time zone.",
             "anyOf": [
-                {"type": "integer", "minimum": 0, "maximum": _LAST_MS},
+                {"type": "integer", "minimum": 0, "maximum": LAST_MS},
                 {"type": "string", "format": "date-time"},
             ],
         }

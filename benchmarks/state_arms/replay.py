@@ -112,6 +112,8 @@ def _batches() -> Iterator[_Asked]:
 
 
 def _replay(scorer: Scorer, num_new: int) -> dict[str, Any]:
+    for call in scorer.warm_ups(BATCH, NUM_CANDIDATES):  # as a replica before it is ready
+        call()
     whole_ms, history_ms, before = [], [], dict[str, int]()
     for number, asked in enumerate(_batches()):
         if number == _NUM_WARM:

@@ -24,6 +24,8 @@ from longer.schema import EventSchema
 Source = Literal["hit", "append", "load", "cold"]
 Columns = Mapping[str, Sequence[Any] | pa.Array]
 
+LAST_MS = 253_402_300_799_999
+"""The end of the year 9999, the last time that there is."""
 _CLOCK_SKEW = timedelta(minutes=1)
 """How far the clock of whoever sends events may be ahead of this one."""
 
@@ -77,6 +79,14 @@ class RequestReader:
 
     def user(self, user_id: int | str) -> pa.Array:
         return _column("user_id", [user_id], self._schema.id_types[0])
+
+    def time(self, request_ts: int | None) -> int:
+        """In milliseconds; now, if none is given."""
+        if request_ts is None:
+            return now_ms()
+        if not 0 <= request_ts <= LAST_MS:
+            raise UserError("request_ts: expected milliseconds since 1970, up to the year 9999")
+        return request_ts
 
     def candidates(self, request: ScoreRequest, items: ItemTable | None) -> dict[str, npt.NDArray]:
         """Item keys and features [C] of the candidates: features as given, else from the catalogue, else missing."""

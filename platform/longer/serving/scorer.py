@@ -191,13 +191,12 @@ class Scorer:
 
     def _prepare(self, request: ScoreRequest, events: pa.Table | UserError | None) -> _Asked | UserError:
         try:
-            user_id = self._reader.user(request.user_id)
+            user_id, request_ts = self._reader.user(request.user_id), self._reader.time(request.request_ts)
             candidates = self._reader.candidates(request, self.items)
         except UserError as error:
             return error
         if isinstance(events, UserError):
             return events
-        request_ts = now_ms() if request.request_ts is None else request.request_ts
         return _Asked(user_id, int(stable_keys(user_id)[0]), request_ts, events, candidates=candidates)
 
     def _prepare_events(self, request: EventsRequest, events: pa.Table | UserError | None) -> Pending | UserError:
