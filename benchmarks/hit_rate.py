@@ -30,17 +30,20 @@ from benchmarks.point_reads import commit
 from benchmarks.quickstart import cpu_model
 from longer.arrays import Candidates, Histories, Int64
 from longer.charts import curve
-from longer.config import GenerateSettings, ModelSettings, TaskSettings, load_settings
+from longer.config import load_settings
 from longer.data.columns import single_array
 from longer.data.sequences import KeepRule, Older, build_sequences
 from longer.data.tables import histories_in_order
 from longer.datasets import complete_journey, generator
 from longer.model.longer import Longer
 from longer.model.states import UserState, append, encode, rows_for, score
+from longer.model_settings import ModelSettings
 from longer.schema import EventSchema, Feature
 from longer.serving.cache import Entry, Known, StateVersion
 from longer.serving.fingerprint import EventPrint
 from longer.serving.store import StateStore
+from longer.table_settings import GenerateSettings
+from longer.training_settings import TaskSettings
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 NUM_CANDIDATES, BATCH = 50, 16

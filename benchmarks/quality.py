@@ -28,7 +28,7 @@ from benchmarks.quality_study.data import SCHEMAS, read_log
 from benchmarks.quality_study.page import page
 from benchmarks.quality_study.plots import plots
 from benchmarks.quality_study.training import Budget, baselines, run
-from longer.config import GenerateSettings
+from longer.table_settings import GenerateSettings
 
 _GENERATED = GenerateSettings(
     num_users=2_000, num_events=10_000_000, num_items=100_000, num_clusters=1_000, user_zipf_exponent=0.5

@@ -40,10 +40,10 @@ from benchmarks.model_arms.sizes import (
 )
 from benchmarks.model_arms.work import kernel_table
 from longer.arrays import RequestBatch
-from longer.config import TrainSettings
 from longer.model.inputs import to_tensors
 from longer.model.longer import Longer
 from longer.training.steps import StepBatch, Stepper, loss_sum
+from longer.training_settings import TrainSettings
 
 PER_IMPRESSION, SHARED, LAUNCHED, STEP = "per impression", "shared padded", "launched", "model step"
 NUM_CANDIDATES = 32

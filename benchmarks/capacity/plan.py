@@ -6,7 +6,9 @@ from typing import Annotated
 from pydantic import Field
 
 from benchmarks.capacity.measured import BUILD_CORES, BUILD_EVENTS, SCORE_CANDIDATES, SCORE_REQUESTS, Measured
-from longer.config import ModelSettings, Section, SequenceSettings
+from longer.config import Section
+from longer.model_settings import ModelSettings
+from longer.table_settings import SequenceSettings
 
 MODEL = ModelSettings(
     history_events=10_000,

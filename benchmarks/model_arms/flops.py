@@ -5,7 +5,7 @@ d event width, D width.
 
 import numpy as np
 
-from longer.config import ModelSettings
+from longer.model_settings import ModelSettings
 
 
 def training_flops(settings: ModelSettings, lengths: np.ndarray, num_candidates: int) -> float:

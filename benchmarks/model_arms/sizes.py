@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from longer.arrays import NO_EVENT_TS, Candidates, Histories, RequestBatch
-from longer.config import ModelSettings, TaskSettings
+from longer.model_settings import ModelSettings
 from longer.schema import EventSchema, Feature
+from longer.training_settings import TaskSettings
 
 SCHEMA = EventSchema(features=(Feature(name="category", kind="categorical", of="item"),), tasks=("click",))
 TASKS = (TaskSettings(name="click"),)

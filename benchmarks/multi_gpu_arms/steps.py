@@ -29,10 +29,10 @@ import torch.multiprocessing
 
 from benchmarks.model_arms.sizes import ON_CUDA, SCHEMA, TASKS, model_settings, random_batch, seconds, zipf_lengths
 from longer.arrays import Int64
-from longer.config import TrainSettings
 from longer.model.longer import Longer
 from longer.training.cursor import DataCursor
 from longer.training.steps import Stepper
+from longer.training_settings import TrainSettings
 
 BALANCED, NO_EXCHANGE, BY_COUNT, ROWS = "balanced", "no exchange", "by request count", "sharded rows"
 NUM_CANDIDATES = 32

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from longer.config import ModelSettings
+from longer.model_settings import ModelSettings
 
 ENCODERS: dict[str, dict[str, Any]] = {
     "none": {"kind": "none"},

@@ -14,7 +14,6 @@ import pyarrow as pa
 
 from benchmarks.quality_study.movielens import read_ratings
 from longer.arrays import NO_EVENT_TS, Candidates, Histories, Int64
-from longer.config import GenerateSettings, RequestSettings
 from longer.data.batches import Requests
 from longer.data.columns import histories_of, requests_of, single_array
 from longer.data.requests import (
@@ -30,6 +29,7 @@ from longer.data.tables import SequenceTable
 from longer.datasets.generator import chunks, generate
 from longer.hashing import stable_keys
 from longer.schema import EventSchema, Feature
+from longer.table_settings import GenerateSettings, RequestSettings
 from longer.training.loader import SplitData
 from longer.windows import WindowRule
 

@@ -16,17 +16,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.quality_study.arms import UNDO, Arm, Base, model_settings
 from benchmarks.quality_study.data import Log
 from longer.arrays import Int64
-from longer.config import ModelSettings, TaskSettings, TrainSettings
 from longer.model.encoders.factory import make_model, upstream_settings
 from longer.model.encoders.ranker import EncoderRanker
 from longer.model.inputs import to_tensors
 from longer.model.longer import Longer
 from longer.model.ranker import Ranker
+from longer.model_settings import ModelSettings
 from longer.training.baselines import count_in_history, item_counts, popularity
 from longer.training.cursor import MIN_PACKS_OF_STEP, DataCursor
 from longer.training.loader import SplitData, largest_batch, prefetch, score_split
 from longer.training.metrics import auc, binary_metrics
 from longer.training.steps import Stepper, rate_share
+from longer.training_settings import TaskSettings, TrainSettings
 
 _PACK_REQUESTS = 16
 _COUNTED_CANDIDATES = 64

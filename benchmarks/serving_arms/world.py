@@ -9,9 +9,10 @@ import torch
 
 from benchmarks.serving_arms.load import Body
 from jobs import build_requests, build_sequences, generate_events
-from longer.config import ModelSettings, Settings, load_settings
+from longer.config import Settings, load_settings
 from longer.data.tables import RequestTable
 from longer.model.longer import Longer
+from longer.model_settings import ModelSettings
 from longer.storage import Table, fingerprint
 from longer.training.checkpoints import save_model
 

@@ -15,16 +15,17 @@ import pyarrow as pa
 
 from benchmarks.model_arms.sizes import DEVICE, NOW, ON_CUDA, TASKS
 from benchmarks.state_arms.users import spread
-from longer.config import GenerateSettings, ModelSettings, SequenceSettings
 from longer.data.sequences import KeepRule
 from longer.data.tables import SequenceTable
 from longer.errors import UserError
 from longer.model.longer import Longer
 from longer.model.pool import Precision, StateLayout
+from longer.model_settings import ModelSettings
 from longer.schema import EventSchema
 from longer.serving.scorer import Scorer, ScoreRequest
 from longer.serving.stages import collected_ms
 from longer.storage import Version
+from longer.table_settings import GenerateSettings, SequenceSettings
 from longer.training.checkpoints import save_model
 from tests.data.tables import publish_sequences
 

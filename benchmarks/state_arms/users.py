@@ -10,12 +10,12 @@ import torch
 
 from benchmarks.model_arms.sizes import DEVICE, ON_CUDA, SCHEMA, TASKS, random_batch, seconds
 from longer.arrays import Candidates, Histories, Int64, RequestBatch
-from longer.config import ModelSettings
 from longer.model.engine import StateEngine
 from longer.model.inputs import to_tensors
 from longer.model.longer import Longer
 from longer.model.pool import Precision, StateLayout, StatePool
 from longer.model.states import UserState, append, encode, score
+from longer.model_settings import ModelSettings
 from longer.slots import Slot
 
 NUM_ROUNDS = 5

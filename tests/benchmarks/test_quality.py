@@ -9,8 +9,8 @@ from benchmarks.quality_study.arms import BASES, QUICK, chosen_rates, grid, mode
 from benchmarks.quality_study.data import SCHEMAS, read_log
 from benchmarks.quality_study.page import page
 from benchmarks.quality_study.rows import power_law
-from longer.config import GenerateSettings
 from longer.encoder_settings import Sim
+from longer.table_settings import GenerateSettings
 from longer.training.baselines import count_in_history
 
 _LOGS = sorted(SCHEMAS)

@@ -13,10 +13,10 @@ from benchmarks.regroup import measure
 from benchmarks.regroup.digest import Digest, digest_log, problem_of, rows_of_files
 from benchmarks.regroup.job import Job
 from benchmarks.regroup.libraries import FORMS
-from longer.config import GenerateSettings
 from longer.datasets.generator import chunks
 from longer.datasets.ray_generator import ChunkWriter
 from longer.schema import EventSchema
+from longer.table_settings import GenerateSettings
 from tests.data.logs import naive_sequences
 
 SIZES = GenerateSettings(

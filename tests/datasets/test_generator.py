@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs import generate_events
-from longer.config import GenerateSettings, Settings, load_settings
+from longer.config import Settings, load_settings
 from longer.datasets import ray_generator
 from longer.datasets.generator import DAY_MS, chunks, first_event, generate, planted_cluster
 from longer.errors import UserError
 from longer.schema import EventSchema, Feature
+from longer.table_settings import GenerateSettings
 
 SMALL = GenerateSettings(
     num_users=200, num_events=120_000, num_items=5_000, num_clusters=100, num_days=30, period_days=10, episode_days=1

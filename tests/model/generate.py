@@ -5,13 +5,14 @@ import pyarrow as pa
 import torch
 
 from longer.arrays import NO_EVENT_TS, Candidates, Histories, RequestBatch
-from longer.config import ModelSettings, TaskSettings
 from longer.hashing import stable_keys
 from longer.model.longer import Longer
 from longer.model.pool import Precision, StateLayout, StatePool
 from longer.model.states import UserState, encode, new_slots
+from longer.model_settings import ModelSettings
 from longer.schema import EventSchema, Feature
 from longer.slots import Slot
+from longer.training_settings import TaskSettings
 
 SCHEMA = EventSchema(
     features=(

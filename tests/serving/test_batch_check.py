@@ -7,14 +7,16 @@ import pyarrow as pa
 import pytest
 import torch
 
-from longer.config import ModelSettings, Settings, TaskSettings
+from longer.config import Settings
 from longer.errors import UserError
+from longer.model_settings import ModelSettings
 from longer.serving import batch
 from longer.serving.batch import BucketScorer, batch_score, export_vectors, spooled_buckets
 from longer.serving.batch_check import OnlineCheck, num_left_out
 from longer.serving.batch_output import Run, remember_bucket
 from longer.serving.batch_plan import check_model, plan_scores, plan_vectors
 from longer.storage import Table
+from longer.training_settings import TaskSettings
 from tests.serving.batch_runs import asking, expected_scores, ids_file, score_here, world_with_requests, written_here
 from tests.serving.tables import (
     MODEL,

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from longer.config import ModelSettings
 from longer.errors import UserError
 from longer.model.encoders.factory import make_model, upstream_settings
 from longer.model.encoders.ranker import EncoderRanker
 from longer.model.inputs import to_tensors
+from longer.model_settings import ModelSettings
 from longer.serving.offline import Budget, Questions, score_lists
 from longer.serving.scorer import Scorer
 from longer.training.checkpoints import load_appendable, load_model, load_upstream, save_model

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from longer.arrays import Candidates, RequestBatch
-from longer.config import TrainSettings
 from longer.model.longer import Longer
 from longer.training.steps import Stepper
+from longer.training_settings import TrainSettings
 from tests.model.generate import TASKS, one_request_a_row, random_candidates, random_histories, small_model
 
 LENGTHS, CANDIDATES = [0, 7, 30, 12], 3

@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from longer.config import Settings, TrainSettings
+from longer.config import Settings
 from longer.errors import UserError
 from longer.model.longer import Longer
 from longer.schema import EventSchema
@@ -25,6 +25,7 @@ from longer.training.checkpoints import (
     save_trainer,
 )
 from longer.training.cursor import Position
+from longer.training_settings import TrainSettings
 from tests.model.generate import SCHEMA, TASKS, small_model
 
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from longer.arrays import NO_EVENT_TS, Candidates, Histories, RequestBatch
-from longer.config import ModelSettings, TrainSettings
 from longer.hashing import stable_keys
 from longer.model.encoders.factory import make_model
+from longer.model_settings import ModelSettings
 from longer.schema import EventSchema, Feature
 from longer.training.metrics import auc
 from longer.training.steps import Stepper
+from longer.training_settings import TrainSettings
 
 _SCHEMA = EventSchema(features=(Feature(name="price", kind="numeric", of="event"),))
 _USERS, _EVENTS, _ITEMS, _CANDIDATES = 16, 48, 1_000, 24

@@ -8,13 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longer.config import TaskSettings, TrainSettings
 from longer.model.captured import stage
 from longer.model.layout import Sizes
 from longer.model.longer import Longer
 from longer.training.optimizer import Optimizer
 from longer.training.steps import Stepper
 from longer.training.table_gradients import combine
+from longer.training_settings import TaskSettings, TrainSettings
 from tests.model.generate import request_batch, small_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from longer.config import TrainSettings
 from longer.model.longer import Longer
 from longer.training.scaling import Scaling
 from longer.training.steps import Stepper, dropout_seed
+from longer.training_settings import TrainSettings
 from tests.model.generate import TASKS, request_batch, small_model
 
 CPU = torch.device("cpu")

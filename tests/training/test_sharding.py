@@ -17,13 +17,13 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from longer.arrays import RequestBatch
-from longer.config import TaskSettings, TrainSettings
 from longer.data.batches import Requests
 from longer.model.longer import Longer
 from longer.training.checkpoints import Tensors, TrainerState, load_trainer, moments_of, save_trainer, weights_of
 from longer.training.loader import SplitData
 from longer.training.steps import Stepper
 from longer.training.validation import validate
+from longer.training_settings import TaskSettings, TrainSettings
 from tests.model.generate import random_candidates, random_histories, request_batch, small_model
 
 NUM_WORKERS, NUM_STEPS = 2, 4

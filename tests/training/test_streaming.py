@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longer.config import TaskSettings
 from longer.training.metrics import auc, binary_metrics
 from longer.training.streaming import BinaryTotals, StreamingMetrics
+from longer.training_settings import TaskSettings
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 400), st.integers(1, 30), st.integers(1, 40), st.integers(1, 3))

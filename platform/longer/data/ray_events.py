@@ -14,7 +14,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from longer.config import ImportSettings
 from longer.data.days import DayFiles
 from longer.data.events import check_rows
 from longer.data.import_report import REPORT_SCHEMA, PartReport
@@ -25,6 +24,7 @@ from longer.errors import UserError
 from longer.progress import track
 from longer.schema import EventSchema
 from longer.storage import DataFile, checked_output, remove_tree
+from longer.table_settings import ImportSettings
 
 _TASK_BYTES = 64 << 20
 """Bytes of parts that are worth a task, which takes a second where a worker has to start first."""

@@ -11,11 +11,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from longer.arrays import Float32
-from longer.config import TaskSettings
 from longer.data.batches import Requests
 from longer.data.columns import flat_list, read_columns
 from longer.schema import TIMESTAMP, EventSchema
 from longer.storage import Version
+from longer.training_settings import TaskSettings
 
 Float64 = npt.NDArray[np.float64]
 

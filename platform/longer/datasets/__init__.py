@@ -1,9 +1,9 @@
 """Importers: one module a log, each a `Source`."""
 
-from longer.config import ImportSettings
 from longer.datasets import complete_journey, kuairand, movielens, taobao, yambda
 from longer.datasets.generic import Generic
 from longer.datasets.source import Source
+from longer.table_settings import ImportSettings
 
 _SOURCES: dict[str, Source] = {
     "complete_journey": complete_journey,

@@ -28,10 +28,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from longer.arrays import Int64
-from longer.config import GenerateSettings
 from longer.errors import UserError
 from longer.hashing import hash_int64
 from longer.schema import TIMESTAMP, EventSchema
+from longer.table_settings import GenerateSettings
 
 PROVENANCE = "Generated: longer.datasets.generator. Nobody's behaviour, planted interests included."
 DAY_MS = 86_400_000

@@ -10,11 +10,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
 
-from longer.config import GenerateSettings
 from longer.datasets.generator import Chunk, chunks, generate
 from longer.progress import track
 from longer.schema import EventSchema
 from longer.storage import checked_output
+from longer.table_settings import GenerateSettings
 
 _SLICE_EVENTS = 1 << 17  # small arrays stay in the processor's cache: four times faster than one slice a file
 _ROW_GROUP_EVENTS = 1 << 20

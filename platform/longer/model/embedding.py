@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longer.arrays import NO_EVENT_TS
-from longer.config import ModelSettings
 from longer.model.fuse import fused_on_cuda
 from longer.model.group_attention import attend_in_groups
 from longer.model.inputs import EventTensors
 from longer.model.recompute import run
+from longer.model_settings import ModelSettings
 from longer.schema import EventSchema
 
 _MS_PER_HOUR = 3_600_000

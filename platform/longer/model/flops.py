@@ -3,7 +3,7 @@
 A multiplication with its addition counts as two. What is elementwise is left out, as in the paper.
 """
 
-from longer.config import ModelSettings
+from longer.model_settings import ModelSettings
 
 
 def layer_flops(num_tokens: int, width: int) -> int:

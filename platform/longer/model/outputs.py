@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from longer.config import TaskSettings
+from longer.training_settings import TaskSettings
 
 
 def to_scores(outputs_CT: npt.NDArray, tasks: Sequence[TaskSettings]) -> dict[str, npt.NDArray[np.float32]]:

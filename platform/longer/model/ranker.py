@@ -10,14 +10,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from longer.config import ModelSettings, TaskSettings
 from longer.model.attention import Block
 from longer.model.context import take_rows
 from longer.model.embedding import Embedding, HashedTable
 from longer.model.fuse import fused_on_cuda
 from longer.model.inputs import BatchTensors, RequestTensors
 from longer.model.interactions import CandidateIndex, InteractionIndex, num_features
+from longer.model_settings import ModelSettings
 from longer.schema import EventSchema
+from longer.training_settings import TaskSettings
 
 
 class Ranker(nn.Module):

@@ -19,7 +19,7 @@ import ray
 import torch
 
 from longer.arrays import Int64, RequestBatch
-from longer.config import RaySettings, Settings, TaskSettings
+from longer.config import RaySettings, Settings
 from longer.data.batches import Requests
 from longer.data.ray_tasks import as_they_finish
 from longer.data.scores import score_rows
@@ -37,6 +37,7 @@ from longer.training.inputs import Inputs
 from longer.training.loader import read_split, score_split
 from longer.training.metrics import auc, gauc
 from longer.training.steps import task_metrics
+from longer.training_settings import TaskSettings
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from longer.config import TrainSettings
 from longer.model.fuse import has_kernels
 from longer.model.ranker import Ranker
 from longer.training.exchange import ReplicatedTables
 from longer.training.scaling import Scaling
 from longer.training.sharding import ShardedTables, over_owners
 from longer.training.table_gradients import TableGradient, combine
+from longer.training_settings import TrainSettings
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8
 

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longer.arrays import RequestBatch
-from longer.config import TaskSettings, TrainSettings
 from longer.model.captured import CapturedPass, Staged, keys_of, stage
 from longer.model.embedding import HeldRows
 from longer.model.fuse import has_kernels
@@ -30,6 +29,7 @@ from longer.training.metrics import binary_metrics
 from longer.training.optimizer import Optimizer
 from longer.training.sharding import ShardedTables
 from longer.training.timing import PhaseTimer
+from longer.training_settings import TaskSettings, TrainSettings
 
 _FINAL_LEARNING_RATE_SHARE = 0.05
 _AUTOCAST = {"float32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from longer.config import TaskSettings
 from longer.training.metrics import BinaryMetrics, Ints, gauc_sums, normalized_entropy
+from longer.training_settings import TaskSettings
 
 _NUM_BINS = 1 << 16
 _MOST_LOGIT = 16.0

@@ -6,12 +6,12 @@ import numpy as np
 import numpy.typing as npt
 
 from longer.arrays import Int64, RequestBatch
-from longer.config import TaskSettings
 from longer.data.batches import Packs
 from longer.training.cursor import divide
 from longer.training.loader import COST_PER_BATCH, SplitData
 from longer.training.steps import gather
 from longer.training.streaming import StreamingMetrics
+from longer.training_settings import TaskSettings
 
 _MAX_PACK_REQUESTS = 16
 

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from longer.arrays import RequestBatch
-from longer.config import ModelSettings
 from longer.model.encoders.factory import make_model, upstream_settings
 from longer.model.encoders.pooling import DinEncoder
 from longer.model.encoders.ranker import EncoderRanker
 from longer.model.encoders.search import SimEncoder, TwinEncoder
 from longer.model.encoders.transformer import HstuEncoder, TransformerEncoder, UserTowerEncoder, half_octave
 from longer.model.inputs import BatchTensors, event_tensors, to_tensors
+from longer.model_settings import ModelSettings
 from tests.model.generate import SCHEMA, SIZES, TASKS, one_request_a_row, random_candidates, random_histories
 
 LENGTHS = [0, 1, 2, 7, 23, 24, 29, 60]

@@ -1,6 +1,5 @@
 """The encoder, and the model, that the settings ask for."""
 
-from longer.config import ModelSettings, TaskSettings
 from longer.encoder_settings import Din, FullTransformer, Hstu, Sim, SumPooling, Twin, UserEmbedding, UserTower
 from longer.model.encoders.pooling import DinEncoder, SumPoolingEncoder
 from longer.model.encoders.ranker import EncoderRanker, SequenceEncoder
@@ -8,7 +7,9 @@ from longer.model.encoders.search import SimEncoder, TwinEncoder
 from longer.model.encoders.transformer import HstuEncoder, TransformerEncoder, UserEmbeddingEncoder, UserTowerEncoder
 from longer.model.longer import Longer
 from longer.model.ranker import Ranker
+from longer.model_settings import ModelSettings
 from longer.schema import EventSchema
+from longer.training_settings import TaskSettings
 
 
 def make_model(settings: ModelSettings, schema: EventSchema, tasks: tuple[TaskSettings, ...]) -> Ranker:

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from longer.config import ModelSettings
 from longer.encoder_settings import Din
 from longer.model.embedding import Embedding
 from longer.model.encoders.bucket import Bucket
 from longer.model.encoders.ranker import SequenceEncoder
+from longer.model_settings import ModelSettings
 
 
 class SumPoolingEncoder(SequenceEncoder):

@@ -8,13 +8,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from longer.config import ModelSettings
 from longer.encoder_settings import Sim, Twin
 from longer.model.attention import search_weight
 from longer.model.context import take_rows
 from longer.model.embedding import Embedding, Gap
 from longer.model.encoders.bucket import Bucket
 from longer.model.encoders.ranker import SequenceEncoder
+from longer.model_settings import ModelSettings
 from longer.schema import EventSchema
 
 

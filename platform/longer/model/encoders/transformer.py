@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longer.config import ModelSettings
 from longer.model.attention import Block
 from longer.model.embedding import CANDIDATE_STD, Embedding
 from longer.model.encoders.bucket import Bucket
 from longer.model.encoders.ranker import SequenceEncoder
 from longer.model.variants import attend_and_self
+from longer.model_settings import ModelSettings
 
 if TYPE_CHECKING:
     from longer.model.ranker import Ranker

