@@ -1,4 +1,4 @@
-# make quickstart | test | lint | serve | bench | clean     (PYTHON=python3.12 picks another interpreter)
+# make quickstart | test | test-slow | lint | serve | bench | clean     (PYTHON=python3.12 picks another interpreter)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ export RAY_AUTH_TOKEN ?= $(shell od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export RAY_USAGE_STATS_ENABLED ?= 0
 export PYTHONUNBUFFERED := 1
 
-.PHONY: quickstart test lint format serve bench clean
+.PHONY: quickstart test test-slow lint format serve bench clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "longer needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -21,7 +21,10 @@ quickstart: $(INSTALLED)
 	$(BIN)/python -m jobs.pipeline --config $(CONFIG) $(if $(FRESH),--fresh)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
