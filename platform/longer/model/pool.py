@@ -175,6 +175,8 @@ class StatePool:
         shape = num_rows + 1, 2 * layout.vector_words
         if pinned:
             self.words_NI = pinned_words(shape[0] * shape[1]).view(shape)
+        elif torch.device(device).type == "cpu":
+            self.words_NI = torch.from_numpy(np.zeros(shape, np.int64))  # takes memory as it is used
         else:
             self.words_NI = torch.zeros(shape, dtype=torch.int64, device=device)
         self.slots = SlotAllocator(num_rows, layout.largest_rows, layout.smallest_rows, _weakly(self._move))
