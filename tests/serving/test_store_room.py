@@ -81,7 +81,7 @@ def test_the_cache_does_not_stay_at_no_hits_when_other_users_become_the_hot_ones
 ) -> None:
     room = Room(num_device, num_host)
     for _ in range(3):
-        room.num_hits(range(100, 130))
+        room.num_hits(range(100, 100 + int(0.8 * (num_device + num_host))))
     rounds = [room.num_hits(range(num_hot)) for _ in range(3)]
     assert rounds[2] == num_hot
 
@@ -90,7 +90,7 @@ def test_the_cache_does_not_stay_at_no_hits_when_other_users_become_the_hot_ones
 def test_the_cache_does_not_stay_at_no_hits_after_a_roll_out(num_device: int, num_host: int, num_hot: int) -> None:
     room = Room(num_device, num_host)
     for _ in range(3):
-        room.num_hits(range(100, 130))
+        room.num_hits(range(100, 100 + int(0.8 * (num_device + num_host))))
     room.serve(NEW)
     assert [room.num_hits(range(num_hot)) for _ in range(3)] == [0, num_hot, num_hot]
 

@@ -6,10 +6,11 @@ it was asked for again goes with it from tier to tier: what finds no room among 
 protected there. So a scan of users who are asked about once pushes out each other, never those who come back, who have up to four
 fifths of every tier.
 
-What is protected gets old by those who come back after they went: their keys are remembered as long as what went since would fit
-into all tiers (Johnson and Shasha, "2Q: a low overhead high performance buffer management replacement algorithm", VLDB 1994), and
-they are protected at once, in place of those who were not asked for the longest. So users who fit and keep coming back are all
-there from their third round on, whoever was protected before; and a scan never comes back.
+What is protected gets old by those who come back after they went: their keys are remembered as long as they and all that went
+since could be protected together (Johnson and Shasha, "2Q: a low overhead high performance buffer management replacement
+algorithm", VLDB 1994), and they are protected at once, in place of those who were not asked for the longest. So users who keep
+coming back, and could all be protected, are all there from their third round on, whoever was protected before; and a scan never
+comes back.
 """
 
 from collections import OrderedDict
@@ -127,10 +128,10 @@ class SegmentedLru(Generic[K]):
 
 
 class Gone:
-    """Keys of the last to go, who held at most `budget_bytes` in all."""
+    """Keys of the last to go, who held at most as many bytes in all as can be protected in tiers of `tiers_bytes`."""
 
-    def __init__(self, budget_bytes: int) -> None:
-        self._budget_bytes, self._num_bytes = budget_bytes, 0
+    def __init__(self, tiers_bytes: int) -> None:
+        self._most_bytes, self._num_bytes = _PROTECTED_SHARE * tiers_bytes, 0
         self._bytes_by_key: OrderedDict[int, int] = OrderedDict()
 
     def __contains__(self, user_key: int) -> bool:
@@ -139,7 +140,7 @@ class Gone:
     def add(self, user_key: int, num_bytes: int) -> None:
         self._bytes_by_key[user_key] = num_bytes
         self._num_bytes += num_bytes
-        while self._num_bytes > self._budget_bytes:
+        while self._num_bytes > self._most_bytes:
             self._num_bytes -= self._bytes_by_key.popitem(last=False)[1]
 
     def discard(self, user_key: int) -> bool:
