@@ -152,7 +152,8 @@ class IndexAgainstLists(RuleBasedStateMachine):
         if away or first.segment == OUTDATED:
             self.index.evict(victim)
             self.drop(first, is_remembered=True)
-            self.evict += 1
+            self.evict += first.segment != OUTDATED
+            self.stale += first.segment == OUTDATED
         else:
             first.tier = Tier(1 - tier)
             self.index.move(victim, first.tier)

@@ -132,6 +132,7 @@ def live(
     for batch, happening in batches:
         if happening == "other model":
             world.version = 1 - world.version
+            world.store.serve(StateVersion(f"m{world.version}", "s", "appendable"))
         elif happening == "forget":
             world.store.forget(batch[0][0])
         elif happening == "restart":

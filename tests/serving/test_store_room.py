@@ -92,7 +92,11 @@ def test_the_cache_does_not_stay_at_no_hits_after_a_roll_out(num_device: int, nu
     for _ in range(3):
         room.num_hits(range(100, 100 + int(0.8 * (num_device + num_host))))
     room.serve(NEW)
+    num_evicted = room.store.counters.evict
     assert [room.num_hits(range(num_hot)) for _ in range(3)] == [0, num_hot, num_hot]
+    assert (
+        room.store.counters.evict == num_evicted
+    )  # or autoscaling would take a roll-out for a cache that is too small
 
 
 def test_states_of_a_model_that_is_not_served_are_free_room_for_warm_up_and_dumps() -> None:

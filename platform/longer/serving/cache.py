@@ -180,8 +180,8 @@ class StateIndex(Generic[S]):
         self.counters.count("demote" if tier == Tier.HOST else "promote")
 
     def evict(self, held: Held[S]) -> None:
-        """Drops what has to go; its user's key is remembered for a while."""
-        self.counters.count("evict")
+        """Drops what has to go, counted stale if it is outdated; its user's key is remembered for a while."""
+        self.counters.count("stale" if self._is_outdated(held) else "evict")
         self._drop(held)
         self._gone.add(held.user_key, held.num_bytes)
 

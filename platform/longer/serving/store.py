@@ -191,8 +191,8 @@ class StateStore:
         """
         is_held = self._index.forget(user_key)
         self.counters.forget += is_held
-        # A state leaves rests where it moved out or had to go, in slots that no one may have used since. Copies under way read
-        # some of them. Kernels that still write elsewhere are no matter: on the device, clearing comes after them on their stream.
+        # A state leaves rests where it moved out or had to go, in slots that no one may have used since. Copies may still read or
+        # write there: the host waits for them. Kernels may too, on the device: clearing it is queued behind them.
         self._copies.finish()
         for pool in (self.pool, self._host):
             if pool is not None:
