@@ -50,13 +50,13 @@ class ScoringArgs(BaseModel):
         256 << 20,
         ge=0,
         description="Budget of a replica's user states on its device, in bytes; room for the states of one batch stands beside it: "
-        "about 90 of the largest. /v1/stats tells what is allocated.",
+        "about 100 of the largest. /v1/stats tells what is allocated.",
     )
     host_cache_bytes: int = Field(
         0,
         ge=0,
         description="Budget of the states that had to leave the device and wait in host memory, in bytes; allocated at the start, "
-        "exactly so much and at most one slab of two states more.",
+        "with room beside it, some 40 of the largest, so that states of all sizes fill it. /v1/stats tells what is allocated.",
     )
     state_dump: str | None = Field(
         None,

@@ -2,7 +2,8 @@
 
 All of it in the background, once the replica answers and knows who the others are, so that it takes what is its own by the ring.
 Files are read beside the worker thread, which takes in one file, or encodes a few users, between two batches of requests. Only
-free room is filled: nothing that is held goes for it. It is done again when the ring, the dumps or the model change.
+free room is filled: nothing goes for it that the model could answer from. It is done again when the ring, the dumps or the model
+change.
 """
 
 import asyncio

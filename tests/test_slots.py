@@ -14,7 +14,7 @@ LARGEST, SMALLEST = 8, 3
 
 
 class SlotsAgainstMemory(RuleBasedStateMachine):
-    """Each slot's units hold its own number in a real array, which moves must carry along."""
+    """Each slot's units hold its own number in a real array, which moves must carry along, and leave where they moved out of."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,6 +43,14 @@ class SlotsAgainstMemory(RuleBasedStateMachine):
     @rule(data=st.data())
     def free(self, data: st.DataObject) -> None:
         self.slots.free(self.held.pop(data.draw(st.sampled_from(sorted(self.held)))))
+
+    @rule()
+    def clear_rests(self) -> None:
+        for start, num_units in self.slots.rests():
+            self.memory[start : start + num_units] = 0
+        in_slots = sum(slot.size for slot in self.held.values())
+        assert np.count_nonzero(self.memory) == in_slots  # nothing is left of those who were freed, or moved out
+        assert self.slots.rests() == []
 
     @invariant()
     def every_slot_has_its_own_memory(self) -> None:

@@ -7,8 +7,8 @@ layer; pages would put a table look-up into every kernel and a gather into every
 Why this wastes nothing over time: the stretch is cut into equal slabs, a slab holds slots of one size, and an empty slab belongs
 to no size. When no slab is free, a size with a slab's worth of free slots in several slabs moves the few slots of its emptiest
 one into the others. So a request can only fail while each size has less than one slab of free slots: never more than
-`num_sizes * slab_units` units lie idle, however long the pool runs. Inside a slot at most a third is unused (sizes are a slab's
-halves, thirds, quarters, and so on).
+`num_sizes * slab_units` units lie idle, however long the pool runs. Inside a slot at most about a third is unused: sizes are a
+slab's halves, thirds, quarters, and so on, and nobody asks for less than the smallest.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,9 @@ class SlotAllocator:
         self.num_units = len(self._free_slabs) * self._slab_units
         self.used_units = 0
         self.sizes = slot_sizes(self._slab_units, smallest_units)
+        self._cut: dict[int, _Slab] = {}
         self._open: dict[int, dict[int, _Slab]] = {size: {} for size in self.sizes}
+        self._left: set[int] = set()
         self._num_free = dict.fromkeys(self.sizes, 0)
 
     @property
@@ -74,6 +76,19 @@ class SlotAllocator:
         self.used_units += size
         return slot
 
+    def rests(self) -> list[tuple[int, int]]:
+        """From which unit and how many units: what is free and was somebody's, or may have been, since the last call."""
+        found = []
+        for start in self._left:
+            if (slab := self._cut.get(start)) is None:
+                found.append((start, self._slab_units))
+                continue
+            found += [(start + place * slab.slot_units, slab.slot_units) for place in slab.free]
+            if uncut := self._slab_units % slab.slot_units:
+                found.append((start + self._slab_units - uncut, uncut))
+        self._left.clear()
+        return found
+
     def free(self, slot: Slot) -> None:
         """Gives the slot back; its memory may be another's from now on."""
         slab = slot._slab
@@ -92,6 +107,7 @@ class SlotAllocator:
         place = (slot.start - slab.start) // slab.slot_units
         slab.slots[place] = None
         slab.free.append(place)
+        self._left.add(slab.start)
         self._num_free[slab.slot_units] += 1
         self._open[slab.slot_units][slab.start] = slab
 
@@ -100,12 +116,12 @@ class SlotAllocator:
             return False
         num_slots = self._slab_units // size
         slab = _Slab(self._free_slabs.pop(), size, [None] * num_slots, list(reversed(range(num_slots))))
-        self._open[size][slab.start] = slab
+        self._cut[slab.start] = self._open[size][slab.start] = slab
         self._num_free[size] += num_slots
         return True
 
     def _close(self, slab: _Slab) -> None:
-        del self._open[slab.slot_units][slab.start]
+        del self._cut[slab.start], self._open[slab.slot_units][slab.start]
         self._num_free[slab.slot_units] -= len(slab.slots)
         self._free_slabs.append(slab.start)
 

@@ -22,6 +22,7 @@ from tests.serving.tables import (
     build_world,
     checkpoint_path,
     publish_catalogue,
+    publish_random_model,
     publish_sequences,
     random_events,
 )
@@ -258,6 +259,17 @@ def test_warming_encodes_the_most_active_users_into_free_room_only(world: Settin
     assert full.warm(pa.array([9, 8, 7])) == 1
     assert full.warm(pa.array([8, 7])) == 0
     assert full.cache.counters.evict == 0
+
+
+def test_after_a_roll_out_warm_up_has_the_room_of_states_that_no_one_can_be_answered_from(tmp_path: Path) -> None:
+    world = build_world(tmp_path / "world")
+    scorer = scorer_of(world, device_states=2)
+    scorer.cache.host_budget_bytes = 0
+    assert scorer.warm(pa.array([9, 8])) == 2
+    assert scorer.warm(pa.array([7])) == 0
+    scorer.adopt(*scorer.load_checkpoint(publish_random_model(world, seed=1).path))
+    assert scorer.warm(pa.array([7, 8])) == 2
+    assert [ask(scorer, user).source for user in (7, 8, 9)] == ["hit", "hit", "load"]
 
 
 def test_a_state_kept_of_another_model_shape_does_not_fit(world: Settings, dumped: Path) -> None:

@@ -9,7 +9,7 @@ B states, N rows of the pool, V = 2N vectors, G groups, T tail tokens, F interac
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -36,7 +36,6 @@ DTYPES: dict[Precision, torch.dtype] = {
 }
 _WORD_BYTES = 8
 _FP8_MAX = 448.0
-_SMALLEST_SHARE = 32
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class StateLayout:
 
     @property
     def smallest_rows(self) -> int:
-        return int(self.num_rows(np.array(max(1, self.most_groups // _SMALLEST_SHARE))))
+        return int(self.num_rows(np.array(0)))
 
     def groups_in(self, slot_rows_B: Int64) -> Int64:
         """[B]: the most groups that slots of so many rows have room for."""
@@ -164,7 +163,7 @@ class Places:
 class StatePool:
     """`num_bytes` of rows on a device, or in host memory that a device copies from (`pinned`), rounded up to whole slabs.
 
-    One row more stands at the end, for writes that nobody reads.
+    One row more stands at the end, for writes that nobody reads. All of it is zero at first.
     """
 
     def __init__(
@@ -176,8 +175,10 @@ class StatePool:
         shape = num_rows + 1, 2 * layout.vector_words
         if pinned:
             self.words_NI = pinned_words(shape[0] * shape[1]).view(shape)
+        elif torch.device(device).type == "cpu":
+            self.words_NI = torch.from_numpy(np.zeros(shape, np.int64))  # takes memory as it is used
         else:
-            self.words_NI = torch.empty(shape, dtype=torch.int64, device=device)
+            self.words_NI = torch.zeros(shape, dtype=torch.int64, device=device)
         self.slots = SlotAllocator(num_rows, layout.largest_rows, layout.smallest_rows, _weakly(self._move))
 
     @staticmethod
@@ -221,6 +222,14 @@ class StatePool:
     @property
     def trash_vector(self) -> int:
         return len(self.words_VI) - 1
+
+    def clear(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Overwrites rows, so many from each start on, in one launch."""
+        torch._foreach_zero_([self.words_NI[start : start + num_rows] for start, num_rows in ranges])
+
+    def clear_rests(self) -> None:
+        """Overwrites all that is in no slot, wherever something has been since the last time."""
+        self.clear([*self.slots.rests(), (self.trash_row, 1)])
 
     def places(self, starts: Int64, sizes: Int64) -> Places:
         return Places(self.layout, starts, self.layout.groups_in(sizes))

@@ -4,23 +4,20 @@ One state a user, on the device or in host memory, within a budget of bytes for 
 it answers: with `next_event_ts` the time of the user's first event that the state lacks, it holds all events before `request_ts`
 iff `last_event_ts < request_ts <= next_event_ts`. So a hit needs no look at the table.
 
-Each tier is a segmented LRU (Karedla, Love and Wherry, "Caching strategies to improve disk system performance", IEEE Computer,
-1994): a state comes in on probation, and is protected when it is asked for again; what is on probation goes first. So a scan of
-users who are asked about once pushes out each other, never those who come back, who have up to four fifths of the tier.
+Who goes first is for `policy` to say; here is who is held, and where. States of a model that is not served (`serve`) go before all
+others, and are never moved: nobody can be answered from them.
 """
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import Generic, NamedTuple, TypeVar
 
 from longer.serving.fingerprint import EventPrint
+from longer.serving.policy import Gone, Kept, SegmentedLru
 
 NEVER_TS = 2**63 - 1
 """Stands for 'no event after': the `next_event_ts` of a state that holds all known events of its user."""
-
-_PROTECTED_SHARE = 0.8
 
 S = TypeVar("S")
 
@@ -92,81 +89,13 @@ class Tier(IntEnum):
     HOST = 1
 
 
-@dataclass(eq=False)
-class Held(Generic[S]):
-    """What the index has of one user. `num_pins` counts who uses the state just now: a pinned one is no victim."""
+@dataclass(eq=False, kw_only=True)
+class Held(Kept, Generic[S]):
+    """What the index has of one user."""
 
-    user_key: int
     version: StateVersion
     entry: Entry[S]
-    num_bytes: int
     tier: Tier = Tier.DEVICE
-    num_pins: int = 0
-
-
-class SegmentedLru(Generic[S]):
-    """Order of use within one tier of `budget_bytes`. `num_bytes` is exactly the sum of what is in it."""
-
-    def __init__(self, budget_bytes: int) -> None:
-        self.budget_bytes = budget_bytes
-        self.num_bytes = self._protected_bytes = 0
-        self._probation: OrderedDict[int, Held[S]] = OrderedDict()
-        self._protected: OrderedDict[int, Held[S]] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._probation) + len(self._protected)
-
-    def __iter__(self) -> Iterator[Held[S]]:
-        """In the order in which they would go."""
-        yield from self._probation.values()
-        yield from self._protected.values()
-
-    def is_protected(self, held: Held[S]) -> bool:
-        return held.user_key in self._protected
-
-    def add(self, held: Held[S], is_protected: bool = False) -> None:
-        self.num_bytes += held.num_bytes
-        if is_protected:
-            self._protect(held)
-        else:
-            self._probation[held.user_key] = held
-
-    def add_coldest(self, held: Held[S], is_protected: bool) -> None:
-        """It goes before all others of its segment."""
-        self.num_bytes += held.num_bytes
-        is_protected &= self._protected_bytes + held.num_bytes <= _PROTECTED_SHARE * self.budget_bytes
-        segment = self._protected if is_protected else self._probation
-        segment[held.user_key] = held
-        segment.move_to_end(held.user_key, last=False)
-        self._protected_bytes += held.num_bytes * is_protected
-
-    def remove(self, held: Held[S]) -> bool:
-        """Takes it out; whether it was protected."""
-        self.num_bytes -= held.num_bytes
-        if self._probation.pop(held.user_key, None) is not None:
-            return False
-        del self._protected[held.user_key]
-        self._protected_bytes -= held.num_bytes
-        return True
-
-    def touch(self, held: Held[S]) -> None:
-        """It was asked for again."""
-        if self._probation.pop(held.user_key, None) is not None:
-            self._protect(held)
-        else:
-            self._protected.move_to_end(held.user_key)
-
-    def victim(self) -> Held[S] | None:
-        """Who goes first of those who are not in use."""
-        return next((held for held in self if not held.num_pins), None)
-
-    def _protect(self, held: Held[S]) -> None:
-        self._protected[held.user_key] = held
-        self._protected_bytes += held.num_bytes
-        while self._protected_bytes > _PROTECTED_SHARE * self.budget_bytes:
-            key, oldest = self._protected.popitem(last=False)
-            self._protected_bytes -= oldest.num_bytes
-            self._probation[key] = oldest
 
 
 class StateIndex(Generic[S]):
@@ -176,13 +105,24 @@ class StateIndex(Generic[S]):
     """
 
     def __init__(self, device_bytes: int, host_bytes: int, release: Callable[[Held[S]], None]) -> None:
-        self.tiers: tuple[SegmentedLru[S], SegmentedLru[S]] = SegmentedLru(device_bytes), SegmentedLru(host_bytes)
+        self.tiers: tuple[SegmentedLru[Held[S]], SegmentedLru[Held[S]]] = (
+            SegmentedLru(device_bytes),
+            SegmentedLru(host_bytes),
+        )
         self.counters = Counters()
         self._users: dict[int, Held[S]] = {}
+        self._gone = Gone(device_bytes + host_bytes)
+        self._served: StateVersion | None = None
         self._release = release
 
     def __len__(self) -> int:
         return len(self._users)
+
+    def serve(self, version: StateVersion) -> None:
+        """States of other versions go first from now on; before the first call none does."""
+        self._served = version
+        for tier in self.tiers:
+            tier.sort(self._is_outdated)
 
     def find(self, user_key: int) -> Held[S] | None:
         """What is held of the user, of whatever version; does not count as a use."""
@@ -200,23 +140,29 @@ class StateIndex(Generic[S]):
         return held
 
     def put(self, user_key: int, version: StateVersion, entry: Entry[S], num_bytes: int) -> Held[S]:
-        """A state on the device in place of what was held of the user, and as protected as that was."""
-        old, is_protected = self._users.pop(user_key, None), False
-        if old is not None:
-            is_protected = self.tiers[old.tier].remove(old)
-            self._gone(old)
-        held = Held(user_key, version, entry, num_bytes)
+        """A state on the device in place of what was held of the user, and as hot; if that has gone, it is asked for again."""
+        asked_again = self._gone.discard(user_key)
+        if (old := self._users.get(user_key)) is not None:
+            asked_again = old.asked_again
+            self._drop(old)
+        held = Held(user_key=user_key, version=version, entry=entry, num_bytes=num_bytes, asked_again=asked_again)
         self._users[user_key] = held
-        self.tiers[Tier.DEVICE].add(held, is_protected)
+        self.tiers[Tier.DEVICE].add(held, self._is_outdated(held))
         return held
 
-    def restore(
-        self, user_key: int, version: StateVersion, entry: Entry[S], num_bytes: int, is_protected: bool
-    ) -> None:
-        """A state in host memory of a user of whom nothing is held; it goes before all that are there and as protected."""
-        held = Held(user_key, version, entry, num_bytes, Tier.HOST)
+    def restore(self, user_key: int, version: StateVersion, entry: Entry[S], num_bytes: int, asked_again: bool) -> None:
+        """A state in host memory of a user of whom nothing is held; it goes before all that are there and as hot."""
+        self._gone.discard(user_key)
+        held = Held(
+            user_key=user_key,
+            version=version,
+            entry=entry,
+            num_bytes=num_bytes,
+            asked_again=asked_again,
+            tier=Tier.HOST,
+        )
         self._users[user_key] = held
-        self.tiers[Tier.HOST].add_coldest(held, is_protected)
+        self.tiers[Tier.HOST].add_coldest(held)
 
     def pin(self, held: Held[S]) -> None:
         held.num_pins += 1
@@ -227,26 +173,31 @@ class StateIndex(Generic[S]):
             self._release(held)
 
     def move(self, held: Held[S], tier: Tier) -> None:
-        """It is in another tier from now on, there as protected as it was here."""
-        is_protected = self.tiers[held.tier].remove(held)
+        """It is in another tier from now on, there as hot as it was here; it is not outdated."""
+        self.tiers[held.tier].remove(held)
         held.tier = tier
-        self.tiers[tier].add(held, is_protected)
+        self.tiers[tier].add(held)
         self.counters.count("demote" if tier == Tier.HOST else "promote")
 
     def evict(self, held: Held[S]) -> None:
-        self.counters.evict += self.forget(held.user_key)
+        """Drops what has to go, counted stale if it is outdated; its user's key is remembered for a while."""
+        self.counters.count("stale" if self._is_outdated(held) else "evict")
+        self._drop(held)
+        self._gone.add(held.user_key, held.num_bytes)
 
     def drop_stale(self, user_key: int) -> None:
-        """Drops a user's state because what it was made from is no longer so."""
-        self.counters.stale += self.forget(user_key)
+        """Drops a user's state because what it was made from is no longer so; the user who asked for it did so again."""
+        if (held := self._users.get(user_key)) is not None:
+            self.counters.count("stale")
+            self._drop(held)
+            self._gone.add(user_key, held.num_bytes)
 
     def forget(self, user_key: int) -> bool:
-        """Drops everything held of a user, wherever it is; whether there was anything."""
-        held = self._users.pop(user_key, None)
-        if held is None:
+        """Drops everything held of a user, wherever it is, and the key; whether anything was held."""
+        self._gone.discard(user_key)
+        if (held := self._users.get(user_key)) is None:
             return False
-        self.tiers[held.tier].remove(held)
-        self._gone(held)
+        self._drop(held)
         return True
 
     def clear(self) -> None:
@@ -254,6 +205,11 @@ class StateIndex(Generic[S]):
         for user_key in list(self._users):
             self.drop_stale(user_key)
 
-    def _gone(self, held: Held[S]) -> None:
+    def _is_outdated(self, held: Held[S]) -> bool:
+        return self._served is not None and held.version != self._served
+
+    def _drop(self, held: Held[S]) -> None:
+        del self._users[held.user_key]
+        self.tiers[held.tier].remove(held)
         if not held.num_pins:
             self._release(held)

@@ -55,7 +55,10 @@ class DevicePool(StatePool):
 
 
 class HostPool(StatePool):
-    """In host memory, pinned where a device copies from it; compaction moves what may still be copied."""
+    """In host memory, pinned where a device copies from it; compaction moves what may still be copied.
+
+    States come in whole slots, from slots of their size, so that nothing of another's is left in theirs.
+    """
 
     def __init__(self, layout: StateLayout, num_bytes: int, copies: Copies) -> None:
         super().__init__(layout, num_bytes, pinned=copies.stream is not None)

@@ -32,7 +32,7 @@ from longer.serving.kept_states import KeptState, pack, unpack
 from longer.serving.store import HeldState, StateStore
 from longer.storage import file_sizes, read_bytes, remove_tree, write_bytes
 
-DUMP_FORMAT = 1
+DUMP_FORMAT = 2
 """Raise it when a slot's or a file's content changes."""
 
 _FILE_BYTES = 16 << 20

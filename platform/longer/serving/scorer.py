@@ -93,7 +93,8 @@ class Scorer:
         return model, info
 
     def adopt(self, model: Longer, info: CheckpointInfo) -> None:
-        """Scores with this model from now on. States of others stay until they are asked for, which is a miss, or have to go.
+        """Scores with this model from now on. States of others stay, should it be taken back, until they are asked for, which is a
+        miss, or anything needs their room: they go before all others.
 
         Where its states' memory cannot be had, the error leaves the old model serving, from an empty store.
         """
@@ -117,6 +118,7 @@ class Scorer:
 
     def _serve_states(self) -> None:
         self.version = StateVersion(self.info.model_version, self.info.schema.hash(), self.info.model.encoding)
+        self.cache.serve(self.version)
         self._engine = StateEngine(self.model, self.cache.pool, self._is_plain)
         self.states = StateResolver(self._engine, self.version, self.history, self.online, self.cache)
 

@@ -31,7 +31,8 @@ StateEntry = Entry[UserState]
 class StateStore:
     """At most `device_bytes` and `host_bytes` of states between batches, one a user. Not thread-safe.
 
-    The device's memory is allocated once: the budget, and room for the states of one batch of `BATCH_USERS`.
+    Memory is allocated once, in both tiers: the budget, what may lie idle, and on the device room for the states of one batch of
+    `BATCH_USERS`. So what is within a budget always finds a slot.
     """
 
     def __init__(self, model: Longer, device_bytes: int, host_bytes: int = 0, precision: Precision = "float32") -> None:
@@ -44,10 +45,15 @@ class StateStore:
     def _allocate(self, layout: StateLayout, device: torch.device) -> None:
         self.layout = layout
         self._copies = Copies(device)
-        # a state that outgrows its slot has two for a moment; and what may lie idle (`SlotAllocator.most_idle_units`)
-        beside_bytes = 2 * (BATCH_USERS + len(StatePool.sizes_of(layout))) * self.most_state_bytes
-        self.pool = DevicePool(layout, self.budget_bytes + beside_bytes, device, self._copies)
-        self._host = HostPool(layout, self.host_budget_bytes, self._copies) if self.host_budget_bytes else None
+        idle_bytes = 2 * len(StatePool.sizes_of(layout)) * self.most_state_bytes  # `SlotAllocator.most_idle_units`
+        batch_bytes = 2 * BATCH_USERS * self.most_state_bytes  # a state that outgrows its slot has two for a moment
+        self.pool = DevicePool(layout, self.budget_bytes + batch_bytes + idle_bytes, device, self._copies)
+        host_bytes = self.host_budget_bytes + idle_bytes
+        self._host = HostPool(layout, host_bytes, self._copies) if self.host_budget_bytes else None
+
+    def serve(self, version: StateVersion) -> None:
+        """States of other versions go before all others from now on, and their room is free. Nothing may be in use."""
+        self._index.serve(version)
 
     def fit(self, model: Longer) -> None:
         """Goes over to a model of another shape, if it is one: its states need other memory, so that none of the old ones stays.
@@ -84,8 +90,8 @@ class StateStore:
 
     @property
     def reserved_bytes(self) -> tuple[int, int]:
-        """What is really allocated on the device and in host memory: the budgets in whole slabs, and beside the device's the room
-        for one batch and for what may lie idle."""
+        """What is really allocated on the device and in host memory: the budgets, room for what may lie idle and, on the device,
+        for one batch, in whole slabs."""
         return self.pool.words_NI.nbytes, self._host.words_NI.nbytes if self._host else 0
 
     @property
@@ -95,8 +101,12 @@ class StateStore:
 
     @property
     def free_bytes(self) -> int:
-        """What both tiers can take before anything has to go for good."""
-        return self.budget_bytes + self.host_budget_bytes - self.num_bytes - self.host_bytes
+        """New states of so many bytes come in, and nobody who can be answered from here goes for good for them."""
+        device, host = self._index.tiers
+        on_device = self.budget_bytes - device.current_bytes
+        in_memory = self.host_budget_bytes - host.current_bytes
+        # what leaves the device for them may be more than has to, by less than the largest of those who were there
+        return on_device + max(0, in_memory - min(self.most_state_bytes, self.budget_bytes))
 
     @property
     def most_state_bytes(self) -> int:
@@ -141,8 +151,8 @@ class StateStore:
         slots = [self._slot(int(num_rows)) for num_rows in num_rows_B]
         self._lent.update(slots)
         self._copies.wait()  # what lay there may still be copied from
-        for slot in slots:  # a state does not fill its slot, and what another user left there would go where it goes
-            self.pool.words_NI[slot.start : slot.start + slot.size].zero_()
+        # a state does not fill its slot, and what another user left there would go where it goes
+        self.pool.clear([(slot.start, slot.size) for slot in slots])
         return slots
 
     def update(self, user_key: int, entry: StateEntry) -> None:
@@ -175,23 +185,30 @@ class StateStore:
         self._index.drop_stale(user_key)
 
     def forget(self, user_key: int) -> bool:
-        """Drops everything held of a user, in all tiers, and overwrites its memory; whether there was anything."""
-        held = self._index.find(user_key)
-        if held is None:
-            return False
-        pool, slot = self._pool_of(held), held.entry.state.slot
+        """Drops everything held of a user and overwrites what any state has left in memory, in all tiers; whether any was held.
+
+        Nothing may be in use.
+        """
+        is_held = self._index.forget(user_key)
+        self.counters.forget += is_held
+        # A state leaves rests where it moved out or had to go, in slots that no one may have used since. Copies may still read or
+        # write there: the host waits for them. Kernels may too, on the device: clearing it is queued behind them.
         self._copies.finish()
-        pool.words_NI[slot.start : slot.start + slot.size].zero_()
-        self.counters.forget += self._index.forget(user_key)
-        return True
+        for pool in (self.pool, self._host):
+            if pool is not None:
+                pool.clear_rests()
+        return is_held
 
     # -- what outlives it ---------------------------------------------------------------------------------------------
 
     def hottest(self, version: StateVersion) -> Iterator[tuple[HeldState, bool]]:
-        """This version's states, who would go last first, and whether each is protected. Nothing may be in use."""
-        for tier in self._index.tiers:
-            held = [one for one in tier if one.version == version]
-            yield from ((one, tier.is_protected(one)) for one in reversed(held))
+        """This version's states, and whether each was asked for again; those that were first, and who would go last first.
+
+        Nothing may be in use.
+        """
+        held = [one for tier in self._index.tiers for one in reversed(list(tier)) if one.version == version]
+        for asked_again in (True, False):
+            yield from ((one, asked_again) for one in held if one.asked_again == asked_again)
 
     def words(self, held: HeldState) -> Tensor:
         """Everything in the state's slot, [rows, words]: in host memory where it lies, or a copy from the device."""
@@ -203,14 +220,17 @@ class StateStore:
     def restore(
         self, user_key: int, version: StateVersion, entry: StateEntry, words_NI: Tensor, is_protected: bool
     ) -> bool:
-        """Takes a kept state (`entry` with any slot) into host memory, if there is room and nothing is held of the user."""
-        num_bytes = len(words_NI) * self.layout.row_bytes
-        is_held = self._index.find(user_key) is not None
-        if is_held or self._host is None or self.host_bytes + num_bytes > self.host_budget_bytes:
+        """Takes a kept state (`entry` with any slot) into host memory, if there is room and none of this version is held of the
+        user. States of versions that are not served make room for it."""
+        num_bytes, tier = len(words_NI) * self.layout.row_bytes, self._index.tiers[Tier.HOST]
+        if self._host is None or tier.current_bytes + num_bytes > self.host_budget_bytes:
             return False
-        slot = self._host.slots.allocate(len(words_NI))
-        if slot is None:
-            return False
+        if (held := self._index.find(user_key)) is not None:
+            if held.version == version:
+                return False
+            self._index.drop_stale(user_key)
+        slot = self._room_in_host(len(words_NI))
+        assert slot is not None
         self._copies.finish()  # the slot's memory may still be read or written
         self._host.words_NI[slot.start : slot.start + slot.size].copy_(words_NI)
         entry = replace(entry, state=replace(entry.state, slot=slot))
@@ -232,9 +252,10 @@ class StateStore:
 
     def _push_out(self) -> None:
         """Whoever is first to go leaves the device, by a copy."""
-        held = self._index.tiers[Tier.DEVICE].victim()
+        tier = self._index.tiers[Tier.DEVICE]
+        held = tier.victim()
         assert held is not None  # there is room for a batch beside the budget
-        slot = self._host_slot(held) if self._host else None
+        slot = None if tier.is_outdated(held) else self._room_in_host(held.entry.state.slot.size)
         if self._host is None or slot is None:
             self._index.evict(held)
             return
@@ -243,18 +264,16 @@ class StateStore:
         _lies_in(held, slot)
         self._index.move(held, Tier.HOST)
 
-    def _host_slot(self, held: HeldState) -> Slot | None:
-        """Room in host memory, from which others go for good; None if it is too small for this one."""
-        assert self._host is not None
-        tier = self._index.tiers[Tier.HOST]
-        while True:
-            slot = None
-            if tier.num_bytes + held.num_bytes <= self.host_budget_bytes:
-                slot = self._host.slots.allocate(held.entry.state.slot.size)
-            victim = tier.victim()
-            if slot is not None or victim is None:
-                return slot
+    def _room_in_host(self, num_rows: int) -> Slot | None:
+        """A slot in host memory, from which others go for good; None if it has no room for so much, or what is there is in use."""
+        tier, num_bytes = self._index.tiers[Tier.HOST], num_rows * self.layout.row_bytes
+        if self._host is None or num_bytes > self.host_budget_bytes:
+            return None
+        while tier.num_bytes + num_bytes > self.host_budget_bytes:
+            if (victim := tier.victim()) is None:
+                return None
             self._index.evict(victim)
+        return self._host.slots.allocate(num_rows)
 
     def _free(self, held: HeldState) -> None:
         self._pool_of(held).slots.free(held.entry.state.slot)
