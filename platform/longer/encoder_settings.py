@@ -3,9 +3,10 @@
 All of them read the same events, write one vector a candidate, and share the heads and the interaction features.
 """
 
+import os
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 
 from longer.section import Section
 
@@ -81,6 +82,11 @@ class UserEmbedding(Section):
     upstream: str | None = Field(
         None, description="Checkpoint folder of the trained user tower, local or s3://; needed to train, not to load."
     )
+
+    @field_validator("upstream")
+    @classmethod
+    def _same_for_workers(cls, path: str | None) -> str | None:
+        return path if path is None or "://" in path else os.path.abspath(path)
 
 
 EncoderSettings = Annotated[

@@ -151,6 +151,14 @@ class Version:
         return all(sizes[file.version].get(file.path) == file.num_bytes for file in files)
 
 
+def manifest_of(path: str) -> dict[str, Any] | None:
+    """Of a version, by its folder; None if it is no published one."""
+    try:
+        return _read_json(f"{path}/{_MANIFEST}")
+    except FileNotFoundError:
+        return None
+
+
 class Table:
     """A folder of immutable versions; a version appears whole or not at all, and a crash leaves the last one served."""
 
@@ -178,11 +186,8 @@ class Table:
     def find(self, version_id: str) -> Version | None:
         """A published version by id, served or not; one of another table format is none, so that its job builds it anew."""
         path = f"{self.path}/{version_id}"
-        try:
-            manifest = _read_json(f"{path}/{_MANIFEST}")
-        except FileNotFoundError:
-            return None
-        return Version(version_id, path, manifest) if manifest["table_format"] == TABLE_FORMAT else None
+        manifest = manifest_of(path)
+        return Version(version_id, path, manifest) if manifest and manifest["table_format"] == TABLE_FORMAT else None
 
     def reuse(self, version_id: str) -> Version | None:
         """A published version by id, now the one that is served; None too if some of its files are gone, so that it is rebuilt."""

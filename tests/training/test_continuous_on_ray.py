@@ -26,6 +26,7 @@ from longer.training.continuous import _milliseconds
 from longer.training.cursor import Position
 from longer.training.loader import MS_PER_DAY, read_since, score_split
 from longer.training.loop import Run, train_worker
+from longer.training.run import finished, past_of
 from longer.training.steps import task_metrics
 from tests.data.test_build_on_ray import run_all, settings_of
 
@@ -125,6 +126,29 @@ def test_without_new_days_it_says_so_and_changes_nothing(
     assert train.run(settings, continue_=True).id == version.id
     assert "has seen all, nothing changed" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_the_first_runs_command_does_not_roll_a_continued_model_back(
+    continued: tuple[Settings, Version, Version], capsys: pytest.CaptureFixture
+) -> None:
+    settings, base, version = continued
+    table = Table(settings.path("checkpoints"))
+    found = finished(table, base.id)
+    assert found
+    assert found.id == base.id
+    assert f"{version.id}, which continues it, is served" in capsys.readouterr().err
+    served = table.current()
+    assert served
+    assert served.id == version.id
+
+
+def test_weights_of_a_continued_model_keep_until_when_they_were_trained(
+    continued: tuple[Settings, Version, Version],
+) -> None:
+    _, base, version = continued
+    trained, until = past_of(version.path)
+    assert until == version.manifest["trained_until"] > base.manifest["trained_until"]
+    assert trained == version.manifest["trained"]
 
 
 def test_a_test_split_that_was_trained_is_not_evaluated(continued: tuple[Settings, Version, Version]) -> None:

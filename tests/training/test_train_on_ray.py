@@ -139,7 +139,12 @@ def test_the_manifest_proves_that_each_epoch_trained_every_request_of_the_split_
     (trained_on,) = version.manifest["trained"]
     assert len(ids) == table.version.manifest["num_requests"]["train"]
     assert trained_on["epochs"] == [tally(ids)] * 2
+    assert (sum(trained_on["published_after"]) == 2 * len(ids)) == (version.manifest["step"] == _last_step(version))
     assert trained_on["requests"] == table.version.id
+
+
+def _last_step(version: Version) -> int:
+    return max(record["step"] for record in version.manifest["history"])
 
 
 def test_the_published_checkpoint_is_the_best_by_validation(trained: tuple[Settings, Version]) -> None:

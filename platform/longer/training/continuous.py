@@ -21,12 +21,13 @@ from longer.schema import TIMESTAMP
 from longer.storage import Table, Version, fingerprint
 from longer.training.checkpoints import FORMAT_VERSION, load_weights
 from longer.training.content import Job
-from longer.training.run import chosen_settings, fit, last_state, pin_tables, publish
+from longer.training.run import chosen_settings, finished, fit, last_state, pin_tables, publish
 
 
 def train_new_days(settings: Settings) -> Version:
-    """A published checkpoint that has trained all requests of the served table; its manifest lists every day of every run.
+    """A published checkpoint that has trained all requests since its base was; its manifest lists every day of every run.
 
+    A line says how many requests a base that was not its run's last checkpoint has not seen: they are not trained here.
     Without new requests nothing changes. An interrupted run goes on from its last checkpoint.
     """
     requests, versions = pin_tables(settings)
@@ -39,12 +40,12 @@ def train_new_days(settings: Settings) -> Version:
     since, until = base.manifest["trained_until"], iso_time(_milliseconds(requests.manifest["watermark"]) + 1)
     chosen = chosen_settings(settings)
     run_id = fingerprint("continued", FORMAT_VERSION, base.id, versions, chosen)
-    if published := table.reuse(run_id):
-        say("train", f"run {run_id} has continued {base.id} already, nothing changed")
+    if published := finished(table, run_id):
         return published
     if not _num_requests_since(requests, since):
         say("train", f"no requests since {since} in {requests.path}: {base.id} has seen all, nothing changed")
         return base
+    _tell_unseen(base)
     load_weights(base.path, settings)  # a mistake is told here once, not by every worker
     table.claim()
     result = fit(Job(settings, versions, base.path, _milliseconds(since)), run_id)
@@ -65,6 +66,16 @@ def train_new_days(settings: Settings) -> Version:
     num_requests = sum(day["num_requests"] for day in days)
     say("train", f"run {run_id}: continued {base.id} with {num_requests} requests of {len(days)} days until {until}")
     return version
+
+
+def _tell_unseen(base: Version) -> None:
+    last = base.manifest["trained"][-1]
+    for number, seen in enumerate(last.get("published_after", [])[:1]):
+        if unseen := last["epochs"][number]["num_requests"] - seen:
+            say(
+                "train",
+                f"{base.id} is its run's best checkpoint, not its last: {unseen} requests of its split it has never seen",
+            )
 
 
 def _num_requests_since(requests: Version, since: str) -> int:

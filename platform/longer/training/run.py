@@ -3,6 +3,7 @@
 import math
 import os
 from contextlib import suppress
+from datetime import datetime
 from typing import Any
 
 import ray
@@ -20,6 +21,7 @@ from longer.storage import (
     arrow_filesystem,
     file_sizes,
     fingerprint,
+    manifest_of,
     read_bytes,
     remove_tree,
     write_bytes,
@@ -32,6 +34,7 @@ from longer.training.relay import relayed_lines
 _HOW_NOT_WHAT = {"num_workers", "use_gpu", "max_failures", "keep_checkpoints", "max_tokens_per_batch", "table_sharding"}
 """Settings that do not change what is learned: an interrupted run may go on with other values."""
 
+_NEVER = "1970-01-01T00:00:00+00:00"
 _WAIT_FOR_MORE_WORKERS_S = "10"
 """Ray counts on a lost node for up to 20 s; then it would wait a minute for workers there, where fewer would do."""
 
@@ -39,8 +42,8 @@ _WAIT_FOR_MORE_WORKERS_S = "10"
 def train(settings: Settings, start_from: str | None = None) -> Version:
     """A published version of the checkpoints table: the best model by validation, its metrics and history in the manifest.
 
-    With `start_from`, the path of a checkpoint, its weights are the first ones. A finished run is found and nothing changes; an
-    interrupted one goes on from its last checkpoint.
+    With `start_from`, the path of a checkpoint, its weights are the first ones. A finished run is found and trains nothing; it is
+    served, unless what is served continues it. An interrupted one goes on from its last checkpoint.
     """
     requests, versions = pin_tables(settings)
     _check_split(requests, "train", "lower requests.test_days_share and validation_days_share")
@@ -49,27 +52,56 @@ def train(settings: Settings, start_from: str | None = None) -> Version:
     first = {"from": load_weights(start_from, settings)[1].model_version} if start_from else {}
     run_id = fingerprint("checkpoint", FORMAT_VERSION, chosen, versions, settings.event_schema.hash(), first)
     table = Table(settings.path("checkpoints"))
-    if published := table.reuse(run_id):
-        say("train", f"run {run_id} is already finished, nothing changed")
+    if published := finished(table, run_id):
         return published
+    own_until = requests.manifest["valid_from"]
+    past, past_until = past_of(start_from) if start_from else ([], own_until)
     table.claim()
     result = fit(Job(settings, versions, start_from), run_id)
     assert result.best_checkpoints
     best, reported = max(result.best_checkpoints, key=lambda pair: pair[1]["score"])
-    epochs = last_state(result).epochs
-    until = {"split": "train", "until": requests.manifest["valid_from"]}
+    with best.as_directory() as directory:
+        of_weights = [epoch["num_requests"] for epoch in read_trainer_state(directory).epochs]
+    trained = {"requests": requests.id, "split": "train", "until": own_until, "epochs": last_state(result).epochs}
     about = {
         "inputs": versions,
         "settings": chosen,
         **first,
         "step": reported["step"],
         "validation": reported["validation"],
-        "trained": [{"requests": requests.id, **until, "epochs": epochs}],
-        "trained_until": requests.manifest["valid_from"],
+        "trained": [*past, {**trained, "published_after": of_weights}],  # by epoch: the best is not always the last
+        "trained_until": max(own_until, past_until, key=datetime.fromisoformat),
     }
     version = publish(table, run_id, best, result, about)
     say("train", f"run {run_id}: best checkpoint is step {version.manifest['step']}, {version.manifest['validation']}")
     return version
+
+
+def finished(table: Table, run_id: str) -> Version | None:
+    """The version of a finished run, and served; what is served stays if it continues this one. A line says which."""
+    served = table.current()
+    ancestor = served
+    while ancestor and ancestor.id != run_id:
+        base = ancestor.manifest.get("continues")
+        ancestor = table.find(base) if base else None
+    if served and ancestor and ancestor.is_whole():
+        is_continued = f"; {served.id}, which continues it, is served" if served.id != run_id else ""
+        say("train", f"run {run_id} is already finished, nothing changed{is_continued}")
+        return ancestor
+    if published := table.reuse(run_id):
+        say("train", f"run {run_id} is already finished, and is served{f' in place of {served.id}' if served else ''}")
+    return published
+
+
+def past_of(start_from: str) -> tuple[list[dict[str, Any]], str]:
+    """What the weights of a checkpoint were trained on before, and until when; a line if it does not say."""
+    manifest = manifest_of(start_from) or {}
+    if "trained_until" not in manifest:
+        say(
+            "train",
+            f"{start_from} does not say what it was trained on: test metrics may be of requests that it has seen",
+        )
+    return manifest.get("trained", []), manifest.get("trained_until", _NEVER)
 
 
 def pin_tables(settings: Settings) -> tuple[Version, dict[str, str]]:
