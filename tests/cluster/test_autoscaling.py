@@ -15,7 +15,7 @@ from tests.data.import_logs import settings_of, write_day
 from tests.data.test_build_survives import settings_with_events
 from tests.serving.tables import build_world
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 POOL = "longer.pool"
 HEAD_ID = "f" * 51 + "0" * 5  # what the provider calls the head
 _WITHIN_S = 90

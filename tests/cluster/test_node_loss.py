@@ -23,7 +23,7 @@ from tests.data.test_build_survives import NUM_BUCKETS, records, settings_with_e
 from tests.data.test_increments import rows_of
 from tests.serving.tables import build_world, publish_requests
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray"), pytest.mark.slow]
 _WITHIN_S = 100
 
 

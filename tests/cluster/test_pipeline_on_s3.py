@@ -19,7 +19,7 @@ from tests.cluster.nodes import ROOT as PROJECT
 from tests.s3.server import running_bucket
 from tests.test_pipeline import SIZES, write_purchases
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 LOG, RUN, LOST = "s3://tables/log", "s3://tables/run", "s3://tables/lost"
 CHOSEN = {**SIZES, "train.epochs": 20, "import_events.source": LOG, "ray.pool_label": "longer.pool"}
 _COMMITTED_SOON = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}

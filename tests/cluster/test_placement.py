@@ -122,6 +122,7 @@ print(json.dumps({
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_each_kind_of_work_runs_on_the_nodes_for_it(head: Head, tmp_path) -> None:
     done = head.run(sys.executable, "-c", _SCRIPT, head.address, POOL, str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]

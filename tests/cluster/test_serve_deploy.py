@@ -11,7 +11,7 @@ from tests.cluster.nodes import SEEN_DEAD_SOON, free_ports, kill_node, processes
 from tests.cluster.service import CANDIDATES, NODES_HAVE_THE_PROJECT, USERS, Service, asking, scores_of
 from tests.serving.tables import build_world, checkpoint_path
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 _WITHIN_S = 90
 
 

@@ -349,6 +349,7 @@ def test_events_that_the_log_would_not_take_are_refused_whole(
     assert len(scorer.online) == 0
 
 
+@settings(deadline=None)
 @given(known=EVENTS, sent=EVENTS)
 def test_what_is_beyond_is_the_difference_of_multisets(known: list[Event], sent: list[Event], world: Settings) -> None:
     schema = world.event_schema
