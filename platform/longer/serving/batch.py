@@ -7,6 +7,7 @@ interrupted run keeps its finished buckets, a dead actor or node costs its bucke
 import json
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from longer.data.records import Record, scratch
 from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import UserError
 from longer.progress import say, track
+from longer.serving.batch_alive import marked_alive
 from longer.serving.batch_output import Run, done_buckets, remove_unnamed
 from longer.serving.batch_plan import Plan, check_model, plan_scores, plan_vectors
 from longer.serving.batch_roll import roll
@@ -43,13 +45,15 @@ def export_vectors(settings: Settings) -> Version:
 def _run(plan: Plan, pool: ScorerPool, where: RaySettings, job: str) -> Version:
     table = Table(plan.table_path)
     if published := table.reuse(plan.version_id):
-        remove_tree(scratch(published.path))  # if a run was killed before it could
+        remove_unnamed(published, Run(published.path))  # if a run was killed before it could
+        remove_tree(scratch(published.path))
         say(job, f"version {plan.version_id} is already there, nothing changed{_less_checked(published, plan)}")
         return published
     run = Run(table.resume(plan.version_id))
     check_model(plan)
     try:
-        manifest, files = _scored(plan, pool, where, run, job)
+        with marked_alive(run.alive) if run.is_on_s3 else nullcontext():
+            manifest, files = _scored(plan, pool, where, run, job)
     except Exception:  # of any kind: the faster run has removed what this one reads
         if not (published := table.find(plan.version_id)):
             raise
@@ -133,6 +137,9 @@ def _score_buckets(
         )
     fewest, most = (min(number, len(buckets)) for number in pool.concurrency)
     at_once = _BUCKETS_AT_ONCE[plan.device]
+    # One bucket at least waits, or is read, where another is scored. A pool grows only where as many wait as are worked on; others
+    # wait for whichever actor is free first.
+    in_flight = 2 if fewest == most else 2 * at_once
     rows = ray.data.from_items([{"bucket": bucket} for bucket in buckets], override_num_blocks=len(buckets))
     with roll() as actors:
         written = rows.map_batches(
@@ -143,7 +150,7 @@ def _score_buckets(
             compute=ray.data.ActorPoolStrategy(
                 min_size=fewest,
                 max_size=most,
-                max_tasks_in_flight_per_actor=2,  # one at least waits, or is read, where another is scored
+                max_tasks_in_flight_per_actor=in_flight,
                 enable_true_multi_threading=at_once > 1,
                 max_concurrent_calls_per_actor=at_once,
             ),
