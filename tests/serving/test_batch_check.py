@@ -1,5 +1,6 @@
 """What an offline run compares with the serving path, and what of it its manifest tells."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -221,3 +222,30 @@ def test_weights_that_are_not_finite_are_one_line(tmp_path: Path) -> None:
     for run in (export_vectors, lambda settings: batch_score(asking(settings, catalogue=True, top_k=1))):
         with pytest.raises(UserError, match=r"model\.safetensors: weights that are not finite: train again"):
             run(world)
+
+
+def test_a_run_that_finds_all_buckets_done_tells_no_rate_and_what_the_start_of_actors_cost(
+    world: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(batch, "_score_buckets", score_here)
+    asked = asking(world, catalogue=True, top_k=4)
+    with monkeypatch.context() as killed:
+        killed.setattr(batch, "totals_of", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            batch_score(asked)
+    told = batch_score(asked).manifest
+    assert told["num_rows"] == NUM_USERS * NUM_ITEMS
+    assert told["num_rows_of_this_run"] == told["num_users_of_this_run"] == 0
+    assert told["rows_per_s"] is None
+    assert told["users_per_s"] is None
+    assert 0 < told["start_device_s"] < told["device_s"]
+    assert 0 < told["start_cpu_s"] < told["cpu_s"]
+    assert told["steady_device_s_per_million_scores"] < told["device_s_per_million_scores"]
+    said = capsys.readouterr().err
+    assert "108 scores, 0 of them by this run, " in said
+    assert "a second" not in said
+    assert re.search(r"CPU-s a million scores, \S+ with the start of actors", said)
+
+
+def _killed(_: object) -> None:
+    raise KeyboardInterrupt

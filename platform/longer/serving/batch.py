@@ -25,7 +25,7 @@ from longer.serving.batch_output import Run, done_buckets, remove_unnamed
 from longer.serving.batch_plan import Plan, check_model, plan_scores, plan_vectors
 from longer.serving.batch_roll import roll
 from longer.serving.batch_scorer import BucketScorer
-from longer.serving.batch_totals import actors_of, cost_in_words, in_words, rates_of, totals_of
+from longer.serving.batch_totals import actors_of, cost_in_words, in_words, on_this_clock, rates_of, totals_of
 from longer.storage import DataFile, Table, Version, remove_tree
 
 _BUCKETS_AT_ONCE = {"cpu": 1, "cuda": 2}
@@ -167,7 +167,8 @@ def _score_buckets(
 
         def finished() -> Iterator[Record]:
             for row in written.iter_rows():
-                records.append(json.loads(row["record"]))
+                records.append(on_this_clock(json.loads(row["record"])))
                 yield records[-1]
 
+        say(job, f"waiting for actors, {fewest} to {most}, to be up and done with a bucket")
         return list(track(finished(), len(buckets), job.replace("_", " "), "buckets", note, seconds))

@@ -41,10 +41,10 @@ class BucketScorer:
         if actors:
             sign(actors)
         self._plan, self._run = plan, run
-        self._device, self._charging, self._charged = threading.Lock(), threading.Lock(), (0.0, 0.0)
+        self._device, self._charging, self._charged, started = threading.Lock(), threading.Lock(), (0.0, 0.0), _clocks()
         with run.starting(plan.most_actors, plan.section), _memory_told(plan), collected_ms() as stages:
             self._start()
-        self._actor = {"name": f"{socket.gethostname()}:{os.getpid()}", "start_ms": stages}
+        self._actor = {"name": f"{socket.gethostname()}:{os.getpid()}", "start_ms": stages, **self._charge(started)}
 
     def _start(self) -> None:
         plan, run = self._plan, self._run
@@ -76,7 +76,7 @@ class BucketScorer:
             outputs_a_request=self._answers.values_a_user,
         )
         with stage("warm up"):
-            warm_up(model, budget, plan.precision, self._scorer)
+            warm_up(self._answers, self._scorer)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         with _memory_told(self._plan):
@@ -111,7 +111,7 @@ class BucketScorer:
         return remember_bucket(self._run.version_path, record)
 
     def _charge(self, started: tuple[float, float]) -> dict[str, float]:
-        """Seconds since then, of the device and of CPUs, that no other bucket of this actor has been charged for."""
+        """Seconds since then, of the device and of CPUs, that neither the actor's start nor another bucket was charged for."""
         with self._charging:
             now = _clocks()
             device_s, cpu_s = (
