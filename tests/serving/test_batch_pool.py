@@ -79,6 +79,6 @@ def test_an_actor_that_has_died_before_does_not_keep_the_others_alive() -> None:
         ray.get([dead.pid.remote(), alive.pid.remote()])
         ray.kill(dead)
     with pytest.raises(ray.exceptions.RayActorError):
-        ray.get(alive.pid.remote(), timeout=30)
+        ray.get(alive.pid.remote(), timeout=120)
     with pytest.raises(ray.exceptions.RayActorError, match="is over"):
-        ray.get(signing.remote(opened).pid.remote(), timeout=30)
+        ray.get(signing.remote(opened).pid.remote(), timeout=120)

@@ -170,5 +170,5 @@ def _score_buckets(
                 records.append(on_this_clock(json.loads(row["record"])))
                 yield records[-1]
 
-        say(job, f"waiting for actors, {fewest} to {most}, to be up and done with a bucket")
+        say(job, f"waiting for {fewest} {'actor' if fewest == 1 else 'actors'} to start")
         return list(track(finished(), len(buckets), job.replace("_", " "), "buckets", note, seconds))
