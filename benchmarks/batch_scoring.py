@@ -4,7 +4,8 @@ One run on one machine and one device (a CPU core, or with `--device cuda` a GPU
 in which all users are alike, with a model of random weights:
 
     the job           `jobs.batch_score` of the test split: each history encoded once and appended to, candidates in blocks
-    from scratch      the same model in Ray Data's `map_batches`: every request encodes its own history; on a part of the requests
+    from scratch      the same model in Ray Data's `map_batches`, one actor on the whole device: every request encodes its own
+                      history; on a part of the requests
     bare model loop   the model alone over what is in memory, of a part of the requests: packed onto shared histories as in
                       training, batches made before; and by the job's own scoring function, chunks read before. The faster one
                       is the limit.
@@ -15,7 +16,8 @@ With `--catalogue-items N` only the best items, of N, for a quarter and for all 
 
 Rates leave out the start of Ray and of the actors with their kernels, which is given beside them. On a CPU they are per second
 of CPU time, of all threads of the processes that score: what else runs on the machine does not count. Prints a Markdown page;
-last, one JSON line: the job's scores per second, and its ratios to `from scratch` and to the bare loop.
+last, one JSON line: the job's scores per second, its ratios to `from scratch` and to the bare loop, and what a million scores cost
+with the start of actors and without.
 """
 
 import argparse
@@ -30,7 +32,16 @@ import ray
 import torch
 
 from benchmarks.batch_arms.arms import Loop, bare_loops, from_scratch, loop_rate
-from benchmarks.batch_arms.page import JOB, SCRATCH, Measured, actors_in_words, catalogue_page, page
+from benchmarks.batch_arms.page import (
+    JOB,
+    SCRATCH,
+    Measured,
+    actors_in_words,
+    catalogue_page,
+    costs,
+    page,
+    steady_seconds,
+)
 from benchmarks.batch_arms.world import (
     fresh_run,
     items_file,
@@ -93,7 +104,7 @@ def _split(asked: argparse.Namespace) -> tuple[list[str], dict[str, float]]:
     measured = Measured(asked, settings, dict(rates), scored, best, linear, stages)
     job, scratch = median(rates[JOB]), median(rates[SCRATCH])
     limit = max(median(of_runs) for name, of_runs in rates.items() if name not in (JOB, SCRATCH))
-    summary = {"scores_per_s": job, "vs_from_scratch": job / scratch, "vs_bare_loop": job / limit}
+    summary = {"scores_per_s": job, "vs_from_scratch": job / scratch, "vs_bare_loop": job / limit, **costs(scored)}
     return page(measured, summary), summary
 
 
@@ -111,11 +122,11 @@ def _catalogue(asked: argparse.Namespace) -> tuple[list[str], dict[str, float]]:
             users, pool = users_file(settings, num_users), pool_of(asked, num_actors)
             chosen = BatchSettings(**pool, catalogue=True, top_k=asked.top_k, users=users)
             runs[num_users] = fresh_run(settings, chosen)
-    part, whole = (version.manifest["device_s"] / n for n, version in runs.items())
+    part, whole = (steady_seconds(version) / n for n, version in runs.items())
     told = runs[asked.top_k_users]
     summary = {
         "scores_per_s": told.manifest["num_rows"] / scoring_seconds(told),
-        "device_s_per_million_scores": told.manifest["device_s_per_million_scores"],
+        **costs(told),
         "cost_of_a_user_all_vs_quarter": whole / part,
     }
     return catalogue_page(asked, settings, num_devices, runs, summary, stages), summary

@@ -8,7 +8,8 @@ python -m jobs.batch_score --config my.yaml --batch_score.catalogue --batch_scor
 from longer.config import Settings
 from longer.progress import say
 from longer.runner import run_job
-from longer.serving.batch import batch_score, check_against_online
+from longer.serving.batch import batch_score
+from longer.serving.batch_online import check_against_online
 from longer.storage import Version
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from longer import progress
 from longer.progress import track
 
 
@@ -10,3 +11,13 @@ def test_a_rate_counts_from_when_the_work_began_not_from_when_workers_were_asked
 ) -> None:
     assert list(track(iter(range(4)), 4, "scoring", "buckets", seconds=lambda: 2.0)) == [0, 1, 2, 3]
     assert "scoring: 4/4 buckets, 2.0 buckets/s" in capsys.readouterr().err
+
+
+def test_no_end_is_told_from_the_first_few_which_are_the_largest(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
+    for _ in track(iter(range(8)), 8, "scoring", "buckets"):
+        pass
+    told = capsys.readouterr().err.splitlines()
+    assert ["left" in line for line in told] == [False] + 6 * [True] + [False]

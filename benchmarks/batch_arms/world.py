@@ -131,4 +131,4 @@ def scoring_seconds(version: Version) -> float:
     On a CPU, of its actors' processes: other work on the machine does not count.
     """
     told = version.manifest
-    return told["cpu_s"] if told["device"] == "cpu" else told["seconds"] - told["start_s"]
+    return told["cpu_s"] - told["start_cpu_s"] if told["device"] == "cpu" else told["seconds"] - told["start_s"]

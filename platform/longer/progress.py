@@ -9,6 +9,10 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 _SECONDS_BETWEEN_LINES = 5.0
+_PART_BEFORE_AN_END_IS_TOLD = 0.25
+"""The first items need not be like the others, and some are half done."""
+
+_BAR_WITHOUT_END = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
 
 
 def track(
@@ -21,12 +25,15 @@ def track(
 ) -> Iterator[T]:
     """Yields the items while telling which stage this is, how far it is, how fast it goes, and what `note` adds to that.
 
+    How long it will take is told once a quarter is done.
+
     `seconds` says how long the work has been going on, where that began later than this call; asked once an item is there.
     """
     if sys.stderr.isatty():
         bar = tqdm(items, total=total, desc=stage, unit=f" {unit}", dynamic_ncols=True)
         for item in bar:
             yield item
+            bar.bar_format = None if _is_end_told(bar.n + 1, total) else _BAR_WITHOUT_END
             if seconds:
                 bar.start_t = time.time() - seconds()
             if note:
@@ -39,9 +46,13 @@ def track(
         if done == total or now - last >= _SECONDS_BETWEEN_LINES:
             rate = done / (seconds() if seconds else now - started)
             parts = [f"{stage}: {done}/{total} {unit}", f"{rate:.1f} {unit}/s", *([note()] if note else [])]
-            parts += [f"about {(total - done) / rate:.0f} s left"] if done < total else []
+            parts += [f"about {(total - done) / rate:.0f} s left"] if _is_end_told(done, total) and done < total else []
             print(", ".join(parts), file=sys.stderr, flush=True)
             last = now
+
+
+def _is_end_told(done: int, total: int) -> bool:
+    return done >= total * _PART_BEFORE_AN_END_IS_TOLD
 
 
 def say(stage: str, message: str) -> None:

@@ -286,7 +286,7 @@ class Table:
 class CheckedOutput:
     """A binary sink for pyarrow that counts and hashes what passes; `data_file` is its record once closed."""
 
-    def __init__(self, sink: pa.NativeFile, path: str) -> None:
+    def __init__(self, sink: Any, path: str) -> None:
         self._sink, self._path = sink, path
         self._hash, self._num_bytes = hashlib.sha256(), 0
         self.closed = False
@@ -324,9 +324,26 @@ def make_parents(path: str) -> None:
 def checked_output(version_path: str, file: str) -> Iterator[CheckedOutput]:
     """A sink for the data file `file` of the version at `version_path`; gives its size and checksum without reading it back."""
     make_parents(f"{version_path}/{file}")
-    fs, bare = arrow_filesystem(f"{version_path}/{file}")
-    with fs.open_output_stream(bare, buffer_size=1 << 20) as sink:
+    with _output(f"{version_path}/{file}") as sink:
         yield CheckedOutput(sink, file)
+
+
+@contextmanager
+def _output(path: str) -> Iterator[Any]:
+    """A file to write bytes to. On S3 it is there only if nothing goes wrong: closing it would end the upload of a part of it."""
+    fs, bare = filesystem(path)
+    if not path.startswith("s3://"):
+        with LocalFileSystem().open_output_stream(bare, buffer_size=1 << 20) as sink:
+            yield sink
+        return
+    file = fs.open(bare, "wb")
+    try:
+        yield file
+    except BaseException:
+        file.closed = True  # first: the upload must not be ended if it cannot be aborted
+        file.discard()
+        raise
+    file.close()
 
 
 def checksum(path: str) -> str:

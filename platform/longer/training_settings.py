@@ -6,12 +6,14 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_
 
 from longer.section import Section
 
+TaskKind = Literal["binary", "regression"]
+
 
 class TaskSettings(Section):
     """One head."""
 
     name: str = Field("label", description="Label column of the requests table.")
-    kind: Literal["binary", "regression"] = Field("binary", description="Cross-entropy or squared error.")
+    kind: TaskKind = Field("binary", description="Cross-entropy or squared error.")
     weight: float = Field(1.0, gt=0, description="Weight of this task's loss in the sum.")
 
 

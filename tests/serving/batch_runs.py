@@ -18,9 +18,10 @@ from longer.hashing import stable_keys
 from longer.model.longer import Longer
 from longer.model.ranker import Ranker
 from longer.model.sweep import Sweep
-from longer.serving.batch import BucketScorer, spooled_buckets
+from longer.serving.batch import spooled_buckets
 from longer.serving.batch_output import Run
 from longer.serving.batch_plan import Plan
+from longer.serving.batch_scorer import BucketScorer
 from longer.serving.offline import Questions
 from longer.storage import Table, Version
 from longer.training.checkpoints import load_model

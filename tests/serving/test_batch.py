@@ -12,15 +12,16 @@ from longer.config import Settings
 from longer.data.scores import check_difference, max_abs_diff, score_rows
 from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import UserError
-from longer.serving.batch import BucketScorer
 from longer.serving.batch import batch_score as score_split
 from longer.serving.batch_output import Run, done_buckets
 from longer.serving.batch_plan import plan_scores
+from longer.serving.batch_scorer import BucketScorer
 from longer.serving.check import choose_requests
 from longer.serving.scorer import Scorer, ScoreRequest, ScoreResult
 from longer.storage import Table, Version, checked_output
 from longer.training.inputs import Inputs
 from longer.training.loader import concat_requests, read_split
+from longer.training_settings import TaskSettings
 from tests.serving.tables import build_world, checkpoint_path, publish_requests
 
 
@@ -150,12 +151,12 @@ def test_a_difference_in_one_score_is_seen_and_other_candidates_are_refused(worl
     for gap, is_rounding in ((0.2, True), (0.5, False)):  # of regression values: one is 7e-6 of them, one 2e-5
         scores[:] = 3e4
         scores[-1] += gap
-        other = score_rows(asked, {"label": scores}, world.event_schema)
+        other, tasks = score_rows(asked, {"label": scores}, world.event_schema), [TaskSettings(kind="regression")]
         if is_rounding:
-            assert check_difference(large, other, world.train.tasks)[0] > 0.1
+            assert check_difference(large, other, tasks)[0] > 0.1
         else:
-            with pytest.raises(ArithmeticError, match=r"more than 1e-05 of their size, 3e\+04"):
-                check_difference(large, other, world.train.tasks)
+            with pytest.raises(ArithmeticError, match=r"by 1.7e-05 of the size of them, more than 1e-05"):
+                check_difference(large, other, tasks)
     items = pa.array([["x"]] * len(asked), pa.list_(pa.string()))
     with pytest.raises(ValueError, match="other candidates"):
         max_abs_diff(zeros, changed.set_column(3, "item_id", items), world.train.tasks)

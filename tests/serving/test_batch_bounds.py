@@ -14,10 +14,11 @@ from longer.config import Settings
 from longer.errors import UserError
 from longer.model.longer import Longer
 from longer.serving import batch_input, batch_output
-from longer.serving.batch import BucketScorer, spooled_buckets
+from longer.serving.batch import spooled_buckets
 from longer.serving.batch_input import Chunk
 from longer.serving.batch_output import Run, write_rows
 from longer.serving.batch_plan import check_model, plan_scores, plan_vectors
+from longer.serving.batch_scorer import BucketScorer
 from longer.serving.offline import Budget
 from tests.model.generate import small_model
 from tests.serving.batch_runs import asking, ids_file, world_with_requests

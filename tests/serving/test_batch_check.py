@@ -1,5 +1,7 @@
 """What an offline run compares with the serving path, and what of it its manifest tells."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +10,15 @@ import pytest
 import torch
 
 from longer.config import Settings
+from longer.data.scores import MAX_DIFFERENCE, relative_gaps
 from longer.errors import UserError
 from longer.model_settings import ModelSettings
 from longer.serving import batch
-from longer.serving.batch import BucketScorer, batch_score, export_vectors, spooled_buckets
+from longer.serving.batch import batch_score, export_vectors, spooled_buckets
 from longer.serving.batch_check import OnlineCheck, num_left_out
 from longer.serving.batch_output import Run, remember_bucket
 from longer.serving.batch_plan import check_model, plan_scores, plan_vectors
+from longer.serving.batch_scorer import BucketScorer
 from longer.storage import Table
 from longer.training_settings import TaskSettings
 from tests.serving.batch_runs import asking, expected_scores, ids_file, score_here, world_with_requests, written_here
@@ -55,6 +59,58 @@ def test_a_score_that_the_serving_path_does_not_give_fails_the_run(world: Settin
         only_last = only_last.set_column(rows.column_names.index(name), name, kept)
     with pytest.raises(ArithmeticError):  # two items that score higher are left out
         check.see(chunk, only_last)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_scores_of_rare_clicks_are_told_from_a_constant_from_others_and_from_the_worst(
+    tmp_path: Path, precision: str
+) -> None:
+    """Probabilities of a quarter of a percent: all are alike where the scale is that of probabilities."""
+    world = world_with_requests(tmp_path / "world")
+    model = random_model(world, 0)
+    head = [part for part in model.modules() if isinstance(part, torch.nn.Linear) and part.out_features == 1][-1]
+    with torch.no_grad():
+        head.bias -= 6.0
+        head.weight *= 0.5
+    publish_model(world, model, "rare")
+    plan = replace(plan_scores(asking(world, catalogue=True, top_k=NUM_ITEMS)), precision=precision)
+    scorer = BucketScorer(plan, Run(str(tmp_path)))
+    chunk = next(iter(scorer._reader.chunks(0)))
+    rows = scorer._answers.rows(chunk)
+    scores = np.array(rows["score_label"].to_pylist())
+    assert scores.max() < 0.005
+
+    def see(top_k: int, **changed: list) -> None:
+        wrong = rows
+        for name, values in changed.items():
+            wrong = wrong.set_column(rows.column_names.index(name), name, pa.array(values, rows[name].type))
+        numbers = np.arange(len(rows))
+        OnlineCheck(
+            replace(plan, top_k=top_k), scorer._scorer, scorer._answers.items, numbers, num_left_out=NUM_ITEMS
+        ).see(chunk, wrong)
+
+    see(NUM_ITEMS)
+    for wrong in (np.full_like(scores, scores.mean()), 2 * scores):
+        with pytest.raises(ArithmeticError, match="of the size of their log-odds"):
+            see(NUM_ITEMS, score_label=list(wrong))
+    best, worst = ({name: [row[part] for row in rows[name].to_pylist()] for name in ("item_id", "score_label")}
+                   for part in (slice(3), slice(-1, -4, -1)))  # fmt: skip
+    see(3, **best)
+    with pytest.raises(ArithmeticError, match="of the size of their log-odds"):
+        see(3, **worst)
+
+
+def test_a_small_regression_and_a_probability_near_one_are_compared_on_scales_of_their_own() -> None:
+    small = np.array([1e-3, -2e-3, 3e-3], np.float32)
+    assert relative_gaps(small, small * np.float32(1 + 4e-6), "regression").max() < MAX_DIFFERENCE
+    assert relative_gaps(small, small * np.float32(1 + 4e-5), "regression").max() > MAX_DIFFERENCE
+    near_1 = np.array([1 - 2e-4, 0.3, 0.0, 1.0], np.float32)
+    rounded = np.nextafter(near_1, np.float32(0.5))
+    assert relative_gaps(near_1, rounded, "binary").max() < MAX_DIFFERENCE
+    other = np.array([1 - 3e-4, 0.3, 0.0, 1.0], np.float32)
+    assert relative_gaps(near_1, other, "binary").argmax() == 0
+    assert relative_gaps(near_1, other, "binary").max() > MAX_DIFFERENCE
+    assert relative_gaps(near_1, np.where(near_1 == 1, np.nan, near_1), "binary").max() == np.inf
 
 
 def test_a_block_lost_from_a_large_catalogue_is_met_by_the_items_drawn(world: Settings, tmp_path: Path) -> None:
@@ -166,3 +222,30 @@ def test_weights_that_are_not_finite_are_one_line(tmp_path: Path) -> None:
     for run in (export_vectors, lambda settings: batch_score(asking(settings, catalogue=True, top_k=1))):
         with pytest.raises(UserError, match=r"model\.safetensors: weights that are not finite: train again"):
             run(world)
+
+
+def test_a_run_that_finds_all_buckets_done_tells_no_rate_and_what_the_start_of_actors_cost(
+    world: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(batch, "_score_buckets", score_here)
+    asked = asking(world, catalogue=True, top_k=4)
+    with monkeypatch.context() as killed:
+        killed.setattr(batch, "totals_of", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            batch_score(asked)
+    told = batch_score(asked).manifest
+    assert told["num_rows"] == NUM_USERS * NUM_ITEMS
+    assert told["num_rows_of_this_run"] == told["num_users_of_this_run"] == 0
+    assert told["rows_per_s"] is None
+    assert told["users_per_s"] is None
+    assert 0 < told["start_device_s"] < told["device_s"]
+    assert 0 < told["start_cpu_s"] < told["cpu_s"]
+    assert told["steady_device_s_per_million_scores"] < told["device_s_per_million_scores"]
+    said = capsys.readouterr().err
+    assert "108 scores, 0 of them by this run, " in said
+    assert "a second" not in said
+    assert re.search(r"CPU-s a million scores, \S+ with the start of actors", said)
+
+
+def _killed(_: object) -> None:
+    raise KeyboardInterrupt

@@ -11,10 +11,10 @@ import torch
 from longer.batch_settings import ExportSettings
 from longer.config import Settings
 from longer.data.columns import flat_list
-from longer.data.scores import MAX_DIFFERENCE, MAX_DIFFERENCE_BF16, root_mean_square
-from longer.serving.batch import BucketScorer
+from longer.data.scores import most_difference, relative_gaps
 from longer.serving.batch_output import Run
 from longer.serving.batch_plan import Plan, plan_scores, plan_vectors
+from longer.serving.batch_scorer import BucketScorer
 from tests.serving.batch_runs import asking, ids_file, world_with_requests, written_here
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="compares a GPU with the CPU")
@@ -46,8 +46,8 @@ def answers_of(rows: pa.Table) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["requests", "lists", "vectors"])
-@pytest.mark.parametrize(("precision", "most"), [("float32", MAX_DIFFERENCE), ("bf16", MAX_DIFFERENCE_BF16)])
-def test_answers_are_those_of_the_cpu(world: Settings, tmp_path: Path, kind: str, precision: str, most: float) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_answers_are_those_of_the_cpu(world: Settings, tmp_path: Path, kind: str, precision: str) -> None:
     if kind == "vectors" and precision == "bf16":
         pytest.skip("vectors are made in float32")
     plan = plans(world, tmp_path)[kind]
@@ -56,8 +56,8 @@ def test_answers_are_those_of_the_cpu(world: Settings, tmp_path: Path, kind: str
     found = answers_of(
         written_here(on_gpu, tmp_path / "gpu")
     )  # the serving path, on the GPU too, is compared on the way
-    scale = np.maximum(np.abs(expected), root_mean_square(expected))
-    assert (np.abs(found - expected) / scale).max() <= most
+    gaps = relative_gaps(expected, found, "regression" if kind == "vectors" else "binary")
+    assert gaps.max() <= most_difference(precision)
 
 
 def test_the_best_items_of_a_gpu_are_compared_with_its_serving_path(world: Settings, tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ from longer.config import Settings
 from longer.data.columns import read_columns
 from longer.data.id_lists import IdList
 from longer.errors import UserError
-from longer.serving.batch import BucketScorer, batch_score, spooled_buckets
+from longer.serving.batch import batch_score, spooled_buckets
 from longer.serving.batch_output import Run
 from longer.serving.batch_plan import plan_scores
+from longer.serving.batch_scorer import BucketScorer
 from tests.serving.batch_runs import asking, ids_file, world_with_requests
 
 

@@ -20,9 +20,9 @@ from longer.data.records import Record
 from longer.errors import UserError
 from longer.runner import user_error_in
 from longer.serving import batch
-from longer.serving.batch import BucketScorer
 from longer.serving.batch_check import OnlineCheck
 from longer.serving.batch_input import Chunk
+from longer.serving.batch_scorer import BucketScorer
 from longer.storage import Version
 from tests.data.test_build_survives import settings_with_events
 from tests.serving.tables import MODEL, publish_random_model

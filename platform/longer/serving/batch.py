@@ -5,180 +5,31 @@ interrupted run keeps its finished buckets, a dead actor or node costs its bucke
 """
 
 import json
-import os
-import resource
-import socket
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray.data
-import torch
-from ray.actor import ActorHandle
 
 from longer.batch_settings import ScorerPool
 from longer.config import RaySettings, Settings
 from longer.data.id_lists import spool, spread
 from longer.data.records import Record, scratch
-from longer.data.scores import check_difference, read_scores
 from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import UserError
 from longer.progress import say, track
-from longer.serving.batch_answers import Answers
-from longer.serving.batch_check import OnlineCheck, chosen_numbers, num_left_out
-from longer.serving.batch_input import Reader
-from longer.serving.batch_output import Run, done_buckets, remember_bucket, remove_unnamed, write_rows
+from longer.serving.batch_alive import marked_alive
+from longer.serving.batch_output import Run, done_buckets, remove_unnamed
 from longer.serving.batch_plan import Plan, check_model, plan_scores, plan_vectors
-from longer.serving.batch_roll import roll, sign
-from longer.serving.batch_totals import actors_of, cost_in_words, in_words, rates_of, totals_of
-from longer.serving.batch_warm import warm_up
-from longer.serving.offline import Budget
-from longer.serving.scorer import Scorer
-from longer.serving.stages import collected_ms, stage
-from longer.storage import TABLE_FORMAT, DataFile, Table, Version, fingerprint, remove_tree
-from longer.training.checkpoints import load_model
-from longer.training.loader import prefetch
-
-_CACHE_BYTES = 64 << 20
+from longer.serving.batch_roll import roll
+from longer.serving.batch_scorer import BucketScorer
+from longer.serving.batch_totals import actors_of, cost_in_words, in_words, on_this_clock, rates_of, totals_of
+from longer.storage import DataFile, Table, Version, remove_tree
 
 _BUCKETS_AT_ONCE = {"cpu": 1, "cuda": 2}
 """In an actor: on a GPU one is read and written while another is scored. A CPU has nothing to wait for."""
-
-
-class BucketScorer:
-    """Writes the answers of the buckets it is given; one instance an actor, which loads the model once."""
-
-    def __init__(self, plan: Plan, run: Run, actors: ActorHandle | None = None) -> None:
-        if actors:
-            sign(actors)
-        self._plan, self._run = plan, run
-        self._device, self._charging, self._charged = threading.Lock(), threading.Lock(), (0.0, 0.0)
-        with run.starting(plan.most_actors, plan.section), _memory_told(plan), collected_ms() as stages:
-            self._start()
-        self._actor = {"name": f"{socket.gethostname()}:{os.getpid()}", "start_ms": stages}
-
-    def _start(self) -> None:
-        plan, run = self._plan, self._run
-        sequences = f"{plan.root}/tables/sequences"
-        with stage("load"):
-            model, info = load_model(plan.checkpoint.path, plan.device)
-        self._scorer: Scorer | None = None  # without user states, there is no serving path to compare with
-        if info.model.is_appendable:
-            self._scorer = Scorer(
-                plan.checkpoint.path,
-                sequences,
-                _CACHE_BYTES,
-                plan.items_path,
-                plan.sequences.id,
-                plan.device,
-                state_precision=plan.precision,
-                is_plain=True,  # compiled, a few requests of each bucket would cost more than all others
-            )
-            model = self._scorer.model
-        budget = Budget(model, plan.batch_bytes)
-        self._answers = Answers.of(plan, budget, run)
-        requests = plan.inputs.get("requests")
-        self._reader = Reader(
-            plan=plan,
-            sequences=SequenceTable(sequences, plan.schema, plan.sequences.id),
-            requests=RequestTable(f"{plan.root}/tables/requests", plan.schema, requests) if requests else None,
-            run=run,
-            windows=model.windows,
-            outputs_a_request=self._answers.values_a_user,
-        )
-        with stage("warm up"):
-            warm_up(model, budget, plan.precision, self._scorer)
-
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        with _memory_told(self._plan):
-            records = [self.write_bucket(bucket) for bucket in rows["bucket"].to_pylist()]
-        return pa.table({"record": [json.dumps(record) for record in records]})
-
-    def write_bucket(self, bucket: int) -> Record:
-        """Writes one bucket's file; its record, of no file if nobody is asked about in it."""
-        started = _clocks()
-        self._run.begin(bucket, f"{self._plan.section}.batch_bytes")
-        record: Record = {"bucket": bucket, "begun_at": time.time(), "num_requests": 0, "num_users": 0, "num_scores": 0}
-        num_checked = self._plan.check_requests if self._scorer else 0
-        num_requests, items = self._reader.num_requests(bucket), self._answers.items
-        numbers = chosen_numbers(num_requests, num_checked)
-        others = num_left_out(num_requests, len(items.item_id_I), len(numbers)) if items else 0
-        check = OnlineCheck(self._plan, self._scorer, items, numbers, others)
-        with collected_ms() as stages:
-            written = write_rows(self._run.version_path, self._run.file_of(bucket), self._parts(bucket, check, record))
-        record |= {
-            "done_at": time.time(),
-            "stages_ms": stages,
-            "actor": self._actor,
-            "file": asdict(written) if written else None,
-            "device": self._plan.device,
-            **self._charge(started),
-            "check_requests": self._plan.check_requests,
-            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "peak_gpu_bytes": torch.cuda.max_memory_allocated() if self._plan.device == "cuda" else 0,
-            "max_abs_diff": check.max_abs_diff,
-            "num_compared": check.num_compared,
-        }
-        return remember_bucket(self._run.version_path, record)
-
-    def _charge(self, started: tuple[float, float]) -> dict[str, float]:
-        """Seconds since then, of the device and of CPUs, that no other bucket of this actor has been charged for."""
-        with self._charging:
-            now = _clocks()
-            device_s, cpu_s = (
-                end - max(begin, last) for end, begin, last in zip(now, started, self._charged, strict=True)
-            )
-            self._charged = now
-        return {"device_s": device_s * self._plan.device_share, "cpu_s": cpu_s}
-
-    def _parts(self, bucket: int, check: OnlineCheck, record: Record) -> Iterator[pa.Table]:
-        """The rows of each chunk, which is read while the one before it is scored; counts them, and compares some.
-
-        Scored in the thread that asked for the bucket: others get memory for large tensors anew each time, which costs a tenth.
-        """
-        last_user, chunks = None, prefetch(self._reader.chunks(bucket), 1)
-        while True:
-            with stage("read"):
-                chunk = next(chunks, None)
-            if chunk is None:
-                return
-            with stage("queue"):
-                self._device.acquire()
-            try:
-                rows = self._answers.rows(chunk)
-                check.see(chunk, rows)
-            finally:
-                self._device.release()
-            record["num_requests"] += len(rows)
-            begun_before = (
-                chunk.user_id_R[0] == last_user
-            )  # the chunk goes on with the user that the last one ended with
-            record["num_users"] += len(np.unique(chunk.questions.row_R)) - begun_before
-            last_user = chunk.user_id_R[-1]
-            record["num_scores"] += self._answers.num_scores(chunk)
-            yield rows
-
-
-def _clocks() -> tuple[float, float]:
-    """Now, and the seconds that this process has had of CPUs."""
-    return time.perf_counter(), time.process_time()
-
-
-@contextmanager
-def _memory_told(plan: Plan) -> Iterator[None]:
-    """A GPU without room for what is computed is the settings' mistake."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{plan.section}: an actor's GPU has no memory left: lower {plan.section}.batch_bytes ({plan.batch_bytes}), or raise "
-            f"num_gpus_per_scorer ({plan.device_share}) so that fewer actors share it: {error}".splitlines()[0]
-        ) from error
 
 
 def batch_score(settings: Settings) -> Version:
@@ -194,13 +45,15 @@ def export_vectors(settings: Settings) -> Version:
 def _run(plan: Plan, pool: ScorerPool, where: RaySettings, job: str) -> Version:
     table = Table(plan.table_path)
     if published := table.reuse(plan.version_id):
-        remove_tree(scratch(published.path))  # if a run was killed before it could
+        remove_unnamed(published, Run(published.path))  # if a run was killed before it could
+        remove_tree(scratch(published.path))
         say(job, f"version {plan.version_id} is already there, nothing changed{_less_checked(published, plan)}")
         return published
     run = Run(table.resume(plan.version_id))
     check_model(plan)
     try:
-        manifest, files = _scored(plan, pool, where, run, job)
+        with marked_alive(run.alive) if run.is_on_s3 else nullcontext():
+            manifest, files = _scored(plan, pool, where, run, job)
     except Exception:  # of any kind: the faster run has removed what this one reads
         if not (published := table.find(plan.version_id)):
             raise
@@ -284,6 +137,9 @@ def _score_buckets(
         )
     fewest, most = (min(number, len(buckets)) for number in pool.concurrency)
     at_once = _BUCKETS_AT_ONCE[plan.device]
+    # One bucket at least waits, or is read, where another is scored. A pool grows only where as many wait as are worked on; others
+    # wait for whichever actor is free first.
+    in_flight = 2 if fewest == most else 2 * at_once
     rows = ray.data.from_items([{"bucket": bucket} for bucket in buckets], override_num_blocks=len(buckets))
     with roll() as actors:
         written = rows.map_batches(
@@ -294,7 +150,7 @@ def _score_buckets(
             compute=ray.data.ActorPoolStrategy(
                 min_size=fewest,
                 max_size=most,
-                max_tasks_in_flight_per_actor=2,  # one at least waits, or is read, where another is scored
+                max_tasks_in_flight_per_actor=in_flight,
                 enable_true_multi_threading=at_once > 1,
                 max_concurrent_calls_per_actor=at_once,
             ),
@@ -311,38 +167,8 @@ def _score_buckets(
 
         def finished() -> Iterator[Record]:
             for row in written.iter_rows():
-                records.append(json.loads(row["record"]))
+                records.append(on_this_clock(json.loads(row["record"])))
                 yield records[-1]
 
+        say(job, f"waiting for {fewest} {'actor' if fewest == 1 else 'actors'} to start")
         return list(track(finished(), len(buckets), job.replace("_", " "), "buckets", note, seconds))
-
-
-def check_against_online(settings: Settings, scored: Version) -> Version:
-    """How far the batch scores are from those that the serving check got over HTTP: a record in the manifest, next to them.
-
-    `max_abs_diff_vs_online` is null if no request was scored by both.
-    """
-    online = Table(settings.path("serving_check")).current()
-    if online and online.manifest["inputs"] != scored.manifest["inputs"]:
-        online = None
-    table = Table(settings.path("batch_scores", "check"))
-    version_id = fingerprint("batch_check", TABLE_FORMAT, scored.id, online and online.id)
-    if published := table.reuse(version_id):
-        return published
-    record: dict[str, Any] = {
-        "rows": scored.manifest["num_rows"],
-        "rows_per_s": scored.manifest["rows_per_s"],
-        "seconds": scored.manifest["seconds"],
-        "max_abs_diff_vs_online": None,
-        "compared_requests": 0,
-    }
-    if online:
-        asked = read_scores(online)
-        ours = read_scores(scored, asked["request_id"].to_numpy())
-        diff, compared = check_difference(asked, ours, settings.train.tasks)
-        record |= {"max_abs_diff_vs_online": diff if compared else None, "compared_requests": compared}
-    about = {
-        "schema_hash": settings.event_schema.hash(),
-        "inputs": {"batch_scores": scored.id, "serving_check": online and online.id},
-    }
-    return table.publish(version_id, {**about, **record}, [])

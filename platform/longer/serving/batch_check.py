@@ -14,13 +14,11 @@ import torch
 from longer.arrays import Float32, Int64
 from longer.data.columns import flat_list, single_array
 from longer.data.scores import (
-    MAX_DIFFERENCE,
-    MAX_DIFFERENCE_BF16,
-    Float64,
     absolute_gaps,
     check_gaps,
-    root_mean_square,
+    most_difference,
     score_column,
+    typical_size,
 )
 from longer.errors import UserError
 from longer.hashing import stable_keys
@@ -32,6 +30,7 @@ from longer.serving.batch_plan import Plan
 from longer.serving.resolver import Pending
 from longer.serving.scorer import Scorer, ScoreRequest
 from longer.serving.stages import collected_ms, stage
+from longer.training_settings import TaskKind
 
 _SCORE = score_column("")
 
@@ -66,11 +65,11 @@ class OnlineCheck:
 
     def _see(self, chunk: Chunk, rows: pa.Table, here: Int64) -> None:
         tasks = [name.removeprefix(_SCORE) for name in rows.column_names if name.startswith(_SCORE)]
-        scales = {task: root_mean_square(_flat(rows[score_column(task)])) for task in tasks}
+        scales = {task: typical_size(_flat(rows[score_column(task)]), self._kind(task)) for task in tasks}
         if self.plan.kind == "vectors":
             for r in here.tolist():
                 offline = np.array(rows["vector"][r].as_py())
-                self._note(self._online_vector(chunk, r), offline, "a user's vectors")
+                self._note(self._online_vector(chunk, r), offline, "regression", "a user's vectors")
         else:
             lengths = pc.list_value_length(rows["item_id"]).to_numpy()[here]
             here = here[lengths > 0]
@@ -91,7 +90,7 @@ class OnlineCheck:
         for r, some, scores in zip(here.tolist(), chosen, self._online(asked), strict=True):
             for task, online in scores.items():
                 offline = np.array(rows[score_column(task)][r].as_py(), np.float32)
-                self._note(online, offline[some], f"scores of {task}", scales[task])
+                self._note(online, offline[some], self._kind(task), f"scores of {task}", scales[task])
 
     def _check_left_out(self, chunk: Chunk, here: Int64, rows: pa.Table, scales: dict[str, float]) -> None:
         """Items that are not among a user's best, drawn for this user, score no more than the last that is."""
@@ -106,7 +105,8 @@ class OnlineCheck:
                 [scored] = self._online([_request(chunk, r, others.slice(begin, _PIECE_ITEMS), {})])
                 task, scores = next(iter(scored.items()))
                 last = np.float32(rows[score_column(task)][r].as_py()[-1])
-                self._note(np.maximum(scores, last), np.full(len(scores), last), f"scores of {task}", scales[task])
+                at_most = np.full(len(scores), last)
+                self._note(np.maximum(scores, last), at_most, self._kind(task), f"scores of {task}", scales[task])
 
     def _online(self, asked: list[ScoreRequest]) -> list[dict[str, np.ndarray]]:
         assert self.scorer
@@ -143,11 +143,16 @@ class OnlineCheck:
         values = {name: request[name][0].as_py() for name in self.plan.schema.features_of("item")}
         return {name: [of_item[i] for i in some] for name, of_item in values.items()}
 
-    def _note(self, online: np.ndarray, offline: np.ndarray, what: str, scale: float | None = None) -> None:
-        gaps: Float64 = absolute_gaps(online, offline)
-        self.max_abs_diff = max(self.max_abs_diff, float(gaps.max()))
-        most = MAX_DIFFERENCE_BF16 if self.plan.precision == "bf16" else MAX_DIFFERENCE
-        check_gaps(gaps, online, what, "the offline and the serving path", scale, most)
+    def _kind(self, task: str) -> TaskKind:
+        assert self.scorer
+        return next(known.kind for known in self.scorer.model.tasks if known.name == task)
+
+    def _note(
+        self, online: np.ndarray, offline: np.ndarray, kind: TaskKind, what: str, scale: float | None = None
+    ) -> None:
+        self.max_abs_diff = max(self.max_abs_diff, float(absolute_gaps(online, offline).max()))
+        most = most_difference(self.plan.precision)
+        check_gaps(online, offline, kind, what, "the offline and the serving path", scale, most)
 
 
 def _request(chunk: Chunk, r: int, ids: list[Any] | pa.Array, features: dict[str, list[Any]]) -> ScoreRequest:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from longer.data.records import Record, finished, remember, scratch
 from longer.errors import UserError
+from longer.serving.batch_alive import silent
 from longer.serving.stages import stage
 from longer.storage import (
     DataFile,
@@ -48,6 +49,15 @@ class Run:
     def candidates(self) -> str:
         return f"{self.folder}/candidates"
 
+    @property
+    def alive(self) -> str:
+        """A file that it renews."""
+        return f"{self.folder}/alive"
+
+    @property
+    def is_on_s3(self) -> bool:
+        return self.version_path.startswith("s3://")
+
     def file_of(self, bucket: int) -> str:
         """The bucket's data file, by its path in the version."""
         return f"bucket={bucket:04d}/part-{self.id}.parquet"
@@ -80,8 +90,8 @@ class Run:
 def write_rows(version_path: str, file: str, parts: Iterable[pa.Table]) -> DataFile | None:
     """Writes the parts as data file `file` of a version, two row groups in memory at a time; None, and no file, without rows.
 
-    The file appears whole: on S3 as uploads do, on a disk by a rename, so that a killed writer, or one of an earlier run that
-    has not died yet, never leaves half of one.
+    The file appears whole: on S3 as uploads do, on a disk by a rename, so that a writer that fails or is killed, or one of an
+    earlier run that has not died yet, never leaves half of one.
     """
     groups = _row_groups(parts)
     first = next(groups, None)
@@ -115,12 +125,22 @@ def _repeating(schema: pa.Schema) -> list[str]:
 
 
 def remove_unnamed(version: Version, run: Run) -> None:
-    """Removes buckets' files that a published version does not name: of any run, on S3, where others may write, of this one."""
-    named, on_s3 = {file.path for file in version.data_files()}, version.path.startswith("s3://")
-    for path in file_sizes(version.path):
-        is_bucket, bucket = path.startswith("bucket="), path[len("bucket=") :].partition("/")[0]
-        if is_bucket and path not in named and (not on_s3 or path == run.file_of(int(bucket))):
+    """Removes buckets' files that a published version does not name, which its readers would read: of this run and of dead ones.
+
+    What a live one has written, on S3, it removes itself.
+    """
+    named = {file.path for file in version.data_files()}
+    unnamed = {path for path in file_sizes(version.path) if path.startswith("bucket=") and path not in named}
+    marks = {path: Run(version.path, _run_of(path)).alive for path in unnamed}
+    others = {mark for mark in marks.values() if mark != run.alive}
+    dead = silent(others) if run.is_on_s3 else others
+    for path, mark in marks.items():
+        if mark == run.alive or mark in dead:
             remove_tree(f"{version.path}/{path}")
+
+
+def _run_of(file: str) -> str:
+    return file.rpartition("/part-")[2].removesuffix(".parquet")
 
 
 def _row_groups(parts: Iterable[pa.Table]) -> Iterator[pa.Table]:

@@ -5,11 +5,13 @@ keep their CPUs from the next run too.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 class _Roll:
@@ -29,17 +31,29 @@ class _Roll:
 
 @contextmanager
 def roll() -> Iterator[ActorHandle]:
-    """Ends all actors that have signed it; those that would sign it later fail to start."""
-    make: Any = ray.remote(num_cpus=0)(_Roll)
-    opened = make.remote()
+    """Ends all actors that have signed it; those that would sign it later fail to start.
+
+    It lies where the run's driver is, so that it is lost with it only; if it is, a run that is done otherwise does not fail of it.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here}
+    make: Any = ray.remote(**options)(_Roll)
+    opened, actors = make.remote(), list[ActorHandle]()
     try:
         yield opened
     finally:
-        for actor in ray.get(opened.close.remote()):
-            ray.kill(actor)
+        with suppress(RayError):
+            actors = ray.get(opened.close.remote())
+        for actor in actors:
+            with suppress(RayError):  # it has died before
+                ray.kill(actor)
 
 
 def sign(opened: ActorHandle) -> None:
-    """By an actor, before all else. An error if the run is over."""
-    if not ray.get(opened.sign.remote(ray.get_runtime_context().current_actor)):
+    """By an actor, before all else. An error if the run is over; none if the roll is lost, which says nothing of the run."""
+    try:
+        is_open: Any = ray.get(opened.sign.remote(ray.get_runtime_context().current_actor))
+    except RayError:
+        return
+    if not is_open:
         raise RuntimeError("the run that this actor was started for is over")

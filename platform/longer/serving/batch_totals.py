@@ -1,5 +1,6 @@
 """What buckets' records say of a run together, as its manifest and its lines tell it."""
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,19 +8,29 @@ from longer.data.records import Record
 
 
 def totals_of(records: Sequence[Record]) -> dict[str, Any]:
-    """Of all buckets, whichever run has done them on what; a device is a GPU, its share that an actor has, or a CPU."""
+    """Of all buckets, whichever run has done them on what; a device is a GPU, its share that an actor has, or a CPU.
+
+    What it costs that actors start, with their load and warm-up, is told apart, and a part of the whole.
+    """
     num_scores, compared = (sum(record[name] for record in records) for name in ("num_scores", "num_compared"))
-    device_s = sum(record["device_s"] for record in records)
+    actors = {record["actor"]["name"]: record["actor"] for record in records}.values()
+    start_s, steady_s = (
+        {name: sum(part[name] for part in parts) for name in ("device_s", "cpu_s")} for parts in (actors, records)
+    )
+    device_s = start_s["device_s"] + steady_s["device_s"]
     return {
         "num_requests": sum(record["num_requests"] for record in records),
         "num_users": sum(record["num_users"] for record in records),
         "num_rows": num_scores,
         "device": "+".join(sorted({record["device"] for record in records})),
         "device_s": device_s,
-        "cpu_s": sum(record["cpu_s"] for record in records),  # of the actors' processes, all of their threads
+        "start_device_s": start_s["device_s"],
+        "cpu_s": start_s["cpu_s"] + steady_s["cpu_s"],  # of the actors' processes, all of their threads
+        "start_cpu_s": start_s["cpu_s"],
         "peak_bytes": max((record["peak_bytes"] for record in records), default=0),  # of one actor's process
         "peak_gpu_bytes": max((record["peak_gpu_bytes"] for record in records), default=0),
         "device_s_per_million_scores": device_s / num_scores * 1e6 if num_scores else None,
+        "steady_device_s_per_million_scores": steady_s["device_s"] / num_scores * 1e6 if num_scores else None,
         "online_check": {
             "requests": compared,
             "check_requests": min((record["check_requests"] for record in records), default=0),
@@ -28,12 +39,21 @@ def totals_of(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def rates_of(fresh: Sequence[Record], seconds: float) -> dict[str, float]:
-    """Of the buckets that this run has done."""
+def rates_of(fresh: Sequence[Record], seconds: float) -> dict[str, Any]:
+    """Of the buckets that this run has done; null if an interrupted one had done all."""
+    rows, users = (sum(record[name] for record in fresh) for name in ("num_scores", "num_users"))
     return {
-        "rows_per_s": sum(record["num_scores"] for record in fresh) / seconds,
-        "users_per_s": sum(record["num_users"] for record in fresh) / seconds,
+        "num_rows_of_this_run": rows,
+        "num_users_of_this_run": users,
+        "rows_per_s": rows / seconds if fresh else None,
+        "users_per_s": users / seconds if fresh else None,
     }
+
+
+def on_this_clock(record: Record) -> Record:
+    """A bucket's record that has just come, its times those of this node's clock: others' may be minutes off."""
+    now = time.time()
+    return record | {"begun_at": now - (record["done_at"] - record["begun_at"]), "done_at": now}
 
 
 def actors_of(fresh: Sequence[Record], started_at: float) -> list[dict[str, Any]]:
@@ -69,16 +89,20 @@ def in_words(manifest: dict[str, Any]) -> str:
     check = manifest["online_check"]
     told = f"{manifest['num_users']} users"
     if manifest["num_rows"]:
-        told += f", {manifest['num_rows']} scores, {manifest['rows_per_s']:.0f} a second{cost_in_words(manifest)}"
+        told += f", {manifest['num_rows']} scores"
+        if manifest["num_rows_of_this_run"] < manifest["num_rows"]:
+            told += f", {manifest['num_rows_of_this_run']} of them by this run"
+        if manifest["rows_per_s"] is not None:
+            told += f", {manifest['rows_per_s']:.0f} a second"
+        told += cost_in_words(manifest)
     if check["requests"]:
         told += f"; {check['requests']} requests scored by the serving path too, largest difference {check['max_abs_diff']:.1e}"
     return told
 
 
 def cost_in_words(totals: dict[str, Any]) -> str:
-    cost = totals["device_s_per_million_scores"]
-    return (
-        ""
-        if cost is None
-        else f", {cost:.3g} {totals['device'].replace('cuda', 'GPU').replace('cpu', 'CPU')}-s a million scores"
-    )
+    cost, steady = totals["device_s_per_million_scores"], totals["steady_device_s_per_million_scores"]
+    if cost is None:
+        return ""
+    device = totals["device"].replace("cuda", "GPU").replace("cpu", "CPU")
+    return f", {steady:.3g} {device}-s a million scores, {cost:.3g} with the start of actors"

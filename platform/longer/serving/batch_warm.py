@@ -4,40 +4,73 @@ Compiling takes many seconds in each process, and would otherwise be counted, an
 which has kernels of its own: buckets end with one user, and with one request.
 """
 
+from dataclasses import replace
+
 import numpy as np
+import pyarrow as pa
 import torch
 
 from longer.arrays import NO_EVENT_TS, Candidates, Histories
 from longer.model.ranker import Ranker
 from longer.schema import EventSchema
-from longer.serving.batch_answers import computing_in
-from longer.serving.offline import Budget, Questions, score_lists
+from longer.serving.batch_answers import Answers, computing_in
+from longer.serving.batch_input import Chunk, Items
+from longer.serving.offline import Questions, score_lists
 from longer.serving.scorer import Scorer
 
 _SIZES = ((3, 2), (3, 40), (1, 2), (1, 1))
 """Users, and requests of each in a window: few and many, which attention cuts into tiles of different heights."""
 _NUM_CANDIDATES = 80
+_MOST_ITEMS = 4096
 _NOW = 1_700_000_000_000
 
 
-def warm_up(model: Ranker, budget: Budget, precision: str, scorer: Scorer | None) -> None:
-    """Users of full windows, asked before and after their windows move; on a CPU, where nothing is compiled, nothing."""
-    if not model.norm_head.weight.is_cuda:
+def warm_up(answers: Answers, scorer: Scorer | None) -> None:
+    """Users of full windows, asked what the plan asks; on a CPU, where nothing is compiled, nothing."""
+    if not answers.budget.model.norm_head.weight.is_cuda:
         return
-    with computing_in(precision, "cuda"):
-        for num_users, num_requests in _SIZES:
-            questions = _questions(model, num_users, num_requests)
-            score_lists(questions, _candidates(model.schema, len(questions)), budget)
+    rehearse(answers)
     if scorer:
         for call in scorer.warm_ups(1, _NUM_CANDIDATES):
             call()
     torch.cuda.synchronize()
 
 
-def _questions(model: Ranker, num_users: int, num_requests: int) -> Questions:
-    """So many requests of each user in each of two windows, inside of groups."""
+def rehearse(answers: Answers) -> None:
+    """Lists of their own, before and after windows move; or, once a user, the first of the plan's items, or vectors."""
+    if answers.plan.kind == "requests":
+        for num_users, num_requests in _SIZES:
+            _score_lists(answers, num_users, num_requests)
+        return
+    some = _with_some_items(answers)
+    for num_users in sorted({num_users for num_users, _ in _SIZES}, reverse=True):
+        questions = _questions(answers.budget.model, num_users, 1, num_windows=1)
+        nobody = pa.nulls(len(questions), answers.plan.schema.id_types[0])
+        some.rows(Chunk(0, questions, nobody))
+
+
+@torch.inference_mode()
+def _score_lists(answers: Answers, num_users: int, num_requests: int) -> None:
+    model = answers.budget.model
+    with computing_in(answers.plan.precision, answers.plan.device):
+        questions = _questions(model, num_users, num_requests, num_windows=2)
+        score_lists(questions, _candidates(model.schema, len(questions)), answers.budget)
+
+
+def _with_some_items(answers: Answers) -> Answers:
+    """Of a large catalogue, a block that takes no time."""
+    if answers.items is None:
+        return answers
+    of_some = {name: values[:_MOST_ITEMS] for name, values in answers.items.features.items()}
+    items = Items(answers.items.item_id_I[:_MOST_ITEMS], of_some)
+    on_device = {name: values[:_MOST_ITEMS] for name, values in answers.item_features.items()}
+    return replace(answers, items=items, item_features=on_device)
+
+
+def _questions(model: Ranker, num_users: int, num_requests: int, num_windows: int) -> Questions:
+    """So many requests of each user in each window, inside of groups."""
     windows, schema = model.windows, model.schema
-    begins = windows.max_history_events + windows.stride_events * np.arange(1, 3)
+    begins = windows.max_history_events + windows.stride_events * np.arange(1, num_windows + 1)
     ends = (begins[:, None] + np.arange(1, num_requests + 1)).ravel()
     num_events = int(ends[-1])
     keys, numeric = ["item_id", "action", *schema.of_kind("categorical")], schema.of_kind("numeric")

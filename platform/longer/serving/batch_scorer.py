@@ -1,0 +1,165 @@
+"""The actor of an offline run: it loads the model once, and then answers one bucket of users after the other."""
+
+import json
+import os
+import resource
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import numpy as np
+import pyarrow as pa
+import torch
+from ray.actor import ActorHandle
+
+from longer.data.records import Record
+from longer.data.tables import RequestTable, SequenceTable
+from longer.errors import UserError
+from longer.serving.batch_answers import Answers
+from longer.serving.batch_check import OnlineCheck, chosen_numbers, num_left_out
+from longer.serving.batch_input import Reader
+from longer.serving.batch_output import Run, remember_bucket, write_rows
+from longer.serving.batch_plan import Plan
+from longer.serving.batch_roll import sign
+from longer.serving.batch_warm import warm_up
+from longer.serving.offline import Budget
+from longer.serving.scorer import Scorer
+from longer.serving.stages import collected_ms, stage
+from longer.training.checkpoints import load_model
+from longer.training.loader import prefetch
+
+_CACHE_BYTES = 64 << 20
+
+
+class BucketScorer:
+    """Writes the answers of the buckets it is given; one instance an actor, which loads the model once."""
+
+    def __init__(self, plan: Plan, run: Run, actors: ActorHandle | None = None) -> None:
+        if actors:
+            sign(actors)
+        self._plan, self._run = plan, run
+        self._device, self._charging, self._charged, started = threading.Lock(), threading.Lock(), (0.0, 0.0), _clocks()
+        with run.starting(plan.most_actors, plan.section), _memory_told(plan), collected_ms() as stages:
+            self._start()
+        self._actor = {"name": f"{socket.gethostname()}:{os.getpid()}", "start_ms": stages, **self._charge(started)}
+
+    def _start(self) -> None:
+        plan, run = self._plan, self._run
+        sequences = f"{plan.root}/tables/sequences"
+        with stage("load"):
+            model, info = load_model(plan.checkpoint.path, plan.device)
+        self._scorer: Scorer | None = None  # without user states, there is no serving path to compare with
+        if info.model.is_appendable:
+            self._scorer = Scorer(
+                plan.checkpoint.path,
+                sequences,
+                _CACHE_BYTES,
+                plan.items_path,
+                plan.sequences.id,
+                plan.device,
+                state_precision=plan.precision,
+                is_plain=True,  # compiled, a few requests of each bucket would cost more than all others
+            )
+            model = self._scorer.model
+        budget = Budget(model, plan.batch_bytes)
+        self._answers = Answers.of(plan, budget, run)
+        requests = plan.inputs.get("requests")
+        self._reader = Reader(
+            plan=plan,
+            sequences=SequenceTable(sequences, plan.schema, plan.sequences.id),
+            requests=RequestTable(f"{plan.root}/tables/requests", plan.schema, requests) if requests else None,
+            run=run,
+            windows=model.windows,
+            outputs_a_request=self._answers.values_a_user,
+        )
+        with stage("warm up"):
+            warm_up(self._answers, self._scorer)
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        with _memory_told(self._plan):
+            records = [self.write_bucket(bucket) for bucket in rows["bucket"].to_pylist()]
+        return pa.table({"record": [json.dumps(record) for record in records]})
+
+    def write_bucket(self, bucket: int) -> Record:
+        """Writes one bucket's file; its record, of no file if nobody is asked about in it."""
+        started = _clocks()
+        self._run.begin(bucket, f"{self._plan.section}.batch_bytes")
+        record: Record = {"bucket": bucket, "begun_at": time.time(), "num_requests": 0, "num_users": 0, "num_scores": 0}
+        num_checked = self._plan.check_requests if self._scorer else 0
+        num_requests, items = self._reader.num_requests(bucket), self._answers.items
+        numbers = chosen_numbers(num_requests, num_checked)
+        others = num_left_out(num_requests, len(items.item_id_I), len(numbers)) if items else 0
+        check = OnlineCheck(self._plan, self._scorer, items, numbers, others)
+        with collected_ms() as stages:
+            written = write_rows(self._run.version_path, self._run.file_of(bucket), self._parts(bucket, check, record))
+        record |= {
+            "done_at": time.time(),
+            "stages_ms": stages,
+            "actor": self._actor,
+            "file": asdict(written) if written else None,
+            "device": self._plan.device,
+            **self._charge(started),
+            "check_requests": self._plan.check_requests,
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_gpu_bytes": torch.cuda.max_memory_allocated() if self._plan.device == "cuda" else 0,
+            "max_abs_diff": check.max_abs_diff,
+            "num_compared": check.num_compared,
+        }
+        return remember_bucket(self._run.version_path, record)
+
+    def _charge(self, started: tuple[float, float]) -> dict[str, float]:
+        """Seconds since then, of the device and of CPUs, that neither the actor's start nor another bucket was charged for."""
+        with self._charging:
+            now = _clocks()
+            device_s, cpu_s = (
+                end - max(begin, last) for end, begin, last in zip(now, started, self._charged, strict=True)
+            )
+            self._charged = now
+        return {"device_s": device_s * self._plan.device_share, "cpu_s": cpu_s}
+
+    def _parts(self, bucket: int, check: OnlineCheck, record: Record) -> Iterator[pa.Table]:
+        """The rows of each chunk, which is read while the one before it is scored; counts them, and compares some.
+
+        Scored in the thread that asked for the bucket: others get memory for large tensors anew each time, which costs a tenth.
+        """
+        last_user, chunks = None, prefetch(self._reader.chunks(bucket), 1)
+        while True:
+            with stage("read"):
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
+            with stage("queue"):
+                self._device.acquire()
+            try:
+                rows = self._answers.rows(chunk)
+                check.see(chunk, rows)
+            finally:
+                self._device.release()
+            record["num_requests"] += len(rows)
+            begun_before = (
+                chunk.user_id_R[0] == last_user
+            )  # the chunk goes on with the user that the last one ended with
+            record["num_users"] += len(np.unique(chunk.questions.row_R)) - begun_before
+            last_user = chunk.user_id_R[-1]
+            record["num_scores"] += self._answers.num_scores(chunk)
+            yield rows
+
+
+def _clocks() -> tuple[float, float]:
+    """Now, and the seconds that this process has had of CPUs."""
+    return time.perf_counter(), time.process_time()
+
+
+@contextmanager
+def _memory_told(plan: Plan) -> Iterator[None]:
+    """A GPU without room for what is computed is the settings' mistake."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{plan.section}: an actor's GPU has no memory left: lower {plan.section}.batch_bytes ({plan.batch_bytes}), or raise "
+            f"num_gpus_per_scorer ({plan.device_share}) so that fewer actors share it: {error}".splitlines()[0]
+        ) from error

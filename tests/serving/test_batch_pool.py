@@ -1,0 +1,84 @@
+"""The pool of an offline run: it grows while buckets wait, and none of its actors outlives it, nor the run its roll."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import ray
+
+from longer.batch_settings import BatchSettings
+from longer.config import RaySettings
+from longer.serving import batch
+from longer.serving.batch_output import Run
+from longer.serving.batch_roll import roll, sign
+from tests.serving.batch_runs import world_with_requests
+
+pytestmark = pytest.mark.ray
+
+
+class Slow:
+    """Does nothing with a bucket for some time; tells by whom."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        begun_at = time.time()
+        time.sleep(0.5)
+        counts = dict.fromkeys(("num_scores", "num_users", "num_requests", "num_compared"), 1)
+        costs = dict.fromkeys(
+            ("device_s", "cpu_s", "peak_bytes", "peak_gpu_bytes", "check_requests", "max_abs_diff"), 0
+        )
+        actor = {"name": str(os.getpid()), "device_s": 0, "cpu_s": 0}
+        told = {**counts, **costs, "begun_at": begun_at, "done_at": time.time(), "device": "cpu", "actor": actor}
+        return pa.table({"record": [json.dumps(told)] * len(rows)})
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_more_actors_start_while_buckets_wait_however_many_one_has_at_once(
+    at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where an actor has two. Ten seconds, in which actors start."""
+    monkeypatch.setattr(batch, "_BUCKETS_AT_ONCE", {"cpu": at_once})
+    monkeypatch.setattr(batch, "BucketScorer", Slow)
+    plan = batch.plan_scores(world_with_requests(tmp_path / "world"))
+    pool = BatchSettings(concurrency=(1, 3))
+    records = batch._score_buckets(plan, pool, RaySettings(), Run(str(tmp_path)), list(range(40)), "batch_score")
+    assert len(records) == 40
+    assert len({record["actor"]["name"] for record in records}) > 1
+
+
+class Signing:
+    def __init__(self, opened: ray.actor.ActorHandle) -> None:
+        sign(opened)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_run_whose_roll_is_lost_ends_as_if_it_were_there() -> None:
+    signing = ray.remote(num_cpus=0)(Signing)
+    with roll() as opened:
+        first = signing.remote(opened)
+        ray.get(first.pid.remote())
+        ray.kill(opened)
+        later = signing.remote(opened)
+        assert ray.get(later.pid.remote()) > 0, "an actor that is started anew cannot sign, and does not have to"
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_an_actor_that_has_died_before_does_not_keep_the_others_alive() -> None:
+    signing = ray.remote(num_cpus=0)(Signing)
+    with roll() as opened:
+        dead, alive = signing.remote(opened), signing.remote(opened)
+        ray.get([dead.pid.remote(), alive.pid.remote()])
+        ray.kill(dead)
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(alive.pid.remote(), timeout=120)
+    with pytest.raises(ray.exceptions.RayActorError, match="is over"):
+        ray.get(signing.remote(opened).pid.remote(), timeout=120)
