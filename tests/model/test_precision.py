@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longer.model.engine import _with_products_in
 from longer.model.pool import Precision, StateLayout, StatePool
 from longer.model.states import append, score
 from tests.model.generate import encoded, pool_for, random_candidates, random_histories, slots_for, small_model
@@ -13,6 +14,20 @@ from tests.model.generate import encoded, pool_for, random_candidates, random_hi
 MODEL = small_model(dtype=torch.float32)
 TOLERANCE: dict[Precision, float] = {"bf16": 5e-4, "int8": 1e-3, "fp8": 5e-3}
 """Most that a probability moves; keys and values are one input of a score, beside the candidate's own."""
+
+
+def test_log_odds_of_rare_clicks_are_told_apart_though_products_are_in_bf16() -> None:
+    rng, twin = np.random.default_rng(3), _with_products_in(torch.bfloat16, MODEL)
+    pool = pool_for(MODEL, 3, "bf16")
+    states = encoded(MODEL, pool, random_histories(rng, [40, 25]))
+    candidates, request_ts = random_candidates(rng, [300, 300]), np.full(2, 2_000_000_000_000)
+    exact = score(MODEL, pool, states, request_ts, candidates)[:, 0]
+    for model in (MODEL, twin):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            outputs = score(model, pool, states, request_ts, candidates)[:, 0]
+        assert outputs.dtype == np.float32
+        assert len(np.unique(outputs)) > 0.9 * len(np.unique(exact))
+        np.testing.assert_allclose(outputs, exact, atol=0.2)
 
 
 @pytest.mark.parametrize("precision", TOLERANCE)

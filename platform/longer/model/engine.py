@@ -53,9 +53,10 @@ class StateEngine:
 
 
 def _with_products_in(dtype: torch.dtype, model: Longer) -> Longer:
-    """The model with matrices in this type, so that no replay casts them anew; it shares its tables with the other."""
+    """The model with matrices in this type, so that no replay casts them anew, but for that of the outputs; it shares its tables
+    with the other."""
     twin = copy.deepcopy(model, {id(table): table for table in model.embedding_parameters()})
     for module in twin.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module is not twin.head[-1]:
             module.to(dtype)
     return twin

@@ -107,13 +107,22 @@ class Ranker(nn.Module):
         return x_CD if features_CF is None else x_CD + self.interaction_token(features_CF)
 
     def leave(self, x_CD: Tensor, features_CF: Tensor | None, item_key_C: Tensor) -> Tensor:
-        """[C, tasks]: outputs from what the candidates have gathered."""
-        return self._leave(x_CD, features_CF) + self.item_bias(item_key_C)
+        """[C, tasks]: outputs from what the candidates have gathered, in the weights' type.
+
+        Whatever products are computed in, outputs are not rounded to it: bf16 would not tell log-odds apart that lie 0.03 from
+        each other, those of rare clicks.
+        """
+        hidden_CW, last = self._leave(x_CD, features_CF), cast(nn.Linear, self.head[-1])
+        with torch.autocast(hidden_CW.device.type, enabled=False):
+            outputs_CT = last(hidden_CW.to(last.weight.dtype))
+        return outputs_CT + self.item_bias(item_key_C)
 
     @fused_on_cuda
     def _leave(self, x_CD: Tensor, features_CF: Tensor | None) -> Tensor:
         x_CD = self.norm_head(x_CD)
-        return self.head(x_CD if features_CF is None else torch.cat([x_CD, features_CF.to(x_CD.dtype)], dim=-1))
+        if features_CF is not None:
+            x_CD = torch.cat([x_CD, features_CF.to(x_CD.dtype)], dim=-1)
+        return self.head[1](self.head[0](x_CD))
 
     def interactions(
         self, index: CandidateIndex, batch: RequestTensors, row_C: Tensor, request_C: Tensor, dtype: torch.dtype
