@@ -3,11 +3,10 @@
 With --continue, trains the served checkpoint on the days that have come since, each tested before it is trained.
 """
 
-import os
-
 from longer.config import Settings
 from longer.errors import UserError
 from longer.runner import run_job
+from longer.section import same_for_workers
 from longer.storage import Version
 from longer.training.continuous import train_new_days
 from longer.training.run import train
@@ -22,9 +21,7 @@ def run(settings: Settings, from_: str | None = None, continue_: bool = False) -
     """The checkpoint of the served requests."""
     if from_ and continue_:
         raise UserError("--from and --continue: the second goes on from the served checkpoint: drop one of them")
-    if from_ and "://" not in from_:
-        from_ = os.path.abspath(from_)  # workers have another working directory
-    return train_new_days(settings) if continue_ else train(settings, from_)
+    return train_new_days(settings) if continue_ else train(settings, from_ and same_for_workers(from_))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """Settings of the jobs that score offline: what is asked of whom, and on how many actors."""
 
-import os
 from typing import Literal, Self
 
-from pydantic import AwareDatetime, Field, PositiveInt, field_validator, model_validator
+from pydantic import AwareDatetime, Field, PositiveInt, model_validator
 
-from longer.section import Section
+from longer.section import Section, WorkersPath
 
 
 class ScorerPool(Section):
@@ -45,7 +44,7 @@ class ScorerPool(Section):
 class UserSettings(ScorerPool):
     """Which users, and as of when."""
 
-    users: str | None = Field(
+    users: WorkersPath | None = Field(
         None,
         description="Parquet file, or folder of such, whose column user_id names users; one named twice counts once. "
         "null: all users of the sequence table.",
@@ -61,11 +60,6 @@ class UserSettings(ScorerPool):
         4, ge=1, description="Requests or users of each bucket that the serving path answers too, to compare."
     )
 
-    @field_validator("users", "candidates", check_fields=False)
-    @classmethod
-    def _same_for_workers(cls, path: str | None) -> str | None:
-        return path if path is None or "://" in path else os.path.abspath(path)
-
 
 class BatchSettings(UserSettings):
     """Offline scoring: a split of the requests table, or users times candidates, or users' best items of the catalogue."""
@@ -77,7 +71,7 @@ class BatchSettings(UserSettings):
         "a regression by a hundredth of their size.",
     )
     split: str = Field("test", description="Split of the requests table to score, if no items are named here.")
-    candidates: str | None = Field(
+    candidates: WorkersPath | None = Field(
         None,
         description="Parquet file, or folder of such, whose column item_id names the items that every user is asked about.",
     )

@@ -3,12 +3,11 @@
 All of them read the same events, write one vector a candidate, and share the heads and the interaction features.
 """
 
-import os
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt
 
-from longer.section import Section
+from longer.section import Section, WorkersPath
 
 
 class LongerEncoder(Section):
@@ -79,14 +78,9 @@ class UserEmbedding(Section):
 
     kind: Literal["user_embedding"] = "user_embedding"
     num_layers: int = Field(2, ge=1, description="Layers of the upstream user tower.")
-    upstream: str | None = Field(
+    upstream: WorkersPath | None = Field(
         None, description="Checkpoint folder of the trained user tower, local or s3://; needed to train, not to load."
     )
-
-    @field_validator("upstream")
-    @classmethod
-    def _same_for_workers(cls, path: str | None) -> str | None:
-        return path if path is None or "://" in path else os.path.abspath(path)
 
 
 EncoderSettings = Annotated[

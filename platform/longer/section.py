@@ -1,6 +1,17 @@
-"""What every group of settings is."""
+"""What every group of settings is, and paths in them."""
 
-from pydantic import BaseModel, ConfigDict
+import os
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+
+def same_for_workers(path: str) -> str:
+    """The path as Ray's workers find it, who run in folders of their own; s3:// prefixes are."""
+    return path if "://" in path else os.path.abspath(path)
+
+
+WorkersPath = Annotated[str, AfterValidator(same_for_workers)]
 
 
 class Section(BaseModel):

@@ -1,13 +1,12 @@
 """Settings of the jobs that make and verify tables."""
 
-import os
 from collections.abc import Sequence
 from datetime import date
 from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from longer.section import Section
+from longer.section import Section, WorkersPath
 
 
 class ImportSettings(Section):
@@ -159,11 +158,11 @@ class RequestSettings(Section):
 class VerifySettings(Section):
     """Which tables are verified: those under `root`, or one's own in the contract's layout."""
 
-    sequences: str | None = Field(
+    sequences: WorkersPath | None = Field(
         None,
         description="Sequence table, or a plain folder of bucket=NNNN/*.parquet in sequences.num_buckets buckets; null: root's.",
     )
-    requests: str | None = Field(
+    requests: WorkersPath | None = Field(
         None,
         description="Request table, or a plain folder of [split=NAME/]bucket=NNNN/*.parquet; null: root's, if there is one.",
     )
@@ -172,8 +171,3 @@ class VerifySettings(Section):
     )
     requests_version: str | None = Field(None, description="Version of the request table; null: the served one.")
     max_shown: int = Field(10, ge=1, description="Violations of each kind that are printed; all are counted.")
-
-    @field_validator("sequences", "requests")
-    @classmethod
-    def _same_for_workers(cls, path: str | None) -> str | None:
-        return path if path is None or "://" in path else os.path.abspath(path)
