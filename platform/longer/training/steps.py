@@ -106,7 +106,7 @@ class Stepper:
     ) -> None:
         self.settings, self.device, self.num_workers = settings, device, num_workers
         self._autocast = _AUTOCAST[settings.precision]
-        sent_as = torch.bfloat16 if self._autocast else None  # what the pass computed of them was no finer
+        sent_as = torch.bfloat16 if self._autocast else None  # half the bytes; rounds a worker's sums, not their total
         is_sharded = settings.table_sharding == "rows" and num_workers > 1
         self.sharded = ShardedTables(model, device, sent_as) if is_sharded else None
         self.model = model.to(device)
