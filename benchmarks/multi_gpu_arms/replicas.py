@@ -50,9 +50,12 @@ class Limits:
 
 
 def rows(bench: Bench, asked: argparse.Namespace) -> tuple[list[Row], Limits]:
-    """One for each number of replicas, and the limits with the most."""
+    """One for each number of replicas, and the limits with the most.
+
+    The most come first: all are ready as soon as one is, and the others need not start any.
+    """
     found, url = [], bench.url("scoring")
-    for num in asked.replicas:
+    for num in sorted(asked.replicas, reverse=True):
         asked.clients = [num * clients for clients in asked.clients_each]
         bench.deploy(scoring=Service(num, {"state_precision": "bf16" if ON_CUDA else "float32"}))
         warm_up = bench.load.once(url, bench.world.hits)
@@ -67,7 +70,7 @@ def rows(bench: Bench, asked: argparse.Namespace) -> tuple[list[Row], Limits]:
     serve.delete("scoring")
     floor = bench.floor(answer, max(asked.replicas), with_open=False)
     echo = ServerArgs(free_port("127.0.0.1", 8433), answer=answer.decode())
-    return found, Limits(floor.rps, bench.alone("load generator", "echo", echo).rps)
+    return found[::-1], Limits(floor.rps, bench.alone("load generator", "echo", echo).rps)
 
 
 def main() -> None:

@@ -140,7 +140,8 @@ def test_captured_steps_learn_what_launched_ones_do() -> None:
         outcomes.append((losses, model))
     np.testing.assert_allclose(outcomes[0][0], outcomes[1][0], rtol=1e-4)
     for one, other in zip(*(model.parameters() for _, model in outcomes), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+        # Adam divides by what it has seen: where gradients are all but nothing, their order of summing shows
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=5e-4)
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="batches are staged for CUDA only")
