@@ -11,11 +11,12 @@ One run on one machine, on a generated log, with a model of random weights, over
     plain server        FastAPI and torch in one process, histories in memory, no cache, no batches
 
 Clients in a closed loop, more and more of them: one client's times, and the most requests a second with p99 at most 50 ms. Then
-constant arrival at 70% of that, each request's time counted from when it was due. With 1 and 2 replicas; last, a third joins two
-warm ones, and the share of users is counted whose state is still where they are sent. Where p99 never is below 50 ms, the most
-requests a second at any are given and marked.
+constant arrival at 70% of that, each request's time counted from when it was due. Arms that are compared run at the same time and
+are loaded in turn, window by window, so that they meet the same machine; a ratio is the median of several rounds, and is not given
+(null) where one side is never within 50 ms. With 1 and 2 replicas; last, a third joins two warm ones, and the share of users is
+counted whose state is still where they are sent.
 
-Prints Markdown; last, one JSON line. On a GPU, about four minutes: --device cuda --history-events 10000 --candidates 500.
+Prints Markdown; last, one JSON line. On a GPU, about six minutes: --device cuda --history-events 10000 --candidates 500.
 """
 
 import argparse
@@ -25,13 +26,15 @@ import sys
 import time
 from collections.abc import Sequence
 
+import numpy as np
 import ray
 import torch
 from ray import serve
 
 from benchmarks.point_reads import commit
 from benchmarks.quickstart import cpu_model
-from benchmarks.serving_arms.bench import Arm, Bench, Service
+from benchmarks.serving_arms.arms import Arm, extra_ms, throughput_ratio, told_ratio
+from benchmarks.serving_arms.bench import Bench, Service
 from benchmarks.serving_arms.servers import ServerArgs
 from benchmarks.serving_arms.world import World, build_world, settings_of
 from jobs.serve import free_port
@@ -41,35 +44,41 @@ from longer.runner import start_ray
 def run(asked: argparse.Namespace, bench: Bench) -> tuple[dict[str, Arm], float]:
     """All arms by a short name, and the share of users found warm after a third replica came.
 
-    Services that are measured one after the other start together: starting one takes longer than measuring it.
+    Services start together where they can: starting one takes longer than measuring it.
     """
     world, arms = bench.world, dict[str, Arm]()
     without = {"checkpoint": world.checkpoint_without_sequence}
     bench.deploy(hit=Service(1), miss=Service(1, {"cache_bytes": 0}), without=Service(1, without))
-    warm = bench.load.once(bench.url("hit"), world.hits)
-    if warm.failed:
-        raise RuntimeError(f"warming up failed: {dict(warm.failed)}")
+    for name in ("hit", "without"):
+        warm = bench.load.once(bench.url(name), world.hits)
+        if warm.failed:
+            raise RuntimeError(f"warming up failed: {dict(warm.failed)}")
     answer, half = bench.answer("hit"), int(len(world.hits) * bench.state_bytes("hit") / 2)
-    arms["hit"] = bench.measure("100% hit, 1 replica", bench.url("hit"), world.hits)
+    tables = {name: world.settings.path("tables", name) for name in ("sequences", "items")}
+    plain = ServerArgs(
+        free_port("127.0.0.1", 8432), world.checkpoint, **tables, device=asked.device, torch_threads=asked.torch_threads
+    )
+    with bench.floor_running(answer, 1) as floor_url, bench.server_running("plain", plain) as plain_url:
+        urls = {
+            "100% hit, 1 replica": bench.url("hit"),
+            "floor, 1 replica": floor_url,
+            "without sequence, 1 replica": bench.url("without"),
+            "plain server, 1 process": plain_url,
+        }
+        together = bench.measure_together(urls, world.hits, asked.rounds)
+        arms |= zip(("hit", "floor", "without", "plain"), together, strict=True)
     arms["miss"] = bench.measure("0% hit, 1 replica", bench.url("miss"), world.hits)
-    bench.load.once(bench.url("without"), world.hits)
-    arms["without"] = bench.measure("without sequence, 1 replica", bench.url("without"), world.hits)
     bench.deploy(hit=Service(2), trace=Service(1, {"cache_bytes": half}))
     bench.load.once(bench.url("hit"), world.hits)
-    arms["hit2"] = bench.measure("100% hit, 2 replicas", bench.url("hit"), world.hits)
+    with bench.floor_running(answer, 2) as floor_url:
+        urls = {"100% hit, 2 replicas": bench.url("hit"), "floor, 2 replicas": floor_url}
+        arms |= zip(("hit2", "floor2"), bench.measure_together(urls, world.hits, 1), strict=True)
     arms["trace"] = bench.measure_trace("real trace, 1 replica", bench.url("trace"), world.trace)
     bench.load.once(bench.url("hit"), world.hits)
     bench.deploy(hit=Service(3))
     time.sleep(1)  # until the proxy has been told
     warm_share = bench.load.once(bench.url("hit"), world.hits).warm_share
     bench.deploy()
-    arms["floor"] = bench.floor(answer, 1)
-    arms["floor2"] = bench.floor(answer, 2)
-    tables = {name: world.settings.path("tables", name) for name in ("sequences", "items")}
-    plain = ServerArgs(
-        free_port("127.0.0.1", 8432), world.checkpoint, **tables, device=asked.device, torch_threads=asked.torch_threads
-    )
-    arms["plain"] = bench.alone("plain server, 1 process", "plain", plain)
     echo = ServerArgs(free_port("127.0.0.1", 8433), answer=answer.decode())
     arms["limit"] = bench.alone("load generator", "echo", echo)
     return arms, warm_share
@@ -83,13 +92,16 @@ def page(asked: argparse.Namespace, world: World, arms: dict[str, Arm], warm_sha
         f"L = {asked.history_events}, K = {asked.merge_size}, {asked.candidates} candidates, {len(world.hits)} users"
     )
     body = len(world.hits[0][1])
+    floor = arms["floor"].samples
+    num_clients = max(floor)
+    body_ms = [float(np.median(floor[num].body_ms)) for num in (min(floor), num_clients)]
     lines = [
         "# Online scoring, part by part",
         "",
         f"`python -m benchmarks.serving {' '.join(sys.argv[1:])}`, one run.",
         "",
         f"- hardware: {len(os.sched_getaffinity(0))} cores of {cpu_model()}, {on}; load generator on the same machine",
-        f"- commit {commit()}; {versions}; {sizes}; bodies of {body / 1000:.1f} kB; {asked.seconds} s a measurement",
+        f"- commit {commit()}; {versions}; {sizes}; bodies of {body / 1000:.1f} kB; {asked.seconds} s a window",
         f"- up to {max(asked.clients)} clients from {asked.load_processes} process(es)",
         "",
         "| | one client, p50 / p99 ms | requests/s, p99 ≤ 50 ms | clients | 70% of it, constant arrival, p50 / p99 ms | states | "
@@ -97,24 +109,30 @@ def page(asked: argparse.Namespace, world: World, arms: dict[str, Arm], warm_sha
         "|---|---|---|---|---|---|---|",
         *(arm.row() for arm in arms.values()),
         "",
-        f"A third replica joins two: {warm_share:.0%} of the users are still where their state is.",
+        told_ratio("requests/s, 100% hit over the floor", arms["hit"], arms["floor"]),
+        told_ratio("requests/s, 100% hit over without sequence", arms["hit"], arms["without"]),
+        told_ratio("requests/s, 100% hit over the plain server", arms["hit"], arms["plain"]),
+        f"- one client's p50, 100% hit above the floor: {extra_ms(arms['hit'], arms['floor']):.2f} ms",
+        f"- the floor's wait for the body, which Serve's proxy sends after the head: p50 {body_ms[0]:.2f} ms with one client, "
+        f"{body_ms[1]:.2f} ms with {num_clients}",
+        f"- a third replica joins two: {warm_share:.0%} of the users are still where their state is",
         "",
     ]
     return "\n".join(lines)
 
 
-def summary(arms: dict[str, Arm], warm_share: float) -> dict[str, float]:
+def summary(arms: dict[str, Arm], warm_share: float) -> dict[str, float | None]:
     hit, floor = arms["hit"], arms["floor"]
-    p50_ms, floor_p50_ms = hit.one_client.percentile_ms(50), floor.one_client.percentile_ms(50)
     assert hit.at_load
+    kept = throughput_ratio(hit, arms["without"])
     return {
-        "p50_ms": p50_ms,
+        "p50_ms": hit.one_client.percentile_ms(50),
         "p99_ms": hit.at_load.percentile_ms(99),
-        "floor_p50_ms": floor_p50_ms,
-        "overhead_ms": p50_ms - floor_p50_ms,
-        "vs_floor_rps": hit.rps / floor.rps,
-        "vs_plain_server_rps": hit.rps / arms["plain"].rps,
-        "loss_vs_no_sequence": 1 - hit.rps / arms["without"].rps,
+        "floor_p50_ms": floor.one_client.percentile_ms(50),
+        "overhead_ms": extra_ms(hit, floor),
+        "vs_floor_rps": throughput_ratio(hit, floor),
+        "vs_plain_server_rps": throughput_ratio(hit, arms["plain"]),
+        "loss_vs_no_sequence": None if kept is None else 1 - kept,
         "warm_share_after_scale_up": warm_share,
     }
 
@@ -136,9 +154,16 @@ def options(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--trace-per-user", type=int, default=20, help="about how many requests of the trace (default 20)"
     )
-    parser.add_argument("--clients", type=int, nargs="+", help="of the closed loops (default 1 4 16; 1 8 32 on a GPU)")
+    parser.add_argument(
+        "--clients",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 8, 16, 32],
+        help="of the closed loops (default 1 2 4 8 16 32)",
+    )
+    parser.add_argument("--rounds", type=int, help="of the arms that are compared (default 3; 2 with --quick)")
     parser.add_argument("--load-processes", type=int, help="processes that send (default 1; 2 on a GPU)")
-    parser.add_argument("--seconds", type=float, help="of one measurement (default 10; 3 on a GPU; 1.5 with --quick)")
+    parser.add_argument("--seconds", type=float, help="of one window (default 3; 1.5 on a GPU; 1 with --quick)")
     parser.add_argument("--cache-bytes", type=int, default=4 << 30, help="of a replica at 100%% hit (default 4 GiB)")
     parser.add_argument("--max-batch-requests", type=int, default=16, help="requests scored together (default 16)")
     parser.add_argument("--torch-threads", type=int, default=1, help="threads of one operation (default 1)")
@@ -148,8 +173,8 @@ def options(given: Sequence[str] | None = None) -> argparse.Namespace:
     asked = parser.parse_args(given)
     on_gpu = asked.device == "cuda"
     asked.users = asked.users or (60 if asked.quick else 200 if on_gpu else 400)
-    asked.seconds = asked.seconds or (1.5 if asked.quick else 3.0 if on_gpu else 10.0)
-    asked.clients = asked.clients or ([1, 8, 32] if on_gpu else [1, 4, 16])
+    asked.seconds = asked.seconds or (1.0 if asked.quick else 1.5 if on_gpu else 3.0)
+    asked.rounds = asked.rounds or (2 if asked.quick else 3)
     asked.load_processes = asked.load_processes or (2 if on_gpu else 1)
     return asked
 

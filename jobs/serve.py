@@ -12,6 +12,9 @@ from longer.runner import run_job
 from longer.training.inputs import Inputs
 from serve_apps.scoring import ScoringArgs, build_app
 
+PROXY_MARGIN_S = 5.0
+"""How much longer than a request may take in a replica it may be in Serve, waiting for one included."""
+
 
 def free_port(host: str, preferred: int) -> int:
     """The preferred port if nobody listens there, else any free one."""
@@ -48,7 +51,8 @@ def run(settings: Settings) -> None:
     if free_port(host, port) != port:
         raise UserError(f"serve.port={port}: another process listens there: choose another port")
     args = scoring_args(settings, Inputs.served(settings))
-    serve.start(http_options={"host": host, "port": port})
+    request_timeout_s = args.timeout_s + PROXY_MARGIN_S
+    serve.start(http_options={"host": host, "port": port, "request_timeout_s": request_timeout_s})
     say("serve", f"POST http://{host}:{port}/v1/score; interrupt to stop")
     with suppress(KeyboardInterrupt):
         serve.run(build_app(args), name="scoring", route_prefix="/", blocking=True)

@@ -1,5 +1,6 @@
 """Who may ask, for how long and how much; and what a caller is told when something is wrong."""
 
+import asyncio
 import hashlib
 import hmac
 import logging
@@ -12,6 +13,7 @@ from longer.errors import StorageError, UserError
 from serve_apps.protocol import BodyError
 
 SESSION_HEADER, TIMEOUT_HEADER = "x-session-id", "x-timeout-ms"
+_BODY_WITHIN_S = 2.0
 _logger = logging.getLogger("ray.serve")
 
 
@@ -54,14 +56,20 @@ class Gate:
             raise BodyError(413, f"body: at most {self._max_body_bytes} bytes: send fewer candidates in a request")
 
     async def body(self, request: Request) -> bytes:
-        """The whole body; BodyError as soon as it is too large or when its sender has gone."""
+        """The whole body; BodyError if it is said to be too large, as soon as it is, or when its sender has gone or is too slow: a
+        call has one of the replica's places from its head on."""
+        stated = request.headers.get("content-length", "")
+        self.check_size(int(stated[:18]) if stated.isascii() and stated.isdigit() else 0)
         body = bytearray()
         try:
-            async for chunk in request.stream():
-                body += chunk
-                self.check_size(len(body))
+            async with asyncio.timeout(_BODY_WITHIN_S):
+                async for chunk in request.stream():
+                    body += chunk
+                    self.check_size(len(body))
         except ClientDisconnect:
             raise BodyError(400, "body: the connection closed before its end") from None
+        except TimeoutError:
+            raise BodyError(408, f"body: not all of it came within {_BODY_WITHIN_S:g} s") from None
         return bytes(body)
 
 

@@ -4,6 +4,8 @@
      "score": 2.9, "answer": 0.1}, "num_users": 1, "num_candidates": 500, "source": "hit", "model_version": "375d521b5db5a03f",
      "replica": "x1y2z3"}
 
+Lines that the disk is too slow for are left out, and counted: {"time_ms": 1764240000000, "left_out": 12}.
+
 Stages: `parse` (the body is read and understood), `queue`, `history`, `encode`, `append` and `score` as in
 `serve_apps/metrics.py`, those of the batch that the call was in, and `answer`. Where a call asks for several users, `source` is
 null, and the stages are the last one's.
@@ -13,7 +15,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -24,6 +26,8 @@ from pydantic_core import to_json
 from serve_apps.batcher import Times
 
 _MOST_BYTES, _KEPT_FILES = 100 << 20, 5
+_MOST_WAITING = 20_000
+"""Lines, of about a kilobyte in memory each, that may wait for the disk."""
 
 
 @dataclass
@@ -62,11 +66,13 @@ class AccessLog:
 
     def __init__(self, folder: str, replica: str) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self._replica, self._lines = replica, deque[dict[str, Any]]()
+        self._replica, self._lines, self._num_left_out = replica, deque[dict[str, Any]](maxlen=_MOST_WAITING), 0
         self._writer = ThreadPoolExecutor(1, "access-log")
+        self._writing: Future[None] | None = None
         self._file = RotatingFileHandler(f"{folder}/access_{replica}.jsonl", "a", _MOST_BYTES, _KEPT_FILES, delay=True)
 
     def note(self, call: Call, status: int, latency_ms: float) -> None:
+        self._num_left_out += len(self._lines) == _MOST_WAITING
         self._lines.append(
             {
                 "time_ms": int(time.time() * 1000),
@@ -83,19 +89,23 @@ class AccessLog:
         )
 
     def flush(self) -> None:
-        """Has a thread of its own write what was noted."""
-        if self._lines:
-            self._writer.submit(self._write)
+        """Has a thread of its own write what was noted, unless it is still at what was noted before."""
+        if self._lines and (self._writing is None or self._writing.done()):
+            self._writing = self._writer.submit(self._write)
 
     def close(self) -> None:
         """Waits until all is written."""
-        self.flush()
+        self._writer.submit(self._write)
         self._writer.shutdown()
         self._file.close()
 
     def _write(self) -> None:
         lines = [to_json(self._lines.popleft()) for _ in range(len(self._lines))]
-        self._file.emit(logging.makeLogRecord({"msg": b"\n".join(lines).decode()}))
+        num_left_out, self._num_left_out = self._num_left_out, 0
+        if num_left_out:
+            lines.append(to_json({"time_ms": int(time.time() * 1000), "left_out": num_left_out}))
+        if lines:
+            self._file.emit(logging.makeLogRecord({"msg": b"\n".join(lines).decode()}))
 
 
 def _rounded(stages_ms: Mapping[str, float]) -> dict[str, float]:

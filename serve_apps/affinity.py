@@ -31,8 +31,9 @@ class Ring:
 
 
 class Affinity:
-    """Counts requests that came astray to the replica `own`: without a session, or of one that is another replica's, which then
-    was full or had not been there. The second needs the ring, so it is told by the replicas last seen."""
+    """Counts score requests and events that came astray to the replica `own`: without a session, or of a user who is another
+    replica's, which then was full or had not been there, or could not be asked for by session. The second needs the ring, so it is
+    told by the replicas last seen; the header is not believed."""
 
     def __init__(self, own: str) -> None:
         self._own = own
@@ -42,10 +43,14 @@ class Affinity:
     def see(self, replica_ids: Iterable[str]) -> None:
         self.ring = Ring({*replica_ids, self._own})
 
-    def count(self, session: str | None) -> None:
-        if not session:
+    def is_own(self, user_id: int | str) -> bool:
+        """As far as is known."""
+        return self.ring is None or self.ring.owner(session_of(user_id)) == self._own
+
+    def count(self, user_id: int | str, has_session: bool) -> None:
+        if not has_session:
             self.lost["no_session"] += 1
-        elif self.ring and self.ring.owner(session) != self._own:
+        elif not self.is_own(user_id):
             self.lost["other_replica"] += 1
 
 

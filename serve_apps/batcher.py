@@ -65,6 +65,8 @@ class MicroBatcher(Generic[Item, Outcome]):
             starts, self._is_running = not self._is_running, True
         if starts:
             self._worker.submit(self._run, loop)
+        if len(asked) == 1:  # the usual call, which needs no gathering
+            return [await asked[0].answer]
         return await asyncio.gather(*(one.answer for one in asked))
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:

@@ -25,6 +25,9 @@ _WARMED_TOGETHER = 4
 _MORE_THAN_A_SHARE = 1.5
 """Replicas own users unevenly: of so many times what all of them want, each finds enough of its own."""
 
+_MOST_FORGOTTEN = 200_000
+"""Users, of some 70 bytes each, of whom a replica remembers that nothing may be brought back; past it, it brings back nobody."""
+
 _logger = logging.getLogger("ray.serve")
 
 InWorker = Callable[..., Awaitable[Any]]
@@ -43,18 +46,27 @@ class StateKeeper:
         self.num_warmed = 0
 
     @property
+    def _brings(self) -> bool:
+        return bool(self._dumps or self._args.warm_users)
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self._forgotten) >= _MOST_FORGOTTEN
+
+    @property
     def counters(self) -> dict[str, int]:
         dumps = self._dumps.counters if self._dumps else DumpCounters()
         return {**dumps.as_dict(), "warmed": self.num_warmed}
 
     async def bring(self, ring: Ring) -> None:
         """Restores and warms this replica's users, unless that is under way or done for what is there now."""
-        if self._lock.locked() or not (self._dumps or self._args.warm_users):
+        if self._lock.locked() or not self._brings or self._is_full:
             return
         async with self._lock:
             try:
                 dumps = await asyncio.to_thread(self._dumps.names) if self._dumps else frozenset()
                 wanted = (ring.replica_ids, dumps, self._scorer.version)
+                self._read = {one for one in self._read if one[0] == self._scorer.version and one[1] in dumps}
                 if wanted != self._brought:
                     await self._restore(ring)
                     await self._warm(ring)
@@ -101,6 +113,7 @@ class StateKeeper:
             one.user_key
             for one in states
             if self._scorer.version == version
+            and not self._is_full
             and one.user_key not in self._forgotten
             and cache.restore(one.user_key, version, one.entry, one.words_NI, one.is_protected)
         }
@@ -123,6 +136,8 @@ class StateKeeper:
 
     def _encode(self, users: pa.Array, marked: frozenset[int]) -> int:
         """How many of the users have been encoded: of those who were forgotten nothing is made before they ask."""
+        if self._is_full:
+            return 0
         gone = self._forgotten | marked
         is_wanted = [user_key not in gone for user_key in stable_keys(users).tolist()]
         return self._scorer.warm(users.filter(pa.array(is_wanted, pa.bool_())))
@@ -134,7 +149,9 @@ class StateKeeper:
 
     def forget(self, user_id: int | str) -> bool:
         """Drops what the replica holds of the user, and brings nothing of hers here any more; whether it held anything."""
-        self._forgotten.add(self._scorer.user_key(user_id))
+        user_key = self._scorer.user_key(user_id)
+        if self._brings and not self._is_full:
+            self._forgotten.add(user_key)
         return self._scorer.forget(user_id)
 
     async def leave(self) -> None:

@@ -66,8 +66,8 @@ def score_result(asked: Asked, outcome: ScoreResult | UserError, model_version: 
     return pb.ScoreResult(response=score_response(asked, outcome, model_version))
 
 
-def events_response(result: EventsResult) -> pb.AddEventsResponse:
-    return pb.AddEventsResponse(received=result.num_received, new=result.num_new)
+def events_response(result: EventsResult, replica: str) -> pb.AddEventsResponse:
+    return pb.AddEventsResponse(received=result.num_received, new=result.num_new, replica=replica)
 
 
 def value_of(message: pb.Id | pb.Value) -> Any:

@@ -9,6 +9,7 @@ from serve_apps.protocol import ErrorAnswer
 _ERRORS = {
     400: "The body is not what its content type says, or ended early.",
     401: "The service asks for a bearer token.",
+    408: "The body did not come in time.",
     413: "More candidates, events, users or bytes than one call may bring.",
     415: "The body is of another content type than the ones here.",
     422: "A field is missing or wrong.",

@@ -1,13 +1,19 @@
 """What a replica asks of the others of its deployment."""
 
+import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-_WITHIN_S = 5.0
+from longer.errors import one_line
+
+_WITHIN_S, _OWNER_WITHIN_S = 5.0, 1.0
+_logger = logging.getLogger("ray.serve")
 
 
 class Peers:
@@ -18,11 +24,23 @@ class Peers:
 
     async def ask(self, method: Callable[..., Any], *args: Any) -> list[Any]:
         """What each replica's method of that name returns, or the error instead; one error if none could be asked."""
-        if self._handle is None:  # not when this one starts: there is nothing to ask yet
-            context = serve.get_replica_context()
-            self._handle = serve.get_deployment_handle(context.deployment, context.app_name)
-        asked = self._handle.broadcast(method.__name__, *args)
+        asked = self._deployment().broadcast(method.__name__, *args)
         try:
             return await asked.results_async(timeout_s=_WITHIN_S, return_exceptions=True)
         except (RayServeException, TimeoutError) as error:
             return [error]
+
+    async def ask_owner(self, session: str, method: Callable[..., Any], *args: Any) -> Any:
+        """What the method returns on the replica whose session it is; None if that one is full, gone or silent."""
+        call = self._deployment().options(method_name=method.__name__, session_id=session).remote(*args)
+        try:
+            return await asyncio.wait_for(call, _OWNER_WITHIN_S)
+        except (RayServeException, RayError, TimeoutError) as error:
+            _logger.warning("the replica whose user it is did not answer: %s", one_line(error))
+            return None
+
+    def _deployment(self) -> DeploymentHandle:
+        if self._handle is None:  # not made when this one starts: there is nothing to ask yet
+            context = serve.get_replica_context()
+            self._handle = serve.get_deployment_handle(context.deployment, context.app_name)
+        return self._handle

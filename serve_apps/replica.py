@@ -56,7 +56,7 @@ class ScoringReplica(RpcService):
     @api.post(
         "/v1/score",
         openapi_extra=about_call(SESSION_HEADER, TIMEOUT_HEADER, body=body_of(ScoreBody, ARROW)),
-        responses={**responds(ScoreAnswer, ARROW), **errors(413, 415, 503)},
+        responses={**responds(ScoreAnswer, ARROW), **errors(408, 413, 415, 503)},
     )
     async def score(self, request: Request) -> Response:
         """Scores candidates for one user."""
@@ -74,7 +74,7 @@ class ScoringReplica(RpcService):
     @api.post(
         "/v1/score:batch",
         openapi_extra=about_call(TIMEOUT_HEADER, body=body_of(ScoreBatchBody)),
-        responses={**responds(ScoreBatchAnswer), **errors(413, 415)},
+        responses={**responds(ScoreBatchAnswer), **errors(408, 413, 415)},
     )
     async def score_batch(self, request: Request) -> Response:
         """Scores candidates for several users; a request that cannot be answered has its error in its place."""
@@ -83,7 +83,6 @@ class ScoringReplica(RpcService):
     async def _answer_batch(self, request: Request, call: Call) -> Answer:
         content_type_of(request, JSON)
         several = parse_score_batch_body(await self._gate.body(request), self._args.limits)
-        call.ends("parse")
         results = [
             {"error": reason_of(outcome), "status": status_of(outcome)}
             if isinstance(outcome, UserError)
@@ -97,16 +96,17 @@ class ScoringReplica(RpcService):
     @api.post(
         "/v1/events",
         openapi_extra=about_call(SESSION_HEADER, TIMEOUT_HEADER, body=body_of(EventsBody)),
-        responses={**responds(EventsAnswer), **errors(413, 415)},
+        responses={**responds(EventsAnswer), **errors(408, 413, 415)},
     )
     async def events(self, request: Request) -> Response:
-        """Takes in a user's newest events. They are known to the replica that answers, until the table has them."""
+        """Takes in a user's newest events. They are known to the replica that is named in the answer, until the table has them."""
         return await self._answer(request, "events", self._answer_events)
 
     async def _answer_events(self, request: Request, call: Call) -> Answer:
         content_type_of(request, JSON)
         sent = parse_events_body(await self._gate.body(request), self._args.limits)
-        return as_json(events_answer(await self.take_in(sent, request.headers.get(SESSION_HEADER), call))), JSON
+        result, replica = await self.take_in(sent, request.headers.get(SESSION_HEADER), call)
+        return as_json(events_answer(result, replica)), JSON
 
     @api.delete(
         "/v1/users/{user_id:any_text}",

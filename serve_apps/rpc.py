@@ -50,7 +50,6 @@ class RpcService(ScoringService):
 
         async def work(request: Any, _session: str | None, call: Call) -> Any:
             several = messages.parse_score_batch(request, self._args.limits)
-            call.ends("parse")
             outcomes = await self.score_several(several, call)
             results = [messages.score_result(asked, *one) for asked, one in zip(several, outcomes, strict=True)]
             call.ends("answer")
@@ -65,7 +64,7 @@ class RpcService(ScoringService):
 
         async def work(request: Any, session: str | None, call: Call) -> Any:
             sent = messages.parse_events(request, self._args.limits)
-            return messages.events_response(await self.take_in(sent, session, call))
+            return messages.events_response(*await self.take_in(sent, session, call))
 
         types = scoring_pb2.AddEventsRequest, scoring_pb2.AddEventsResponse
         return await self._reply("rpc AddEvents", body, grpc_context, work, *types)

@@ -9,31 +9,37 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from ray import serve
 from ray.serve._private.logging_utils import get_serve_logs_dir
+from ray.serve.schema import ReplicaRank
 
 from longer.errors import UserError
 from longer.serving.scorer import EventsRequest, EventsResult, Scorer, ScoreRequest, ScoreResult
 from serve_apps.access import TIMEOUT_HEADER, Gate, reason_of, status_of
 from serve_apps.access_log import AccessLog, Call
 from serve_apps.account import Recent, service_status
-from serve_apps.affinity import Affinity
+from serve_apps.affinity import Affinity, session_of
 from serve_apps.arguments import ScoringArgs
 from serve_apps.batcher import MicroBatcher
+from serve_apps.holdings import Ledger
 from serve_apps.keeping import StateKeeper
-from serve_apps.metrics import ReplicaMetrics, memory
+from serve_apps.metrics import Replica, ReplicaMetrics
 from serve_apps.peers import Peers
 from serve_apps.protocol import Asked, BodyError
 from serve_apps.rollout import Rollouts
+from serve_apps.upkeep import Upkeep
 
 RETRY_AFTER_S = 1
 _HUNG_UP = 499
 """Status, in metrics and the access log, of a call whose caller has gone before it was answered."""
 _SWITCH_S = 0.0005
 """How long the scorer's thread may hold Python while the event loop waits: by default 5 ms at each of a call's several turns."""
+_LOOK_WITHIN_S, _GLANCE_WITHIN_S = 2.0, 0.1
+"""How long who asks for the replica's account, or Serve's autoscaling, waits for a scorer that is busy."""
 _logger = logging.getLogger("ray.serve")
 
 T = TypeVar("T")
@@ -59,18 +65,32 @@ class ScoringService:
             1, "scorer", initializer=torch.set_num_threads, initargs=(args.torch_threads,)
         )
         self._scorer = self._worker.submit(self._load).result()
-        self._refreshed_s, self._upkeep = time.monotonic(), dict[str, asyncio.Future[None]]()
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._affinity, self._peers, self._recent = Affinity(self._replica), Peers(), Recent()
         self._keeper = StateKeeper(args, self._scorer, self._replica, self._in_worker)
-        self._metrics = ReplicaMetrics(self._scorer, self._affinity.lost, self._keeper)
+        self._ledger, self._metrics = Ledger(self._scorer, self._in_worker), ReplicaMetrics()
         self._access_log = AccessLog(get_serve_logs_dir(), self._replica) if args.access_log else None
         size = args.max_batch_requests
         self._scores = MicroBatcher(self._worker, self._score, size, self._metrics.record_batch)
         self._events = MicroBatcher(self._worker, self._scorer.add_events, size, lambda _: None)
-        self._rollouts = Rollouts(self._scorer, self._in_worker, self._warm_ups)
-        self._evicted = (time.monotonic(), 0)
-        self._metrics.export()
+        self._rollouts = Rollouts(
+            self._scorer,
+            args.checkpoint,
+            self._in_worker,
+            self._warm_ups,
+            ask_peers=partial(self._of_peers, self.served_checkpoint),
+        )
+        self._upkeep = Upkeep(
+            self._scorer,
+            self._affinity,
+            self._keeper,
+            self._rollouts,
+            self._in_worker,
+            ask_names=partial(self._of_peers, self.replica_id),
+            refresh_s=args.refresh_s,
+        )
+        self._evicted, self._gpu_memory_share = (time.monotonic(), 0), 0.0
+        self._tell()
 
     def _load(self) -> Scorer:
         args = self._args
@@ -132,8 +152,8 @@ class ScoringService:
     async def score_one(self, asked: Asked, session: str | None, call: Call) -> tuple[ScoreResult, str]:
         """The scores that the call asks for, and the version of the model that they are of."""
         call.ends("parse")
-        self._affinity.count(session)
-        [(outcome, version)] = await self.score_several([asked], call)
+        self._affinity.count(asked.request.user_id, bool(session))
+        [(outcome, version)] = await self._scored([asked], call)
         if isinstance(outcome, UserError):
             raise outcome
         call.source = outcome.source
@@ -141,21 +161,30 @@ class ScoringService:
         return outcome, version
 
     async def score_several(self, several: Sequence[Asked], call: Call) -> list[tuple[Outcome, str]]:
-        """One outcome a request, in order, with the version of the model."""
+        """One outcome a request, in order, with the version of the model. A call of several users has no session."""
+        call.ends("parse")
+        for asked in several:
+            self._affinity.count(asked.request.user_id, has_session=True)
+        return await self._scored(several, call)
+
+    async def _scored(self, several: Sequence[Asked], call: Call) -> list[tuple[Outcome, str]]:
         call.num_users, call.num_candidates = len(several), sum(len(asked.request.item_ids) for asked in several)
         answers = await self._scores.ask(*(asked.request for asked in several))
         call.was_in(answers[-1][1])
         call.model_version = answers[-1][0][1]
         return [outcome for outcome, _ in answers]
 
-    async def take_in(self, request: EventsRequest, session: str | None, call: Call) -> EventsResult:
-        """Takes in a user's newest events."""
-        self._affinity.count(session)
+    async def take_in(self, request: EventsRequest, session: str | None, call: Call) -> tuple[EventsResult, str]:
+        """Takes in a user's newest events, or has the replica do so whose user she is; and which one did."""
+        self._affinity.count(request.user_id, bool(session))
         call.num_users = 1
-        [(outcome, _)] = await self._events.ask(request)
+        taken = None
+        if not self._affinity.is_own(request.user_id):
+            taken = await self._peers.ask_owner(session_of(request.user_id), self.take_in_here, request)
+        outcome, replica = taken or await self.take_in_here(request)
         if isinstance(outcome, UserError):
             raise outcome
-        return outcome
+        return outcome, replica
 
     async def forget_everywhere(self, user_id: int | str) -> tuple[int, int]:
         """The number of replicas, which all have dropped what they held of the user, and of those that held anything."""
@@ -205,52 +234,64 @@ class ScoringService:
     async def replica_id(self) -> str:
         return self._replica
 
+    async def served_checkpoint(self) -> str:
+        return self._rollouts.checkpoint
+
+    async def take_in_here(self, request: EventsRequest) -> tuple[EventsResult | UserError, str]:
+        """Takes in events without looking whose they are: what is sent on is not sent on again."""
+        [(outcome, _)] = await self._events.ask(request)
+        return outcome, self._replica
+
     async def forget(self, user_id: int | str) -> bool:
         """Drops what this one holds of the user; whether it held anything."""
         return await self._in_worker(self._keeper.forget, user_id)
 
     async def account(self) -> dict[str, Any]:
         """What this replica holds, and what it has done since it started and lately."""
-        cache, online = self._scorer.cache, self._scorer.online
-        states = {"states": len(cache), "bytes": cache.num_bytes, "budget_bytes": cache.budget_bytes}
-        events = {"users": len(online), "bytes": online.num_bytes, "budget_bytes": self._args.events_bytes}
+        held = await self._ledger.look(_LOOK_WITHIN_S)
+        states = {
+            "states": held.num_states,
+            "bytes": held.tier_bytes["device"],
+            "budget_bytes": held.tier_budget_bytes["device"],
+        }
+        events = {
+            "users": held.num_online_users,
+            "bytes": held.memory_bytes["host"]["events"],
+            "budget_bytes": self._args.events_bytes,
+        }
         return {
             "replica": self._replica,
             "process_id": os.getpid(),
             "model_version": self._scorer.info.model_version,
             "sequences_version": self._scorer.history.version_id,
             "refused_rollout": self._rollouts.is_refused,
-            "cache": {**cache.counters.as_dict(), **states},
+            "cache": {**held.cache_counters, **states},
             "kept_states": self._keeper.counters,
-            "online_events": {**online.counters.as_dict(), **events},
+            "online_events": {**held.online_counters, **events},
             "lost_affinity": dict(self._affinity.lost),
             "queued_requests": len(self._scores),
             "recent": self._recent.account(),
-            "memory_bytes": memory(self._scorer),
+            "memory_bytes": held.memory_bytes,
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
 
     # -- called by Serve ----------------------------------------------------------------------------------------------
 
-    async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Called with a new `user_config`: goes over to its `checkpoint` between two batches, states become misses.
+    async def reconfigure(self, user_config: dict[str, Any] | None, rank: ReplicaRank) -> None:
+        """Goes over to the `checkpoint` of a `user_config`, or back to the arguments' one without any, between two batches; states
+        become misses. Serve calls it at the start, with a new `user_config`, and, as it takes a rank, without one too.
 
-        A checkpoint that cannot serve is refused: the model that serves goes on, /v1/model says so, and it is tried again.
+        A checkpoint that cannot serve is refused: the model that serves goes on, and /v1/model says so.
         """
         await self._rollouts.ask(user_config)
-        self._metrics.export()
+        self._tell()
 
     async def check_health(self) -> None:
         """Fails where the device no longer computes, or the worker hangs; then this replica is replaced.
 
-        Now and then looks beside it for newer sequences, at the ring, and again at a checkpoint that was refused.
+        Which is when what else is due begins.
         """
-        is_due = time.monotonic() - self._refreshed_s >= self._args.refresh_s or self._affinity.ring is None
-        if is_due:
-            self._refreshed_s = time.monotonic()
-            for work in (self._look_at_ring, self._refresh, self._rollouts.retry):
-                if (last := self._upkeep.get(work.__name__)) is None or last.done():
-                    self._upkeep[work.__name__] = asyncio.ensure_future(work())
+        self._upkeep.begin()
         await self._in_worker(self._touch_device)
         self._tell()
 
@@ -259,19 +300,20 @@ class ScoringService:
 
         Of the event loop as all that tells: Serve runs what is not async in threads.
         """
-        cache, now_s = self._scorer.cache, time.monotonic()
-        (since_s, before), self._evicted = self._evicted, (now_s, cache.counters.evict)
-        self._metrics.gpu_memory_share = self._gpu_memory_share()
+        held, now_s = await self._ledger.look(_GLANCE_WITHIN_S), time.monotonic()
+        num_evicted = held.cache_counters["evict"]
+        (since_s, before), self._evicted = self._evicted, (now_s, num_evicted)
+        self._gpu_memory_share = self._gpu_memory()
         self._tell()
         return {
-            "num_states": len(cache),
-            "cache_share": cache.num_bytes / cache.budget_bytes if cache.budget_bytes else 0.0,
-            "evictions_per_s": (cache.counters.evict - before) / max(now_s - since_s, 1e-3),
-            "gpu_memory_share": self._metrics.gpu_memory_share,
+            "num_states": held.num_states,
+            "cache_share": held.device_share,
+            "evictions_per_s": (num_evicted - before) / max(now_s - since_s, 1e-3),
+            "gpu_memory_share": self._gpu_memory_share,
         }
 
-    def _gpu_memory_share(self) -> float:
-        """By whomever, but for what torch keeps here for its next tensors."""
+    def _gpu_memory(self) -> float:
+        """Share in use, by whomever, but for what torch keeps here for its next tensors."""
         if not self._args.num_gpus:
             return 0.0
         free_bytes, total_bytes = torch.cuda.mem_get_info()
@@ -282,30 +324,24 @@ class ScoringService:
         """An error where the device no longer computes: a CUDA context does not recover from some."""
         torch.zeros(1, device=self._scorer.cache.pool.device).item()
 
-    async def _refresh(self) -> None:
-        """Tables are read beside the worker, which only goes over to them."""
-        try:
-            if newer := await asyncio.to_thread(self._scorer.newer_tables):
-                await self._in_worker(self._scorer.move_to, newer)
-                _logger.info("sequences: now at version %s", self._scorer.history.version_id)
-        except Exception:
-            _logger.exception(
-                "sequences: cannot look for a newer version; version %s serves on", self._scorer.history.version_id
-            )
-
     def _tell(self) -> None:
         """Brings metrics and the access log up to date."""
-        self._metrics.num_queued = len(self._scores)
-        self._metrics.export()
+        self._metrics.export(
+            Replica(
+                self._ledger.last,
+                self._scorer.info.model_version,
+                self._rollouts.is_refused,
+                self._keeper.counters,
+                self._affinity.lost,
+                len(self._scores),
+                self._gpu_memory_share,
+            )
+        )
         if self._access_log:
             self._access_log.flush()
 
-    async def _look_at_ring(self) -> None:
-        names = [name for name in await self._peers.ask(self.replica_id) if isinstance(name, str)]
-        if names:  # else the ring stays what it was
-            self._affinity.see(names)
-        if self._affinity.ring:
-            await self._keeper.bring(self._affinity.ring)
+    async def _of_peers(self, method: Callable[[], Awaitable[str]]) -> list[str]:
+        return [one for one in await self._peers.ask(method) if isinstance(one, str)]
 
     async def __del__(self) -> None:
         """Serve calls it once the replica has answered all that it was asked, before it ends."""

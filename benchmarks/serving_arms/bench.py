@@ -4,10 +4,9 @@ import argparse
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -16,43 +15,15 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
+from benchmarks.serving_arms.arms import Arm
 from benchmarks.serving_arms.load import Body, Load, Sample
 from benchmarks.serving_arms.servers import ServerArgs, floor_app
 from benchmarks.serving_arms.world import World
 from jobs.serve import free_port
 
-MOST_P99_MS = 50.0
 LOAD_SHARE = 0.7
+FLOOR = "floor"
 _WITHIN_S = 240.0
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One line of the table."""
-
-    name: str
-    one_client: Sample
-    best: Sample
-    num_clients: int
-    at_load: Sample | None
-
-    @property
-    def rps(self) -> float:
-        return self.best.rps
-
-    @property
-    def is_within(self) -> bool:
-        return self.best.percentile_ms(99) <= MOST_P99_MS
-
-    def row(self) -> str:
-        mark = "" if self.is_within else f" (p99 {self.best.percentile_ms(99):.0f} ms)"
-        at_load = "-" if self.at_load is None else _times(self.at_load)
-        failed = sum((one.failed for one in (self.one_client, self.best, self.at_load) if one), Counter[str]())
-        states = " ".join(f"{count} {source}" for source, count in sorted(self.best.sources.items())) or "-"
-        return (
-            f"| {self.name} | {_times(self.one_client)} | {self.rps:.0f}{mark} | {self.num_clients} | {at_load} | {states} | "
-            f"{dict(failed) or 'none'} |"
-        )
 
 
 @dataclass(frozen=True)
@@ -61,10 +32,6 @@ class Service:
 
     num_replicas: int
     arguments: dict[str, Any] = field(default_factory=dict)
-
-
-def _times(sample: Sample) -> str:
-    return f"{sample.percentile_ms(50):.1f} / {sample.percentile_ms(99):.1f}"
 
 
 class Bench:
@@ -80,15 +47,32 @@ class Bench:
 
     def measure(self, name: str, url: str, bodies: Sequence[Body], with_open: bool = True) -> Arm:
         """An arm whose bodies may be sent again and again; without the open loop if not `with_open`."""
-        seconds, samples = self.asked.seconds, {}
-        self.load.closed(url, bodies, max(self.asked.clients), seconds / 2)
-        for num_clients in self.asked.clients:
-            samples[num_clients] = self.load.closed(url, bodies, num_clients, seconds)
-        best = best_of(samples)
-        if not samples[best].latencies_ms:
-            raise RuntimeError(f"{name}: no request was answered: {dict(samples[best].failed)}")
-        at_load = self.load.open(url, bodies, LOAD_SHARE * samples[best].rps, seconds) if with_open else None
-        return self._said(Arm(name, samples[self.asked.clients[0]], samples[best], best, at_load))
+        [arm] = self.measure_together({name: url}, bodies, 1, with_open)
+        return arm
+
+    def measure_together(
+        self, urls: Mapping[str, str], bodies: Sequence[Body], num_rounds: int, with_open: bool = True
+    ) -> list[Arm]:
+        """Arms by name, window by window in turn, so that all of them meet the same load of the machine."""
+        seconds, levels = self.asked.seconds, self.asked.clients
+        rounds: dict[str, list[dict[int, Sample]]] = {name: [] for name in urls}
+        for url in urls.values():
+            self.load.closed(url, bodies, max(levels), seconds / 2)
+        for _ in range(num_rounds):
+            for samples in rounds.values():
+                samples.append({})
+            for num_clients in levels:
+                for name, url in urls.items():
+                    rounds[name][-1][num_clients] = sample = self.load.closed(url, bodies, num_clients, seconds)
+                    if not sample.latencies_ms:
+                        raise RuntimeError(f"{name}: no request was answered: {dict(sample.failed)}")
+        arms = []
+        for name, url in urls.items():
+            arm = Arm(name, rounds[name])
+            if with_open:
+                arm = replace(arm, at_load=self.load.open(url, bodies, LOAD_SHARE * arm.rps, 2 * seconds))
+            arms.append(self._said(arm))
+        return arms
 
     def measure_trace(self, name: str, url: str, bodies: Sequence[Body]) -> Arm:
         """An arm whose bodies are sent once, in their order: a part of them for each number of clients."""
@@ -100,8 +84,7 @@ class Bench:
             num: self.load.closed(url, part, num, self.asked.seconds, again=False)
             for num, part in zip(levels, parts, strict=True)
         }
-        best = best_of(samples)
-        return self._said(Arm(name, samples[levels[0]], samples[best], best, None))
+        return self._said(Arm(name, [samples]))
 
     @staticmethod
     def _said(arm: Arm) -> Arm:
@@ -111,14 +94,15 @@ class Bench:
     # -- services -----------------------------------------------------------------------------------------------------
 
     def deploy(self, **services: Service) -> None:
-        """These services by name, and no others; one with another number of replicas keeps those that run."""
+        """These services by name, no others of the kind, and the floor if it runs; one with another number of replicas keeps those
+        that run."""
         applications = [self._application(name, service) for name, service in services.items()]
         _get_global_client().deploy_apps(
             ServeDeploySchema.model_validate({"applications": applications}), _blocking=False
         )
         wanted = {name: service.num_replicas for name, service in services.items()}
         deadline = time.monotonic() + _WITHIN_S  # Serve's own wait is too short for kernels to be compiled
-        while (found := {name: self._num_replicas(name) for name in serve.status().applications}) != wanted:
+        while (found := self._running()) != wanted:
             failed = [app.message for app in serve.status().applications.values() if app.status == "DEPLOY_FAILED"]
             if failed or time.monotonic() > deadline:
                 raise RuntimeError(f"replicas: {found} instead of {wanted}: {failed}")
@@ -146,6 +130,9 @@ class Bench:
             ],
         }
 
+    def _running(self) -> dict[str, int]:
+        return {name: self._num_replicas(name) for name in serve.status().applications if name != FLOOR}
+
     def _num_replicas(self, app: str) -> int:
         try:
             status = requests.get(f"{self.url(app)}/v1/status", timeout=30)
@@ -164,25 +151,32 @@ class Bench:
         return requests.post(f"{self.url(app)}/v1/score", data=body, headers=headers, timeout=60).content
 
     def floor(self, answer: bytes, num_replicas: int, with_open: bool = True) -> Arm:
-        app = floor_app(answer, num_replicas, 4 * self.asked.max_batch_requests)
-        serve.run(app, name="floor", route_prefix="/floor")
-        arm = self.measure(f"floor, {num_replicas} replica(s)", self.url("floor"), self.world.hits, with_open)
-        serve.delete("floor")
-        return arm
+        """The floor alone."""
+        with self.floor_running(answer, num_replicas) as url:
+            return self.measure(f"floor, {num_replicas} replica(s)", url, self.world.hits, with_open)
+
+    @contextmanager
+    def floor_running(self, answer: bytes, num_replicas: int) -> Iterator[str]:
+        """The URL of a floor of so many replicas, while the block runs."""
+        serve.run(
+            floor_app(answer, num_replicas, 4 * self.asked.max_batch_requests), name=FLOOR, route_prefix=f"/{FLOOR}"
+        )
+        yield self.url(FLOOR)
+        serve.delete(FLOOR)
 
     def alone(self, name: str, kind: str, args: ServerArgs) -> Arm:
-        """A server of one process."""
+        """A server of one process, alone."""
+        with self.server_running(kind, args) as url:
+            return self.measure(name, url, self.world.hits, with_open=kind != "echo")
+
+    @contextmanager
+    def server_running(self, kind: str, args: ServerArgs) -> Iterator[str]:
+        """The URL of a server of one process, while the block runs."""
         with _process(args.command(kind), args.port) as url:
             for _, body in self.world.hits[:4]:  # on a GPU the first ones wait for kernels to be compiled
                 headers = {"content-type": "application/json"}
                 requests.post(f"{url}/v1/score", data=body, headers=headers, timeout=_WITHIN_S).raise_for_status()
-            return self.measure(name, url, self.world.hits, with_open=kind != "echo")
-
-
-def best_of(samples: dict[int, Sample]) -> int:
-    """The number of clients with most requests a second at p99 within bounds; at any p99 if it never is."""
-    within = [num for num, sample in samples.items() if sample.percentile_ms(99) <= MOST_P99_MS]
-    return max(within or samples, key=lambda num: samples[num].rps)
+            yield url
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import aiohttp
 import numpy as np
 
 _SOURCE = re.compile(rb'"source": ?"(\w+)"')
+BODY_MS_HEADER = "x-body-ms"
 _TIMEOUT_S = 30
 _MOST_OPEN = 2_000
 
@@ -27,12 +28,29 @@ Body = tuple[str, bytes]
 
 @dataclass
 class Sample:
-    """Milliseconds of the requests answered with 200, the states they came from, and how often there was another status."""
+    """Milliseconds of the requests answered with 200, and of reading their bodies where the server says so; the states they came
+    from, and how often there was another status."""
 
     latencies_ms: list[float] = field(default_factory=list)
+    body_ms: list[float] = field(default_factory=list)
     sources: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
+
+    @classmethod
+    def together(cls, parts: "Sequence[Sample]") -> "Sample":
+        """Of windows that came one after the other."""
+        whole = cls(seconds=sum(part.seconds for part in parts))
+        for part in parts:
+            whole.add(part)
+        return whole
+
+    def add(self, part: "Sample") -> None:
+        """All but the time that it took."""
+        self.latencies_ms += part.latencies_ms
+        self.body_ms += part.body_ms
+        self.sources += part.sources
+        self.failed += part.failed
 
     def percentile_ms(self, percent: float) -> float:
         return float(np.percentile(self.latencies_ms, percent)) if self.latencies_ms else math.nan
@@ -78,9 +96,7 @@ class Load:
         whole = Sample()
         for call in calls:
             part = call.result()
-            whole.latencies_ms += part.latencies_ms
-            whole.sources += part.sources
-            whole.failed += part.failed
+            whole.add(part)
             whole.seconds = max(whole.seconds, part.seconds)
         return whole
 
@@ -109,6 +125,8 @@ async def _sending(
                 sample.failed[str(answer.status)] += 1
                 return
             sample.latencies_ms.append((time.perf_counter() - due_s) * 1000)
+            if BODY_MS_HEADER in answer.headers:
+                sample.body_ms.append(float(answer.headers[BODY_MS_HEADER]))
             if found := _SOURCE.search(content):
                 sample.sources[found[1].decode()] += 1
 

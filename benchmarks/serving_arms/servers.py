@@ -7,6 +7,7 @@ python -m benchmarks.serving_arms.servers echo ARGUMENTS     one answer for all,
 import asyncio
 import json
 import sys
+import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastapi import FastAPI, Request, Response
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
+from benchmarks.serving_arms.load import BODY_MS_HEADER
 from serve_apps.affinity import ROUTER
 
 floor_api = FastAPI()
@@ -24,15 +26,17 @@ floor_api = FastAPI()
 @serve.deployment
 @serve.ingress(floor_api)
 class Floor:
-    """Reads a body of the real size and answers with one: what Serve, HTTP and FastAPI alone cost."""
+    """Reads a body of the real size, says how long that took, and answers with one: what Serve, HTTP and FastAPI alone cost."""
 
     def __init__(self, answer: bytes) -> None:
         self._answer = answer
 
     @floor_api.post("/v1/score")
     async def score(self, request: Request) -> Response:
+        started_s = time.perf_counter()
         await request.body()
-        return Response(self._answer, media_type="application/json")
+        headers = {BODY_MS_HEADER: f"{(time.perf_counter() - started_s) * 1000:.3f}"}
+        return Response(self._answer, media_type="application/json", headers=headers)
 
 
 def floor_app(answer: bytes, num_replicas: int, max_ongoing_requests: int) -> serve.Application:

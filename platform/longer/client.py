@@ -13,54 +13,31 @@ from urllib.parse import quote
 
 import pyarrow as pa
 import requests
+import urllib3
 from pydantic_core import to_json
-from requests.adapters import HTTPAdapter
-from urllib3 import Retry
-from urllib3.exceptions import ReadTimeoutError
 
 from longer.errors import UserError
+from longer.patience import Patience, as_ms
 
 _ARROW = "application/vnd.apache.arrow.stream"
-
-
-class _Retry(Retry):
-    """But for a call that was not answered in time: the service may be at it still, and would only have more to do."""
-
-    def increment(
-        self,
-        method: str | None = None,
-        url: str | None = None,
-        response: Any = None,
-        error: Exception | None = None,
-        *others: Any,
-        **more: Any,
-    ) -> "_Retry":
-        if isinstance(error, ReadTimeoutError):
-            raise error
-        return super().increment(method, url, response, error, *others, **more)
+_REPEATED = (500, 503)
+_PAUSE_S = 0.1
+_PART_BYTES = 1 << 16
 
 
 class ScoringClient:
     """Every call is safe to repeat, so one that finds no connection, a full service (503) or a replica that dies with it (500) is,
-    after the pause that the service asks for. `timeout_s` is for one attempt, and the service is told it; a thread should have a
-    client of its own.
+    after a pause that grows, no shorter than the service asks for. `timeout_s` is for all of it, and the service is told what is
+    left; a thread should have a client of its own. Proxies and ~/.netrc are not looked at.
 
-    A call that is refused raises a UserError with the service's reason; one that is not answered, a `requests` exception.
+    A call that is refused raises a UserError with the service's reason; one that is not answered, a `requests` exception. One that
+    is not answered in time is not repeated: the service may be at it still, and would only have more to do.
     """
 
-    def __init__(self, url: str, token: str | None = None, timeout_s: float = 1.0, max_retries: int = 2) -> None:
-        self._url, self._timeout_s = url.rstrip("/"), timeout_s
-        retry = _Retry(
-            max_retries,
-            status_forcelist=[500, 503],
-            allowed_methods=None,
-            backoff_factor=0.1,
-            backoff_jitter=0.1,
-            raise_on_status=False,
-        )
+    def __init__(self, url: str, token: str | None = None, timeout_s: float = 2.0, max_retries: int = 2) -> None:
+        self._url, self._timeout_s, self._max_retries = url.rstrip("/"), timeout_s, max_retries
         self._session = requests.Session()
-        self._session.mount(self._url, HTTPAdapter(max_retries=retry))
-        self._session.headers["x-timeout-ms"] = str(max(int(timeout_s * 1000), 1))
+        self._session.trust_env = False  # ~/.netrc would replace the token
         if token:
             self._session.headers["authorization"] = f"Bearer {token}"
 
@@ -82,8 +59,8 @@ class ScoringClient:
         """One result a request, in order: scores, or `error` and `status`."""
         return self._post("score:batch", {"requests": asked}, None)["results"]
 
-    def add_events(self, user_id: int | str, events: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-        """How many events were received, and how many of them were new."""
+    def add_events(self, user_id: int | str, events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """How many events were received, how many of them were new, and to which replica."""
         return self._post("events", {"user_id": user_id, "events": events}, user_id)
 
     def forget(self, user_id: int | str) -> dict[str, int]:
@@ -99,10 +76,50 @@ class ScoringClient:
         headers = {"content-type": content_type}
         if user_id is not None:
             headers["x-session-id"] = quote(str(user_id), safe="")
-        answer = self._session.request(
-            method, f"{self._url}/v1/{path}", data=body, headers=headers, timeout=self._timeout_s
-        )
+        patience = Patience(self._timeout_s, self._max_retries)
+        while True:
+            try:
+                answer, content = self._attempt(method, path, body, headers, patience)
+                if answer.status_code not in _REPEATED or not patience.pauses(_least_pause_s(answer)):
+                    break
+            except requests.Timeout:
+                raise
+            except requests.ConnectionError:
+                if not patience.pauses(_PAUSE_S):
+                    raise
         if answer.headers.get("content-type", "").startswith("application/json") and answer.status_code >= 400:
-            raise UserError(f"{self._url}: {answer.json()['error']} ({answer.status_code})")
+            raise UserError(f"{self._url}: {json.loads(content)['error']} ({answer.status_code})")
         answer.raise_for_status()
-        return answer.content
+        return content
+
+    def _attempt(
+        self, method: str, path: str, body: bytes, headers: Mapping[str, str], patience: Patience
+    ) -> tuple[requests.Response, bytes]:
+        """The answer and its content; `requests.ReadTimeout` when the time is over, however much of it has come."""
+        left_s = patience.left_s()
+        times = {
+            "x-timeout-ms": as_ms(left_s),
+            "x-request-timeout-seconds": f"{left_s:.3f}",
+        }  # the replica's, and the proxy's
+        url = f"{self._url}/v1/{path}"
+        content = bytearray()
+        with self._session.request(
+            method, url, data=body, headers={**headers, **times}, timeout=left_s, stream=True
+        ) as answer:
+            try:
+                while part := answer.raw.read1(_PART_BYTES, decode_content=True):
+                    content += part
+                    if patience.is_over:
+                        raise requests.ReadTimeout(f"{url}: not all of the answer came in time")
+                    if answer.raw.connection and answer.raw.connection.sock:
+                        answer.raw.connection.sock.settimeout(patience.left_s())
+            except urllib3.exceptions.ReadTimeoutError as error:
+                raise requests.ReadTimeout(error) from None
+            except urllib3.exceptions.HTTPError as error:
+                raise requests.ConnectionError(error) from None
+        return answer, bytes(content)
+
+
+def _least_pause_s(answer: requests.Response) -> float:
+    asked = answer.headers.get("retry-after", "")
+    return int(asked) if asked.isdigit() else _PAUSE_S

@@ -6,8 +6,6 @@
 Needs `grpcio` and `protobuf`, which Ray brings along.
 """
 
-import random
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
@@ -15,12 +13,13 @@ from urllib.parse import quote
 import grpc
 
 from longer.errors import UserError
+from longer.patience import Patience, as_ms
 from longer.rpc import scoring_pb2 as pb
 from longer.rpc.scoring_pb2_grpc import ScoringStub
 
 _REFUSED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.UNAUTHENTICATED)
 _PAUSES_S = {
-    grpc.StatusCode.UNAVAILABLE: 1.0,
+    grpc.StatusCode.UNAVAILABLE: 0.5,
     grpc.StatusCode.RESOURCE_EXHAUSTED: 1.0,
     grpc.StatusCode.INTERNAL: 0.1,
 }
@@ -29,8 +28,8 @@ _PAUSES_S = {
 
 class GrpcScoringClient:
     """Every call is safe to repeat, so one that finds no connection, a full service or a replica that dies with it is, after a
-    pause. `timeout_s` is for one attempt, and the service is told it. For any number of threads. With `credentials` the channel is
-    encrypted, as for a service behind a gateway.
+    pause that grows. `timeout_s` is for all of it, and the service is told what is left. For any number of threads. With
+    `credentials` the channel is encrypted, as for a service behind a gateway.
 
     A call that is refused raises a UserError with the service's reason; one that is not answered, a `grpc.RpcError`.
     """
@@ -39,7 +38,7 @@ class GrpcScoringClient:
         self,
         target: str,
         token: str | None = None,
-        timeout_s: float = 1.0,
+        timeout_s: float = 2.0,
         max_retries: int = 2,
         application: str = "scoring",
         credentials: grpc.ChannelCredentials | None = None,
@@ -52,7 +51,7 @@ class GrpcScoringClient:
             else grpc.insecure_channel(target, any_size)
         )
         self._channel, self._stub = channel, ScoringStub(channel)
-        self._metadata = [("application", application), ("x-timeout-ms", str(max(int(timeout_s * 1000), 1)))]
+        self._metadata = [("application", application)]
         if token:
             self._metadata.append(("authorization", f"Bearer {token}"))
 
@@ -78,11 +77,11 @@ class GrpcScoringClient:
             for result in self._call(self._stub.ScoreBatch, request, None).results
         ]
 
-    def add_events(self, user_id: int | str, events: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-        """How many events were received, and how many of them were new."""
+    def add_events(self, user_id: int | str, events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """How many events were received, how many of them were new, and to which replica."""
         request = pb.AddEventsRequest(user_id=_id(user_id), events=list(map(_event, events)))
         answer = self._call(self._stub.AddEvents, request, user_id)
-        return {"received": answer.received, "new": answer.new}
+        return {"received": answer.received, "new": answer.new, "replica": answer.replica}
 
     def forget(self, user_id: int | str) -> dict[str, int]:
         """Makes every replica drop what it holds of the user."""
@@ -92,20 +91,22 @@ class GrpcScoringClient:
     def close(self) -> None:
         self._channel.close()
 
-    def _call(self, method: Callable[..., Any], request: Any, user_id: int | str | None, num_tries: int = 0) -> Any:
+    def _call(self, method: Callable[..., Any], request: Any, user_id: int | str | None) -> Any:
         metadata = self._metadata
         if user_id is not None:
             metadata = [*metadata, ("session_id", quote(str(user_id), safe=""))]  # as over HTTP: the same replica
-        try:
-            return method(request, metadata=metadata, timeout=self._timeout_s)
-        except grpc.RpcError as error:
-            code = error.code()
-            if code in _REFUSED:
-                raise UserError(f"{self._target}: {error.details()} ({code.name})") from None
-            if code not in _PAUSES_S or num_tries == self._max_retries:
-                raise
-        time.sleep(_PAUSES_S[code] * 2**num_tries * random.uniform(0.5, 1.0))
-        return self._call(method, request, user_id, num_tries + 1)
+        patience = Patience(self._timeout_s, self._max_retries)
+        while True:
+            left_s = patience.left_s()
+            try:
+                told = [*metadata, ("x-timeout-ms", as_ms(left_s))]
+                return method(request, metadata=told, timeout=left_s)
+            except grpc.RpcError as error:
+                code = error.code()
+                if code in _REFUSED:
+                    raise UserError(f"{self._target}: {error.details()} ({code.name})") from None
+                if code not in _PAUSES_S or not patience.pauses(_PAUSES_S[code]):
+                    raise
 
 
 def _score_request(

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import pytest
 
-from benchmarks.serving_arms.bench import best_of
+from benchmarks.serving_arms.arms import Arm, best_of, extra_ms, throughput_ratio, told_ratio
 from benchmarks.serving_arms.load import Load, Sample
 
 SERVICE_S = 0.05
@@ -61,3 +61,18 @@ def test_the_best_number_of_clients_is_one_within_the_latency_if_there_is_one() 
     quick, busy = Sample([10.0] * 10, seconds=1), Sample([100.0] * 30, seconds=1)
     assert best_of({1: quick, 8: busy}) == 1
     assert best_of({8: busy, 16: Sample([200.0] * 20, seconds=1)}) == 8
+
+
+def arm(name: str, *rounds: tuple[float, int]) -> Arm:
+    """Of rounds of one and eight clients: one client's milliseconds, and eight clients' requests a second."""
+    return Arm(name, [{1: Sample([ms] * 9, seconds=1), 8: Sample([40.0] * rps, seconds=1)} for ms, rps in rounds])
+
+
+def test_a_ratio_is_of_rounds_that_met_the_same_machine_and_of_the_same_criterion_on_both_sides() -> None:
+    """The machine was twice as slow in the second round: of each arm's own median, or best, the ratio would be another."""
+    fast, slow = arm("fast", (2.0, 200), (4.0, 100), (2.0, 200)), arm("slow", (3.0, 100), (5.0, 50), (3.0, 100))
+    assert throughput_ratio(fast, slow) == 2.0
+    assert extra_ms(slow, fast) == 1.0
+    late = Arm("late", [{1: Sample([60.0] * 15, seconds=1), 8: Sample([60.0] * 30, seconds=1)}] * 3)
+    assert throughput_ratio(fast, late) is None
+    assert "late is not within 50 ms at any; at any p99 167 and 30 a second" in told_ratio("x", fast, late)

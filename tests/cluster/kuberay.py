@@ -39,6 +39,20 @@ class EnvFrom(Model):
     configMapRef: NamedRef
 
 
+class SecretKeyRef(Model):
+    name: Name
+    key: str
+
+
+class ValueFrom(Model):
+    secretKeyRef: SecretKeyRef
+
+
+class Variable(Model):
+    name: str
+    valueFrom: ValueFrom
+
+
 class Mount(Model):
     name: Name
     mountPath: str
@@ -49,6 +63,7 @@ class Container(Model):
     image: str
     ports: list[Port] = []
     envFrom: list[EnvFrom] = []
+    env: list[Variable] = []
     resources: Resources
     volumeMounts: list[Mount] = []
 

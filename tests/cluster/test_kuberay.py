@@ -14,8 +14,8 @@ from ray.serve.schema import ServeDeploySchema
 
 from longer.cli import parse_settings
 from longer.config import Settings
-from serve_apps.scoring import ScoringArgs
-from tests.cluster.kuberay import ClusterSpec, PodSpec, RayCluster, RayJob, RayService
+from serve_apps.arguments import TOKEN_VARIABLE, ScoringArgs
+from tests.cluster.kuberay import ClusterSpec, PodSpec, RayCluster, RayJob, RayService, SecretKeyRef, Variable
 from tests.cluster.nodes import ROOT
 from tests.cluster.requests import (
     JOBS,
@@ -107,6 +107,25 @@ def test_the_token_the_bucket_and_the_role_are_where_all_look_for_them() -> None
     )
 
 
+def test_the_service_is_not_open_to_whoever_reaches_its_pods() -> None:
+    """It listens on every interface: each pod has the callers' token from a secret, and a replica without it does not start."""
+    config = ServeDeploySchema.model_validate(yaml.safe_load(SERVICE.spec.serveConfigV2))
+    assert config.http_options.host == "0.0.0.0"
+    assert ScoringArgs.model_validate(config.applications[0].args).requires_token
+    spec = SERVICE.spec.rayClusterConfig
+    told = {(variable.name, ref.name, ref.key) for ref, variable in variables_of(spec.headGroupSpec.template.spec)}
+    for group in spec.workerGroupSpecs:
+        assert {(variable.name, ref.name, ref.key) for ref, variable in variables_of(group.template.spec)} == told
+    [(name, secret, key)] = told
+    assert name == TOKEN_VARIABLE
+    for text in ((FOLDER / "service.yaml").read_text(), DOCUMENTATION):
+        assert f"kubectl create secret generic {secret} --from-literal={key}=$(openssl rand -hex 32)" in text
+
+
+def variables_of(pod: PodSpec) -> list[tuple[SecretKeyRef, Variable]]:
+    return [(variable.valueFrom.secretKeyRef, variable) for variable in pod.containers[0].env]
+
+
 def test_the_documentation_says_how_large_a_node_the_pods_need() -> None:
     for group in CLUSTER.spec.workerGroupSpecs:
         limits = group.template.spec.containers[0].resources.limits
@@ -150,6 +169,8 @@ def test_serve_and_the_builder_accept_the_services_config_and_its_replicas_fit()
     ports = {port.name: port.containerPort for port in group.template.spec.containers[0].ports}
     assert ports["serve"] == config.http_options.port == 8000, "KubeRay's probe and service look there"
     assert group.minReplicas >= args.num_replicas
+    assert config.http_options.request_timeout_s is not None
+    assert args.timeout_s < config.http_options.request_timeout_s <= 2 * args.timeout_s
 
 
 def test_the_image_is_built_in_stages_pinned_and_runs_as_the_pods_user() -> None:

@@ -3,7 +3,7 @@
 from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 
-from serve_apps.affinity import ROUTER, Affinity, Ring
+from serve_apps.affinity import ROUTER, Affinity, Ring, session_of
 
 
 def test_the_ring_is_the_routers() -> None:
@@ -21,12 +21,14 @@ def test_the_ring_is_the_routers() -> None:
 
 
 def test_requests_without_a_session_or_of_another_replicas_are_lost_and_nobodys_until_the_others_are_known() -> None:
-    affinity, sessions = Affinity("abc"), [f"user {n}" for n in range(100)]
-    for session in sessions:
-        affinity.count(session)
+    affinity, users = Affinity("abc"), [*range(100), *(f"Zoë {n}" for n in range(100))]
+    for user in users:
+        affinity.count(user, has_session=True)
     assert affinity.lost == {"no_session": 0, "other_replica": 0}
     affinity.see(["def", "ghi"])
-    for session in [*sessions, "", None]:
-        affinity.count(session)
+    for user in [*users, 5]:
+        affinity.count(user, has_session=user != 5)
     ring = Ring(["abc", "def", "ghi"])
-    assert affinity.lost == {"no_session": 2, "other_replica": sum(ring.owner(s) != "abc" for s in sessions)}
+    not_own = [user for user in users if ring.owner(session_of(user)) != "abc"]
+    assert affinity.lost == {"no_session": 2, "other_replica": len([user for user in not_own if user != 5])}
+    assert [user for user in users if not affinity.is_own(user)] == not_own

@@ -3,7 +3,10 @@
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
+from itertools import pairwise
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -13,6 +16,7 @@ import requests
 
 from longer.client import ScoringClient
 from longer.errors import UserError
+from longer.patience import Patience
 from tests.serve_apps.services import running
 from tests.serving.tables import DAY_MS, START_MS, build_world
 
@@ -30,7 +34,8 @@ def test_the_client_does_all_that_the_service_does(local_ray: None, tmp_path_fac
         assert by_json["user_state"]["num_events"] == 26
         np.testing.assert_allclose(table["label"].to_numpy(), by_json["scores"]["label"], atol=1e-5)
         assert b'"source": "hit"' in table.schema.metadata[b"answer"]
-        assert client.add_events(5, [EVENT]) == {"received": 1, "new": 0}
+        told = client.add_events(5, [EVENT])
+        assert (told["received"], told["new"]) == (1, 0)
         one, wrong = client.score_batch(
             [{"user_id": 5, "candidates": ["item1"]}, {"user_id": "x", "candidates": ["a"]}]
         )
@@ -81,6 +86,17 @@ def test_a_full_service_is_asked_again_and_not_for_ever(full_at_first: str) -> N
         ScoringClient("http://127.0.0.1:9", max_retries=0).score(1, [1])
 
 
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 class Silent(FullAtFirst):
     """Takes a call and does not answer in time."""
 
@@ -93,12 +109,65 @@ class Silent(FullAtFirst):
 
 def test_a_call_that_takes_too_long_is_not_asked_again() -> None:
     """The service may be at it still: asked three times, an overloaded one would have three times the load."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Silent)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        with pytest.raises(requests.ReadTimeout):
-            ScoringClient(f"http://127.0.0.1:{server.server_port}", timeout_s=0.1).score(1, [1])
-    finally:
-        server.shutdown()
-        server.server_close()
+    with serving(Silent) as url, pytest.raises(requests.ReadTimeout):
+        ScoringClient(url, timeout_s=0.1).score(1, [1])
     assert Silent.num_calls == 1
+
+
+class Trickling(FullAtFirst):
+    """Says what it was told, then sends its answer byte by byte."""
+
+    told: ClassVar[list[str]] = []
+
+    def do_POST(self) -> None:
+        self.told.append(self.headers.get("authorization", ""))
+        self.send_response(200)
+        self.send_header("content-length", "1000")
+        self.end_headers()
+        with suppress(ConnectionError):
+            for _ in range(100):
+                self.wfile.write(b"x")
+                time.sleep(0.05)
+
+
+def test_the_time_is_for_the_whole_call_and_netrc_does_not_replace_the_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each read is answered in time, and still nobody waits longer than was said."""
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login somebody password else\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with serving(Trickling) as url:
+        started_s = time.monotonic()
+        with pytest.raises(requests.ReadTimeout):
+            ScoringClient(url, token="mine", timeout_s=0.3).score(1, [1])
+        assert time.monotonic() - started_s < 0.6
+    assert Trickling.told == ["Bearer mine"]
+
+
+class Full(FullAtFirst):
+    """503 always; keeps when it was asked, and how long it was given."""
+
+    calls: ClassVar[list[tuple[float, int]]] = []
+
+    def do_POST(self) -> None:
+        self.calls.append((time.monotonic(), int(self.headers["x-timeout-ms"])))
+        assert float(self.headers["x-request-timeout-seconds"]) == pytest.approx(self.calls[-1][1] / 1000, abs=0.002)
+        self.send_response(503)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+
+def test_pauses_grow_are_not_all_alike_and_what_is_left_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(Full) as url:
+        for _ in range(2):
+            with pytest.raises(requests.HTTPError):
+                ScoringClient(url, timeout_s=5).score(1, [1])
+    first, second = Full.calls[:3], Full.calls[3:]
+    for calls in (first, second):
+        pauses_s = [after[0] - before[0] for before, after in pairwise(calls)]
+        assert 0.1 <= pauses_s[0] < 0.2 <= pauses_s[1] < 0.4
+        assert [given_ms for _, given_ms in calls] == sorted((given_ms for _, given_ms in calls), reverse=True)
+        assert calls[0][1] - calls[-1][1] >= 300
+    assert first[1][0] - first[0][0] != pytest.approx(second[1][0] - second[0][0], abs=1e-4)
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("slept for longer than there is time"))
+    assert not Patience(timeout_s=0.5, max_retries=3).pauses(0.5)

@@ -195,7 +195,8 @@ def test_the_client_is_answered_what_the_http_client_is(service: tuple[ScoringSt
     candidates = ["item1", {"id": "item5", "features": {"price": 2.5}}]
     for client in (by_grpc, by_http):
         client.forget(5)
-        assert client.add_events(5, [event]) == {"received": 1, "new": 1}
+        told = client.add_events(5, [event])
+        assert (told["received"], told["new"]) == (1, 1)
     for about in ({"request_ts": END_MS + 1, "events": [event]}, {"request_ts": END_MS, "top_k": 1}):
         answer, expected = (client.score(5, candidates, **about) for client in (by_grpc, by_http))
         np.testing.assert_allclose(answer["scores"].pop("label"), expected["scores"].pop("label"), atol=1e-5)

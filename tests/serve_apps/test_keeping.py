@@ -1,6 +1,7 @@
 """What a replica brings back by itself, without Serve: whoever was forgotten stays so until she asks."""
 
 import asyncio
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from longer.serving.scorer import ScoreRequest
+from serve_apps import keeping
 from serve_apps.affinity import Ring
 from serve_apps.arguments import ScoringArgs
 from serve_apps.keeping import StateKeeper
@@ -47,3 +49,43 @@ def test_warm_up_makes_no_state_of_a_forgotten_user_before_she_asks(has_dumps: b
     asyncio.run(come_and_go())
     scorer.score([ScoreRequest(9, ["item1"], request_ts=START_MS + 10**10)])
     assert is_held()
+
+
+def test_what_is_remembered_of_forgotten_users_is_bounded_and_past_it_nobody_is_brought_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody may ask for any id to be forgotten, and what is not remembered might be warmed again."""
+    monkeypatch.setattr(keeping, "_MOST_FORGOTTEN", 3)
+    world = build_world(tmp_path / "world")
+    asked = {"checkpoint": checkpoint_path(world), "sequences": world.path("tables", "sequences")}
+    for warm_users, num_remembered in ((0, 0), (3, 3)):
+        scorer = scorer_of(world, device_states=9)
+        keeper = StateKeeper(ScoringArgs(**asked, warm_users=warm_users), scorer, "me", in_worker)
+        for user in range(100, 110):
+            keeper.forget(user)
+        assert len(keeper._forgotten) == num_remembered
+        asyncio.run(keeper.bring(Ring(["me"])))
+        assert (len(scorer.cache), keeper.num_warmed) == (0, 0)
+
+
+def test_what_was_read_of_dumps_and_models_that_are_gone_is_not_remembered(tmp_path: Path) -> None:
+    world, folder = build_world(tmp_path / "world"), tmp_path / "dumps"
+    args = ScoringArgs(
+        checkpoint=checkpoint_path(world),
+        sequences=world.path("tables", "sequences"),
+        host_cache_bytes=1 << 20,
+        state_dump=str(folder),
+    )
+    before, scorer = scorer_of(world, device_states=9), scorer_of(world, device_states=9)
+    before.score([ScoreRequest(user, ["item1"], request_ts=START_MS + 10**10) for user in (4, 5, 6)])
+
+    async def run() -> None:
+        await StateKeeper(args, before, "before", in_worker).leave()
+        keeper = StateKeeper(args, scorer, "me", in_worker)
+        await keeper.bring(Ring(["me"]))
+        assert (len(keeper._read), keeper.counters["restored"]) == (3, 3)
+        shutil.rmtree(folder / "before")
+        await keeper.bring(Ring(["me"]))
+        assert keeper._read == set()
+
+    asyncio.run(run())

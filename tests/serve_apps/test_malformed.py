@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from urllib.parse import urlsplit
 
 import httpx
@@ -169,6 +170,39 @@ def test_bytes_that_are_no_http_end_their_own_connection_only(url: str, expected
             head = b"" if number % 2 else b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: 999999\r\n\r\n"
             connection.sendall(head + rng.randbytes(rng.randrange(1, 5000)))
     assert_well(url, expected)
+
+
+def half_sent(url: str, num_bytes: int, body: bytes) -> socket.socket:
+    """A connection on which so many bytes are announced and these come."""
+    address = urlsplit(url)
+    connection = socket.create_connection((address.hostname, address.port), timeout=10)
+    head = (
+        f"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {num_bytes}\r\n\r\n"
+    )
+    connection.sendall(head.encode() + body)
+    return connection
+
+
+@pytest.mark.ray
+def test_a_hundred_bodies_that_stop_half_way_hold_nobody_up_for_long(url: str, expected: dict[int, np.ndarray]) -> None:
+    """Slow on purpose: each has one of the replica's 64 places until the two seconds of a body are over."""
+    with ExitStack() as stack:
+        stalled = [stack.enter_context(half_sent(url, 1000, b'{"user_id": 5')) for _ in range(100)]
+        time.sleep(0.2)
+        started_s = time.monotonic()
+        impatient = httpx.post(f"{url}/v1/score", json=GOOD, headers={"x-request-timeout-seconds": "0.3"}, timeout=30)
+        assert (impatient.status_code, time.monotonic() - started_s < 1) == (408, True)  # it waited for a place in vain
+        assert_well(url, expected)
+        assert time.monotonic() - started_s < 8
+        assert {one.recv(100)[:12] for one in stalled} == {b"HTTP/1.1 408"}
+
+
+@pytest.mark.ray
+def test_a_body_that_is_announced_as_too_large_is_refused_before_it_comes(url: str) -> None:
+    with half_sent(url, 10**9, b"{") as connection:
+        started_s = time.monotonic()
+        assert connection.recv(100)[:12] == b"HTTP/1.1 413"
+        assert time.monotonic() - started_s < 1
 
 
 @pytest.mark.ray

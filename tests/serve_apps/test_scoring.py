@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -14,7 +15,7 @@ import yaml
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
-from jobs.serve import free_port
+from jobs.serve import PROXY_MARGIN_S, free_port
 from longer.errors import UserError
 from longer.serving.scorer import Scorer, ScoreRequest, ScoreResult
 from serve_apps.arguments import resolved
@@ -24,6 +25,8 @@ from tests.serving.tables import DAY_MS, START_MS, build_world, checkpoint_path
 CONFIG = Path(__file__).parents[2] / "serve_apps" / "scoring.yaml"
 EVENT = {"item_id": "item2", "action": "buy", "features": {"category": "category2", "price": 2, "quantity": 1}}
 ITEMS = ["item1", "item5", "never seen"]
+AFFINITY_S = 3.0
+"""Within which a replica learns of another."""
 END_MS = START_MS + 31 * DAY_MS
 
 
@@ -32,7 +35,8 @@ def test_the_config_file_is_one_that_serve_and_the_builder_accept() -> None:
     [application] = config.applications
     assert application.import_path == "serve_apps.scoring:build_app"
     assert config.http_options.host == "127.0.0.1"
-    ScoringArgs.model_validate(application.args)
+    args = ScoringArgs.model_validate(application.args)
+    assert config.http_options.request_timeout_s == args.timeout_s + PROXY_MARGIN_S
 
 
 def test_a_wrong_path_is_one_line_and_exit_code_2_before_any_replica_starts(
@@ -75,11 +79,13 @@ def service(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         max_events=5,
         max_users=3,
         access_log=False,
+        refresh_s=1,
     )
     port = free_port("127.0.0.1", 8399)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(build_app(args), name="scoring", route_prefix="/")
+        time.sleep(AFFINITY_S)
         yield f"http://127.0.0.1:{port}", Scorer(checkpoint_path(world), args.sequences, 0, args.items)
     finally:
         serve.shutdown()
@@ -196,7 +202,8 @@ def test_events_sent_online_are_seen_by_the_scores_that_follow_and_counted_once(
     sent = {"user_id": 4, "events": [{**EVENT, "event_ts": END_MS}]}
     for new in (1, 0):
         told = httpx.post(f"{url}/v1/events", json=sent, headers={"x-session-id": "4"})
-        assert (told.status_code, told.json()) == (200, {"received": 1, "new": new})
+        answer = {"received": 1, "new": new, "replica": told.headers["x-replica"]}
+        assert (told.status_code, told.json()) == (200, answer)
     later = {**EVENT, "event_ts": END_MS + 5}
     answer = post(url, 4, {"candidates": ITEMS, "request_ts": END_MS + 9, "events": [later]}).json()
     assert answer["user_state"]["num_events"] == 18
@@ -251,16 +258,56 @@ def test_a_deleted_user_is_forgotten_by_every_replica_whichever_is_asked(service
         assert httpx.delete(f"{url}/v1/users/{no_id}").status_code == 422
 
 
+def lost(url: str) -> dict[str, int]:
+    counts = [one["lost_affinity"] for one in held_by(url).values()]
+    return {reason: sum(one[reason] for one in counts) for reason in counts[0]}
+
+
+def owner_of(url: str, user: int | str) -> str:
+    return httpx.get(f"{url}/healthz", headers={"x-session-id": str(user)}).headers["x-replica"]
+
+
+def other_session(url: str, user: int) -> str:
+    """A session of another replica than the user's."""
+    owner, sessions = owner_of(url, user), two_sessions(url)
+    return next(session for session in sessions if owner_of(url, session) != owner)
+
+
 @pytest.mark.ray
-def test_requests_that_came_astray_are_counted(service: tuple[str, Scorer]) -> None:
+def test_requests_that_came_astray_are_counted_whatever_session_they_bring(service: tuple[str, Scorer]) -> None:
     url, _ = service
-
-    def lost() -> dict[str, int]:
-        counts = [one["lost_affinity"] for one in held_by(url).values()]
-        return {reason: sum(one[reason] for one in counts) for reason in counts[0]}
-
-    before = lost()
+    before = lost(url)
     assert post(url, 5, {"candidates": ITEMS}).status_code == 200
-    assert lost() == before
+    assert lost(url) == before
     assert httpx.post(f"{url}/v1/score", json={"user_id": 5, "candidates": ITEMS}).status_code == 200
-    assert lost() == {**before, "no_session": before["no_session"] + 1}
+    assert lost(url) == {**before, "no_session": before["no_session"] + 1}
+    assert post(url, 5, {"candidates": ITEMS}, session=other_session(url, 5)).status_code == 200
+    assert lost(url)["other_replica"] == before["other_replica"] + 1
+
+
+@pytest.mark.ray
+def test_of_a_batch_the_requests_are_counted_that_are_another_replicas(service: tuple[str, Scorer]) -> None:
+    url, _ = service
+    before = lost(url)
+    users = [1, 2, 5]
+    body = {"requests": [{"user_id": user, "candidates": ITEMS} for user in users]}
+    answered_by = httpx.post(f"{url}/v1/score:batch", json=body).headers["x-replica"]
+    num_astray = sum(owner_of(url, user) != answered_by for user in users)
+    assert lost(url) == {**before, "other_replica": before["other_replica"] + num_astray}
+
+
+@pytest.mark.ray
+def test_events_that_came_astray_are_known_where_the_users_requests_go(service: tuple[str, Scorer]) -> None:
+    """Else the next request, which goes to the owner, would be scored without them."""
+    url, _ = service
+    sent = {"user_id": 8, "events": [{**EVENT, "event_ts": END_MS}]}
+    for new in (1, 0):
+        told = httpx.post(f"{url}/v1/events", json=sent, headers={"x-session-id": other_session(url, 8)})
+        assert told.json() == {"received": 1, "new": new, "replica": owner_of(url, 8)}
+        assert told.headers["x-replica"] != owner_of(url, 8)
+    answer = post(url, 8, {"candidates": ITEMS, "request_ts": END_MS + 9}).json()
+    assert answer["user_state"]["num_events"] == 65
+    wrong = httpx.post(
+        f"{url}/v1/events", json={**sent, "user_id": "eight"}, headers={"x-session-id": other_session(url, 8)}
+    )
+    assert (wrong.status_code, wrong.json()["error"]) == (422, "user_id: expected int64 values")

@@ -169,8 +169,13 @@ def test_models_roll_and_roll_back_without_a_request_lost_and_a_broken_one_is_re
         service.deploy(2, second_path)
         wait_for(second, False)
         service.deploy(2, broken_path)
-        wait_for(second, True)
-        service.deploy(2, first_path)
+        assert wait_for(second, True) == replicas
+        victim = min(replicas)
+        os.kill(service.replicas()[victim]["process_id"], signal.SIGKILL)
+        service.wait_for(lambda alive: victim not in alive)
+        replicas = wait_for(second, True)  # the one that came starts with what the other serves
+        assert victim not in replicas
+        service.deploy(2)  # without user_config
         assert wait_for(first, False) == replicas
     assert (answers.lost, answers.refused) == ({}, {})
     answers.assert_equal(expected)

@@ -147,12 +147,14 @@ class AddEventsRequest(_message.Message):
     def __init__(self, user_id: _Optional[_Union[Id, _Mapping]] = ..., events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ...) -> None: ...
 
 class AddEventsResponse(_message.Message):
-    __slots__ = ("received", "new")
+    __slots__ = ("received", "new", "replica")
     RECEIVED_FIELD_NUMBER: _ClassVar[int]
     NEW_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
     received: int
     new: int
-    def __init__(self, received: _Optional[int] = ..., new: _Optional[int] = ...) -> None: ...
+    replica: str
+    def __init__(self, received: _Optional[int] = ..., new: _Optional[int] = ..., replica: _Optional[str] = ...) -> None: ...
 
 class ForgetUserRequest(_message.Message):
     __slots__ = ("user_id",)

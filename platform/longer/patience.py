@@ -1,0 +1,34 @@
+"""How long a client goes on with a call that may be repeated: all attempts and the pauses between them share one time."""
+
+import random
+import time
+
+
+class Patience:
+    """`timeout_s` from now on, for `max_retries` more attempts."""
+
+    def __init__(self, timeout_s: float, max_retries: int) -> None:
+        self._deadline_s, self._max_retries, self._num_pauses = time.monotonic() + timeout_s, max_retries, 0
+
+    def left_s(self) -> float:
+        """Never nothing, so that what comes too late fails as a timeout."""
+        return max(self._deadline_s - time.monotonic(), 1e-3)
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() >= self._deadline_s
+
+    def pauses(self, least_s: float) -> bool:
+        """Whether there is another attempt, after a pause: of `least_s` at least, twice as long each time, and half as much more at
+        random, so that those who were refused together do not come back together."""
+        pause_s = least_s * 2**self._num_pauses * random.uniform(1.0, 1.5)
+        if self._num_pauses == self._max_retries or pause_s >= self.left_s():
+            return False
+        self._num_pauses += 1
+        time.sleep(pause_s)
+        return True
+
+
+def as_ms(seconds: float) -> str:
+    """Whole milliseconds for a header, one at least."""
+    return str(max(int(seconds * 1000), 1))
