@@ -25,6 +25,7 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest tests/serve_apps/test_malformed.py --malformed 10000
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

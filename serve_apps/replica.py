@@ -13,6 +13,7 @@ from serve_apps.access import SESSION_HEADER, TIMEOUT_HEADER, content_type_of, i
 from serve_apps.access_log import Call
 from serve_apps.account import in_short
 from serve_apps.arrow_body import ARROW, arrow_answer, parse_arrow_body
+from serve_apps.desk import Refusal
 from serve_apps.openapi import about_call, body_of, errors, responds, with_security
 from serve_apps.protocol import (
     EventsAnswer,
@@ -30,7 +31,7 @@ from serve_apps.protocol import (
     score_answer,
 )
 from serve_apps.rpc import RpcService
-from serve_apps.service import RETRY_AFTER_S, Refusal
+from serve_apps.service import RETRY_AFTER_S
 
 _READY_WITHIN_S = 2.0
 
@@ -176,7 +177,7 @@ class ScoringReplica(RpcService):
             call.ends("answer")
             return content
 
-        outcome = await self.attempt(route, request.headers, answer)
+        outcome = await self._desk.attempt(route, request.headers, answer)
         if not isinstance(outcome, Refusal):
             return self._response(*outcome)
         headers = {503: {"retry-after": str(RETRY_AFTER_S)}, 401: {"www-authenticate": "Bearer"}}

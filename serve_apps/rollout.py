@@ -1,6 +1,7 @@
 """Going over to another checkpoint without a request lost, one roll-out at a time; one that is refused is tried again."""
 
 import asyncio
+import gc
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
@@ -91,6 +92,7 @@ class Rollouts:
 
     def _take_over(self, model: Longer, info: CheckpointInfo) -> None:
         """Adopts the model, or takes the one before back where it cannot even do its first warm-up: no request comes between."""
+        gc.unfreeze()  # what goes now is to be found
         before = self._scorer.model, self._scorer.info
         self._scorer.adopt(model, info)
         try:

@@ -13,8 +13,9 @@ from ray.serve.grpc_util import RayServegRPCContext
 
 from serve_apps.access import checked_id
 from serve_apps.access_log import Call
+from serve_apps.desk import Refusal
 from serve_apps.protocol import BodyError
-from serve_apps.service import Refusal, ScoringService
+from serve_apps.service import ScoringService
 
 _CODES = {
     401: grpc.StatusCode.UNAUTHENTICATED,
@@ -110,7 +111,7 @@ class RpcService(ScoringService):
                 raise BodyError(400, f"body: not a {asked.DESCRIPTOR.name}") from None
             return await work(request, headers.get("session_id"), call)
 
-        outcome = await self.attempt(route, headers, checked)
+        outcome = await self._desk.attempt(route, headers, checked)
         if not isinstance(outcome, Refusal):
             return outcome
         context.set_code(_CODES.get(outcome.status, grpc.StatusCode.INVALID_ARGUMENT))

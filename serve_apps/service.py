@@ -1,16 +1,15 @@
 """One scorer with its cache, whatever protocol is spoken. Everything that touches the scorer runs in its one worker thread."""
 
 import asyncio
-import logging
+import gc
 import os
 import resource
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from ray import serve
@@ -19,12 +18,13 @@ from ray.serve.schema import ReplicaRank
 
 from longer.errors import UserError
 from longer.serving.scorer import EventsRequest, EventsResult, Scorer, ScoreRequest, ScoreResult
-from serve_apps.access import TIMEOUT_HEADER, Gate, reason_of, status_of
+from serve_apps.access import Gate
 from serve_apps.access_log import AccessLog, Call
 from serve_apps.account import Recent, service_status
 from serve_apps.affinity import Affinity, session_of
 from serve_apps.arguments import ScoringArgs
 from serve_apps.batcher import MicroBatcher
+from serve_apps.desk import Desk
 from serve_apps.holdings import Ledger
 from serve_apps.keeping import StateKeeper
 from serve_apps.metrics import Replica, ReplicaMetrics
@@ -34,24 +34,14 @@ from serve_apps.rollout import Rollouts
 from serve_apps.upkeep import Upkeep
 
 RETRY_AFTER_S = 1
-_HUNG_UP = 499
-"""Status, in metrics and the access log, of a call whose caller has gone before it was answered."""
 _SWITCH_S = 0.0005
 """How long the scorer's thread may hold Python while the event loop waits: by default 5 ms at each of a call's several turns."""
+_OLDEST_AFTER = 100
+"""Second generations, ten times as many as usual, after which the collector looks at all: that takes tenths of a second."""
 _LOOK_WITHIN_S, _GLANCE_WITHIN_S = 2.0, 0.1
 """How long who asks for the replica's account, or Serve's autoscaling, waits for a scorer that is busy."""
-_logger = logging.getLogger("ray.serve")
 
-T = TypeVar("T")
 Outcome = ScoreResult | UserError
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why a call has no answer: an HTTP status, and a line that repeats nothing of what was sent."""
-
-    status: int
-    reason: str
 
 
 class ScoringService:
@@ -70,6 +60,7 @@ class ScoringService:
         self._keeper = StateKeeper(args, self._scorer, self._replica, self._in_worker)
         self._ledger, self._metrics = Ledger(self._scorer, self._in_worker), ReplicaMetrics()
         self._access_log = AccessLog(get_serve_logs_dir(), self._replica) if args.access_log else None
+        self._desk = Desk(self._gate, self._metrics, self._access_log)
         size = args.max_batch_requests
         self._scores = MicroBatcher(self._worker, self._score, size, self._metrics.record_batch)
         self._events = MicroBatcher(self._worker, self._scorer.add_events, size, lambda _: None)
@@ -91,6 +82,8 @@ class ScoringService:
         )
         self._evicted, self._gpu_memory_share = (time.monotonic(), 0), 0.0
         self._tell()
+        gc.set_threshold(*gc.get_threshold()[:2], _OLDEST_AFTER)
+        gc.freeze()
 
     def _load(self) -> Scorer:
         args = self._args
@@ -119,35 +112,6 @@ class ScoringService:
         return scorer.warm_ups(self._args.max_batch_requests, self._args.usual_candidates)
 
     # -- calls --------------------------------------------------------------------------------------------------------
-
-    async def attempt(
-        self, route: str, headers: Mapping[str, str], work: Callable[[Call], Awaitable[T]]
-    ) -> T | Refusal:
-        """The work's answer, or what went wrong, with the token checked before and the time bounded."""
-        call = Call(route)
-        outcome: T | Refusal
-        try:
-            self._gate.check_token(headers.get("authorization"))
-            async with asyncio.timeout(self._gate.time_left_s(headers.get(TIMEOUT_HEADER))):
-                outcome = await work(call)
-        except asyncio.CancelledError:
-            self._note(call, _HUNG_UP)
-            raise
-        except TimeoutError:
-            outcome = Refusal(504, "not answered in time: allow more, or send fewer candidates")
-        except UserError as error:
-            outcome = Refusal(status_of(error), reason_of(error))
-        except Exception:
-            _logger.exception("a call to %s failed", route)
-            outcome = Refusal(500, "internal error: the replica's log has it")
-        self._note(call, outcome.status if isinstance(outcome, Refusal) else 200)
-        return outcome
-
-    def _note(self, call: Call, status: int) -> None:
-        latency_ms = call.latency_ms
-        self._metrics.record(call.route, latency_ms, status)
-        if self._access_log:
-            self._access_log.note(call, status, latency_ms)
 
     async def score_one(self, asked: Asked, session: str | None, call: Call) -> tuple[ScoreResult, str]:
         """The scores that the call asks for, and the version of the model that they are of."""
