@@ -238,16 +238,18 @@ class FullAtFirst(ScoringServicer):
 
 def test_a_full_service_is_asked_again_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr("longer.grpc_client.time.sleep", pauses.append)
+    monkeypatch.setattr("longer.patience.time.sleep", pauses.append)
     with ThreadPoolExecutor(1) as pool:
         server, servicer = grpc.server(pool), FullAtFirst()
         add_ScoringServicer_to_server(servicer, server)
         address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         server.start()
         client = GrpcScoringClient(address, timeout_s=5)
-        assert client.score("Zoë/1", [1])["model_version"] == "Zo%C3%AB%2F1 5000 scoring"
+        session, left_ms, application = client.score("Zoë/1", [1])["model_version"].split()
+        assert (session, application) == ("Zo%C3%AB%2F1", "scoring")
+        assert 0 < int(left_ms) < 5000
         assert len(pauses) == 2
-        assert 0.5 <= pauses[0] <= 1 <= pauses[1] <= 2
+        assert 0.5 <= pauses[0] <= 0.75 < 1 <= pauses[1] <= 1.5
         servicer.num_calls = 0
         with pytest.raises(grpc.RpcError, match="full"):
             GrpcScoringClient(address, timeout_s=5, max_retries=1).score(1, [1])
