@@ -19,6 +19,7 @@ from ray.serve.schema import LoggingConfig
 
 from benchmarks.serving_arms.load import BODY_MS_HEADER
 from serve_apps.affinity import ROUTER
+from serve_apps.scoring import IN_ONE_LOOP
 
 floor_api = FastAPI()
 
@@ -40,13 +41,13 @@ class Floor:
 
 
 def floor_app(answer: bytes, num_replicas: int, max_ongoing_requests: int) -> serve.Application:
-    """With the service's router and limits."""
+    """With the service's router, limits and event loop."""
     return Floor.options(
         name="floor",
         num_replicas=num_replicas,
         max_ongoing_requests=max_ongoing_requests,
         request_router_config=ROUTER,
-        ray_actor_options={"num_cpus": 0.5},
+        ray_actor_options={"num_cpus": 0.5, "runtime_env": IN_ONE_LOOP},
         logging_config=LoggingConfig(enable_access_log=False),
     ).bind(answer)
 
