@@ -59,7 +59,8 @@ _DRAIN_MARGIN_S = 10.0
 
 def replica_options(args: ScoringArgs) -> dict[str, Any]:
     """Ray's options of a replica."""
-    return RaySettings(pool_label=args.pool_label).options(args.num_cpus, args.num_gpus)
+    where = RaySettings(pool_label=args.pool_label).options(args.num_cpus, args.num_gpus)
+    return {**where, "runtime_env": IN_ONE_LOOP}
 
 
 def build_app(args: ScoringArgs) -> serve.Application:
@@ -76,7 +77,7 @@ def build_app(args: ScoringArgs) -> serve.Application:
         sys.exit(2)  # `serve run` would show a traceback
     return ScoringReplica.options(
         name="scoring",
-        ray_actor_options={**replica_options(args), "runtime_env": IN_ONE_LOOP},
+        ray_actor_options=replica_options(args),
         max_ongoing_requests=4 * args.max_batch_requests,
         max_queued_requests=args.max_queued_requests,
         backpressure_config=BackpressureConfig(retry_after_s=RETRY_AFTER_S),

@@ -93,6 +93,7 @@ def _request(options: dict[str, Any], memory_bytes: int = _PROCESS_BYTES) -> Req
     asked = dict(options)
     resources = {"CPU": asked.pop("num_cpus"), "GPU": asked.pop("num_gpus", 0), "memory": memory_bytes}
     request = Request(resources, asked.pop("label_selector"))
+    asked.pop("runtime_env", None)  # which any node can make
     assert not asked, f"{asked}: nobody has looked at whether nodes have it"
     return request
 

@@ -46,6 +46,7 @@ def starts_of_work(file: Path) -> list[tuple[int, str]]:
         named = any(k.arg == "label_selector" and isinstance(k.value, ast.Name) for k in call.keywords)
         pinned = named and "ray.io/node-id" in source  # to the driver's node
         started = name in _START or (isinstance(call.func, ast.Attribute) and call.func.attr in _START)
+        started = started and not any(k.arg == "method_name" for k in call.keywords)  # that asks a replica that runs
         in_pool = any(k.arg == "compute" for k in call.keywords)
         if ((started and call not in configured) or in_pool) and not any(by_function) and not pinned:
             faults.append((call.lineno, f"{name} does not say on which nodes"))
