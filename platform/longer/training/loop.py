@@ -122,7 +122,7 @@ class Run:
                 )
                 loss_sum, num_candidates = torch.zeros_like(loss_sum), 0
             if self.rank == 0 and meter.is_due(done):
-                self._say(meter.line(done))
+                self.lines.show.remote("train", done, num_steps, meter.note(done))
             if saves:
                 with meter.paused():
                     self._checkpoint(done)
