@@ -20,13 +20,15 @@ from longer.config import Settings
 from longer.data.scores import read_scores
 from longer.data.tables import RequestTable
 from longer.errors import UserError
-from longer.storage import Version
+from longer.runner import user_error_in
+from longer.storage import Version, file_sizes, write_bytes
 from longer.training import loop
 from longer.training.checkpoints import TrainerState, load_model, read_trainer_state
 from longer.training.content import tally
 from longer.training.cursor import Position
 from longer.training.loop import Run, train_worker
 from longer.training.metrics import auc
+from longer.training.run import remove_old_runs
 from tests.data.test_build_on_ray import run_all, settings_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
@@ -119,10 +121,9 @@ def test_a_run_with_kills_and_changing_workers_ends_where_an_undisturbed_one_doe
     undisturbed = train.run(undisturbed_settings).manifest
     assert undisturbed["trained"] == trained[1].manifest["trained"]
     folder = Path(undisturbed_settings.path("training", undisturbed["version"]))
-    scores = [r["validation"]["label"]["auc"] for r in undisturbed["history"] if "validation" in r]
-    kept = {3 * EVERY, 4 * EVERY, (1 + scores.index(max(scores))) * EVERY}
+    kept = {3 * EVERY, 4 * EVERY, undisturbed["step"]}
     whole = {int(path.parent.name[5:]) for path in folder.glob("step_*/trainer.safetensors")}
-    assert whole == kept, "the newest two checkpoints and the best one"
+    assert whole == kept, "the newest two checkpoints and the one that was published"
     assert list(folder.glob("tensorboard/events*"))
     ends = [[r for r in m["history"] if "validation" in r][-1] for m in (undisturbed, trained[1].manifest)]
     assert ends[1]["validation"]["label"]["logloss"] == pytest.approx(
@@ -139,18 +140,17 @@ def test_the_manifest_proves_that_each_epoch_trained_every_request_of_the_split_
     (trained_on,) = version.manifest["trained"]
     assert len(ids) == table.version.manifest["num_requests"]["train"]
     assert trained_on["epochs"] == [tally(ids)] * 2
-    assert (sum(trained_on["published_after"]) == 2 * len(ids)) == (version.manifest["step"] == _last_step(version))
+    assert trained_on["published_after_epochs"] == version.manifest["step"] / (2 * EVERY)
+    assert version.manifest["skipped"] == {"steps": 0, "requests": 0}
     assert trained_on["requests"] == table.version.id
 
 
-def _last_step(version: Version) -> int:
-    return max(record["step"] for record in version.manifest["history"])
-
-
-def test_the_published_checkpoint_is_the_best_by_validation(trained: tuple[Settings, Version]) -> None:
+def test_the_published_checkpoint_is_the_best_of_those_that_have_trained_their_whole_split(
+    trained: tuple[Settings, Version],
+) -> None:
     settings, version = trained
     scores = {r["step"]: r["validation"]["label"]["auc"] for r in version.manifest["history"] if "validation" in r}
-    assert version.manifest["step"] == max(scores, key=lambda step: scores[step])
+    assert version.manifest["step"] == max((2 * EVERY, 4 * EVERY), key=lambda step: scores[step])
     assert (
         load_model(version.path, expected_schema=settings.event_schema)[1].model_version
         == version.manifest["model_version"]
@@ -210,6 +210,70 @@ def test_an_upload_that_is_tried_again_loses_no_checkpoint_and_a_checkpoint_no_l
         32,
     ]
     assert {21, 32} <= {record["step"] for record in version.manifest["history"] if "loss" in record}
+
+
+def worker_whose_gradients_overflow(config: dict[str, Any]) -> None:
+    """The worker function, but steps of the first epoch from the third on, or all, have gradients that are not finite."""
+    root, settings = Path(config["job"].settings.root), config["job"].settings.train
+    with (root / "starts").open("a") as starts:
+        starts.write("start\n")
+    take_step, loop._MOST_SKIPPED_IN_ROW = Run._step, 6
+
+    def step(run: Run, work: Any) -> Any:
+        overflows = work.position.step in (3, 4) if settings.epochs > 1 else work.position.step >= 3
+        run.stepper.optimizer.scaling.scale.fill_(torch.inf if overflows else 1.0)
+        return take_step(run, work)
+
+    Run._step = step  # type: ignore[method-assign]
+    train_worker(config)
+
+
+def test_steps_that_changed_nothing_are_told_with_their_requests_and_are_not_trained_again(
+    tables: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longer.training.run.train_worker", worker_whose_gradients_overflow)
+    version = train.run(settings_for(tables, tmp_path, num_workers=1))
+    epochs, skipped = version.manifest["trained"][-1]["epochs"], version.manifest["skipped"]
+    assert epochs[0] == epochs[1]
+    assert skipped["steps"] == 4
+    assert skipped["requests"] == pytest.approx(4 / 16 * epochs[0]["num_requests"], rel=0.5)
+    told = [(r["skipped_steps"], r["skipped_requests"]) for r in version.manifest["history"] if "skipped_steps" in r]
+    assert told[0] == (0, 0)
+    assert told[-1] == (4, skipped["requests"])
+
+
+def test_a_mistake_that_a_worker_finds_ends_the_run_at_once_in_one_line(
+    tables: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longer.training.run.train_worker", worker_whose_gradients_overflow)
+    with pytest.raises(TrainingFailedError) as raised:
+        train.run(settings_for(tables, tmp_path, num_workers=2, epochs=1, max_failures=3))
+    assert str(user_error_in(raised.value)).startswith("training: the gradients of steps 4 to 9 are not finite")
+    assert len((tmp_path / "starts").read_text().split()) == 2, "each of two workers started once"
+
+
+@pytest.mark.parametrize("on_s3", [False, True])
+def test_old_runs_keep_their_scalars_and_nothing_large(
+    on_s3: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue("s3") if on_s3 else str(tmp_path)
+    for number, run in enumerate(("older", "old", "new")):
+        for name in ("step_0000001/trainer.safetensors", "step_0000001/model.json", "tensorboard/events"):
+            write_bytes(f"{folder}/training/{run}/{name}", b"x")
+        if number < 2:
+            time.sleep(1.1 if on_s3 else 0.05)  # S3 dates files to the second
+    remove_old_runs(f"{folder}/training", 2)
+    left = sorted(file_sizes(f"{folder}/training"))
+    assert left == sorted(
+        [
+            *(
+                f"{run}/{name}"
+                for run in ("old", "new")
+                for name in ("step_0000001/model.json", "step_0000001/trainer.safetensors", "tensorboard/events")
+            ),
+            "older/tensorboard/events",
+        ]
+    )
 
 
 def test_one_and_two_workers_have_the_same_gradient_from_the_same_checkpoint(
