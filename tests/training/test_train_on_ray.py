@@ -183,8 +183,18 @@ def test_a_run_that_finished_but_was_not_published_is_published_without_training
         assert again.manifest[key] == version.manifest[key]
 
 
-def worker_whose_storage_fails_once(config: dict[str, Any]) -> None:
-    """The worker function, but the first upload fails half-way as S3 sometimes does, and Ray uploads again."""
+def with_overflows(take_step: Any, overflows: Any) -> Any:
+    """A step that leaves gradients that are not finite where `overflows` says so of its number within the epoch."""
+
+    def step(run: Run, work: Any) -> Any:
+        run.stepper.optimizer.scaling.scale.fill_(torch.inf if overflows(work.position.step) else 1.0)
+        return take_step(run, work)
+
+    return step
+
+
+def worker_in_trouble(config: dict[str, Any]) -> None:
+    """The worker function, but the first upload fails half-way as S3 sometimes does, and two steps of each epoch overflow."""
     save, failed = loop.save_trainer, []
 
     def save_trainer(directory: str, moments: Any, state: TrainerState) -> None:
@@ -194,45 +204,35 @@ def worker_whose_storage_fails_once(config: dict[str, Any]) -> None:
         save(directory, moments, state)
 
     loop.save_trainer = save_trainer  # type: ignore[assignment]
+    Run._step = with_overflows(Run._step, lambda step: step in (3, 4))  # type: ignore[method-assign]
     train_worker(config)
+
+
+@pytest.fixture(scope="module")
+def troubled(tables: Settings, tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, Version]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("longer.training.run.train_worker", worker_in_trouble)
+        asked = {"num_workers": 1, "validate_every_steps": 21, "max_failures": 0}
+        settings = settings_for(tables, tmp_path_factory.mktemp("troubled"), **asked)
+        return settings, train.run(settings)
 
 
 def test_an_upload_that_is_tried_again_loses_no_checkpoint_and_a_checkpoint_no_loss(
-    tables: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    troubled: tuple[Settings, Version],
 ) -> None:
     """Losses since the last record are recorded at a checkpoint, or a run that is resumed there would not have them."""
-    monkeypatch.setattr("longer.training.run.train_worker", worker_whose_storage_fails_once)
-    settings = settings_for(tables, tmp_path, num_workers=1, validate_every_steps=21, max_failures=0)
-    version = train.run(settings)
-    folder = Path(settings.path("training", version.id))
-    assert [read_trainer_state(str(folder / f"step_{step:07d}")).checkpoints[-1]["step"] for step in (21, 32)] == [
-        21,
-        32,
-    ]
-    assert {21, 32} <= {record["step"] for record in version.manifest["history"] if "loss" in record}
-
-
-def worker_whose_gradients_overflow(config: dict[str, Any]) -> None:
-    """The worker function, but steps of the first epoch from the third on, or all, have gradients that are not finite."""
-    root, settings = Path(config["job"].settings.root), config["job"].settings.train
-    with (root / "starts").open("a") as starts:
-        starts.write("start\n")
-    take_step, loop._MOST_SKIPPED_IN_ROW = Run._step, 6
-
-    def step(run: Run, work: Any) -> Any:
-        overflows = work.position.step in (3, 4) if settings.epochs > 1 else work.position.step >= 3
-        run.stepper.optimizer.scaling.scale.fill_(torch.inf if overflows else 1.0)
-        return take_step(run, work)
-
-    Run._step = step  # type: ignore[method-assign]
-    train_worker(config)
+    settings, version = troubled
+    folder, steps = Path(settings.path("training", version.id)), (16, 21, 32)
+    states = [read_trainer_state(str(folder / f"step_{step:07d}")) for step in steps if step in (21, 32)]
+    assert [state.checkpoints[-1]["step"] for state in states] == [21, 32]
+    assert [checkpoint["step"] for checkpoint in states[-1].checkpoints] == list(steps), "an epoch ends with one, too"
+    assert set(steps) <= {record["step"] for record in version.manifest["history"] if "loss" in record}
 
 
 def test_steps_that_changed_nothing_are_told_with_their_requests_and_are_not_trained_again(
-    tables: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    troubled: tuple[Settings, Version],
 ) -> None:
-    monkeypatch.setattr("longer.training.run.train_worker", worker_whose_gradients_overflow)
-    version = train.run(settings_for(tables, tmp_path, num_workers=1))
+    _, version = troubled
     epochs, skipped = version.manifest["trained"][-1]["epochs"], version.manifest["skipped"]
     assert epochs[0] == epochs[1]
     assert skipped["steps"] == 4
@@ -242,10 +242,19 @@ def test_steps_that_changed_nothing_are_told_with_their_requests_and_are_not_tra
     assert told[-1] == (4, skipped["requests"])
 
 
+def worker_that_never_learns(config: dict[str, Any]) -> None:
+    """The worker function, but no step from the fourth on has finite gradients; `starts` gets a line for each start."""
+    with (Path(config["job"].settings.root) / "starts").open("a") as starts:
+        starts.write("start\n")
+    loop._MOST_SKIPPED_IN_ROW = 6
+    Run._step = with_overflows(Run._step, lambda step: step >= 3)  # type: ignore[method-assign]
+    train_worker(config)
+
+
 def test_a_mistake_that_a_worker_finds_ends_the_run_at_once_in_one_line(
     tables: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("longer.training.run.train_worker", worker_whose_gradients_overflow)
+    monkeypatch.setattr("longer.training.run.train_worker", worker_that_never_learns)
     with pytest.raises(TrainingFailedError) as raised:
         train.run(settings_for(tables, tmp_path, num_workers=2, epochs=1, max_failures=3))
     assert str(user_error_in(raised.value)).startswith("training: the gradients of steps 4 to 9 are not finite")
