@@ -24,11 +24,11 @@ from longer.runner import user_error_in
 from longer.storage import Version, file_sizes, write_bytes
 from longer.training import loop
 from longer.training.checkpoints import TrainerState, load_model, read_trainer_state
-from longer.training.content import tally
+from longer.training.content import Content, Job, tally
 from longer.training.cursor import Position
 from longer.training.loop import Run, train_worker
 from longer.training.metrics import auc
-from longer.training.run import remove_old_runs
+from longer.training.run import pin_tables, remove_old_runs
 from tests.data.test_build_on_ray import run_all, settings_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
@@ -330,6 +330,12 @@ def test_evaluation_publishes_scores_that_have_its_metrics(
 
 def _label_lists(requests: Any) -> list[np.ndarray]:
     return np.split(requests.labels["label"], requests.candidates.offsets_R1[1:-1])
+
+
+def test_a_worker_holds_the_histories_of_both_splits_once(tables: Settings) -> None:
+    content = Content(Job(tables, pin_tables(tables)[1]))
+    assert content.valid
+    assert content.data.histories is content.valid.histories
 
 
 def test_more_workers_than_a_local_ray_holds_are_refused(tables: Settings, tmp_path: Path) -> None:
