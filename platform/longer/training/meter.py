@@ -59,17 +59,17 @@ class Meter:
         """What progress says beside the number of steps `done`."""
         rates = self.rates()
         left_s = (self.num_steps - done) * (time.perf_counter() - self._started) / self._num_steps_here
-        parts = [
+        parts = [  # a narrow terminal shows the first ones
+            f"about {left_s:.0f} s left",
             f"{rates['requests_per_s']:.0f} requests/s",
             f"{rates['impressions_per_s']:.0f} impressions/s",
+            *([f"GPU memory {rates['gpu_bytes'] / 2**30:.1f} GiB"] if "gpu_bytes" in rates else []),
             f"loss {self.loss:.4f}",
             f"waiting for data {rates.get('data_wait_share', 0.0):.0%}",
         ]
         if "others_wait_share" in rates:
             parts.append(f"for other workers' data {rates['others_wait_share']:.0%}")
-        if "gpu_bytes" in rates:
-            parts.append(f"GPU memory {rates['gpu_bytes'] / 2**30:.1f} GiB")
-        return ", ".join([*parts, f"about {left_s:.0f} s left"])
+        return ", ".join(parts)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

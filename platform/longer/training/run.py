@@ -222,7 +222,8 @@ def publish(
     }
     state = last_state(result)
     version = table.publish(run_id, {**about, **of_model, "skipped": state.skipped, "history": state.history})
-    remove_old_runs(settings.path("training"), settings.train.keep_runs)
+    with suppress(OSError):  # what storage does not remove now is old the next time too
+        remove_old_runs(settings.path("training"), settings.train.keep_runs)
     return version
 
 
