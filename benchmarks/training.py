@@ -13,7 +13,6 @@ products (`model_arms.flops`).
 """
 
 import argparse
-import gc
 import json
 import multiprocessing
 import os
@@ -33,6 +32,7 @@ from benchmarks.model_arms.arms import (
     Size,
     check_arms_agree,
     compile_only,
+    free_memory,
     precision_arms,
 )
 from benchmarks.model_arms.sizes import ON_CUDA, measured_rate
@@ -64,10 +64,10 @@ def main() -> None:
         _print_table(rows)
     event_width, lengths = asked.sizes[0][0], [longest for width, longest in asked.sizes if width == asked.sizes[0][0]]
     precision, end_to_end = {}, {}
-    if END_TO_END in asked.arms and not _is_late(asked, END_TO_END, left_out):
-        end_to_end = _end_to_end(event_width * 8 if ON_CUDA else 32, left_out)
     if PRECISION in asked.arms and not _is_late(asked, PRECISION, left_out):
         precision = precision_arms(event_width, lengths[0], asked.full)
+    if END_TO_END in asked.arms and not _is_late(asked, END_TO_END, left_out):
+        end_to_end = _end_to_end(event_width * 8 if ON_CUDA else 32, left_out)
     for longest in lengths if asked.profile else ():
         _print_profile(event_width, longest)
     print(json.dumps({**summary(rows, precision, end_to_end), **({"left_out": left_out} if left_out else {})}))
@@ -82,7 +82,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="full histories too, not Zipf lengths only; tf32 and fp16")
     parser.add_argument("--profile", action="store_true", help="where the widest model's step goes, by kind of kernel")
     parser.add_argument(
-        "--within-s", type=int, default=450, help="no arm begins later: it is left out, and the last line says so"
+        "--within-s", type=int, default=420, help="no arm begins later: it is left out, and the last line says so"
     )
     asked = parser.parse_args()
     widths, lengths = sorted(asked.width or [256, 512], reverse=True), sorted(asked.length or [2_000, 10_000])
@@ -139,9 +139,7 @@ def _end_to_end_command(width: int) -> list[str]:
 
 def _end_to_end(width: int, left_out: list[str]) -> dict[str, dict[str, Any]]:
     """In a process of its own: Ray's workers want the device that this one has."""
-    gc.collect()
-    if ON_CUDA:
-        torch.cuda.empty_cache()
+    free_memory()
     done = subprocess.run(_end_to_end_command(width), check=False, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         left_out.append(f"{END_TO_END}, which failed")

@@ -43,6 +43,13 @@ _MOST_IMPRESSIONS = 128
 """Of a step of the arm that computes a history for each."""
 
 
+def free_memory() -> None:
+    """Of the step before: a stepper is part of cycles, and would be counted."""
+    gc.collect()
+    if ON_CUDA:
+        torch.cuda.empty_cache()
+
+
 def autocast() -> torch.autocast:
     """The flags that the Stepper has: compiled functions are compiled once for each."""
     return torch.autocast(DEVICE.type, torch.bfloat16, enabled=ON_CUDA, cache_enabled=False)
@@ -64,6 +71,7 @@ class Size:
 
     def row(self, arm: str, rate: float) -> dict[str, Any] | None:
         """What an arm does on a device that multiplies matrices at `rate` FLOP/s; None where its memory is too small."""
+        free_memory()
         try:
             row = self._row(arm, rate)
         except torch.OutOfMemoryError:
@@ -176,11 +184,10 @@ def precision_arms(event_width: int, longest: int, all_of_them: bool) -> dict[st
 
 def _precision_row(size: Size, train: dict[str, Any]) -> dict[str, float]:
     """A stepper of these settings, alone on the device; nothing is told of a CPU's memory."""
-    gc.collect()  # a stepper is part of cycles: the one before would be counted
+    free_memory()
     if not ON_CUDA:
         step_s = _seconds_of(size.our_step(size.stepper(**train), is_staged=True))
         return {"ms_per_step": step_s * 1e3, "held_gb": math.nan, "pass_gb": math.nan}
-    torch.cuda.empty_cache()
     step = size.our_step(size.stepper(**train), is_staged=True)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
