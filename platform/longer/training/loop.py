@@ -22,6 +22,7 @@ from longer.model.encoders.factory import make_model
 from longer.training.checkpoints import (
     Tensors,
     TrainerState,
+    best_of_epochs,
     load_model,
     load_trainer,
     load_upstream,
@@ -288,9 +289,7 @@ class Run:
         """Steps of the checkpoints to keep once this one is committed: the last ones and the one to publish so far."""
         done = self.state.checkpoints
         last = done[-self.settings.train.keep_checkpoints :]
-        publishable = [checkpoint for checkpoint in done if checkpoint["epochs"] and checkpoint["score"] is not None]
-        best = sorted(publishable, key=lambda checkpoint: checkpoint["score"])[-1:]
-        return sorted({checkpoint["step"] for checkpoint in (*last, *best)})
+        return sorted({checkpoint["step"] for checkpoint in (*last, *best_of_epochs(done))})
 
     def _path(self, *parts: str) -> str:
         return self.settings.path("training", ray.train.get_context().get_experiment_name(), *parts)

@@ -37,7 +37,14 @@ from longer.storage import (
     remove_tree,
     write_bytes,
 )
-from longer.training.checkpoints import FORMAT_VERSION, TrainerState, load_model, load_weights, read_trainer_state
+from longer.training.checkpoints import (
+    FORMAT_VERSION,
+    TrainerState,
+    best_of_epochs,
+    load_model,
+    load_weights,
+    read_trainer_state,
+)
 from longer.training.content import Job
 from longer.training.loop import train_worker
 from longer.training.relay import relayed_lines
@@ -71,20 +78,22 @@ def train(settings: Settings, start_from: str | None = None) -> Version:
     past, past_until = past_of(start_from) if start_from else ([], own_until)
     table.claim()
     result = fit(Job(settings, versions, start_from), run_id)
-    of_epochs = [pair for pair in result.best_checkpoints or () if pair[1]["epochs"]]
-    best, reported = max(of_epochs, key=lambda pair: pair[1]["score"])
-    trained = {"requests": requests.id, "split": "train", "until": own_until, "epochs": last_state(result).epochs}
+    state = last_state(result)
+    (best,) = best_of_epochs(state.checkpoints)
+    by_step = {reported["step"]: (checkpoint, reported) for checkpoint, reported in result.best_checkpoints or ()}
+    checkpoint, reported = by_step[best["step"]]
+    trained = {"requests": requests.id, "split": "train", "until": own_until, "epochs": state.epochs}
     about = {
         "inputs": versions,
         "settings": chosen,
         **first,
-        "step": reported["step"],
+        "step": best["step"],
         "validation": reported["validation"],
-        "trained": [*past, {**trained, "published_after_epochs": reported["epochs"]}],
+        "trained": [*past, {**trained, "published_after_epochs": best["epochs"]}],
         "trained_until": max(own_until, past_until, key=datetime.fromisoformat),
     }
-    version = publish(settings, table, run_id, best, result, about)
-    after = f"epoch {reported['epochs']} of {settings.train.epochs}, step {reported['step']}"
+    version = publish(settings, table, run_id, checkpoint, result, about)
+    after = f"epoch {best['epochs']} of {settings.train.epochs}, step {best['step']}"
     say("train", f"run {run_id}: published as it was after {after}, {reported['validation']}")
     return version
 
