@@ -42,6 +42,7 @@ END_TO_END, PRECISION = "end to end", "precision"
 _STARTED = time.perf_counter()
 _COMPILE_THREADS = 4
 """Of each process that only compiles; there are about eight."""
+_MOST_COMPILING_S = 240
 
 torch._dynamo.config.recompile_limit = (
     64  # one process measures many models, and a piece beyond the limit is not compiled
@@ -107,6 +108,8 @@ def _compile_ahead(asked: argparse.Namespace) -> None:
     if END_TO_END in asked.arms:
         subprocess.run([*_end_to_end_command(widest * 8), "--prepare"], check=False, stdout=subprocess.DEVNULL)
     for process in running:
+        process.join(max(0.0, _STARTED + _MOST_COMPILING_S - time.perf_counter()))
+        process.kill()  # what is not ready is compiled where it is measured
         process.join()
     print(f"compiled ahead in {time.perf_counter() - _STARTED:.0f} s", file=sys.stderr, flush=True)
 
