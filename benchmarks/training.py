@@ -96,7 +96,7 @@ def _compile_ahead(asked: argparse.Namespace) -> None:
     """Fills the compiler's caches, and builds the tables of `end to end`, all at once; what fails here is compiled later."""
     widest, shortest = asked.sizes[0]
     wanted = [(*size, SHARED) for size in asked.sizes if SHARED in asked.arms]
-    if {STEP, LAUNCHED} & {*asked.arms} or asked.profile:
+    if {STEP, LAUNCHED, END_TO_END, PRECISION} & {*asked.arms} or asked.profile:
         wanted += [(width, shortest, STEP) for width in {width for width, _ in asked.sizes}]  # of any length
     if PRECISION in asked.arms:
         wanted.append((widest, shortest, PLAIN))
