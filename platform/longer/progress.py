@@ -1,5 +1,6 @@
 """Progress of a stage: a bar on a terminal, plain lines now and then elsewhere."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +14,7 @@ _PART_BEFORE_AN_END_IS_TOLD = 0.25
 """The first items need not be like the others, and some are half done."""
 
 _BAR_WITHOUT_END = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
+_BAR_WITH_NOTE = "{desc}: {percentage:3.0f}%|{bar:10}| {unit} {n_fmt}/{total_fmt}{postfix}"
 
 
 def track(
@@ -51,10 +53,37 @@ def track(
             last = now
 
 
+class Bar:
+    """How far work is that goes on elsewhere: one line written anew on a terminal, plain lines now and then elsewhere."""
+
+    def __init__(self, unit: str) -> None:
+        self._unit, self._told = unit, -math.inf
+        self._bar: tqdm | None = None
+
+    def show(self, stage: str, done: int, total: int, note: str) -> None:
+        """`done` of `total`, and what its worker says of speed and end."""
+        if sys.stderr.isatty():
+            if self._bar is None:
+                self._bar = tqdm(
+                    total=total, desc=stage, unit=self._unit, bar_format=_BAR_WITH_NOTE, dynamic_ncols=True
+                )
+            self._bar.n = done
+            self._bar.set_postfix_str(note)
+        elif done == total or time.perf_counter() - self._told >= _SECONDS_BETWEEN_LINES:
+            self._told = time.perf_counter()
+            say(stage, f"{self._unit} {done}/{total}, {note}")
+
+    def close(self) -> None:
+        """The last line stays."""
+        if self._bar is not None:
+            self._bar.close()
+
+
 def _is_end_told(done: int, total: int) -> bool:
     return done >= total * _PART_BEFORE_AN_END_IS_TOLD
 
 
 def say(stage: str, message: str) -> None:
-    """One line on how a stage went."""
-    print(f"{stage}: {message}", file=sys.stderr, flush=True)
+    """One line on how a stage went, above a bar if there is one."""
+    tqdm.write(f"{stage}: {message}", file=sys.stderr)
+    sys.stderr.flush()

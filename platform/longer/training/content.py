@@ -15,7 +15,7 @@ from longer.data.tables import RequestTable, SequenceTable
 from longer.hashing import hash_int64
 from longer.model.layout import Sizes
 from longer.training.cursor import DataCursor
-from longer.training.loader import MS_PER_DAY, SplitData, largest_batch, read_since, read_split
+from longer.training.loader import MS_PER_DAY, SplitData, largest_batch, read_since, read_splits
 
 MAX_PACK_REQUESTS = 16
 """Requests of one user in a pack: more share one history, but a step's requests are more alike. 8, 16 and 32 learn alike."""
@@ -51,8 +51,8 @@ class Content:
         requests = RequestTable(settings.path("tables", "requests"), schema, versions["requests"])
         self.valid: SplitData | None = None
         if job.since_ms is None:
-            self.data = read_split(sequences, requests, "train", windows).newest(asked.max_requests)
-            self.valid = read_split(sequences, requests, "valid", windows).spread(asked.max_validation_requests)
+            train, valid = read_splits(sequences, requests, ["train", "valid"], windows)
+            self.data, self.valid = train.newest(asked.max_requests), valid.spread(asked.max_validation_requests)
             self.packs = self.data.packs(MAX_PACK_REQUESTS)
             epochs, self.days = [np.arange(len(self.packs))] * asked.epochs, np.empty(0, np.int64)
         else:
