@@ -62,7 +62,7 @@ def test_what_fills_a_room_up_changes_no_state(in_place: bool) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("precision", ["float32", "bf16", "int8", "fp8"])
 def test_replayed_growth_and_scores_are_those_of_launched_kernels(precision: Precision) -> None:
     model = small_model(dtype=torch.float32).cuda()
     rng, tolerance = np.random.default_rng(3), 1e-5 if precision == "float32" else 3e-2

@@ -126,7 +126,7 @@ def _grow_layers(model: Longer, context: PoolContext | StagedContext, at: Number
             if has_kernels(query_PHZ):
                 groups = context.groups(layer, query_PHZ.dtype)
                 readers = groups.over(readers) if readers else groups.readers(offsets_B1)
-                attended_PD = attend(query_PHZ, groups.pair_NHZ, readers, visible_P)
+                attended_PD = attend(query_PHZ, groups.pair_NHZ, readers, visible_P, scales_NH=groups.scales_NH)
             else:
                 attended_PD = _attended(context, layer, query_PHZ, visible_P, offsets_B1)
             x_PD = block.finish(x_PD, attended_PD)

@@ -191,7 +191,14 @@ class Longer(Ranker):
                 groups = context.groups(layer, query_PHZ.dtype)
                 reads = {"request_P": request_P, "sees_PT": seen_PT}
                 readers = groups.over(readers) if readers else groups.readers(offsets_B1, **reads)
-                attended_PD = attend(query_PHZ, groups.pair_NHZ, readers, num_visible_P, (key_RTHZ, value_RTHZ))
+                attended_PD = attend(
+                    query_PHZ,
+                    groups.pair_NHZ,
+                    readers,
+                    num_visible_P,
+                    (key_RTHZ, value_RTHZ),
+                    scales_NH=groups.scales_NH,
+                )
             else:
                 attended_PD = attend_shared(
                     query_PHZ,
@@ -240,7 +247,7 @@ class Longer(Ranker):
     ) -> Tensor:
         """[C, tasks]: each candidate against context, its request's tail and itself, never another candidate."""
         first = context.first_of_layer_B(0), context.first_of_layer_B(1)
-        request_C, row_C, position_C, sees_tail_CT, *visible = self._candidate_reads(
+        request_C, row_C, position_C, sees_tail_CT, offsets_B1, *visible = self._candidate_reads(
             batch.history_end_R, batch.row_R, batch.candidate_offsets_R1, batch.num_candidates, tail.exists_RT, *first
         )
         request_RD = self.embedding.requests(batch.request_ts_R, last_event_ts_R)
@@ -249,7 +256,6 @@ class Longer(Ranker):
         turn = self.layers[0].rotation.turn(position_C, x_CD.dtype)
         num_rows = len(first[0])
         if has_kernels(x_CD):
-            offsets_B1 = batch.candidate_offsets_R1[offsets_of(batch.row_R, num_rows)]
             reads = {
                 "request_P": request_C,
                 "sees_PT": sees_tail_CT,
@@ -272,6 +278,7 @@ class Longer(Ranker):
                     num_visible_C,
                     (tail.keys[layer], tail.values[layer]),
                     (key_CHZ, value_CHZ),
+                    groups.scales_NH,
                 )
             else:
                 attended_CD = attend_shared(
@@ -297,13 +304,17 @@ class Longer(Ranker):
         first_B: Tensor,
         query_first_B: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Candidates' requests, histories, positions, which tail tokens they see, and groups seen by layer."""
+        """Candidates' requests, histories, positions, seen tail tokens, where each history's begin, and groups seen by layer."""
         place_C = torch.arange(num_candidates, device=row_R.device)
         request_C = torch.searchsorted(offsets_R1, place_C, right=True) - 1  # not in a slice: see `grow.Spans`
         row_C, full_C = row_R[request_C], (history_end_R // self.windows.merge_size)[request_C]
         visible = [full_C - of_B[row_C] for of_B in (first_B, query_first_B)]
         position_C = self.windows.num_groups(history_end_R)[request_C]
-        return request_C, row_C, position_C, self.candidates_see_tail(exists_RT)[request_C], *visible
+        sees_CT, offsets_B1 = (
+            self.candidates_see_tail(exists_RT)[request_C],
+            offsets_R1[offsets_of(row_R, len(first_B))],
+        )
+        return request_C, row_C, position_C, sees_CT, offsets_B1, *visible
 
     def candidates_see_tail(self, exists_RT: Tensor) -> Tensor:
         """[R, T]: the tail tokens that a request's candidates see."""
