@@ -94,6 +94,6 @@ def test_what_kernels_read_of_a_tail_lies_close_even_for_one_request() -> None:
             torch.arange(num_requests),
             torch.zeros(num_requests).long(),
         )
-        for x in MODEL._tail_reads(end_R, row_R, first_B, first_B):
+        for x in MODEL.tail_reads(end_R, row_R, first_B, first_B):
             assert x.is_contiguous()
             assert x.numel() == 0 or all(n == 1 or step > 0 for n, step in zip(x.shape, x.stride(), strict=True))

@@ -168,11 +168,10 @@ class Longer(Ranker):
         self, context: SharedContext, row_R: Tensor, history_end_R: Tensor, user_key_R: Tensor, partial_RD: Tensor
     ) -> Tail:
         """`tail` of partial groups that are tokens already; any where there is none."""
-        globals_RMD = self.embedding.user_globals(user_key_R)
-        x_RTD = torch.cat([partial_RD[:, None], globals_RMD.to(partial_RD.dtype)], dim=1)
+        x_RTD = self.tail_tokens(user_key_R, partial_RD)
         num_tail, num_rows = x_RTD.shape[1], len(context.first_of_layer_B(0))
         first = context.first_of_layer_B(0), context.first_of_layer_B(1)
-        exists_RT, seen_PT, request_P, position_P, *visible = self._tail_reads(history_end_R, row_R, *first)
+        exists_RT, seen_PT, request_P, position_P, *visible = self.tail_reads(history_end_R, row_R, *first)
         x_PD = x_RTD.flatten(0, 1)
         turn = self.layers[0].rotation.turn(position_P, x_PD.dtype)
         if has_kernels(x_PD):
@@ -215,8 +214,13 @@ class Longer(Ranker):
         )
         return Tail([*keys, key_RTHZ], [*values, value_RTHZ], exists_RT, x_PD.view_as(x_RTD))
 
+    def tail_tokens(self, user_key_R: Tensor, partial_RD: Tensor) -> Tensor:
+        """[R, T, D]: inputs of the first layer."""
+        globals_RMD = self.embedding.user_globals(user_key_R)
+        return torch.cat([partial_RD[:, None], globals_RMD.to(partial_RD.dtype)], dim=1)
+
     @fused_on_cuda
-    def _tail_reads(
+    def tail_reads(
         self, history_end_R: Tensor, row_R: Tensor, first_B: Tensor, query_first_B: Tensor
     ) -> tuple[Tensor, ...]:
         """What exists of tails, what its P = R * T tokens see of it, their requests, positions, and groups seen by layer."""
