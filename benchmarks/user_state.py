@@ -9,6 +9,7 @@ a user:
     hit           the state is in the pool on the device: scored, from NumPy to NumPy
     host hit      the state is in pinned host memory: brought to the device, scored, and gone again without a copy, as it came
     host hit, grown   the same, copied back too, as a state must be that has been appended to
+    pinned copy   64 MiB of pinned memory to the device in one piece: what the link allows host hits
     append n      n new events of each user, in place: the mean over a stride, the windows' move included
     read          one history from the published sequence table on the local disk
     replay        whole requests through serving's scorer, with the cache at several budgets and without it

@@ -134,8 +134,14 @@ def _host_hits(table: Table, width: int, longest: int, candidates: int) -> list[
             continue
         value, is_grown = max(host - hit, 0.0) / encoded, arm == HOST_ARMS[1]
         what = f"bringing {users} states from host memory{', others going there' * is_grown}, against encoding them"
-        name = f"host_hit{'_grown' * is_grown}_vs_encode_{users}users"
-        found.append(Goal(name, what, 0.3, value, f"({host:.3g} - {hit:.3g}) / {encoded:.3g} ms", is_most=True))
+        name, how = (
+            f"host_hit{'_grown' * is_grown}_vs_encode_{users}users",
+            f"({host:.3g} - {hit:.3g}) / {encoded:.3g} ms",
+        )
+        for copy in table.find(arm="pinned copy", width=width, L=longest):
+            link_ms = copy["ms"] * users * copy["state_bytes"] / copy["bytes"]
+            how += f"; so many bytes one way over the link: {link_ms:.3g} ms, {link_ms / encoded:.2g} of an encode"
+        found.append(Goal(name, what, 0.3, value, how, is_most=True))
     return found
 
 

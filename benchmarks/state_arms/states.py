@@ -13,6 +13,7 @@ from benchmarks.model_arms.sizes import DEVICE, ON_CUDA, per_impression, seconds
 from benchmarks.state_arms.users import NUM_ROUNDS, Users, Way, rounds_ms, spread, ways
 from longer.arrays import Candidates, RequestBatch
 from longer.model.inputs import to_tensors
+from longer.model.pinned import pinned_words
 from longer.serving.cache import Entry, Known, StateVersion
 from longer.serving.fingerprint import EventPrint
 from longer.serving.store import StateStore
@@ -24,6 +25,7 @@ NUM_NEW = (1, 8, 64)
 
 HOST_ARMS = ("host hit", "host hit, grown")
 
+_COPIED_BYTES = 64 << 20
 _BLOCK_CANDIDATES = 64
 _MOST_STEPS_INSIDE = 8
 _NUM_APPEND_ROUNDS = 3
@@ -39,6 +41,8 @@ def rows_of(users: Users, num_users: Sequence[int], num_candidates: Sequence[int
         "stride": users.model.windows.stride_events,
         "state_bytes": users.state_bytes,
     }
+    if ON_CUDA:
+        yield size | {"users": 1, "arm": "pinned copy", "bytes": _COPIED_BYTES} | pinned_copy()
     asked = {(u, c): users.asked(u, c) for u in num_users for c in num_candidates}
     for candidates in num_candidates:
         yield size | {"users": 1, "candidates": candidates, "arm": "recompute"} | recompute(users, asked[1, candidates])
@@ -50,6 +54,13 @@ def rows_of(users: Users, num_users: Sequence[int], num_candidates: Sequence[int
                 yield what | {"arm": f"append {num_new}"} | append(users, way, count, num_new)
             for arm, candidates, times in hits(users, way, count, {c: asked[count, c] for c in num_candidates}):
                 yield what | {"arm": arm, "candidates": candidates} | times
+
+
+def pinned_copy() -> dict[str, float]:
+    """Of one long stretch of pinned memory to the device: no host hit comes faster over the link."""
+    host = pinned_words(_COPIED_BYTES // 8)
+    there = torch.empty_like(host, device=DEVICE)
+    return rounds_ms(lambda: there.copy_(host, non_blocking=True), 10)
 
 
 def recompute(users: Users, asked: RequestBatch) -> dict[str, float]:

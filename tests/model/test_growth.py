@@ -65,7 +65,9 @@ def test_what_fills_a_room_up_changes_no_state(in_place: bool) -> None:
 @pytest.mark.parametrize("precision", ["float32", "bf16", "int8", "fp8"])
 def test_replayed_growth_and_scores_are_those_of_launched_kernels(precision: Precision) -> None:
     model = small_model(dtype=torch.float32).cuda()
-    rng, tolerance = np.random.default_rng(3), 1e-5 if precision == "float32" else 3e-2
+    # products in bf16 differ in their last bits, which moves some values to the next of the few that a state keeps
+    tolerance = {"float32": 1e-5, "bf16": 3e-2, "int8": 5e-2, "fp8": 1e-1}[precision]
+    rng = np.random.default_rng(3)
     with torch.compiler.set_stance("force_eager"):
         pool = pool_for(model, 60, precision)
         engine = StateEngine(model, pool)
