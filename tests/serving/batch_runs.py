@@ -22,7 +22,7 @@ from longer.serving.batch import spooled_buckets
 from longer.serving.batch_output import Run
 from longer.serving.batch_plan import Plan
 from longer.serving.batch_scorer import BucketScorer
-from longer.serving.offline import Questions
+from longer.serving.questions import Questions
 from longer.storage import Table, Version
 from longer.training.checkpoints import load_model
 from tests.serving.tables import build_world, checkpoint_path, publish_requests

@@ -12,7 +12,7 @@ from longer.serving.batch_answers import Answers
 from longer.serving.batch_output import Run
 from longer.serving.batch_plan import plan_scores, plan_vectors
 from longer.serving.batch_warm import rehearse
-from longer.serving.offline import Budget
+from longer.serving.questions import Budget
 from longer.serving.stages import collected_ms
 from longer.training.checkpoints import load_model
 from tests.serving.batch_runs import asking, ids_file, world_with_requests

@@ -25,7 +25,7 @@ from longer.serving.batch_output import Run, remember_bucket, write_rows
 from longer.serving.batch_plan import Plan
 from longer.serving.batch_roll import sign
 from longer.serving.batch_warm import warm_up
-from longer.serving.offline import Budget
+from longer.serving.questions import Budget
 from longer.serving.scorer import Scorer
 from longer.serving.stages import collected_ms, stage
 from longer.training.checkpoints import load_model

@@ -15,7 +15,8 @@ from longer.model.ranker import Ranker
 from longer.schema import EventSchema
 from longer.serving.batch_answers import Answers, computing_in
 from longer.serving.batch_input import Chunk, Items
-from longer.serving.offline import Questions, score_lists
+from longer.serving.offline import score_lists
+from longer.serving.questions import Questions
 from longer.serving.scorer import Scorer
 
 _SIZES = ((3, 2), (3, 40), (1, 2), (1, 1))
