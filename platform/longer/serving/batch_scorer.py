@@ -41,7 +41,8 @@ class BucketScorer:
         if actors:
             sign(actors)
         self._plan, self._run = plan, run
-        self._device, self._charging, self._charged, started = threading.Lock(), threading.Lock(), (0.0, 0.0), _clocks()
+        self._device, self._checking, self._charging = (threading.Lock() for _ in range(3))
+        self._charged, started = (0.0, 0.0), _clocks()
         with run.starting(plan.most_actors, plan.section), _memory_told(plan), collected_ms() as stages:
             self._start()
         self._actor = {"name": f"{socket.gethostname()}:{os.getpid()}", "start_ms": stages, **self._charge(started)}
@@ -66,6 +67,7 @@ class BucketScorer:
             model = self._scorer.model
         budget = Budget(model, plan.batch_bytes)
         self._answers = Answers.of(plan, budget, run)
+        self._most_checked = budget.candidates(model.windows.history_groups + model.windows.stride_groups)
         requests = plan.inputs.get("requests")
         self._reader = Reader(
             plan=plan,
@@ -92,7 +94,7 @@ class BucketScorer:
         num_requests, items = self._reader.num_requests(bucket), self._answers.items
         numbers = chosen_numbers(num_requests, num_checked)
         others = num_left_out(num_requests, len(items.item_id_I), len(numbers)) if items else 0
-        check = OnlineCheck(self._plan, self._scorer, items, numbers, others)
+        check = OnlineCheck(self._plan, self._scorer, items, numbers, self._most_checked, others)
         with collected_ms() as stages:
             written = write_rows(self._run.version_path, self._run.file_of(bucket), self._parts(bucket, check, record))
         record |= {
@@ -130,7 +132,7 @@ class BucketScorer:
             with stage("read"):
                 chunk = next(chunks, None)
             if chunk is None:
-                return
+                break
             with stage("queue"):
                 self._device.acquire()
             try:
@@ -146,6 +148,8 @@ class BucketScorer:
             last_user = chunk.user_id_R[-1]
             record["num_scores"] += self._answers.num_scores(chunk)
             yield rows
+        with self._checking:  # not the device's lock: another bucket is scored meanwhile
+            check.finish()
 
 
 def _clocks() -> tuple[float, float]:
