@@ -211,9 +211,7 @@ def test_a_regression_head_of_any_scale_is_compared_relative_to_it(tmp_path: Pat
     )
     column = rows.column_names.index("score_watch_ms")
     with pytest.raises(ArithmeticError, match="scores of watch_ms differ by"):
-        comparing(scorer, np.arange(len(rows)))(
-            chunk, rows.set_column(rows.column_names.index("score_watch_ms"), "score_watch_ms", wrong)
-        )
+        comparing(scorer, np.arange(len(rows)))(chunk, rows.set_column(column, "score_watch_ms", wrong))
 
 
 def test_a_vector_that_the_serving_path_does_not_give_fails_the_run(world: Settings, tmp_path: Path) -> None:

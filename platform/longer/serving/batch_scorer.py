@@ -78,7 +78,7 @@ class BucketScorer:
             outputs_a_request=self._answers.values_a_user,
         )
         with stage("warm up"):
-            warm_up(self._answers, self._scorer)
+            warm_up(self._answers, self._scorer, self._run)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         with _memory_told(self._plan):
