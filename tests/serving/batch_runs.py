@@ -59,7 +59,7 @@ def written_here(plan: Plan, folder: Path) -> pa.Table:
     return pa.concat_tables([read_columns(f"{folder}/{file}") for file in files]).sort_by("user_id")
 
 
-def score_here(plan: Plan, _pool: object, _where: object, run: Run, buckets: list[int], _job: str) -> list[Record]:
+def score_here(plan: Plan, _pool: object, _where: object, run: Run, buckets: dict[int, int], _job: str) -> list[Record]:
     """In the place of Ray's actors."""
     scorer = BucketScorer(plan, run)
     return [scorer.write_bucket(bucket) for bucket in buckets]
