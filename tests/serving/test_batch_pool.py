@@ -34,7 +34,7 @@ class Slow:
         )
         actor = {"name": str(os.getpid()), "device_s": 0, "cpu_s": 0}
         told = {**counts, **costs, "begun_at": begun_at, "done_at": time.time(), "device": "cpu", "actor": actor}
-        return pa.table({"record": [json.dumps(told)] * len(rows)})
+        return pa.table({"record": [json.dumps(told | {"bucket": bucket}) for bucket in rows["bucket"].to_pylist()]})
 
 
 @pytest.mark.usefixtures("local_ray")
