@@ -3,7 +3,7 @@
 One run on one machine and one device (a CPU core, or with `--device cuda` a GPU that `--scorers` actors share), on a generated log
 in which all users are alike, with a model of random weights:
 
-    the job           `jobs.batch_score` of the test split: each history encoded once and appended to, candidates in blocks
+    the job           `jobs.batch_score` of the test split: each history encoded once and appended to, or on a GPU in packs
     from scratch      the same model in Ray Data's `map_batches`, one actor on the whole device: every request encodes its own
                       history; on a part of the requests
     bare model loop   the model alone over what is in memory, of a part of the requests: in packs that share a history, batches
@@ -162,7 +162,7 @@ DEFAULTS = {
     | {"scratch_requests": 1_000, "linear_users": 200, "top_k_users": 50, "items": 10_000},
     "cuda": {"precision": "bf16", "scorers": 4, "batch_bytes": 4_000_000_000, "runs": 1}
     | {"history_events": 10_000, "merge_size": 8, "query_groups": 100, "event_width": 32, "self_layers": 3}
-    | {"users": 1_600, "requests_per_user": 200, "negatives": 199, "candidates": 50_000}
+    | {"users": 1_600, "requests_per_user": 200, "negatives": 299, "candidates": 50_000}
     | {"scratch_requests": 1_000, "linear_users": 1_600, "top_k_users": 0, "items": 50_000},
 }
 """Sizes that keep the device busy for some seconds; all of it takes minutes."""
