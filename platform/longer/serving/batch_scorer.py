@@ -42,6 +42,7 @@ class BucketScorer:
             sign(actors)
         self._plan, self._run = plan, run
         self._device, self._checking, self._charging = (threading.Lock() for _ in range(3))
+        self._beside = torch.cuda.Stream() if plan.device == "cuda" else None
         self._charged, started = (0.0, 0.0), _clocks()
         with run.starting(plan.most_actors, plan.section), _memory_told(plan), collected_ms() as stages:
             self._start()
@@ -148,7 +149,8 @@ class BucketScorer:
             last_user = chunk.user_id_R[-1]
             record["num_scores"] += self._answers.num_scores(chunk)
             yield rows
-        with self._checking:  # not the device's lock: another bucket is scored meanwhile
+        # not the device's lock, and no wait for what is queued there: another bucket is scored meanwhile
+        with self._checking, torch.cuda.stream(self._beside):
             check.finish()
 
 
