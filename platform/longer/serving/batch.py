@@ -6,8 +6,8 @@ interrupted run keeps its finished buckets, a dead actor or node costs its bucke
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Generator
+from contextlib import closing, nullcontext
 from typing import Any
 
 import numpy as np
@@ -174,7 +174,7 @@ def _score_buckets(
             rates = rates_of(records, seconds())
             return f"{rates['rows_per_s']:.0f} scores/s, {rates['users_per_s']:.1f} users/s{cost_in_words(totals_of(records))}"
 
-        def finished() -> Iterator[Record]:
+        def finished() -> Generator[Record]:
             for row in written.iter_rows():
                 records.append(on_this_clock(json.loads(row["record"])))
                 yield records[-1]
@@ -183,4 +183,7 @@ def _score_buckets(
             return sum(buckets[record["bucket"]] for record in records) / sum(buckets.values())
 
         say(job, f"waiting for {fewest} {'actor' if fewest == 1 else 'actors'} to start")
-        return list(track(finished(), len(buckets), job.replace("_", " "), "buckets", note, seconds, part_done))
+        with closing(
+            finished()
+        ) as fresh:  # else, of an error here, Ray Data's own end would wait for a Ray that is gone
+            return list(track(fresh, len(buckets), job.replace("_", " "), "buckets", note, seconds, part_done))
