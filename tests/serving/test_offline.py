@@ -79,20 +79,25 @@ def test_packs_are_chosen_where_few_windows_are_encoded_again_and_all_fit() -> N
     """User 0 asks in one window, user 1 once in each of many, user 2 in one about more than the budget holds."""
     windows, rng = MODEL.windows, np.random.default_rng(0)
     stride, start = windows.stride_events, 10 * windows.max_history_events
-    num_events = start + 40 * stride
+    histories = random_histories(rng, [start + 40 * stride] * 3)
     ends = [np.full(20, start), start + stride * np.arange(20), np.full(1, start)]
     sizes = [[5] * 20, [1] * 20, [20_000]]
-    row_R = np.repeat([0, 1, 2], [len(end) for end in ends])
-    questions = Questions(
-        random_histories(rng, [num_events] * 3), row_R, np.concatenate(ends), np.full(len(row_R), 2 * 10**12)
-    )
-    candidates = random_candidates(rng, [n for of_user in sizes for n in of_user])
-    packed = Packed.of(MODEL, questions, candidates, 64)
-    budget = Budget(MODEL, 4 << 20)
-    assert not packs_that_pay(packed, budget).any()  # on a CPU
+
+    def packed_users(users: list[int], num_bytes: int) -> set[int]:
+        row_R = np.repeat(users, [len(ends[user]) for user in users])
+        end_R = np.concatenate([ends[user] for user in users])
+        questions = Questions(histories, row_R, end_R, np.full(len(row_R), 2 * 10**12))
+        candidates = random_candidates(rng, [n for user in users for n in sizes[user]])
+        packed = Packed.of(MODEL, questions, candidates, 64)
+        return set(packed.row_P[packs_that_pay(packed, Budget(MODEL, num_bytes))].tolist())
+
+    assert packed_users([0, 2], 1 << 30) == set(), "on a CPU"
     with patch.object(offline, "has_kernels", lambda _: True):
-        assert set(packed.row_P[packs_that_pay(packed, budget)]) == {0}
-        assert set(packed.row_P[packs_that_pay(packed, Budget(MODEL, 1 << 30))]) == {0, 2}
+        assert packed_users([0, 2], 4 << 20) == {0}
+        assert packed_users([0, 2], 1 << 30) == {0, 2}
+        assert packed_users([1], 1 << 30) == set()
+        assert packed_users([0, 1, 2], 1 << 30) == {0, 1, 2}, "together it pays"
+        assert packed_users([1, 2], 4 << 20) == set(), "what does not fit counts for nothing"
 
 
 def test_a_pass_of_packs_stays_within_its_budget_or_is_one_pack() -> None:

@@ -69,7 +69,7 @@ def waves(questions: Questions, budget: Budget) -> Iterator[tuple[Int64, Asked]]
 
 @torch.inference_mode()
 def score_lists(questions: Questions, candidates: Candidates, budget: Budget) -> Float32:
-    """[C, T] outputs of every request's own candidates, in their order; each user's in the way that costs less."""
+    """[C, T] outputs of every request's own candidates, in their order, in the way that costs less."""
     outputs_CT = np.empty((int(candidates.offsets_R1[-1]), len(budget.model.tasks)), np.float32)
     if not len(questions):
         return outputs_CT
@@ -88,20 +88,21 @@ def score_lists(questions: Questions, candidates: Candidates, budget: Budget) ->
 
 
 def packs_that_pay(packed: Packed, budget: Budget) -> npt.NDArray[np.bool_]:
-    """[P]: packs of users whose packs all fit into the budget, and together cost less than their sweep; of other users, none.
+    """[P]: packs of the users of whom every pack fits into the budget, if together they cost less than a sweep of these users.
 
-    The costs are events and candidates, as they are known before anything is computed.
+    Costs are events and candidates, known before anything is computed. Not weighed user by user: for a few of whom a sweep costs
+    less, its kernels would have to be compiled too.
     """
+    none_P = np.zeros(len(packed.packs), bool)
     if not has_kernels(budget.model.norm_head.weight):  # a CPU gains nothing by fewer launches
-        return np.zeros(len(packed.packs), bool)
+        return none_P
     same_user_P = np.append(False, packed.row_P[1:] == packed.row_P[:-1])
+    user_P = np.cumsum(~same_user_P) - 1
+    fits_P = (np.bincount(user_P, _bytes(packed, budget) > budget.num_bytes) == 0)[user_P]
     reached_P = np.where(same_user_P, np.roll(packed.end_P, 1), packed.start_P)
     swept_P = packed.end_P - np.maximum(packed.start_P, reached_P) + packed.num_candidates_P
     packed_P = packed.num_events_P + packed.num_candidates_P
-    is_too_large_P = _bytes(packed, budget) > budget.num_bytes
-    user_P = np.cumsum(~same_user_P) - 1
-    swept_U, packed_U, too_large_U = (np.bincount(user_P, cost_P) for cost_P in (swept_P, packed_P, is_too_large_P))
-    return ((too_large_U == 0) & (packed_U <= _PACKED_GAIN * swept_U))[user_P]
+    return fits_P if packed_P[fits_P].sum() <= _PACKED_GAIN * swept_P[fits_P].sum() else none_P
 
 
 def _pack_requests(candidates: Candidates, budget: Budget) -> int:
