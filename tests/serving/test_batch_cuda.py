@@ -110,7 +110,7 @@ def test_lists_of_one_user_with_many_requests_or_candidates_stay_within_the_budg
 ) -> None:
     """100,000 candidates of a request do not fit, and are swept in blocks; 4,000 requests do not fit at once."""
     monkeypatch.undo()  # as it is decided where nobody interferes
-    model = small_model(0, torch.float32).cuda()
+    model = small_model(0, torch.float32, event_width=32).cuda()
     budget, rng = Budget(model, 64 << 20), np.random.default_rng(0)
     for lengths in ([100_000], [50] * 4_000):
         questions = random_questions(rng, [900], len(lengths))

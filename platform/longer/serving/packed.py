@@ -137,11 +137,10 @@ def laid_out(model: Ranker, batch: RequestBatch) -> Pass:
         arrays, shapes = tensors_of(flat.arrays, weight.device), replace(flat, arrays={})
         return lambda: flat_outputs(cast(Longer, model), shapes, arrays)[:num_candidates]
     tensors = to_tensors(batch, weight.device)
+    how = plainly if is_flat else nullcontext  # nobody in the batch has done anything: too seldom to compile for
 
     def steps() -> Tensor:
-        with (
-            plainly() if is_flat else nullcontext()
-        ):  # nobody in the batch has done anything: too seldom to compile for
+        with how():
             return model(tensors)
 
     return steps
