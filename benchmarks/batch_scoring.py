@@ -162,7 +162,7 @@ DEFAULTS = {
     | {"scratch_requests": 1_000, "linear_users": 200, "top_k_users": 50, "items": 10_000},
     "cuda": {"precision": "bf16", "scorers": 4, "batch_bytes": 8_000_000_000, "runs": 1}
     | {"history_events": 10_000, "merge_size": 8, "query_groups": 100, "event_width": 32, "self_layers": 3}
-    | {"users": 1_600, "requests_per_user": 200, "negatives": 299, "candidates": 50_000}
+    | {"users": 1_600, "requests_per_user": 200, "negatives": 399, "candidates": 50_000}
     | {"scratch_requests": 1_000, "linear_users": 1_600, "top_k_users": 0, "items": 50_000},
 }
 """Sizes that keep the device busy for some seconds; all of it takes minutes."""
