@@ -167,8 +167,8 @@ DEFAULTS = {
 }
 """Sizes that keep the device busy for some seconds; all of it takes minutes."""
 
-CATALOGUE = {"cpu": {}, "cuda": {"batch_bytes": 16_000_000_000, "scorers": 1, "requests_per_user": 40}}
-CATALOGUE["cuda"] |= {"history_events": 1_000, "merge_size": 4, "query_groups": 50, "event_width": 16, "self_layers": 1}
+CATALOGUE = {"cpu": {}, "cuda": {"scorers": 1, "requests_per_user": 40, "history_events": 1_000, "merge_size": 4}}
+CATALOGUE["cuda"] |= {"query_groups": 50, "event_width": 16, "self_layers": 1}
 """What `--catalogue-items` changes of them."""
 
 
