@@ -51,3 +51,17 @@ def test_work_elsewhere_tells_its_end_where_there_is_no_terminal(capsys: pytest.
         bar.show("train", done, 4, "9 requests/s")
     bar.close()
     assert capsys.readouterr().err.splitlines() == ["train: step 1/4, 9 requests/s", "train: step 4/4, 9 requests/s"]
+
+
+def test_an_end_is_told_by_the_size_of_what_is_done_where_items_differ(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
+    sizes = [60, 20, 10, 6, 4]
+    done: list[int] = []
+    items = (done.append(size) or size for size in sizes)
+    for _ in track(items, 5, "scoring", "buckets", seconds=lambda: sum(done) / 10, part_done=lambda: sum(done) / 100):
+        pass
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.rpartition("about ")[2] for line in lines[:4]] == [f"{left} s left" for left in (4, 2, 1, 0)]
+    assert "left" not in lines[4]

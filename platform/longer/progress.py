@@ -24,31 +24,37 @@ def track(
     unit: str,
     note: Callable[[], str] | None = None,
     seconds: Callable[[], float] | None = None,
+    part_done: Callable[[], float] | None = None,
 ) -> Iterator[T]:
     """Yields the items while telling which stage this is, how far it is, how fast it goes, and what `note` adds to that.
 
     How long it will take is told once a quarter is done.
 
-    `seconds` says how long the work has been going on, where that began later than this call; asked once an item is there.
+    `seconds` says how long the work has been going on, where that began later than this call, and `part_done` which part of it is
+    done, where items are not of one size; both are asked once an item is there.
     """
     if sys.stderr.isatty():
         bar = tqdm(items, total=total, desc=stage, unit=f" {unit}", dynamic_ncols=True)
         for item in bar:
             yield item
-            bar.bar_format = None if _is_end_told(bar.n + 1, total) else _BAR_WITHOUT_END
+            part = part_done() if part_done else (bar.n + 1) / total
+            bar.bar_format = None if _is_end_told(part) else _BAR_WITHOUT_END
             if seconds:
                 bar.start_t = time.time() - seconds()
-            if note:
-                bar.set_postfix_str(note())
+            parts = [note()] if note else []
+            if part_done:  # the bar itself would count items
+                bar.bar_format = _BAR_WITHOUT_END
+                parts += _left(time.time() - bar.start_t, part)
+            bar.set_postfix_str(", ".join(parts))
         return
     started = last = time.perf_counter()
     for done, item in enumerate(items, 1):
         yield item
         now = time.perf_counter()
         if done == total or now - last >= _SECONDS_BETWEEN_LINES:
-            rate = done / (seconds() if seconds else now - started)
-            parts = [f"{stage}: {done}/{total} {unit}", f"{rate:.1f} {unit}/s", *([note()] if note else [])]
-            parts += [f"about {(total - done) / rate:.0f} s left"] if _is_end_told(done, total) and done < total else []
+            spent = seconds() if seconds else now - started
+            parts = [f"{stage}: {done}/{total} {unit}", f"{done / spent:.1f} {unit}/s", *([note()] if note else [])]
+            parts += _left(spent, part_done() if part_done else done / total) if done < total else []
             print(", ".join(parts), file=sys.stderr, flush=True)
             last = now
 
@@ -79,8 +85,12 @@ class Bar:
             self._bar.close()
 
 
-def _is_end_told(done: int, total: int) -> bool:
-    return done >= total * _PART_BEFORE_AN_END_IS_TOLD
+def _is_end_told(part: float) -> bool:
+    return part >= _PART_BEFORE_AN_END_IS_TOLD
+
+
+def _left(spent_s: float, part: float) -> list[str]:
+    return [f"about {spent_s * (1 - part) / part:.0f} s left"] if _is_end_told(part) else []
 
 
 def say(stage: str, message: str) -> None:

@@ -34,7 +34,7 @@ class Slow:
         )
         actor = {"name": str(os.getpid()), "device_s": 0, "cpu_s": 0}
         told = {**counts, **costs, "begun_at": begun_at, "done_at": time.time(), "device": "cpu", "actor": actor}
-        return pa.table({"record": [json.dumps(told)] * len(rows)})
+        return pa.table({"record": [json.dumps(told | {"bucket": bucket}) for bucket in rows["bucket"].to_pylist()]})
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -47,7 +47,9 @@ def test_more_actors_start_while_buckets_wait_however_many_one_has_at_once(
     monkeypatch.setattr(batch, "BucketScorer", Slow)
     plan = batch.plan_scores(world_with_requests(tmp_path / "world"))
     pool = BatchSettings(concurrency=(1, 3))
-    records = batch._score_buckets(plan, pool, RaySettings(), Run(str(tmp_path)), list(range(40)), "batch_score")
+    records = batch._score_buckets(
+        plan, pool, RaySettings(), Run(str(tmp_path)), dict.fromkeys(range(40), 1), "batch_score"
+    )
     assert len(records) == 40
     assert len({record["actor"]["name"] for record in records}) > 1
 
