@@ -28,7 +28,7 @@ HOST_ARMS = ("host hit", "host hit, grown")
 _COPIED_BYTES = 64 << 20
 _BLOCK_CANDIDATES = 64
 _MOST_STEPS_INSIDE = 8
-_NUM_APPEND_ROUNDS = 3
+_NUM_APPEND_ROUNDS = 7
 _VERSION = StateVersion("benchmark", "schema", "appendable")
 _NO_EVENTS = EventPrint(0, 0, np.zeros(1, np.uint64), np.uint64(0))
 
