@@ -29,8 +29,6 @@ def attend_in_groups(qkv_NKd: Tensor, exists_NK: Tensor | None) -> Tensor:
 def by_products(qkv_NKd: Tensor, exists_NK: Tensor | None) -> Tensor:
     """The same in plain PyTorch."""
     query, key, value = qkv_NKd.chunk(3, dim=-1)
-    if exists_NK is None and qkv_NKd.shape[1] == 1:  # alone in its group, as a candidate is
-        return value
     scores_NKK = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     if exists_NK is not None:
         scores_NKK = scores_NKK.masked_fill(~exists_NK[:, None, :], torch.finfo(scores_NKK.dtype).min)
