@@ -66,7 +66,8 @@ class Readers:
             from longer.model.shared_attention_triton import tiles_kernel
 
             num_tiles = num_queries // size + min(self.num_segments, num_queries)
-            segment, first = self.offsets_S1.new_empty(2, num_tiles, dtype=torch.int32)
+            # two pieces of memory: kernels are compiled anew for addresses that are not a multiple of 16
+            segment, first = (self.offsets_S1.new_empty(num_tiles, dtype=torch.int32) for _ in range(2))
             tiles_kernel[(-(-num_tiles // _TILES),)](
                 self.offsets_S1, segment, first, self.num_segments, num_tiles, SIZE=size, BLOCK_T=_TILES, BLOCK_S=128
             )
