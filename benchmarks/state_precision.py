@@ -49,11 +49,11 @@ class Arm:
     state_bytes: int
 
 
-def test_split(settings: Settings, model: Longer, inputs: Inputs) -> SplitData:
+def test_split(settings: Settings, model: Longer, inputs: Inputs, num_buckets: int | None) -> SplitData:
     schema = settings.event_schema
     sequences = SequenceTable(settings.path("tables", "sequences"), schema, inputs.ids["sequences"])
     requests = RequestTable(settings.path("tables", "requests"), schema, inputs.ids["requests"])
-    return read_split(sequences, requests, "test", model.windows)
+    return read_split(sequences, requests, "test", model.windows, None if num_buckets is None else range(num_buckets))
 
 
 def waves(data: SplitData) -> Iterator[list[Int64]]:
@@ -145,12 +145,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/quickstart.yaml")
     parser.add_argument("--root", help="where the pipeline wrote (default: as the config says)")
+    parser.add_argument("--buckets", type=int, help="only the users of the tables' first buckets (default: all)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     settings = load_settings(args.config, {"root": args.root} if args.root else {})
     inputs, started = Inputs.served(settings), time.perf_counter()
     model, info = load_appendable(inputs.checkpoint.path, DEVICE.type)
-    data = test_split(settings, model, inputs)
+    data = test_split(settings, model, inputs, args.buckets)
     rows, exact = list[dict[str, Any]](), None
     with plainly():
         for arm in arms(model, data):
