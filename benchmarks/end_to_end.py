@@ -24,7 +24,7 @@ from longer.config import Settings, load_settings
 from longer.model.longer import Longer
 from longer.runner import start_ray
 from longer.storage import Version
-from longer.training.content import Content, Job
+from longer.training.content import Content, Job, read_requests
 from longer.training.run import train
 from longer.training.steps import Stepper
 
@@ -117,7 +117,8 @@ def rates(records: Sequence[dict[str, Any]]) -> tuple[float, float]:
 
 def _model_step(settings: Settings, version: Version, num_steps: int) -> float:
     """Impressions per second of the run's own steps, from staged batches."""
-    content = Content(Job(settings, version.manifest["inputs"]))
+    job = Job(settings, version.manifest["inputs"])
+    content = Content(job, *read_requests(job))
     plan = content.cursor.plan(0, 1)
     num_steps = min(num_steps, content.cursor.steps_of(0))
     steps = np.linspace(0, content.cursor.steps_of(0) - 1, num_steps).astype(int)

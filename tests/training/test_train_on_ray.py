@@ -24,7 +24,7 @@ from longer.runner import user_error_in
 from longer.storage import Version, file_sizes, write_bytes
 from longer.training import loop
 from longer.training.checkpoints import TrainerState, load_model, read_trainer_state
-from longer.training.content import Content, Job, tally
+from longer.training.content import Job, read_requests, tally
 from longer.training.cursor import Position
 from longer.training.loop import Run, train_worker
 from longer.training.metrics import auc
@@ -194,7 +194,11 @@ def with_overflows(take_step: Any, overflows: Any) -> Any:
 
 
 def worker_in_trouble(config: dict[str, Any]) -> None:
-    """The worker function, but the first upload fails half-way as S3 sometimes does, and two steps of each epoch overflow."""
+    """The worker function, but the first upload fails half-way as S3 sometimes does, and two steps of each epoch overflow.
+
+    The tables are gone by then: they have been read, once for all workers and all starts.
+    """
+    shutil.rmtree(config["job"].settings.path("tables"))
     save, failed = loop.save_trainer, []
 
     def save_trainer(directory: str, moments: Any, state: TrainerState) -> None:
@@ -332,10 +336,10 @@ def _label_lists(requests: Any) -> list[np.ndarray]:
     return np.split(requests.labels["label"], requests.candidates.offsets_R1[1:-1])
 
 
-def test_a_worker_holds_the_histories_of_both_splits_once(tables: Settings) -> None:
-    content = Content(Job(tables, pin_tables(tables)[1]))
-    assert content.valid
-    assert content.data.histories is content.valid.histories
+def test_the_histories_of_both_splits_are_held_once(tables: Settings) -> None:
+    data, valid = read_requests(Job(tables, pin_tables(tables)[1]))
+    assert valid
+    assert data.histories is valid.histories
 
 
 def test_more_workers_than_a_local_ray_holds_are_refused(tables: Settings, tmp_path: Path) -> None:

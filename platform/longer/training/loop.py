@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import ray
 import ray.train
 import torch
 import torch.distributed as dist
@@ -49,11 +50,12 @@ _ITS_END = 1 << 30
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """Ray Train's `train_loop_per_worker`; `config` holds the job and where to tell."""
+    """Ray Train's `train_loop_per_worker`; `config` holds the job, its requests in Ray's memory and where to tell."""
     context = ray.train.get_context()
     workers_here = context.get_local_world_size()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers_here))
-    Run(config["job"], config["lines"], context.get_world_rank(), context.get_world_size()).train()
+    content = Content(config["job"], *ray.get(config["requests"]))  # workers of a node share one copy
+    Run(config["job"], content, config["lines"], context.get_world_rank(), context.get_world_size()).train()
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,10 @@ class Work:
 class Run:
     """A worker's model, data and place in the run."""
 
-    def __init__(self, job: Job, lines: Any, rank: int, num_workers: int) -> None:
+    def __init__(self, job: Job, content: Content, lines: Any, rank: int, num_workers: int) -> None:
         self.job, self.settings = job, job.settings
         self.lines, self.rank, self.num_workers = lines, rank, num_workers
-        self.content = Content(job)
-        self.cursor = self.content.cursor
+        self.content, self.cursor = content, content.cursor
         asked = self.settings.train
         self.batches_each = batches_per_worker(
             asked.tokens_per_step, int(self.content.cost_P.max()), num_workers, asked.max_tokens_per_batch

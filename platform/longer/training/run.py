@@ -45,7 +45,7 @@ from longer.training.checkpoints import (
     load_weights,
     read_trainer_state,
 )
-from longer.training.content import Job
+from longer.training.content import Job, read_requests
 from longer.training.loop import train_worker
 from longer.training.relay import relayed_lines
 
@@ -196,12 +196,13 @@ def fit(job: Job, run_id: str) -> Result:
     on_s3 = storage.startswith("s3://")
     # Workers print their own progress; Ray's copy of each line, its state machine and reports stay in the session's log files.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    requests = _requests_in_memory(job)
     if isinstance(asked.num_workers, tuple):
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _WAIT_FOR_MORE_WORKERS_S)
     with relayed_lines() as lines:
         trainer = TorchTrainer(
             train_worker,
-            train_loop_config={"job": job, "lines": lines},
+            train_loop_config={"job": job, "requests": requests, "lines": lines},
             scaling_config=worker_options(settings),
             run_config=RunConfig(
                 name=run_id,
@@ -213,6 +214,19 @@ def fit(job: Job, run_id: str) -> Result:
             ),
         )
         return trainer.fit()
+
+
+def _requests_in_memory(job: Job) -> ray.ObjectRef:
+    """The requests of a job, read once however often workers start; they are there, or an error is raised here.
+
+    Lost with a node, they are read anew: the task asks for no core, since workers may have them all.
+    """
+    options = {"num_cpus": 0, "num_returns": 2, "label_selector": job.settings.ray.place(num_gpus=0)}
+    retries = {"max_retries": job.settings.train.max_failures, "retry_exceptions": [StorageError]}
+    task: Any = ray.remote(lambda: (read_requests(job), True))
+    requests, are_there = task.options(**options, **retries).remote()
+    ray.get(are_there)
+    return requests
 
 
 def publish(
