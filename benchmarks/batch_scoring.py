@@ -3,16 +3,17 @@
 One run on one machine and one device (a CPU core, or with `--device cuda` a GPU that `--scorers` actors share), on a generated log
 in which all users are alike, with a model of random weights:
 
-    the job           `jobs.batch_score` of the test split: each history encoded once and appended to, candidates in blocks
+    the job           `jobs.batch_score` of the test split: each history encoded once and appended to, or on a GPU in packs
     from scratch      the same model in Ray Data's `map_batches`, one actor on the whole device: every request encodes its own
                       history; on a part of the requests
-    bare model loop   the model alone over what is in memory, of a part of the requests: packed onto shared histories as in
-                      training, batches made before; and by the job's own scoring function, chunks read before. The faster one
-                      is the limit.
+    bare model loop   the model alone over what is in memory, of a part of the requests: in packs that share a history, batches
+                      laid out on the device before, of several sizes; and by the job's own scoring function, chunks read
+                      before. The fastest one is the limit.
     best items        users x the whole catalogue with top_k, and the memory that took against the size of the score matrix
     linear in users   a quarter and all of the users x --candidates
 
-With `--catalogue-items N` only the best items, of N, for a quarter and for all of `--top-k-users`, on all GPUs of the machine.
+With `--catalogue-items N` only the best items, of N, for a tenth and for all of `--top-k-users`, on all GPUs of the machine; on a
+GPU with a smaller model, or 10,000 users x 1 M items would take the better part of an hour.
 
 Rates leave out the start of Ray and of the actors with their kernels, which is given beside them. On a CPU they are per second
 of CPU time, of all threads of the processes that score: what else runs on the machine does not count. Prints a Markdown page;
@@ -117,7 +118,7 @@ def _catalogue(asked: argparse.Namespace) -> tuple[list[str], dict[str, float]]:
     with _timed("tables", stages):
         make_tables(settings, with_requests=False)
     runs = {}
-    for num_users in (asked.top_k_users // 4, asked.top_k_users):
+    for num_users in (asked.top_k_users // 10, asked.top_k_users):
         with _timed(f"{num_users} users", stages):
             users, pool = users_file(settings, num_users), pool_of(asked, num_actors)
             chosen = BatchSettings(**pool, catalogue=True, top_k=asked.top_k, users=users)
@@ -127,7 +128,7 @@ def _catalogue(asked: argparse.Namespace) -> tuple[list[str], dict[str, float]]:
     summary = {
         "scores_per_s": told.manifest["num_rows"] / scoring_seconds(told),
         **costs(told),
-        "cost_of_a_user_all_vs_quarter": whole / part,
+        "cost_of_a_user_all_vs_tenth": whole / part,
     }
     return catalogue_page(asked, settings, num_devices, runs, summary, stages), summary
 
@@ -158,19 +159,24 @@ DEFAULTS = {
     "cpu": {"precision": "float32", "scorers": 1, "batch_bytes": 256 << 20, "runs": 3}
     | {"history_events": 1_000, "merge_size": 4, "query_groups": 50, "event_width": 16, "self_layers": 2}
     | {"users": 200, "requests_per_user": 40, "negatives": 9, "candidates": 1_000}
-    | {"scratch_requests": 1_000, "linear_users": 200, "top_k_users": 50},
-    "cuda": {"precision": "bf16", "scorers": 4, "batch_bytes": 4_000_000_000, "runs": 1}
+    | {"scratch_requests": 1_000, "linear_users": 200, "top_k_users": 50, "items": 10_000},
+    "cuda": {"precision": "bf16", "scorers": 4, "batch_bytes": 8_000_000_000, "runs": 1}
     | {"history_events": 10_000, "merge_size": 8, "query_groups": 100, "event_width": 32, "self_layers": 3}
-    | {"users": 1_600, "requests_per_user": 200, "negatives": 99, "candidates": 10_000}
-    | {"scratch_requests": 1_000, "linear_users": 1_600, "top_k_users": 0},
+    | {"users": 1_600, "requests_per_user": 200, "negatives": 399, "candidates": 50_000}
+    | {"scratch_requests": 1_000, "linear_users": 1_600, "top_k_users": 0, "items": 50_000},
 }
 """Sizes that keep the device busy for some seconds; all of it takes minutes."""
 
+CATALOGUE = {"cpu": {}, "cuda": {"scorers": 1, "requests_per_user": 40, "history_events": 1_000, "merge_size": 4}}
+CATALOGUE["cuda"] |= {"query_groups": 50, "event_width": 16, "self_layers": 1}
+"""What `--catalogue-items` changes of them."""
+
 
 def _options() -> argparse.Namespace:
-    epilog = "\n".join(f"defaults on {device}: {sizes}" for device, sizes in DEFAULTS.items())
+    lines = [f"defaults on {device}: {sizes}" for device, sizes in DEFAULTS.items()]
+    lines += [f"with --catalogue-items on {device}: {sizes}" for device, sizes in CATALOGUE.items() if sizes]
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, epilog="\n".join(lines), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the model runs (default cpu)")
     parser.add_argument("--precision", choices=("float32", "bf16"), help="of products; bf16 on a GPU only")
@@ -187,7 +193,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--linear-users", type=int, help="users asked about --candidates, and a quarter of them, if not 0"
     )
-    parser.add_argument("--items", type=int, default=10_000, help="items of the log (default 10,000)")
+    parser.add_argument("--items", type=int, help="items of the log")
     parser.add_argument("--top-k", type=int, default=100, help="best items of a user that are kept (default 100)")
     parser.add_argument("--top-k-users", type=int, help="users who get the best items of all, if not 0")
     parser.add_argument("--catalogue-items", type=int, help="only best items, of a catalogue of so many")
@@ -196,7 +202,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--data", default="runs/benchmark_batch_scoring", help="folder for tables, which stay")
     parser.add_argument("--runs", type=int, help="rounds over the arms; rates are medians")
     parser.add_argument("--seed", type=int, default=1)
-    parser.set_defaults(**DEFAULTS[parser.parse_args().device])
+    given = parser.parse_args()
+    parser.set_defaults(**DEFAULTS[given.device] | (CATALOGUE[given.device] if given.catalogue_items else {}))
     return parser.parse_args()
 
 

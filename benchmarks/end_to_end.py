@@ -24,7 +24,7 @@ from longer.config import Settings, load_settings
 from longer.model.longer import Longer
 from longer.runner import start_ray
 from longer.storage import Version
-from longer.training.content import Content, Job
+from longer.training.content import Content, Job, read_requests
 from longer.training.run import train
 from longer.training.steps import Stepper
 
@@ -35,16 +35,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=256 if ON_CUDA else 32, help="D (default 256; 32 on a CPU)")
     parser.add_argument("--length", type=int, default=2_000 if ON_CUDA else 256, help="L (default 2,000; 256 on a CPU)")
-    parser.add_argument("--users", type=int, default=1_500 if ON_CUDA else 20)
-    parser.add_argument("--events", type=int, default=600_000 if ON_CUDA else 3_000)
+    parser.add_argument("--users", type=int, default=1_000 if ON_CUDA else 20)
+    parser.add_argument("--events", type=int, default=400_000 if ON_CUDA else 3_000)
     parser.add_argument("--tokens", type=int, default=200_000 if ON_CUDA else 6_000, help="train.tokens_per_step")
     parser.add_argument("--steps", type=int, default=40 if ON_CUDA else 6, help="steps of the model step's loop")
     parser.add_argument("--data", default="runs/benchmark_end_to_end", help="folder for tables, which stay")
+    parser.add_argument("--prepare", action="store_true", help="build the tables only")
     asked = parser.parse_args()
     settings = settings_of(asked)
     start_ray(settings.ray)
     for job in (generate_events, build_sequences, build_requests):
         job.run(settings)
+    if asked.prepare:
+        return
     shutil.rmtree(settings.path("training"), ignore_errors=True)
     shutil.rmtree(settings.path("checkpoints"), ignore_errors=True)
     version = train(settings)
@@ -58,7 +61,11 @@ def main() -> None:
     print(f"| end to end | {end_to_end:,.0f} |\n| model step | {alone:,.0f} |\n")
     print(
         json.dumps(
-            {"impressions_per_s": round(end_to_end), "end_to_end_share": end_to_end / alone, "data_wait_share": waits}
+            {
+                "impressions_per_s": {"end to end": round(end_to_end), "model step": round(alone)},
+                "end_to_end_share": end_to_end / alone,
+                "data_wait_share": waits,
+            }
         )
     )
 
@@ -110,7 +117,8 @@ def rates(records: Sequence[dict[str, Any]]) -> tuple[float, float]:
 
 def _model_step(settings: Settings, version: Version, num_steps: int) -> float:
     """Impressions per second of the run's own steps, from staged batches."""
-    content = Content(Job(settings, version.manifest["inputs"]))
+    job = Job(settings, version.manifest["inputs"])
+    content = Content(job, *read_requests(job))
     plan = content.cursor.plan(0, 1)
     num_steps = min(num_steps, content.cursor.steps_of(0))
     steps = np.linspace(0, content.cursor.steps_of(0) - 1, num_steps).astype(int)

@@ -2,8 +2,11 @@
 
 The quickstart's served checkpoint answers its test split from states, as serving does: each household's state is encoded at the
 first request, and appended to before each later one, in float32, bf16, int8 (a scale for each head of each vector) and fp8.
-Besides, the forward pass over every request's whole window, which keeps nothing. Needs the pipeline's tables and checkpoint:
-`python -m jobs.pipeline --config configs/quickstart.yaml`. Prints a Markdown page; last, one JSON line.
+Besides, the forward pass over every request's whole window, which keeps nothing. On a GPU all but the float32 states are computed
+in bf16 too, as serving does there, and the forward pass once more in bf16, which tells what of a cost is the arithmetic's; kernels
+are launched one by one, since compiling them would take longer than all that. Needs the pipeline's tables and checkpoint:
+`python -m jobs.pipeline --config configs/quickstart.yaml` (of the requests only the folders `split=test`). Prints a Markdown page;
+last, one JSON line.
 """
 
 import argparse
@@ -23,6 +26,7 @@ from benchmarks.quickstart import cpu_model
 from longer.arrays import Float32, Int64, RequestBatch
 from longer.config import Settings, load_settings
 from longer.data.tables import RequestTable, SequenceTable
+from longer.model.fuse import plainly
 from longer.model.inputs import to_tensors
 from longer.model.longer import Longer
 from longer.model.pool import Precision, StateLayout, StatePool
@@ -32,7 +36,7 @@ from longer.training.inputs import Inputs
 from longer.training.loader import SplitData, read_split, score_split
 from longer.training.metrics import auc, gauc
 
-BATCH_USERS = 32
+BATCH_USERS = 256 if ON_CUDA else 32
 PRECISIONS: tuple[Precision, ...] = ("float32", "bf16", "int8", "fp8")
 
 
@@ -45,11 +49,11 @@ class Arm:
     state_bytes: int
 
 
-def test_split(settings: Settings, model: Longer, inputs: Inputs) -> SplitData:
+def test_split(settings: Settings, model: Longer, inputs: Inputs, num_buckets: int | None) -> SplitData:
     schema = settings.event_schema
     sequences = SequenceTable(settings.path("tables", "sequences"), schema, inputs.ids["sequences"])
     requests = RequestTable(settings.path("tables", "requests"), schema, inputs.ids["requests"])
-    return read_split(sequences, requests, "test", model.windows)
+    return read_split(sequences, requests, "test", model.windows, None if num_buckets is None else range(num_buckets))
 
 
 def waves(data: SplitData) -> Iterator[list[Int64]]:
@@ -90,12 +94,24 @@ def from_states(model: Longer, data: SplitData, precision: Precision) -> Arm:
     return Arm(f"states in {precision}", _probabilities(output_C), state_bytes)
 
 
-def by_forward(model: Longer, data: SplitData) -> Arm:
+def by_forward(model: Longer, data: SplitData, in_bf16: bool = False) -> Arm:
     @torch.inference_mode()
     def outputs(batch: RequestBatch) -> Float32:
-        return model(to_tensors(batch, DEVICE)).float().cpu().numpy()
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=in_bf16, cache_enabled=False):
+            return model(to_tensors(batch, DEVICE)).float().cpu().numpy()
 
-    return Arm("forward pass, no states", _probabilities(score_split(data, outputs, len(model.tasks))[:, 0]), 0)
+    name = f"forward pass{' in bf16' * in_bf16}, no states"
+    return Arm(name, _probabilities(score_split(data, outputs, len(model.tasks))[:, 0]), 0)
+
+
+def arms(model: Longer, data: SplitData) -> Iterator[Arm]:
+    """First the states in float32, from which the others differ."""
+    yield from_states(model, data, PRECISIONS[0])
+    yield by_forward(model, data)
+    if ON_CUDA:
+        yield by_forward(model, data, in_bf16=True)
+    for precision in PRECISIONS[1:]:
+        yield from_states(model, data, precision)
 
 
 def _probabilities(output_C: Float32) -> Float32:
@@ -129,17 +145,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/quickstart.yaml")
     parser.add_argument("--root", help="where the pipeline wrote (default: as the config says)")
+    parser.add_argument("--buckets", type=int, help="only the users of the tables' first buckets (default: all)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     settings = load_settings(args.config, {"root": args.root} if args.root else {})
     inputs, started = Inputs.served(settings), time.perf_counter()
     model, info = load_appendable(inputs.checkpoint.path, DEVICE.type)
-    data = test_split(settings, model, inputs)
-    exact = from_states(model, data, PRECISIONS[0])
-    rows = [measured(arm, exact, data) for arm in (by_forward(model, data), exact)]
-    for precision in PRECISIONS[1:]:
-        print(f"state_precision: {precision}, {time.perf_counter() - started:.0f} s so far", file=sys.stderr)
-        rows.append(measured(from_states(model, data, precision), exact, data))
+    data = test_split(settings, model, inputs, args.buckets)
+    rows, exact = list[dict[str, Any]](), None
+    with plainly():
+        for arm in arms(model, data):
+            exact = exact or arm
+            rows.append(measured(arm, exact, data))
+            print(f"state_precision: {arm.name}, {time.perf_counter() - started:.0f} s so far", file=sys.stderr)
+    assert exact is not None
     print("# User states in fewer bits: what that costs in AUC and in scores\n")
     hardware = torch.cuda.get_device_name() if ON_CUDA else f"one thread of {cpu_model()}, shared machine"
     sizes = info.model
@@ -156,7 +175,7 @@ def main() -> None:
         "| | AUC | cost | GAUC | cost | largest difference | mean | bytes of a full state |\n|---|---|---|---|---|---|---|---|"
     )
     for row in rows:
-        print(shown(row, rows[1]))
+        print(shown(row, rows[0]))
     print()
     print(json.dumps({row["arm"]: {name: value for name, value in row.items() if name != "arm"} for row in rows}))
 

@@ -7,13 +7,16 @@ a user:
     recompute     the forward pass with the history encoded anew for every candidate, in blocks that fit
     encode        each user's history encoded once: sharing within a request, the paper's cache
     hit           the state is in the pool on the device: scored, from NumPy to NumPy
-    host hit      the state is in pinned host memory: brought to the device in another's place, then scored
+    host hit      the state is in pinned host memory: brought to the device, scored, and gone again without a copy, as it came
+    host hit, grown   the same, copied back too, as a state must be that has been appended to
+    pinned copy   64 MiB of pinned memory to the device in one piece: what the link allows host hits
     append n      n new events of each user, in place: the mean over a stride, the windows' move included
     read          one history from the published sequence table on the local disk
     replay        whole requests through serving's scorer, with the cache at several budgets and without it
 
 Prints a Markdown page with every goal, met or missed; last, one JSON line. To spread a run over several cards, give each its
-`--width`, `--length`, `--only` and a file for its `--rows`; then `--page FILE...` makes the page of all of them.
+`--width`, `--length`, `--only` and a file for its `--rows`; then `--page FILE...` makes the page of all of them. `--profile` times
+nothing: it prints which kernels a hit, an encode and an append launch on a card, and how long each takes.
 """
 
 import argparse
@@ -29,7 +32,7 @@ import torch
 from benchmarks.model_arms.sizes import ON_CUDA, model_settings
 from benchmarks.point_reads import commit
 from benchmarks.quickstart import cpu_model
-from benchmarks.state_arms import replay, states
+from benchmarks.state_arms import kernels, replay, states
 from benchmarks.state_arms.page import page, shown
 from benchmarks.state_arms.users import Users, worst_difference
 from longer.model.pool import Precision
@@ -90,7 +93,10 @@ def main() -> None:
         "--rows", type=Path, help="write the rows as JSON lines here, as they are measured, and no page"
     )
     parser.add_argument("--page", type=Path, nargs="+", help="measure nothing: the page of these files of rows")
+    parser.add_argument("--profile", action="store_true", help="measure nothing: the kernels of each step, on a card")
     args = parser.parse_args()
+    if args.profile and not ON_CUDA:
+        parser.error("--profile needs a GPU: run it on a machine with one")
     if not ON_CUDA:
         torch.set_num_threads(1)
     if args.page:
@@ -98,6 +104,12 @@ def main() -> None:
         return
     widths = [width // 8 for width in args.width] if args.width and ON_CUDA else EVENT_WIDTHS
     sizes = [(d, n) for d in widths for n in args.length or LENGTHS]
+    if args.profile:
+        for event_width, num_events in sizes:
+            print(f"## width {8 * event_width}, L = {num_events}, states in {args.precision}\n")
+            users = Users(model_settings(event_width, num_events), max(kernels.NUM_USERS), args.precision)
+            print("\n".join(kernels.tables(users)), flush=True)
+        return
     rows = []
     with args.rows.open("w") if args.rows else open("/dev/null", "w") as file:
         for row in measured(sizes, args.precision, args.only):

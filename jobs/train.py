@@ -1,4 +1,4 @@
-"""Trains the model and publishes its best checkpoint: python -m jobs.train --config configs/quickstart.yaml
+"""Trains the model and publishes the best of its epochs: python -m jobs.train --config configs/quickstart.yaml
 
 With --continue, trains the served checkpoint on the days that have come since, each tested before it is trained.
 """

@@ -11,23 +11,25 @@ import torch
 
 from longer.arrays import Float32, RequestBatch
 from longer.config import Settings
-from longer.data.batches import concat_histories, rows_of_requests
+from longer.data.batches import rows_of_requests
 from longer.data.columns import requests_of
 from longer.data.scores import score_rows
 from longer.data.tables import RequestTable, SequenceTable
-from longer.model.inputs import BatchTensors, to_tensors
+from longer.model.inputs import to_tensors
 from longer.model.longer import Longer
 from longer.model.outputs import to_scores
 from longer.serving.batch_answers import computing_in
 from longer.serving.batch_input import Chunk, Reader
 from longer.serving.batch_output import Run
 from longer.serving.batch_plan import plan_scores
-from longer.serving.offline import Budget, score_lists
+from longer.serving.offline import score_lists
+from longer.serving.packed import Packed
+from longer.serving.questions import Budget
 from longer.storage import Table, remove_tree
 from longer.training.checkpoints import load_model
-from longer.training.loader import COST_PER_BATCH, SplitData, concat_requests, score_packs
+from longer.training.loader import COST_PER_BATCH, SplitData, score_packs
 
-PACK_REQUESTS = 64
+PACK_REQUESTS = 256
 _MAP_REQUESTS = 256
 _LOOP_CANDIDATES = 1 << 21
 """About how many candidates the bare loops score: a rate needs no more."""
@@ -110,35 +112,34 @@ def from_scratch(settings: Settings, num_requests: int) -> float:
 
 
 def bare_loops(settings: Settings, device: str) -> dict[str, Loop]:
-    """The model over test requests in memory: packed as in training, on the device, and as the job scores chunks.
+    """The model alone over test requests that lie on the device, in batches of several sizes; and as the job scores chunks.
 
     Each has run once.
     """
     plan = plan_scores(settings)
     model, _ = load_model(plan.checkpoint.path, device)
+    assert isinstance(model, Longer)
     requests = RequestTable(settings.path("tables", "requests"), plan.schema)
     sequences = SequenceTable(settings.path("tables", "sequences"), plan.schema, plan.sequences.id)
     reader = Reader(plan, sequences, requests, Run(""), model.windows, 1)
     chunks = list(_first_chunks(reader, sequences.buckets))
-    batches = list(_packed(model, chunks, device))
     budget = Budget(model, settings.batch_score.batch_bytes)
-
-    @torch.inference_mode()
-    def packed() -> int:
-        return sum(len(model(batch)) for batch in batches)
 
     def appended() -> int:
         return sum(len(_scored(chunk, budget)) for chunk in chunks)
 
     def computed(loop: Loop) -> Loop:
         def run() -> int:
-            with computing_in(plan.precision, device):
+            with computing_in(plan.precision, device), torch.inference_mode():
                 return loop()
 
         run()
         return run
 
-    loops = {"requests packed as in training": packed, "the job's scoring of chunks": appended}
+    sizes = (batch_cost(device) // 4, batch_cost(device)) if device == "cuda" else (batch_cost(device),)
+    loops = {f"packs laid out on the device before, {size >> 10} k events and candidates a batch": _packed(model, chunks, size)
+             for size in sizes}  # fmt: skip
+    loops["the job's scoring of chunks"] = appended
     return {f"bare loop: {name}": computed(loop) for name, loop in loops.items()}
 
 
@@ -171,17 +172,11 @@ def _first_chunks(reader: Reader, buckets: list[int]) -> Iterator[Chunk]:
                 return
 
 
-def _packed(model: Longer, chunks: list[Chunk], device: str) -> Iterator[BatchTensors]:
-    """The chunks' requests as batches of the training forward pass, on the device."""
-    asked = concat_requests([chunk.requests for chunk in chunks if chunk.requests])
-    histories = concat_histories([chunk.questions.histories for chunk in chunks])
-    data = SplitData(histories, asked, rows_of_requests(histories, asked), model.windows)
-    batches: list[RequestBatch] = []
-
-    def gather(batch: RequestBatch) -> Float32:
-        batches.append(batch)
-        return np.zeros((len(batch.candidates.features["item_id"]), len(model.tasks)), np.float32)
-
-    for _ in score_packs(data, data.packs(PACK_REQUESTS), gather, batch_cost(device)):
-        pass
-    return (to_tensors(batch, device) for batch in batches)
+def _packed(model: Longer, chunks: list[Chunk], most: int) -> Loop:
+    """The chunks' requests in packs as the job makes them, of which nothing but the model's pass is left to do."""
+    passes = []
+    for chunk in chunks:
+        assert chunk.requests
+        packed = Packed.of(model, chunk.questions, chunk.requests.candidates, PACK_REQUESTS)
+        passes += [run for _, run in packed.passes(packed.num_events_P + packed.num_candidates_P, most)]
+    return lambda: sum(len(run()) for run in passes)

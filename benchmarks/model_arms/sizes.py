@@ -77,18 +77,20 @@ def random_batch(rng: np.random.Generator, lengths: np.ndarray, num_candidates: 
 
 
 def per_impression(batch: RequestBatch, num_rows: int) -> RequestBatch:
-    """The first impressions of the batch, each with a copy of its history."""
-    user_N = np.repeat(batch.row_R, np.diff(batch.candidates.offsets_R1))[:num_rows]
-    rows = np.arange(num_rows)
+    """So many impressions of the batch, or all, spread evenly over its users, each with a copy of its history."""
+    user_C = np.repeat(batch.row_R, np.diff(batch.candidates.offsets_R1))
+    rows = np.arange(min(num_rows, len(user_C)))
+    taken_N = rows * len(user_C) // len(rows)
+    user_N = user_C[taken_N]
     starts = batch.histories.first_index_B[user_N]
     return RequestBatch(
         batch.histories.slice_events(user_N, starts, batch.history_end_R[user_N]),
         rows,
         batch.history_end_R[user_N],
         batch.request_ts_R[user_N],
-        Candidates(np.arange(num_rows + 1), {n: x[:num_rows] for n, x in batch.candidates.features.items()}),
+        Candidates(np.arange(len(rows) + 1), {n: x[taken_N] for n, x in batch.candidates.features.items()}),
         rows,
-        {name: x[:num_rows] for name, x in batch.labels.items()},
+        {name: x[taken_N] for name, x in batch.labels.items()},
     )
 
 

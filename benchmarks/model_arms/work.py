@@ -15,7 +15,7 @@ _KINDS = {
     "counts of candidates": r"count_kernel",
     "large tables": r"_sum_kernel|_update_kernel|radix|DeviceScan",
     "small tables": r"_small_table",
-    "fused elementwise, norms, small tables": r"^triton_",
+    "fused elementwise, norms": r"^triton_",
     "copies and fills": r"Memcpy|Memset|copy|Fill|CatArray|aten::(cat|fill_|zero_)",
     "optimizer and norm of gradients": r"multi_tensor|FusedAdam|Norm|_fused_adam|_foreach",
 }

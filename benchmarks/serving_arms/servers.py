@@ -72,12 +72,12 @@ def plain_app(args: ServerArgs) -> FastAPI:
     """All histories in memory from the start, no reads at all; each request is a forward pass over its user's whole window."""
     import torch
 
-    from longer.arrays import Candidates
+    from longer.arrays import Candidates, RequestBatch
     from longer.data.items import ItemTable
     from longer.data.tables import SequenceTable
+    from longer.model.inputs import to_tensors
     from longer.model.outputs import to_scores
     from longer.serving.history import HistorySource
-    from longer.serving.plain import score_lists_plainly
     from longer.serving.requests import RequestReader, ScoreRequest
     from longer.training.checkpoints import load_model
     from serve_apps.protocol import ScoreBody
@@ -101,7 +101,9 @@ def plain_app(args: ServerArgs) -> FastAPI:
         features = reader.candidates(request, items)
         asked = Candidates(np.array([0, len(body.candidates)]), features)
         row, ends = np.zeros(1, np.int64), np.array([end])
-        outputs = score_lists_plainly(model, window, row, ends, np.array([body.request_ts]), asked)
+        batch = RequestBatch(window, row, ends, np.array([body.request_ts]), asked, row)
+        with torch.inference_mode():
+            outputs = model(to_tensors(batch, args.device)).float().cpu().numpy()
         scores = {task: values.tolist() for task, values in to_scores(outputs, model.tasks).items()}
         return {"candidates": body.candidates, "scores": scores, "model_version": info.model_version}
 

@@ -13,6 +13,7 @@ from benchmarks.model_arms.sizes import DEVICE, ON_CUDA, per_impression, seconds
 from benchmarks.state_arms.users import NUM_ROUNDS, Users, Way, rounds_ms, spread, ways
 from longer.arrays import Candidates, RequestBatch
 from longer.model.inputs import to_tensors
+from longer.model.pinned import pinned_words
 from longer.serving.cache import Entry, Known, StateVersion
 from longer.serving.fingerprint import EventPrint
 from longer.serving.store import StateStore
@@ -22,9 +23,12 @@ Row = dict[str, Any]
 NUM_NEW = (1, 8, 64)
 """Events of an append."""
 
+HOST_ARMS = ("host hit", "host hit, grown")
+
+_COPIED_BYTES = 64 << 20
 _BLOCK_CANDIDATES = 64
 _MOST_STEPS_INSIDE = 8
-_NUM_APPEND_ROUNDS = 3
+_NUM_APPEND_ROUNDS = 7
 _VERSION = StateVersion("benchmark", "schema", "appendable")
 _NO_EVENTS = EventPrint(0, 0, np.zeros(1, np.uint64), np.uint64(0))
 
@@ -37,6 +41,8 @@ def rows_of(users: Users, num_users: Sequence[int], num_candidates: Sequence[int
         "stride": users.model.windows.stride_events,
         "state_bytes": users.state_bytes,
     }
+    if ON_CUDA:
+        yield size | {"users": 1, "arm": "pinned copy", "bytes": _COPIED_BYTES} | pinned_copy()
     asked = {(u, c): users.asked(u, c) for u in num_users for c in num_candidates}
     for candidates in num_candidates:
         yield size | {"users": 1, "candidates": candidates, "arm": "recompute"} | recompute(users, asked[1, candidates])
@@ -48,6 +54,13 @@ def rows_of(users: Users, num_users: Sequence[int], num_candidates: Sequence[int
                 yield what | {"arm": f"append {num_new}"} | append(users, way, count, num_new)
             for arm, candidates, times in hits(users, way, count, {c: asked[count, c] for c in num_candidates}):
                 yield what | {"arm": arm, "candidates": candidates} | times
+
+
+def pinned_copy() -> dict[str, float]:
+    """Of one long stretch of pinned memory to the device: no host hit comes faster over the link."""
+    host = pinned_words(_COPIED_BYTES // 8)
+    there = torch.empty_like(host, device=DEVICE)
+    return rounds_ms(lambda: there.copy_(host, non_blocking=True), 10)
 
 
 def recompute(users: Users, asked: RequestBatch) -> dict[str, float]:
@@ -114,7 +127,8 @@ def append(users: Users, way: Way, num_users: int, num_new: int) -> dict[str, fl
 def hits(
     users: Users, way: Way, num_users: int, asked: dict[int, RequestBatch]
 ) -> Iterator[tuple[str, int, dict[str, float]]]:
-    """`hit`: the states are on the device. `host hit`: each batch's states come from host memory, and go back."""
+    """`hit`: the states are on the device. `host hit`: each batch's states come from host memory, and go back as they came, which
+    copies nothing; `host hit, grown`: as if they had grown in between, and are copied both ways."""
     slots, history = users.slots(num_users), users.events(num_users, 0, users.num_events)
     states = way.encode(history, slots)
     for candidates, batch in asked.items():
@@ -126,14 +140,19 @@ def hits(
     for user, state in enumerate(way.encode(history, store.slots([store.layout.largest_rows] * num_users))):
         store.put(user, _VERSION, Entry(state, 0, 0, Known("", 0), _NO_EVENTS, True))
     store.release()
-    for candidates, batch in asked.items():
-        yield "host hit", candidates, rounds_ms(partial(_host_hit, store, way, batch), max(2, way.num_steps // 2))
-    if store.counters.promote < len(asked) * NUM_ROUNDS * 2 * num_users:
+    for arm in HOST_ARMS:
+        for candidates, batch in asked.items():
+            step = partial(_host_hit, store, way, batch, has_grown=arm == HOST_ARMS[1])
+            yield arm, candidates, rounds_ms(step, max(2, way.num_steps // 2))
+    if store.counters.promote < len(HOST_ARMS) * len(asked) * NUM_ROUNDS * 2 * num_users:
         raise AssertionError("states did not come from host memory")
 
 
-def _host_hit(store: StateStore, way: Way, batch: RequestBatch) -> None:
+def _host_hit(store: StateStore, way: Way, batch: RequestBatch, has_grown: bool) -> None:
     taken = [held for user in range(batch.num_requests) if (held := store.take(user, _VERSION))]
     store.bring(taken)
     way.score([held.entry.state for held in taken], batch.request_ts_R, batch.candidates)
+    if has_grown:
+        for held in taken:
+            store.update(held.user_key, replace(held.entry, state=replace(held.entry.state)))
     store.release()

@@ -12,10 +12,13 @@ from typing import Any
 import longer
 from longer.cli import parse_settings
 from longer.config import SUBMITTED, RaySettings, Settings
-from longer.errors import UserError
+from longer.errors import StorageError, UserError
 
 _FOLDERS_OF_JOBS = "working_dir_files"  # where Ray keeps them
-_USER_ERROR_LINE = re.compile(r"^longer\.errors\.(?:User|Storage)Error: (.+)$", re.MULTILINE)
+_KINDS = {"UserError": UserError, "StorageError": StorageError}
+_USER_ERROR_LINE = re.compile(rf"^longer\.errors\.({'|'.join(_KINDS)}): (.+)$", re.MULTILINE)
+_CAUSES = "cause", "controller_failure", "__cause__", "__context__"
+"""Ray's tasks', Ray Train's, Python's own."""
 
 
 def run_job(
@@ -85,7 +88,7 @@ def start_ray(settings: RaySettings) -> None:
 def user_error_in(error: BaseException | None) -> UserError | None:
     """The UserError that `error` is or was caused by, through Ray's wrapping of what a task raised.
 
-    Ray Data loses the cause itself when the error crosses processes; its one line is still in the text.
+    Ray Data and Ray Train lose the cause itself when the error crosses processes; its one line is still in the text.
     """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
@@ -93,8 +96,8 @@ def user_error_in(error: BaseException | None) -> UserError | None:
         if isinstance(error, UserError) and type(error).__module__ == UserError.__module__:  # not Ray's wrapper of one
             return error
         if said := _USER_ERROR_LINE.search(str(error)):
-            return UserError(said[1])
-        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
+            return _KINDS[said[1]](said[2])
+        error = next((e for name in _CAUSES if (e := getattr(error, name, None))), None)
     return None
 
 

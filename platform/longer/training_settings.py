@@ -59,12 +59,23 @@ class TrainSettings(Section):
         False,
         description="Compute each layer again for its gradient instead of keeping what it made: less memory, more time.",
     )
-    validate_every_steps: int = Field(100, ge=1, description="Steps between validations, each with a checkpoint.")
+    validate_every_steps: int = Field(
+        100, ge=1, description="Steps between validations, each with a checkpoint; an epoch ends with one, too."
+    )
     max_validation_requests: int = Field(
         1_000, ge=1, description="Validation requests scored each time, spread evenly."
     )
     keep_checkpoints: int = Field(
-        2, ge=1, description="Checkpoints of a run that are kept: the newest this many, and the best by validation AUC."
+        2,
+        ge=1,
+        description="Checkpoints of a run that are kept: the newest this many, and the best by validation of those that end an "
+        "epoch.",
+    )
+    keep_runs: int = Field(
+        3,
+        ge=1,
+        description="Runs whose checkpoints are kept: of older ones only TensorBoard's scalars stay, once another is "
+        "published. What was published stays.",
     )
     max_failures: int = Field(2, ge=0, description="Worker failures survived by restarting from the last checkpoint.")
 

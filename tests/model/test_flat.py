@@ -122,7 +122,8 @@ def test_a_captured_pass_that_recomputes_gives_the_gradients_of_one_that_does_no
         with torch.compiler.set_stance("force_eager"):
             staged = stage(batch, model, Sizes.of(batch, model.windows))
             captured = CapturedPass(model, lambda outputs, labels, exists: (outputs[:, 0] ** 2 * exists).sum(), staged)
-            captured(staged, one)
+            captured.forward(staged)
+            captured.backward(one)
         gradients.append([p.grad.clone() for p in model.parameters()])
     for kept, again in zip(*gradients, strict=True):
         torch.testing.assert_close(again, kept, rtol=1e-4, atol=1e-6)
@@ -140,7 +141,8 @@ def test_a_captured_pass_gives_each_batch_its_own_gradients() -> None:
     with torch.compiler.set_stance("force_eager"):
         captured = CapturedPass(model, loss, stage(batches[0], model, room))
         for batch in batches:
-            value = float(captured(stage(batch, model, room), torch.ones((), device=DEVICE)))
+            value = float(captured.forward(stage(batch, model, room)))
+            captured.backward(torch.ones((), device=DEVICE))
             ours = [p.grad.clone() for p in model.parameters()]
             outputs = flat_forward(model, batch, DEVICE)
             wanted = ((outputs[:, 0] - torch.from_numpy(batch.labels["click"]).to(DEVICE)) ** 2).sum()

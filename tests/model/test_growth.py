@@ -62,10 +62,12 @@ def test_what_fills_a_room_up_changes_no_state(in_place: bool) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("precision", ["float32", "bf16", "int8", "fp8"])
 def test_replayed_growth_and_scores_are_those_of_launched_kernels(precision: Precision) -> None:
     model = small_model(dtype=torch.float32).cuda()
-    rng, tolerance = np.random.default_rng(3), 1e-5 if precision == "float32" else 3e-2
+    # products in bf16 differ in their last bits, which moves some values to the next of the few that a state keeps
+    tolerance = {"float32": 1e-5, "bf16": 3e-2, "int8": 5e-2, "fp8": 1e-1}[precision]
+    rng = np.random.default_rng(3)
     with torch.compiler.set_stance("force_eager"):
         pool = pool_for(model, 60, precision)
         engine = StateEngine(model, pool)
@@ -94,6 +96,6 @@ def test_what_kernels_read_of_a_tail_lies_close_even_for_one_request() -> None:
             torch.arange(num_requests),
             torch.zeros(num_requests).long(),
         )
-        for x in MODEL._tail_reads(end_R, row_R, first_B, first_B):
+        for x in MODEL.tail_reads(end_R, row_R, first_B, first_B):
             assert x.is_contiguous()
             assert x.numel() == 0 or all(n == 1 or step > 0 for n, step in zip(x.shape, x.stride(), strict=True))

@@ -185,3 +185,36 @@ def test_equal_inputs_give_equal_bits() -> None:
     d_out = torch.randn(len(case.num_visible_P), 64).to(DEVICE)
     for first, second in zip(actual(case, d_out), actual(case, d_out), strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("kept", [torch.int8, torch.float8_e4m3fn])
+def test_keys_and_values_of_fewer_bits_are_read_as_what_they_stand_for(kept: torch.dtype) -> None:
+    if kept == torch.float8_e4m3fn and not (ON_CUDA and torch.cuda.get_device_capability() >= (8, 9)):
+        pytest.skip("fp8 needs a card that has it")
+    dtype, tolerance = HALF
+    case = random_case(5, [[30], [9, 20], [0]], 3, 2, 32, 3, True).to(dtype, DEVICE)
+    query, key, value, *others = case.inputs
+    pairs, scales = [], []
+    for x_NHZ in (key, value):
+        scale_NH = x_NHZ.float().abs().amax(-1) / 127 if kept == torch.int8 else torch.ones_like(x_NHZ[..., 0].float())
+        scaled = x_NHZ.float() / scale_NH[..., None]
+        pairs.append((scaled.round() if kept == torch.int8 else scaled).to(kept))
+        scales.append(scale_NH.contiguous())
+    private = tuple(others[:2]), tuple(others[2:])
+    told = tuple(scales) if kept == torch.int8 else None
+    found = attend(query, tuple(pairs), case.readers, case.num_visible_P, *private, told)
+    meant = [(x.float() * scale[..., None]).to(dtype) for x, scale in zip(pairs, scales, strict=True)]
+    wanted = attend(query, tuple(meant), case.readers, case.num_visible_P, *private)
+    assert (found - wanted).float().norm() <= tolerance * wanted.float().norm()
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=300), st.sampled_from([16, 32, 128]))
+@settings(max_examples=NUM_EXAMPLES, deadline=None)
+def test_tiles_cover_every_query_once(sizes: list[int], size: int) -> None:
+    offsets_S1 = _offsets(torch.tensor(sizes)).to(DEVICE)
+    nothing = offsets_S1[:-1]
+    segment, first = (x.cpu() for x in Readers(offsets_S1, nothing, nothing, 0).tiles(sum(sizes), size))
+    end = torch.minimum(first + size, offsets_S1.cpu()[segment + 1])
+    found = [list(range(a, b)) for a, b in zip(first.tolist(), end.tolist(), strict=True)]
+    assert [p for run in found for p in run] == list(range(sum(sizes)))
+    assert all(offsets_S1[s] <= a for s, a, run in zip(segment, first, found, strict=True) if run)

@@ -22,7 +22,7 @@ from longer.serving.batch import spooled_buckets
 from longer.serving.batch_output import Run
 from longer.serving.batch_plan import Plan
 from longer.serving.batch_scorer import BucketScorer
-from longer.serving.offline import Questions
+from longer.serving.questions import Questions
 from longer.storage import Table, Version
 from longer.training.checkpoints import load_model
 from tests.serving.tables import build_world, checkpoint_path, publish_requests
@@ -59,7 +59,7 @@ def written_here(plan: Plan, folder: Path) -> pa.Table:
     return pa.concat_tables([read_columns(f"{folder}/{file}") for file in files]).sort_by("user_id")
 
 
-def score_here(plan: Plan, _pool: object, _where: object, run: Run, buckets: list[int], _job: str) -> list[Record]:
+def score_here(plan: Plan, _pool: object, _where: object, run: Run, buckets: dict[int, int], _job: str) -> list[Record]:
     """In the place of Ray's actors."""
     scorer = BucketScorer(plan, run)
     return [scorer.write_bucket(bucket) for bucket in buckets]

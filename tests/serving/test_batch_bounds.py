@@ -19,7 +19,7 @@ from longer.serving.batch_input import Chunk
 from longer.serving.batch_output import Run, write_rows
 from longer.serving.batch_plan import check_model, plan_scores, plan_vectors
 from longer.serving.batch_scorer import BucketScorer
-from longer.serving.offline import Budget
+from longer.serving.questions import Budget
 from tests.model.generate import small_model
 from tests.serving.batch_runs import asking, ids_file, world_with_requests
 from tests.serving.tables import NUM_USERS

@@ -1,6 +1,7 @@
 """What an offline run compares with the serving path, and what of it its manifest tells."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from longer.model_settings import ModelSettings
 from longer.serving import batch
 from longer.serving.batch import batch_score, export_vectors, spooled_buckets
 from longer.serving.batch_check import OnlineCheck, num_left_out
+from longer.serving.batch_input import Chunk
 from longer.serving.batch_output import Run, remember_bucket
-from longer.serving.batch_plan import check_model, plan_scores, plan_vectors
+from longer.serving.batch_plan import Plan, check_model, plan_scores, plan_vectors
 from longer.serving.batch_scorer import BucketScorer
 from longer.storage import Table
 from longer.training_settings import TaskSettings
@@ -38,18 +40,62 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     return world_with_requests(tmp_path_factory.mktemp("check"))
 
 
+def comparing(
+    scorer: BucketScorer, numbers: np.ndarray, plan: Plan | None = None, most_candidates: int = 4096, **chosen: int
+) -> Callable[[Chunk, pa.Table], OnlineCheck]:
+    """Compares requests `numbers` of a chunk's rows with what the serving path of this actor says."""
+
+    def compared(chunk: Chunk, rows: pa.Table) -> OnlineCheck:
+        items = scorer._answers.items
+        check = OnlineCheck(plan or scorer._plan, scorer._scorer, items, numbers, most_candidates, **chosen)
+        check.see(chunk, rows)
+        check.finish()
+        return check
+
+    return compared
+
+
+def test_a_request_that_was_to_be_compared_and_never_came_fails_the_run(world: Settings, tmp_path: Path) -> None:
+    scorer = BucketScorer(plan_scores(world), Run(str(tmp_path)))
+    chunk = next(iter(scorer._reader.chunks(0)))
+    rows = scorer._answers.rows(chunk)
+    with pytest.raises(ArithmeticError, match="2 requests were to be compared, 1 of them were met"):
+        comparing(scorer, np.array([0, len(rows)]))(chunk, rows)
+
+
+def test_all_that_is_compared_of_a_bucket_is_one_batch_of_the_serving_path(
+    world: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or as few as the bound on candidates allows; in either case all of it is compared."""
+    plan, run = plan_scores(asking(world, catalogue=True, top_k=2)), Run(str(tmp_path))
+    spooled_buckets(plan, run)
+    scorer = BucketScorer(plan, run)
+    assert scorer._scorer
+    asked, score = [], scorer._scorer.score
+    monkeypatch.setattr(scorer._scorer, "score", lambda requests: (asked.append(requests), score(requests))[1])
+    [chunk] = scorer._reader.chunks(1)
+    rows = scorer._answers.rows(chunk)
+    assert len(rows) > 1
+    numbers = np.arange(len(rows))
+    for most, num_batches in ((10_000, 1), (len(rows) * NUM_ITEMS // 2, 3)):
+        asked.clear()
+        check = comparing(scorer, numbers, most_candidates=most, num_left_out=NUM_ITEMS)(chunk, rows)
+        assert check.num_compared == len(rows)
+        assert len(asked) <= num_batches
+        assert sum(len(request.item_ids) for requests in asked for request in requests) == len(rows) * NUM_ITEMS
+
+
 def test_a_score_that_the_serving_path_does_not_give_fails_the_run(world: Settings, tmp_path: Path) -> None:
     for settings in (world, asking(world, catalogue=True, top_k=3)):
         scorer = BucketScorer(plan_scores(settings), Run(str(tmp_path)))
         chunk = next(iter(scorer._reader.chunks(0)))
         rows = scorer._answers.rows(chunk)
-        check = OnlineCheck(scorer._plan, scorer._scorer, scorer._answers.items, np.array([0]))
-        check.see(chunk, rows)
-        assert check.num_compared == 1
+        compared = comparing(scorer, np.array([0]))
+        assert compared(chunk, rows).num_compared == 1
         scores = pa.chunked_array([[[score + 2e-5 for score in row] for row in rows["score_label"].to_pylist()]])
         wrong = rows.set_column(rows.column_names.index("score_label"), "score_label", scores)
         with pytest.raises(ArithmeticError, match="between the offline and the serving path"):
-            check.see(chunk, wrong)
+            compared(chunk, wrong)
     worst_kept = rows["item_id"].to_pylist()[0][::-1]
     expected = expected_scores(world, [chunk.user_id_R[0].as_py()], worst_kept, int(chunk.questions.request_ts_R[0]))
     assert (np.diff(expected[0]) > 0).all()
@@ -58,7 +104,7 @@ def test_a_score_that_the_serving_path_does_not_give_fails_the_run(world: Settin
         kept = pa.chunked_array([[rows[name][0].as_py()[-1:]]], rows[name].type)
         only_last = only_last.set_column(rows.column_names.index(name), name, kept)
     with pytest.raises(ArithmeticError):  # two items that score higher are left out
-        check.see(chunk, only_last)
+        compared(chunk, only_last)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
@@ -85,9 +131,7 @@ def test_scores_of_rare_clicks_are_told_from_a_constant_from_others_and_from_the
         for name, values in changed.items():
             wrong = wrong.set_column(rows.column_names.index(name), name, pa.array(values, rows[name].type))
         numbers = np.arange(len(rows))
-        OnlineCheck(
-            replace(plan, top_k=top_k), scorer._scorer, scorer._answers.items, numbers, num_left_out=NUM_ITEMS
-        ).see(chunk, wrong)
+        comparing(scorer, numbers, replace(plan, top_k=top_k), num_left_out=NUM_ITEMS)(chunk, wrong)
 
     see(NUM_ITEMS)
     for wrong in (np.full_like(scores, scores.mean()), 2 * scores):
@@ -137,9 +181,8 @@ def test_a_block_lost_from_a_large_catalogue_is_met_by_the_items_drawn(world: Se
     assert drawn == 12_000
     assert num_left_out(40, 10**6, 4) == 10**5
     assert num_left_out(4, 100, 4) == 100
-    check = OnlineCheck(plan, scorer._scorer, scorer._answers.items, np.zeros(1, np.int64), drawn)
     with pytest.raises(ArithmeticError, match="scores of label differ"):
-        check.see(chunk, rows)
+        comparing(scorer, np.zeros(1, np.int64), num_left_out=drawn)(chunk, rows)
 
 
 def test_a_regression_head_of_any_scale_is_compared_relative_to_it(tmp_path: Path) -> None:
@@ -166,17 +209,17 @@ def test_a_regression_head_of_any_scale_is_compared_relative_to_it(tmp_path: Pat
     wrong = pa.array(
         [[score * 1.0001 for score in row] for row in rows["score_watch_ms"].to_pylist()], rows["score_watch_ms"].type
     )
-    check = OnlineCheck(scorer._plan, scorer._scorer, scorer._answers.items, np.arange(len(rows)))
+    column = rows.column_names.index("score_watch_ms")
     with pytest.raises(ArithmeticError, match="scores of watch_ms differ by"):
-        check.see(chunk, rows.set_column(rows.column_names.index("score_watch_ms"), "score_watch_ms", wrong))
+        comparing(scorer, np.arange(len(rows)))(chunk, rows.set_column(column, "score_watch_ms", wrong))
 
 
 def test_a_vector_that_the_serving_path_does_not_give_fails_the_run(world: Settings, tmp_path: Path) -> None:
     scorer = BucketScorer(plan_vectors(world), Run(str(tmp_path)))
     chunk = next(iter(scorer._reader.chunks(1)))
     rows = scorer._answers.rows(chunk)
-    check = OnlineCheck(scorer._plan, scorer._scorer, None, np.arange(len(rows)))
-    check.see(chunk, rows)
+    compared = comparing(scorer, np.arange(len(rows)))
+    check = compared(chunk, rows)
     assert check.num_compared == len(rows) > 1
     assert 0 < check.max_abs_diff <= 1e-5
     vectors = np.array(rows["vector"].to_pylist(), np.float32)
@@ -184,7 +227,7 @@ def test_a_vector_that_the_serving_path_does_not_give_fails_the_run(world: Setti
     for wrong in (of_another_user, broken, vectors * 1.001):
         column = pa.chunked_array([pa.array(list(wrong))])
         with pytest.raises(ArithmeticError, match="between the offline and the serving path"):
-            check.see(chunk, rows.set_column(rows.column_names.index("vector"), "vector", column))
+            compared(chunk, rows.set_column(rows.column_names.index("vector"), "vector", column))
 
 
 def test_a_finished_run_says_that_it_was_checked_less_than_is_asked_and_on_what_it_ran(

@@ -12,10 +12,17 @@ from longer.batch_settings import ExportSettings
 from longer.config import Settings
 from longer.data.columns import flat_list
 from longer.data.scores import most_difference, relative_gaps
+from longer.serving import batch_warm, offline
+from longer.serving.batch_answers import computing_in
 from longer.serving.batch_output import Run
 from longer.serving.batch_plan import Plan, plan_scores, plan_vectors
 from longer.serving.batch_scorer import BucketScorer
+from longer.serving.batch_warm import rehearse
+from longer.serving.offline import score_lists
+from longer.serving.questions import Budget
+from tests.model.generate import random_candidates, small_model
 from tests.serving.batch_runs import asking, ids_file, world_with_requests, written_here
+from tests.serving.test_offline import random_questions
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="compares a GPU with the CPU")
 
@@ -45,12 +52,19 @@ def answers_of(rows: pa.Table) -> np.ndarray:
     )
 
 
-@pytest.mark.parametrize("kind", ["requests", "lists", "vectors"])
+@pytest.fixture(autouse=True)
+def in_this_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists are packed, but where a test says that they are swept."""
+    pay = np.zeros if "swept" in request.node.name else np.ones
+    monkeypatch.setattr(offline, "packs_that_pay", lambda packed, _: pay(len(packed.packs), bool))
+
+
+@pytest.mark.parametrize("kind", ["requests", "requests, swept", "lists", "vectors"])
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_answers_are_those_of_the_cpu(world: Settings, tmp_path: Path, kind: str, precision: str) -> None:
     if kind == "vectors" and precision == "bf16":
         pytest.skip("vectors are made in float32")
-    plan = plans(world, tmp_path)[kind]
+    plan = plans(world, tmp_path)[kind.removesuffix(", swept")]
     expected = answers_of(written_here(plan, tmp_path / "cpu"))
     on_gpu = replace(plan, device="cuda", precision=precision, check_requests=100)
     found = answers_of(
@@ -67,3 +81,44 @@ def test_the_best_items_of_a_gpu_are_compared_with_its_serving_path(world: Setti
         record = BucketScorer(replace(plan, device="cuda", precision=precision), run).write_bucket(0)
         assert record["num_compared"] > 0
         assert record["peak_gpu_bytes"] > 0
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_what_the_rehearsal_has_compiled_serves_packs_of_any_sizes(
+    world: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """Also one request of one user about one candidate; compiling anew is an error here."""
+    plan = replace(plans(world, tmp_path)["requests"], device="cuda", precision=precision)
+    answers = BucketScorer(plan, Run(str(tmp_path / "run")))._answers
+    model = answers.budget.model
+    rehearse(answers)
+    for num_users, num_requests, num_windows, num_candidates in (
+        (1, 1, 1, 1),
+        (1, 2, 3, 16),
+        (50, 3, 2, 9),
+        (2, 90, 1, 77),
+    ):
+        monkeypatch.setattr(batch_warm, "_NUM_CANDIDATES", num_candidates)
+        questions = batch_warm._questions(model, num_users, num_requests, num_windows)
+        candidates = batch_warm._candidates(model.schema, len(questions))
+        with torch.compiler.set_stance("fail_on_recompile"), computing_in(precision, "cuda"):
+            assert np.isfinite(score_lists(questions, candidates, answers.budget)).all()
+
+
+def test_lists_of_one_user_with_many_requests_or_candidates_stay_within_the_budget(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """100,000 candidates of a request do not fit, and are swept in blocks; 4,000 requests do not fit at once."""
+    monkeypatch.undo()  # as it is decided where nobody interferes
+    model = small_model(0, torch.float32, event_width=32).cuda()
+    budget, rng = Budget(model, 64 << 20), np.random.default_rng(0)
+    for lengths in ([100_000], [50] * 4_000):
+        questions = random_questions(rng, [900], len(lengths))
+        candidates = random_candidates(rng, lengths)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.compiler.set_stance("force_eager"):
+            scored = score_lists(questions, candidates, budget)
+        assert np.isfinite(scored).all()
+        assert torch.cuda.max_memory_allocated() - before < 2 * budget.num_bytes  # eager code keeps more than compiled

@@ -13,6 +13,7 @@ from longer.batch_settings import BatchSettings
 from longer.config import RaySettings
 from longer.serving import batch
 from longer.serving.batch_output import Run
+from longer.serving.batch_plan import Plan
 from longer.serving.batch_roll import roll, sign
 from tests.serving.batch_runs import world_with_requests
 
@@ -20,21 +21,25 @@ pytestmark = pytest.mark.ray
 
 
 class Slow:
-    """Does nothing with a bucket for some time; tells by whom."""
+    """Does nothing with a bucket until another actor is there, but for a minute at most; tells by whom."""
 
-    def __init__(self, *_: object) -> None:
-        pass
+    def __init__(self, _plan: Plan, run: Run, _actors: object) -> None:
+        self._signed, self._most_until = Path(run.version_path) / "signed", time.time() + 60
+        self._signed.mkdir(exist_ok=True)
+        (self._signed / str(os.getpid())).touch()
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         begun_at = time.time()
-        time.sleep(0.5)
+        while len(list(self._signed.iterdir())) < 2 and time.time() < self._most_until:
+            time.sleep(0.1)
+        time.sleep(0.2)
         counts = dict.fromkeys(("num_scores", "num_users", "num_requests", "num_compared"), 1)
         costs = dict.fromkeys(
             ("device_s", "cpu_s", "peak_bytes", "peak_gpu_bytes", "check_requests", "max_abs_diff"), 0
         )
         actor = {"name": str(os.getpid()), "device_s": 0, "cpu_s": 0}
         told = {**counts, **costs, "begun_at": begun_at, "done_at": time.time(), "device": "cpu", "actor": actor}
-        return pa.table({"record": [json.dumps(told)] * len(rows)})
+        return pa.table({"record": [json.dumps(told | {"bucket": bucket}) for bucket in rows["bucket"].to_pylist()]})
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -42,12 +47,14 @@ class Slow:
 def test_more_actors_start_while_buckets_wait_however_many_one_has_at_once(
     at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU, where an actor has two. Ten seconds, in which actors start."""
+    """As on a GPU, where an actor has two. Starting two actors takes seconds."""
     monkeypatch.setattr(batch, "_BUCKETS_AT_ONCE", {"cpu": at_once})
     monkeypatch.setattr(batch, "BucketScorer", Slow)
     plan = batch.plan_scores(world_with_requests(tmp_path / "world"))
     pool = BatchSettings(concurrency=(1, 3))
-    records = batch._score_buckets(plan, pool, RaySettings(), Run(str(tmp_path)), list(range(40)), "batch_score")
+    records = batch._score_buckets(
+        plan, pool, RaySettings(), Run(str(tmp_path)), dict.fromkeys(range(40), 1), "batch_score"
+    )
     assert len(records) == 40
     assert len({record["actor"]["name"] for record in records}) > 1
 
@@ -71,6 +78,12 @@ def test_a_run_whose_roll_is_lost_ends_as_if_it_were_there() -> None:
         assert ray.get(later.pid.remote()) > 0, "an actor that is started anew cannot sign, and does not have to"
 
 
+def asked_until_it_ends(actor: ray.actor.ActorHandle) -> None:
+    for _ in range(600):  # being killed takes a moment, in which an actor still answers
+        ray.get(actor.pid.remote(), timeout=120)
+        time.sleep(0.1)
+
+
 @pytest.mark.usefixtures("local_ray")
 def test_an_actor_that_has_died_before_does_not_keep_the_others_alive() -> None:
     signing = ray.remote(num_cpus=0)(Signing)
@@ -79,6 +92,6 @@ def test_an_actor_that_has_died_before_does_not_keep_the_others_alive() -> None:
         ray.get([dead.pid.remote(), alive.pid.remote()])
         ray.kill(dead)
     with pytest.raises(ray.exceptions.RayActorError):
-        ray.get(alive.pid.remote(), timeout=120)
+        asked_until_it_ends(alive)
     with pytest.raises(ray.exceptions.RayActorError, match="is over"):
         ray.get(signing.remote(opened).pid.remote(), timeout=120)

@@ -1,5 +1,14 @@
-"""What is warmed is what will be asked: of users' best items, the running top-k; of vectors, the last layer's own tokens."""
+"""What is warmed is what will be asked: of users' best items, the running top-k; of vectors, the last layer's own tokens.
 
+One actor of a machine does it first.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -12,7 +21,7 @@ from longer.serving.batch_answers import Answers
 from longer.serving.batch_output import Run
 from longer.serving.batch_plan import plan_scores, plan_vectors
 from longer.serving.batch_warm import rehearse
-from longer.serving.offline import Budget
+from longer.serving.questions import Budget
 from longer.serving.stages import collected_ms
 from longer.training.checkpoints import load_model
 from tests.serving.batch_runs import asking, ids_file, world_with_requests
@@ -58,3 +67,40 @@ def _noting(call: object, name: str, calls: list[str]) -> object:
         return call(*args)  # type: ignore[operator]
 
     return noted
+
+
+ENTER = "import sys; from longer.serving.batch_turns import first_alone\nwith first_alone(sys.argv[1]): print(1, flush=True); {}"
+
+
+def entering(name: str, then: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", ENTER.format(then), name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("end", ["is killed", "fails"])
+def test_who_waits_for_one_that_dies_or_fails_is_the_next_first(end: str) -> None:
+    name = f"test-{uuid.uuid4().hex}"
+    first = entering(
+        name, "import time; time.sleep(60)" if end == "is killed" else "import time; time.sleep(0.5); 1 / 0"
+    )
+    assert first.stdout
+    assert first.stdout.readline()
+    second = entering(name, "pass")
+    assert second.stdout
+    if end == "is killed":
+        time.sleep(0.3)
+        assert second.poll() is None
+        os.kill(first.pid, signal.SIGKILL)
+    assert second.stdout.readline()
+    assert (first.wait(20) != 0, second.wait(20)) == (True, 0)
+
+
+def test_once_the_first_is_through_the_others_go_in_side_by_side() -> None:
+    name = f"test-{uuid.uuid4().hex}"
+    assert entering(name, "pass").wait(20) == 0
+    others = [entering(name, "sys.stdin.read()") for _ in range(2)]
+    for other in others:
+        assert other.stdout
+        assert other.stdout.readline()
+        other.kill()

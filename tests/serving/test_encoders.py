@@ -11,7 +11,8 @@ from longer.model.encoders.factory import make_model, upstream_settings
 from longer.model.encoders.ranker import EncoderRanker
 from longer.model.inputs import to_tensors
 from longer.model_settings import ModelSettings
-from longer.serving.offline import Budget, Questions, score_lists
+from longer.serving.offline import score_lists
+from longer.serving.questions import Budget, Questions
 from longer.serving.scorer import Scorer
 from longer.training.checkpoints import load_appendable, load_model, load_upstream, save_model
 from tests.model.generate import SCHEMA, SIZES, TASKS, one_request_a_row, random_candidates, random_histories

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from longer.errors import UserError
 from longer.serving.dumps import StateDumps
@@ -26,8 +27,8 @@ BUDGETS = ((0, 0), (9_000, 0), (0, 12_000), (9_000, 12_000), (9_000, 40_000), (1
 class Life:
     """A replica, and what is true of its users."""
 
-    def __init__(self, rng: random.Random, checkpoints: list[str], root: Path) -> None:
-        self.rng, self.root, self.settings = rng, root, tiny_settings(root)
+    def __init__(self, rng: random.Random, checkpoints: list[str], root: Path, device: str) -> None:
+        self.rng, self.root, self.settings, self.device = rng, root, tiny_settings(root), device
         self.checkpoints = list(checkpoints)
         self.budget, self.newest_hour, self.num_versions = rng.choice(BUDGETS), 41, 0
         self.tables = {user: Counter(self.some_event() for _ in range(rng.randint(0, 60))) for user in USERS}
@@ -43,7 +44,8 @@ class Life:
 
     def started(self) -> Scorer:
         tables = [self.settings.path("tables", name) for name in ("sequences", "items")]
-        return Scorer(self.checkpoints[0], tables[0], self.budget[0], tables[1], host_bytes=self.budget[1])
+        budgets = {"cache_bytes": self.budget[0], "host_bytes": self.budget[1]}
+        return Scorer(self.checkpoints[0], tables[0], items=tables[1], device=self.device, **budgets)
 
     def publish(self) -> None:
         self.num_versions += 1
@@ -134,13 +136,27 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [checkpoint_path(world), publish_random_model(world, seed=1).path]
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_no_mixture_of_what_happens_to_a_replica_changes_a_score(
-    seed: int, checkpoints: list[str], tmp_path: Path
-) -> None:
+def live(seed: int, checkpoints: list[str], root: Path, device: str) -> None:
     rng = random.Random(seed)
-    life = Life(rng, checkpoints, tmp_path)
+    life = Life(rng, checkpoints, root, device)
     happens = [life.table, life.events, life.forget, life.adopt, life.restart, life.warm, life.ask]
     for what in rng.choices(happens, weights=(12, 8, 8, 6, 6, 5, 55), k=20):
         what()
         life.check_bytes()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_mixture_of_what_happens_to_a_replica_changes_a_score(
+    seed: int, checkpoints: list[str], tmp_path: Path
+) -> None:
+    live(seed, checkpoints, tmp_path, "cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs, pinned memory and copies beside them need a GPU")
+@pytest.mark.parametrize("seed", range(4))
+def test_no_mixture_of_what_happens_to_a_replica_on_a_gpu_changes_a_score(
+    seed: int, checkpoints: list[str], tmp_path: Path
+) -> None:
+    """Slow: each engine captures its graphs anew; that they are compiled too is tested elsewhere."""
+    with torch.compiler.set_stance("force_eager"):
+        live(seed, checkpoints, tmp_path, "cuda")

@@ -13,10 +13,14 @@ from longer.data.batches import plan_packs
 from longer.model.inputs import feature_tensors, to_tensors
 from longer.model.longer import Longer
 from longer.model.sweep import Asked
-from longer.serving.offline import Budget, Questions, best_items, score_all, score_lists, waves
+from longer.serving import offline
+from longer.serving.offline import best_items, packs_that_pay, score_all, score_lists, waves
+from longer.serving.packed import Packed
+from longer.serving.questions import Budget, Questions
 from tests.model.generate import random_candidates, random_features, random_histories, small_model
 
 MODEL = small_model(dtype=torch.float32)
+EXACT_MODEL = small_model()
 SEEDS = st.integers(0, 2**32 - 1)
 LENGTHS = st.lists(st.integers(0, 90), min_size=1, max_size=5)
 BYTES = st.sampled_from([2, 100_000, 1 << 30])
@@ -39,16 +43,76 @@ def forward(model: Longer, questions: Questions, candidates: Candidates) -> Floa
         return model(to_tensors(batch)).numpy()
 
 
+WAYS = {"swept": lambda rng, packs: np.zeros(packs, bool), "packed": lambda rng, packs: np.ones(packs, bool),
+        "some of each": lambda rng, packs: rng.random(packs) < 0.5}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
 @given(seed=SEEDS, lengths=LENGTHS, num_requests=st.integers(1, 12), num_bytes=BYTES)
-@settings(max_examples=20, deadline=None)
-def test_lists_of_candidates_equal_the_forward_pass_within_any_budget(
-    seed: int, lengths: list[int], num_requests: int, num_bytes: int
+@settings(max_examples=8, deadline=None)
+def test_lists_of_candidates_equal_the_forward_pass_in_either_way_within_any_budget(
+    way: str, seed: int, lengths: list[int], num_requests: int, num_bytes: int
 ) -> None:
+    """Also where requests, though never a user's in a run, are scored in different ways."""
     rng = np.random.default_rng(seed)
     questions = random_questions(rng, lengths, num_requests)
     candidates = random_candidates(rng, rng.integers(0, 7, num_requests).tolist())
-    scored = score_lists(questions, candidates, Budget(MODEL, num_bytes))
+    with patch.object(offline, "packs_that_pay", lambda packed, _: WAYS[way](rng, len(packed.packs))):
+        scored = score_lists(questions, candidates, Budget(MODEL, num_bytes))
     np.testing.assert_allclose(scored, forward(MODEL, questions, candidates), rtol=1e-5, atol=1e-5)
+
+
+@given(seed=SEEDS, lengths=LENGTHS, num_requests=st.integers(1, 12), num_bytes=BYTES)
+@settings(max_examples=6, deadline=None)
+def test_both_ways_are_one_in_float64(seed: int, lengths: list[int], num_requests: int, num_bytes: int) -> None:
+    rng = np.random.default_rng(seed)
+    questions = random_questions(rng, lengths, num_requests)
+    candidates = random_candidates(rng, rng.integers(0, 7, num_requests).tolist())
+    scored = []
+    for pay in (np.zeros, np.ones):
+        with patch.object(offline, "packs_that_pay", lambda packed, _, pay=pay: pay(len(packed.packs), bool)):
+            scored.append(score_lists(questions, candidates, Budget(EXACT_MODEL, num_bytes)))
+    np.testing.assert_allclose(*scored, rtol=1e-6, atol=1e-7)  # as float32 holds them
+
+
+def test_packs_are_chosen_where_few_windows_are_encoded_again_and_all_fit() -> None:
+    """User 0 asks in one window, user 1 once in each of many, user 2 in one about more than the budget holds."""
+    windows, rng = MODEL.windows, np.random.default_rng(0)
+    stride, start = windows.stride_events, 10 * windows.max_history_events
+    histories = random_histories(rng, [start + 40 * stride] * 3)
+    ends = [np.full(20, start), start + stride * np.arange(20), np.full(1, start)]
+    sizes = [[5] * 20, [1] * 20, [20_000]]
+
+    def packed_users(users: list[int], num_bytes: int) -> set[int]:
+        row_R = np.repeat(users, [len(ends[user]) for user in users])
+        end_R = np.concatenate([ends[user] for user in users])
+        questions = Questions(histories, row_R, end_R, np.full(len(row_R), 2 * 10**12))
+        candidates = random_candidates(rng, [n for user in users for n in sizes[user]])
+        packed = Packed.of(MODEL, questions, candidates, 64)
+        return set(packed.row_P[packs_that_pay(packed, Budget(MODEL, num_bytes))].tolist())
+
+    assert packed_users([0, 2], 1 << 30) == set(), "on a CPU"
+    with patch.object(offline, "has_kernels", lambda _: True):
+        assert packed_users([0, 2], 4 << 20) == {0}
+        assert packed_users([0, 2], 1 << 30) == {0, 2}
+        assert packed_users([1], 1 << 30) == set()
+        assert packed_users([0, 1, 2], 1 << 30) == {0, 1, 2}, "together it pays"
+        assert packed_users([1, 2], 4 << 20) == set(), "what does not fit counts for nothing"
+
+
+def test_a_pass_of_packs_stays_within_its_budget_or_is_one_pack() -> None:
+    rng = np.random.default_rng(0)
+    questions = random_questions(rng, [90, 30, 60, 0], 40)
+    candidates = random_candidates(rng, rng.integers(0, 60, 40).tolist())
+    packed = Packed.of(MODEL, questions, candidates, 4)
+    cost_P = packed.num_events_P + packed.num_candidates_P
+    assert len(packed.packs) > 10
+    for most in (1, 150, 10**9):
+        passes = [picked_C for picked_C, _ in packed.passes(cost_P, most)]
+        assert sorted(np.concatenate(passes)) == list(range(int(candidates.offsets_R1[-1])))
+        costs = [len(picked_C) for picked_C in passes]
+        assert len(passes) == 1 or max(costs) <= max(most, packed.num_candidates_P.max())
+    assert len(list(packed.passes(cost_P, 1))) == (packed.num_candidates_P > 0).sum()
 
 
 @given(seed=SEEDS, lengths=LENGTHS, num_items=st.integers(1, 12), top_k=st.integers(1, 30), num_bytes=BYTES)

@@ -3,6 +3,7 @@
 import gc
 import weakref
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ from longer.arrays import Histories
 from longer.model.longer import Longer
 from longer.model.pinned import pinned_words
 from longer.model.pool import Precision, StateLayout, StatePool
-from longer.model.states import UserState, append, encode, new_slots, rows_for, score
-from longer.serving.cache import Entry, Known, StateVersion
+from longer.model.states import UserState, append, computing_dtype, encode, new_slots, rows_for, score
+from longer.serving.cache import Entry, Known, StateVersion, Tier
 from longer.serving.fingerprint import EventPrint
 from longer.serving.kept_states import pack, unpack
 from longer.serving.store import BATCH_USERS, StateStore
@@ -26,21 +27,30 @@ from tests.model.test_precision import TOLERANCE as SHORTENED
 NO_EVENTS = EventPrint(0, 0, np.zeros(1, np.uint64), np.uint64(0))
 NUM_USERS, MOST_EVENTS = 6, 60
 REQUEST_TS = 2_000_000_000_000
-MODELS: dict[Precision, list[Longer]] = {
-    "float64": [small_model(0), small_model(1)],
-    "float32": [small_model(0, torch.float32), small_model(1, torch.float32)],
-}
-EXACT = {model: small_model(seed) for models in MODELS.values() for seed, model in enumerate(models)}
-MODELS |= dict.fromkeys(SHORTENED, MODELS["float32"])
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="has no GPU"))]
+EXACT: dict[Longer, Longer] = {}
+"""Models with the same weights in float64 on the CPU."""
+
+
+@cache
+def models_for(precision: Precision, device: str) -> list[Longer]:
+    dtype = torch.float64 if precision == "float64" else torch.float32
+    models = [small_model(seed, dtype).to(device) for seed in (0, 1)]
+    EXACT.update({model: small_model(seed) for seed, model in enumerate(models)})
+    return models
+
+
 EXACTLY: dict[Precision, float] = {"float64": 1e-10, "float32": 1e-5}
 """Relative, and absolute near zero."""
+IN_BF16 = 0.02
+"""Most that a probability of these models moves where products are in bf16 too: on a GPU, whatever a state is kept in."""
 
 
 class World:
     """Users who do something, models that come and go, and a store too small for all of them."""
 
-    def __init__(self, precision: Precision, seed: int, num_device: int, num_host: int) -> None:
-        self.rng, self.models = np.random.default_rng(seed), MODELS[precision]
+    def __init__(self, precision: Precision, seed: int, num_device: int, num_host: int, device: str = "cpu") -> None:
+        self.rng, self.models = np.random.default_rng(seed), models_for(precision, device)
         self.histories = random_histories(self.rng, [MOST_EVENTS] * NUM_USERS)
         self.end_U = np.zeros(NUM_USERS, np.int64)
         self.store = StateStore(self.models[0], 0, 0, precision)
@@ -99,7 +109,9 @@ class World:
             probabilities = (
                 torch.from_numpy(np.asarray(x, np.float64)[:, 0]).sigmoid().numpy() for x in (scores, expected)
             )
-            np.testing.assert_allclose(*probabilities, rtol=0, atol=SHORTENED[self.precision])
+            is_in_bf16 = computing_dtype(self.model, self.store.pool) == torch.bfloat16
+            tolerance = IN_BF16 if is_in_bf16 else SHORTENED[self.precision]
+            np.testing.assert_allclose(*probabilities, rtol=0, atol=tolerance)
 
     def restart(self) -> None:
         """Another store takes in what this one leaves."""
@@ -125,10 +137,14 @@ LIVES = {
 
 
 def live(
-    precision: Precision, seed: int, budgets: tuple[int, int], batches: list[tuple[list[tuple[int, int]], str]]
+    precision: Precision,
+    device: str,
+    seed: int,
+    budgets: tuple[int, int],
+    batches: list[tuple[list[tuple[int, int]], str]],
 ) -> None:
     """Each batch's scores are compared with the float64 reference, and each byte is accounted for."""
-    world = World(precision, seed, *budgets)
+    world = World(precision, seed, *budgets, device)
     for batch, happening in batches:
         if happening == "other model":
             world.version = 1 - world.version
@@ -139,38 +155,129 @@ def live(
             world.restart()
         for user, num_new in batch:
             world.end_U[user] = min(MOST_EVENTS, world.end_U[user] + num_new)
-        world.ask(list(dict.fromkeys(user for user, _ in batch)))
+        with torch.compiler.set_stance("force_eager"):  # compiling takes minutes and is tested with the model
+            world.ask(list(dict.fromkeys(user for user, _ in batch)))
         world.store.release()
-        assert world.store.num_bytes <= world.store.budget_bytes
-        assert world.store.host_bytes <= world.store.host_budget_bytes
-        assert world.store.pool.slots.used_units * world.store.layout.row_bytes == world.store.num_bytes
+        check_bytes(world.store)
+
+
+def check_bytes(store: StateStore) -> None:
+    """No tier holds more than its budget, and every row that is taken is some state's, or its copy in host memory."""
+    assert store.num_bytes <= store.budget_bytes
+    assert store.host_bytes <= store.host_budget_bytes
+    assert store.pool.slots.used_units * store.layout.row_bytes == store.num_bytes
+    if store._host is not None:
+        num_copied = sum(slot.size for slot in store._copied_from.values())
+        assert (store._host.slots.used_units - num_copied) * store.layout.row_bytes == store.host_bytes
+        assert all(held.tier == Tier.DEVICE for held in store._copied_from)
+
+
+Batches = list[tuple[list[tuple[int, int]], str]]
 
 
 @pytest.mark.parametrize("precision", EXACTLY)
 @given(**LIVES)
 @settings(max_examples=30, deadline=None)
 def test_no_history_of_a_state_shows_in_its_scores(
-    precision: Precision, seed: int, budgets: tuple[int, int], batches: list[tuple[list[tuple[int, int]], str]]
+    precision: Precision, seed: int, budgets: tuple[int, int], batches: Batches
 ) -> None:
     """Slow: each example has up to twelve batches, and the float64 reference of each."""
-    live(precision, seed, budgets, batches)
+    live(precision, "cpu", seed, budgets, batches)
 
 
 @pytest.mark.parametrize("precision", SHORTENED)
 @given(**LIVES)
 @settings(max_examples=8, deadline=None)
 def test_no_history_of_a_state_moves_its_scores_beyond_what_fewer_bits_do(
-    precision: Precision, seed: int, budgets: tuple[int, int], batches: list[tuple[list[tuple[int, int]], str]]
+    precision: Precision, seed: int, budgets: tuple[int, int], batches: Batches
 ) -> None:
-    live(precision, seed, budgets, batches)
+    live(precision, "cpu", seed, budgets, batches)
 
 
-def test_nothing_is_left_of_a_user_who_is_forgotten_in_any_tier() -> None:
-    world = World("float32", 0, 2, 2)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="copies between a GPU and pinned memory")
+@pytest.mark.parametrize("precision", [*EXACTLY, *SHORTENED])
+@given(**LIVES)
+@settings(max_examples=6, deadline=None)
+def test_no_history_of_a_state_on_a_gpu_shows_in_its_scores(
+    precision: Precision, seed: int, budgets: tuple[int, int], batches: Batches
+) -> None:
+    """Slow: kernels are launched one by one."""
+    live(precision, "cuda", seed, budgets, batches)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_states_that_move_between_tiers_beside_other_work_keep_every_byte(device: str) -> None:
+    """Each slot is filled with a number of its own; a GPU is kept behind, so that a copy which does not wait copies another."""
+    model, rng = (
+        small_model(0, torch.float32, history_events=3_000, event_width=16).to(device),
+        np.random.default_rng(0),
+    )
+    layout = StateLayout.of(model, "float32")
+    largest_bytes = layout.largest_rows * layout.row_bytes
+    store = StateStore(model, 3 * largest_bytes, 7 * largest_bytes, "float32")
+    with torch.compiler.set_stance("force_eager"):
+        [empty] = encode(model, store.pool, random_histories(rng, [0]), store.slots([1]))
+    store.release()
+    version, number_of, wrong = StateVersion("m", "s", "appendable"), dict[int, int](), []
+    for step in range(400 if device == "cuda" else 100):
+        users = rng.choice(14, 4, replace=False).tolist()
+        taken = {user: store.take(user, version) for user in users}
+        store.bring(held for held in taken.values() if held)
+        for user, held in taken.items():
+            slot = held.entry.state.slot if held else store.slots([layout.largest_rows])[0]
+            words_NI = store.pool.words_NI[slot.start : slot.start + slot.size]
+            if held:
+                wrong.append((words_NI != number_of[user]).any())
+            if device == "cuda" and rng.random() < 0.3:
+                torch.cuda._sleep(int(rng.integers(2_000_000)))  # cycles
+            if held and rng.random() < 0.5:
+                continue
+            number_of[user] = 100 * step + user
+            words_NI.fill_(number_of[user])
+            entry = Entry(replace(empty, slot=slot), 0, 0, Known("t", 0), NO_EVENTS, True)
+            if held:
+                store.update(user, entry)
+            else:
+                store.put(user, version, entry)
+        store.release()
+        check_bytes(store)
+    counters = store.counters
+    assert min(counters.promote, counters.demote, counters.evict) > 40
+    assert not torch.stack(wrong).any()
+    for held, _ in store.hottest(version):
+        assert (store.words(held) == number_of[held.user_key]).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("has_grown", [False, True])
+def test_a_state_that_goes_as_it_came_is_not_copied_and_one_that_grew_is(has_grown: bool, device: str) -> None:
+    world = World("float32", 0, 0, 3, device)
+    world.end_U += 20
+    with torch.compiler.set_stance("force_eager"):
+        world.ask([0])
+    store = world.store
+    store.release()
+    held = store.take(0, StateVersion("m0", "s", "appendable"))
+    assert held is not None
+    before = store.words(held)
+    store.bring([held])
+    slot = held.entry.state.slot
+    store.pool.words_NI[slot.start : slot.start + slot.size] = 9
+    if has_grown:
+        store.update(0, replace(held.entry, state=replace(held.entry.state)))
+    store.release()
+    assert store.num_bytes == 0
+    assert torch.equal(store.words(held), torch.full_like(before, 9) if has_grown else before)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_nothing_is_left_of_a_user_who_is_forgotten_in_any_tier(device: str) -> None:
+    world = World("float32", 0, 2, 2, device)
     for _ in range(2):
         world.end_U += 20
         for user in range(NUM_USERS):
-            world.ask([user])
+            with torch.compiler.set_stance("force_eager"):
+                world.ask([user])
             world.store.release()
     assert world.store.counters.demote > 0
     assert world.store.counters.evict > 0
@@ -181,7 +288,7 @@ def test_nothing_is_left_of_a_user_who_is_forgotten_in_any_tier() -> None:
         """How often times of the user's own events, which are rarely the same by chance, are anywhere in memory."""
         own_E, end = slice(*histories.offsets_B1[user : user + 2]), world.end_U[user]
         own_ts = np.setdiff1d(histories.event_ts_E[own_E][:end], np.delete(histories.event_ts_E, own_E))
-        return sum(int(np.isin(pool.words_I.numpy(), own_ts).sum()) for pool in pools)
+        return sum(int(np.isin(pool.words_I.cpu().numpy(), own_ts).sum()) for pool in pools)
 
     assert (
         max(times_of(user) for user in range(NUM_USERS)) > 40
@@ -200,13 +307,15 @@ def test_nothing_is_left_of_a_user_who_is_forgotten_in_any_tier() -> None:
     assert not any(user in world.store._index._gone for user in range(NUM_USERS))
 
 
-def test_a_long_run_of_any_operations_accounts_for_every_byte_in_both_tiers() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_long_run_of_any_operations_accounts_for_every_byte_in_both_tiers(device: str) -> None:
     """Slow: thirty thousand operations on the pools; a million of the allocator's alone are in tests/test_slots.py."""
-    model, rng = MODELS["float32"][0], np.random.default_rng(0)
+    model, rng = models_for("float32", device)[0], np.random.default_rng(0)
     layout = StateLayout.of(model, "float32")
     largest_bytes = layout.largest_rows * layout.row_bytes
     store = StateStore(model, 40 * largest_bytes, 60 * largest_bytes, "float32")
-    [empty] = encode(model, store.pool, random_histories(rng, [0]), store.slots([1]))
+    with torch.compiler.set_stance("force_eager"):
+        [empty] = encode(model, store.pool, random_histories(rng, [0]), store.slots([1]))
     store.release()
     version, rows = StateVersion("m", "s", "appendable"), np.arange(layout.smallest_rows, layout.largest_rows + 1)
     for _ in range(3_000):
@@ -221,11 +330,7 @@ def test_a_long_run_of_any_operations_accounts_for_every_byte_in_both_tiers() ->
         store.forget(int(rng.integers(400)))
         store.drop_stale(int(rng.integers(400)))
         store.release()
-        assert store.num_bytes <= store.budget_bytes
-        assert store.host_bytes <= store.host_budget_bytes
-        assert store.pool.slots.used_units * layout.row_bytes == store.num_bytes
-        assert store._host is not None
-        assert store._host.slots.used_units * layout.row_bytes == store.host_bytes
+        check_bytes(store)
     counters = store.counters
     assert min(counters.promote, counters.demote, counters.evict, counters.stale) > 100
     device_bytes, host_bytes = store.reserved_bytes

@@ -17,6 +17,7 @@ from longer.schema import EventSchema
 from longer.storage import read_bytes, write_bytes
 from longer.training.checkpoints import (
     TrainerState,
+    best_of_epochs,
     load_model,
     load_trainer,
     load_weights,
@@ -182,3 +183,10 @@ def test_training_does_not_start_from_weights_that_mean_something_else(
     with pytest.raises(UserError, match=says) as refused:
         load_weights(saved[0], change(settings_like(saved[1])))
     assert "\n" not in str(refused.value)
+
+
+def test_of_equally_good_epochs_the_one_that_is_kept_is_the_one_that_is_published() -> None:
+    done = [{"step": step, "score": score, "epochs": epochs} for step, score, epochs in
+            ((2, 0.9, None), (4, 0.5, 1), (8, 0.5, 2), (12, 0.4, 3))]  # fmt: skip
+    assert best_of_epochs(done[:1]) == []
+    assert [best_of_epochs(done[:n])[0]["step"] for n in (2, 3, 4)] == [4, 4, 4]

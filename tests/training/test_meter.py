@@ -43,7 +43,7 @@ def test_waiting_for_items_is_timed_and_what_is_done_with_them_is_not() -> None:
     assert 0.04 <= timer.take()["data_wait"] < 0.5
 
 
-def test_shares_are_of_the_time_without_pauses_and_a_line_tells_the_wait() -> None:
+def test_shares_are_of_the_time_without_pauses_and_a_note_tells_the_wait() -> None:
     meter = Meter(num_steps=4, first_step=0, device=CPU)
     with meter.paused():
         time.sleep(0.2)
@@ -53,8 +53,7 @@ def test_shares_are_of_the_time_without_pauses_and_a_line_tells_the_wait() -> No
     meter.add_phases({"data_wait": 0.05})
     assert 0.5 < meter.rates()["data_wait_share"] <= 1
     assert meter.rates()["impressions_per_s"] > 50 / 0.29
-    assert "step 1/4" in meter.line(1)
-    assert "waiting for data" in meter.line(1)
+    assert "waiting for data" in meter.note(1)
 
 
 def scalars_in(folder: str) -> dict[str, list[tuple[int, float]]]:

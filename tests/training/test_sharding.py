@@ -3,6 +3,7 @@
 With two GPUs, over NCCL and in CUDA graphs.
 """
 
+import time
 import traceback
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,7 +27,7 @@ from longer.training.validation import validate
 from longer.training_settings import TaskSettings, TrainSettings
 from tests.model.generate import random_candidates, random_histories, request_batch, small_model
 
-NUM_WORKERS, NUM_STEPS = 2, 4
+NUM_WORKERS, NUM_STEPS, LATE_S = 2, 4, 1.0
 ON_CUDA = torch.cuda.device_count() >= NUM_WORKERS
 DTYPE = torch.float32 if ON_CUDA else torch.float64
 CLOSE = {"rtol": 1e-3, "atol": 1e-3} if ON_CUDA else {"rtol": 1e-8, "atol": 1e-10}
@@ -47,6 +48,9 @@ class Outcome:
     skips: bool
     waited: str
     """Where the host waited for its device within a step."""
+
+    phases_s: dict[str, float]
+    """Where the time of a step went for which the second worker laid its batch out too late."""
 
 
 def batches_of(model: Longer, step: int, rank: int) -> list[RequestBatch]:
@@ -84,9 +88,18 @@ def outcome_of(stepper: Stepper, rank: int) -> Outcome:
     metrics = validate(one_users_requests(model), stepper.outputs, TRAIN["tasks"], rank, NUM_WORKERS)
     whole = weights_of(model, stepper.whole), moments_of(model, stepper.optimizer, stepper.whole)
     num_item_rows = len(model.embedding.item.embedding.weight)
-    return Outcome(
-        steps, outputs_CT, metrics, *whole, num_item_rows, skips_if_one_overflows(stepper, rank), waits(stepper, rank)
-    )
+    skips = skips_if_one_overflows(stepper, rank)
+    phases_s = phases_beside_a_late_worker(stepper, rank)
+    return Outcome(steps, outputs_CT, metrics, *whole, num_item_rows, skips, waits(stepper, rank), phases_s)
+
+
+def phases_beside_a_late_worker(stepper: Stepper, rank: int) -> dict[str, float]:
+    batches = batches_of(cast(Longer, stepper.model), 0, rank)
+    stepper.timer.take()
+    if rank == 1:
+        time.sleep(LATE_S)
+    stepper.step([stepper.staged(batch) for batch in batches], [1.0, 1.0], num_candidates=300)
+    return stepper.timer.take()
 
 
 def waits(stepper: Stepper, rank: int) -> str:
@@ -211,6 +224,15 @@ def test_gradients_that_overflow_on_one_owner_make_every_worker_skip_the_step(
     outcomes: tuple[Outcome, Outcome],
 ) -> None:
     assert [outcome.skips for outcome in outcomes] == [True, True]
+
+
+def test_the_wait_for_another_workers_data_is_told_from_this_workers_own_work(
+    outcomes: tuple[Outcome, Outcome],
+) -> None:
+    for outcome in outcomes:
+        assert set(outcome.phases_s) == {"others_wait", "forward", "backward", "exchange", "optimizer"}
+        assert 0.8 * LATE_S < outcome.phases_s["others_wait"] < 2 * LATE_S
+        assert outcome.phases_s["forward"] + outcome.phases_s["backward"] < 0.8 * LATE_S
 
 
 def test_a_worker_with_nothing_to_validate_lends_its_rows_to_the_others(outcomes: tuple[Outcome, Outcome]) -> None:

@@ -20,13 +20,15 @@ from longer.config import Settings
 from longer.data.scores import read_scores
 from longer.data.tables import RequestTable
 from longer.errors import UserError
-from longer.storage import Version
+from longer.runner import user_error_in
+from longer.storage import Version, file_sizes, write_bytes
 from longer.training import loop
 from longer.training.checkpoints import TrainerState, load_model, read_trainer_state
-from longer.training.content import tally
+from longer.training.content import Job, read_requests, tally
 from longer.training.cursor import Position
 from longer.training.loop import Run, train_worker
 from longer.training.metrics import auc
+from longer.training.run import pin_tables, remove_old_runs
 from tests.data.test_build_on_ray import run_all, settings_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
@@ -119,10 +121,9 @@ def test_a_run_with_kills_and_changing_workers_ends_where_an_undisturbed_one_doe
     undisturbed = train.run(undisturbed_settings).manifest
     assert undisturbed["trained"] == trained[1].manifest["trained"]
     folder = Path(undisturbed_settings.path("training", undisturbed["version"]))
-    scores = [r["validation"]["label"]["auc"] for r in undisturbed["history"] if "validation" in r]
-    kept = {3 * EVERY, 4 * EVERY, (1 + scores.index(max(scores))) * EVERY}
+    kept = {3 * EVERY, 4 * EVERY, undisturbed["step"]}
     whole = {int(path.parent.name[5:]) for path in folder.glob("step_*/trainer.safetensors")}
-    assert whole == kept, "the newest two checkpoints and the best one"
+    assert whole == kept, "the newest two checkpoints and the one that was published"
     assert list(folder.glob("tensorboard/events*"))
     ends = [[r for r in m["history"] if "validation" in r][-1] for m in (undisturbed, trained[1].manifest)]
     assert ends[1]["validation"]["label"]["logloss"] == pytest.approx(
@@ -139,18 +140,17 @@ def test_the_manifest_proves_that_each_epoch_trained_every_request_of_the_split_
     (trained_on,) = version.manifest["trained"]
     assert len(ids) == table.version.manifest["num_requests"]["train"]
     assert trained_on["epochs"] == [tally(ids)] * 2
-    assert (sum(trained_on["published_after"]) == 2 * len(ids)) == (version.manifest["step"] == _last_step(version))
+    assert trained_on["published_after_epochs"] == version.manifest["step"] / (2 * EVERY)
+    assert version.manifest["skipped"] == {"steps": 0, "requests": 0}
     assert trained_on["requests"] == table.version.id
 
 
-def _last_step(version: Version) -> int:
-    return max(record["step"] for record in version.manifest["history"])
-
-
-def test_the_published_checkpoint_is_the_best_by_validation(trained: tuple[Settings, Version]) -> None:
+def test_the_published_checkpoint_is_the_best_of_those_that_have_trained_their_whole_split(
+    trained: tuple[Settings, Version],
+) -> None:
     settings, version = trained
     scores = {r["step"]: r["validation"]["label"]["auc"] for r in version.manifest["history"] if "validation" in r}
-    assert version.manifest["step"] == max(scores, key=lambda step: scores[step])
+    assert version.manifest["step"] == max((2 * EVERY, 4 * EVERY), key=lambda step: scores[step])
     assert (
         load_model(version.path, expected_schema=settings.event_schema)[1].model_version
         == version.manifest["model_version"]
@@ -183,8 +183,22 @@ def test_a_run_that_finished_but_was_not_published_is_published_without_training
         assert again.manifest[key] == version.manifest[key]
 
 
-def worker_whose_storage_fails_once(config: dict[str, Any]) -> None:
-    """The worker function, but the first upload fails half-way as S3 sometimes does, and Ray uploads again."""
+def with_overflows(take_step: Any, overflows: Any) -> Any:
+    """A step that leaves gradients that are not finite where `overflows` says so of its number within the epoch."""
+
+    def step(run: Run, work: Any) -> Any:
+        run.stepper.optimizer.scaling.scale.fill_(torch.inf if overflows(work.position.step) else 1.0)
+        return take_step(run, work)
+
+    return step
+
+
+def worker_in_trouble(config: dict[str, Any]) -> None:
+    """The worker function, but the first upload fails half-way as S3 sometimes does, and two steps of each epoch overflow.
+
+    The tables are gone by then: they have been read, once for all workers and all starts.
+    """
+    shutil.rmtree(config["job"].settings.path("tables"))
     save, failed = loop.save_trainer, []
 
     def save_trainer(directory: str, moments: Any, state: TrainerState) -> None:
@@ -194,22 +208,85 @@ def worker_whose_storage_fails_once(config: dict[str, Any]) -> None:
         save(directory, moments, state)
 
     loop.save_trainer = save_trainer  # type: ignore[assignment]
+    Run._step = with_overflows(Run._step, lambda step: step in (3, 4))  # type: ignore[method-assign]
     train_worker(config)
 
 
+@pytest.fixture(scope="module")
+def troubled(tables: Settings, tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, Version]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("longer.training.run.train_worker", worker_in_trouble)
+        asked = {"num_workers": 1, "validate_every_steps": 21, "max_failures": 0}
+        settings = settings_for(tables, tmp_path_factory.mktemp("troubled"), **asked)
+        return settings, train.run(settings)
+
+
 def test_an_upload_that_is_tried_again_loses_no_checkpoint_and_a_checkpoint_no_loss(
-    tables: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    troubled: tuple[Settings, Version],
 ) -> None:
     """Losses since the last record are recorded at a checkpoint, or a run that is resumed there would not have them."""
-    monkeypatch.setattr("longer.training.run.train_worker", worker_whose_storage_fails_once)
-    settings = settings_for(tables, tmp_path, num_workers=1, validate_every_steps=21, max_failures=0)
-    version = train.run(settings)
-    folder = Path(settings.path("training", version.id))
-    assert [read_trainer_state(str(folder / f"step_{step:07d}")).checkpoints[-1]["step"] for step in (21, 32)] == [
-        21,
-        32,
-    ]
-    assert {21, 32} <= {record["step"] for record in version.manifest["history"] if "loss" in record}
+    settings, version = troubled
+    folder, steps = Path(settings.path("training", version.id)), (16, 21, 32)
+    states = [read_trainer_state(str(folder / f"step_{step:07d}")) for step in steps if step in (21, 32)]
+    assert [state.checkpoints[-1]["step"] for state in states] == [21, 32]
+    assert [checkpoint["step"] for checkpoint in states[-1].checkpoints] == list(steps), "an epoch ends with one, too"
+    assert set(steps) <= {record["step"] for record in version.manifest["history"] if "loss" in record}
+
+
+def test_steps_that_changed_nothing_are_told_with_their_requests_and_are_not_trained_again(
+    troubled: tuple[Settings, Version],
+) -> None:
+    _, version = troubled
+    epochs, skipped = version.manifest["trained"][-1]["epochs"], version.manifest["skipped"]
+    assert epochs[0] == epochs[1]
+    assert skipped["steps"] == 4
+    assert skipped["requests"] == pytest.approx(4 / 16 * epochs[0]["num_requests"], rel=0.5)
+    told = [(r["skipped_steps"], r["skipped_requests"]) for r in version.manifest["history"] if "skipped_steps" in r]
+    assert told[0] == (0, 0)
+    assert told[-1] == (4, skipped["requests"])
+
+
+def worker_that_never_learns(config: dict[str, Any]) -> None:
+    """The worker function, but no step from the fourth on has finite gradients; `starts` gets a line for each start."""
+    with (Path(config["job"].settings.root) / "starts").open("a") as starts:
+        starts.write("start\n")
+    loop._MOST_SKIPPED_IN_ROW = 6
+    Run._step = with_overflows(Run._step, lambda step: step >= 3)  # type: ignore[method-assign]
+    train_worker(config)
+
+
+def test_a_mistake_that_a_worker_finds_ends_the_run_at_once_in_one_line(
+    tables: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longer.training.run.train_worker", worker_that_never_learns)
+    with pytest.raises(TrainingFailedError) as raised:
+        train.run(settings_for(tables, tmp_path, num_workers=2, epochs=1, max_failures=3))
+    assert str(user_error_in(raised.value)).startswith("training: the gradients of steps 4 to 9 are not finite")
+    assert len((tmp_path / "starts").read_text().split()) == 2, "each of two workers started once"
+
+
+@pytest.mark.parametrize("on_s3", [False, True])
+def test_old_runs_keep_their_scalars_and_nothing_large(
+    on_s3: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue("s3") if on_s3 else str(tmp_path)
+    for number, run in enumerate(("older", "old", "new")):
+        for name in ("step_0000001/trainer.safetensors", "step_0000001/model.json", "tensorboard/events"):
+            write_bytes(f"{folder}/training/{run}/{name}", b"x")
+        if number < 2:
+            time.sleep(1.1 if on_s3 else 0.05)  # S3 dates files to the second
+    remove_old_runs(f"{folder}/training", 2)
+    left = sorted(file_sizes(f"{folder}/training"))
+    assert left == sorted(
+        [
+            *(
+                f"{run}/{name}"
+                for run in ("old", "new")
+                for name in ("step_0000001/model.json", "step_0000001/trainer.safetensors", "tensorboard/events")
+            ),
+            "older/tensorboard/events",
+        ]
+    )
 
 
 def test_one_and_two_workers_have_the_same_gradient_from_the_same_checkpoint(
@@ -257,6 +334,12 @@ def test_evaluation_publishes_scores_that_have_its_metrics(
 
 def _label_lists(requests: Any) -> list[np.ndarray]:
     return np.split(requests.labels["label"], requests.candidates.offsets_R1[1:-1])
+
+
+def test_the_histories_of_both_splits_are_held_once(tables: Settings) -> None:
+    data, valid = read_requests(Job(tables, pin_tables(tables)[1]))
+    assert valid
+    assert data.histories is valid.histories
 
 
 def test_more_workers_than_a_local_ray_holds_are_refused(tables: Settings, tmp_path: Path) -> None:

@@ -7,13 +7,13 @@ S private keys of a query.
 import math
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longer.model.fuse import fused_on_cuda
+from longer.model.fuse import fused_on_cuda, has_kernels
 from longer.model.recompute import run
 
 _ROTATED_SHARE = 4
@@ -81,6 +81,16 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.rotation = Rotation(width // num_heads)
         self.recompute = False
+        self.joined: tuple[Tensor, Tensor] | None = None
+
+    def join_projections(self) -> None:
+        """Keeps one matrix and bias of queries, keys and values, which training would not keep up to date."""
+        weight, bias = self._projections()
+        self.joined = weight.detach(), bias.detach()
+
+    def _projections(self) -> tuple[Tensor, Tensor]:
+        both = self.query, self.key_value
+        return torch.cat([linear.weight for linear in both]), torch.cat([linear.bias for linear in both])
 
     @torch.no_grad()
     def begin_as_search(self, blind_to_D: Tensor) -> None:
@@ -109,8 +119,7 @@ class Block(nn.Module):
     @fused_on_cuda
     def project(self, x_TD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of tokens that are both, [..., H, Z]: one product."""
-        weight = torch.cat([self.query.weight, self.key_value.weight])
-        bias = torch.cat([self.query.bias, self.key_value.bias])
+        weight, bias = self.joined or self._projections()
         query, key, value = F.linear(self.norm_attention(x_TD), weight, bias).chunk(3, dim=-1)
         return rotate(self._heads(query), cos, sin), rotate(self._heads(key), cos, sin), self._heads(value)
 
@@ -134,11 +143,30 @@ class Block(nn.Module):
         query = rotate(self._heads(self.query(last[0])), last[1], last[2])
         return query, rotate(self._heads(key), cos, sin), self._heads(value), last[3].clone()
 
-    @fused_on_cuda
     def finish(self, x_TD: Tensor, attended_TD: Tensor) -> Tensor:
         """The rest of the layer, given what the queries gathered."""
+        wide = cast(nn.Linear, self.feed_forward[0])
+        if not has_kernels(x_TD) or wide.weight.dtype != torch.bfloat16:
+            return self._finish(x_TD, attended_TD)
+        # Weights in bf16 serve and do not learn: their product and GELU are one kernel, which takes GELU's tanh form, 5e-4 from
+        # the other at most.
+        x_TD, normed_TD = self._before_wide(x_TD, attended_TD)
+        hidden_TW = torch._addmm_activation(wide.bias, normed_TD, wide.weight.t(), use_gelu=True)
+        return self._after_wide(x_TD, hidden_TW)
+
+    @fused_on_cuda
+    def _finish(self, x_TD: Tensor, attended_TD: Tensor) -> Tensor:
         x_TD = x_TD + self.dropout(self.output(attended_TD))
         return x_TD + self.dropout(self.feed_forward(self.norm_feed_forward(x_TD)))
+
+    @fused_on_cuda
+    def _before_wide(self, x_TD: Tensor, attended_TD: Tensor) -> tuple[Tensor, Tensor]:
+        x_TD = x_TD + self.output(attended_TD)
+        return x_TD, self.norm_feed_forward(x_TD).to(torch.bfloat16)
+
+    @fused_on_cuda
+    def _after_wide(self, x_TD: Tensor, hidden_TW: Tensor) -> Tensor:
+        return x_TD + self.feed_forward[2](hidden_TW)
 
     def _heads(self, x_TD: Tensor) -> Tensor:
         return x_TD.unflatten(-1, (self.num_heads, -1))

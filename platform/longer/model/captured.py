@@ -1,4 +1,4 @@
-"""Forward and backward of the flat pass as one CUDA graph: a step costs its kernels, not their launches.
+"""Forward and backward of the flat pass as two CUDA graphs: a step costs its kernels, not their launches.
 
 C candidates.
 """
@@ -55,8 +55,8 @@ def keys_of(flat: FlatBatch) -> tuple[npt.NDArray, npt.NDArray, npt.NDArray]:
 class CapturedPass:
     """Gradients of a loss in the model's parameters and large tables, replayed for any batch staged in the same room.
 
-    `loss(outputs, labels, exists_C)` must not read the device; where `exists_C` is false stands filling. Each call replaces the
-    parameters' `.grad` and what the tables noted. What is random, dropout, is captured with the generator's state, as
+    `loss(outputs, labels, exists_C)` must not read the device; where `exists_C` is false stands filling. Each `forward` is followed
+    by its `backward`; apart, so that each can be timed. What is random, dropout, is captured with the generator's state, as
     `torch.cuda.CUDAGraph` does. With `is_lent`, the graph reads the large tables' rows where each call puts those of its batch.
     """
 
@@ -85,32 +85,40 @@ class CapturedPass:
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
             for _ in range(_WARM_UP_STEPS):
-                self._run()
+                self._backward(self._forward())
         torch.cuda.current_stream().wait_stream(beside)
         model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()  # of the warm-up: the graph has memory of its own
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # another thread stages batches meanwhile
-            self.value = self._run()
+        self._forward_graph, self._backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        mode = "thread_local"  # another thread stages batches meanwhile
+        with torch.cuda.graph(self._forward_graph, capture_error_mode=mode):
+            value = self._forward()
+        with torch.cuda.graph(self._backward_graph, pool=self._forward_graph.pool(), capture_error_mode=mode):
+            self._backward(value)
+        self._value = value.detach()
         self.gradients = [parameter.grad for parameter in model.parameters()]
         self.reads = [list(table.reads or ()) for table in self._tables]
 
-    def __call__(self, batch: Staged, scale: Tensor, held: Mapping[str, HeldRows] = _NOTHING) -> Tensor:
-        """The loss of the batch, valid until the next call; gradients, of `scale` times that loss, are where training looks."""
+    def forward(self, batch: Staged, held: Mapping[str, HeldRows] = _NOTHING) -> Tensor:
+        """The loss of the batch, valid until the next call."""
         for dtype, buffer in batch.buffers.items():
             self.buffers[dtype].copy_(buffer, non_blocking=True)
         self.num_candidates.fill_(batch.num_candidates)
-        self.scale.copy_(scale)
         for name, rows in held.items():
             self._held[name].put(rows)
-        self.graph.replay()
+        self._forward_graph.replay()
+        return self._value
+
+    def backward(self, scale: Tensor) -> None:
+        """Gradients of `scale` times that loss, where training looks: they replace the parameters' and what the tables noted."""
+        self.scale.copy_(scale)
+        self._backward_graph.replay()
         for parameter, gradient in zip(self.model.parameters(), self.gradients, strict=True):
             parameter.grad = gradient
         for table, reads in zip(self._tables, self.reads, strict=True):
             table.reads[:] = reads  # type: ignore[index]
-        return self.value
 
-    def _run(self) -> Tensor:
+    def _forward(self) -> Tensor:
         self.model.zero_grad(set_to_none=True)
         for table in self._tables:
             table.reads.clear()  # type: ignore[union-attr]
@@ -119,6 +127,7 @@ class CapturedPass:
         ):
             output_CT = flat_outputs(self.model, self.flat, self.tensors)
         exists_C = torch.arange(len(output_CT), device=self.device) < self.num_candidates
-        value = self.loss(output_CT, under("label.", self.tensors), exists_C)
+        return self.loss(output_CT, under("label.", self.tensors), exists_C)
+
+    def _backward(self, value: Tensor) -> None:
         (value * self.scale).backward()
-        return value.detach()

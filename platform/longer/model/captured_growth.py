@@ -54,10 +54,10 @@ class CapturedGrowth:
 
 def room_for(growth: Growth, num_users: int) -> Room:
     """Room for the growth of at most so many users, of one of a few sizes."""
-    exact, layout = growth.room(), growth.pool.layout
+    layout = growth.pool.layout
     is_moving = bool((growth.has_moved_B | growth.is_elsewhere_B).any())
     num_moving = num_users * is_moving  # all of them: how many do would be one more size
-    events = max(_coarsely(exact.events), num_users * _EVENTS_A_USER)
+    events = max(_coarsely(growth.num_events), num_users * _EVENTS_A_USER)
     groups = events // layout.windows.merge_size
     most_events = int(layout.event_words(np.array(layout.most_groups)))
     return Room(
@@ -66,8 +66,8 @@ def room_for(growth: Growth, num_users: int) -> Room:
         computed=min(groups, num_users * layout.most_query_groups) + num_moving * layout.most_query_groups,
         copied_rows=num_moving * (layout.most_groups + (layout.num_layers - 1) * layout.most_query_groups),
         copied_vectors=num_moving * layout.most_query_groups,
-        kept=most_events if exact.kept else 0,
-        newest=_coarsely(exact.newest),
+        kept=most_events if growth.most_kept else 0,
+        newest=_coarsely(growth.most_newest),
         moves=is_moving,
     )
 

@@ -17,12 +17,16 @@ from longer.model.shared_attention import Pair, Readers
 
 @dataclass(frozen=True)
 class Groups:
-    """Keys and values of a layer's groups, flat, [N, H, Z]: history b's are the `num_keys_B[b]` rows from `begin_B[b]` on."""
+    """Keys and values of a layer's groups, flat, [N, H, Z]: history b's are the `num_keys_B[b]` rows from `begin_B[b]` on.
+
+    With `scales_NH` each head of a key and a value is times one of them.
+    """
 
     pair_NHZ: Pair
     begin_B: Tensor
     num_keys_B: Tensor
     max_keys: int
+    scales_NH: Pair | None = None
 
     def readers(self, offsets_B1: Tensor, **reads: Any) -> Readers:
         """Of these groups, by queries sorted by history."""

@@ -16,6 +16,7 @@ from longer.model.fuse import fused_on_cuda
 from longer.model.group_attention import attend_in_groups
 from longer.model.inputs import EventTensors
 from longer.model.recompute import run
+from longer.model.small_tables import read_rows
 from longer.model_settings import ModelSettings
 from longer.schema import EventSchema
 
@@ -80,7 +81,7 @@ class HashedTable(nn.Module):
         if self.held is not None:
             weight, rows = self.held.weight_Ud, torch.searchsorted(self.held.rows_U, rows)
         if self.reads is None or not torch.is_grad_enabled():
-            return F.embedding(rows, weight)
+            return read_rows(weight, rows)
         return _NotedLookup.apply(self.embedding.weight, weight, rows, self.reads)
 
 
@@ -119,7 +120,8 @@ class Gap(nn.Module):
     def forward(self, later_ts: Tensor, earlier_ts: Tensor) -> Tensor:
         none_before = earlier_ts == _NO_EVENT_TS
         gap_s = torch.where(none_before, 0, later_ts - earlier_ts) // 1000
-        return self.embedding(torch.where(none_before, _NUM_GAPS, torch.bucketize(gap_s, self.edges_s, right=True)))
+        rows = torch.where(none_before, _NUM_GAPS, torch.bucketize(gap_s, self.edges_s, right=True))
+        return read_rows(self.embedding.weight, rows)
 
 
 class HourOfWeek(nn.Module):
@@ -129,7 +131,7 @@ class HourOfWeek(nn.Module):
         nn.init.normal_(self.embedding.weight, std=_STD)
 
     def forward(self, ts: Tensor) -> Tensor:
-        return self.embedding((ts // _MS_PER_HOUR + _THURSDAY) % _HOURS_PER_WEEK)
+        return read_rows(self.embedding.weight, (ts // _MS_PER_HOUR + _THURSDAY) % _HOURS_PER_WEEK)
 
 
 def _number(width: int) -> nn.Linear:

@@ -12,7 +12,7 @@ from torch import nn
 from longer.arrays import Candidates, Histories, Int64
 from longer.model.captured_growth import CapturedGrowth
 from longer.model.captured_scores import CapturedScores
-from longer.model.fuse import plainly
+from longer.model.fuse import has_kernels, plainly
 from longer.model.longer import Longer
 from longer.model.pool import StatePool
 from longer.model.states import Grow, UserState, append, computing_dtype, encode, score
@@ -22,7 +22,7 @@ Score = Callable[[Sequence[UserState], Int64, Candidates], npt.NDArray]
 
 
 class StateEngine:
-    """Encodes, appends and scores as `states` does; captured on CUDA, where the pool keeps what the kernels read.
+    """Encodes, appends and scores as `states` does; captured on CUDA, where kernels read what the pool keeps.
 
     `is_plain`: neither captured nor compiled, for the few calls of whom that would take longer than all that they ask.
     """
@@ -31,7 +31,7 @@ class StateEngine:
         self.model, self.pool, self._is_plain = model, pool, is_plain
         self._grow: Grow | None = None
         self._score: Score = partial(score, model, pool)
-        if not is_plain and pool.device.type == "cuda" and pool.layout.dtype == computing_dtype(model, pool):
+        if not is_plain and has_kernels(model.norm_head.weight):
             twin, memory = _with_products_in(computing_dtype(model, pool), model), torch.cuda.graph_pool_handle()
             self._grow = CapturedGrowth(twin, pool, memory).grow
             self._score = CapturedScores(twin, pool, memory).score
@@ -59,4 +59,6 @@ def _with_products_in(dtype: torch.dtype, model: Longer) -> Longer:
     for module in twin.modules():
         if isinstance(module, nn.Linear) and module is not twin.head[-1]:
             module.to(dtype)
+    for block in twin.layers:
+        block.join_projections()
     return twin

@@ -19,6 +19,8 @@ def attend_in_groups(qkv_NKd: Tensor, exists_NK: Tensor | None) -> Tensor:
 
     `qkv_NKd` holds queries, keys and values, side by side.
     """
+    if qkv_NKd.shape[1] == 1 and exists_NK is None:
+        return qkv_NKd.chunk(3, dim=-1)[2]  # all of a weight of one
     if has_kernels(qkv_NKd) and qkv_NKd.shape[1] <= _MOST_EVENTS and exists_NK is not None and len(qkv_NKd):
         return _GroupAttention.apply(qkv_NKd, exists_NK)
     return by_products(qkv_NKd, exists_NK)

@@ -3,16 +3,18 @@
 What `Longer.extend` and `Longer.tail` do for padded contexts, with the same numbers. The device is never asked: rows are laid out
 from each user's numbers in a `Room`, and what only fills it up goes to the pool's last row.
 
-B users, E events, N new full groups of all users (flat), P computed group rows of all users (flat), R copied rows or vectors, M
-events new to the interaction index.
+B users, E events, N new full groups of all users (flat), P computed group rows of all users (flat), T tail tokens, A computed rows
+and tail tokens of all users (flat), R copied rows or vectors, M events new to the interaction index.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from longer.model.attention import attend_shared
+from longer.model.context import Tail
 from longer.model.fuse import fused_on_cuda, has_kernels
 from longer.model.growth import Growth, Room
 from longer.model.inputs import tensors_of, under
@@ -69,10 +71,9 @@ def carry_out(
     turn = model.layers[0].rotation.turn(group_N, x_ND.dtype)
     pool.write_rows(row_N, *model.layers[0].project_keys_values(x_ND, *turn))
     pool.write_vectors(vector_N, x_ND)
-    if room.computed:
-        _grow_layers(model, context, at, room.computed)
-    row_B = torch.arange(len(end_B), device=pool.device)
-    context.write_tail(model.tail_of_groups(context, row_B, end_B, at["user_key"], partial_BD))
+    context.write_tail(
+        _through_layers(model, context, at, model.tail_tokens(at["user_key"], partial_BD), room.computed)
+    )
     if model.settings.interactions:
         keys_EF = torch.stack([features[name] for name in model.interaction_fields], dim=-1)
         num_new = min(room.events, len(end_B) * room.newest)
@@ -109,27 +110,90 @@ def _new_events(
     return NewEvents(keys_EF[event_M], event_ts_E[event_M], index.row_P, number_M, index.exists_P)
 
 
-def _grow_layers(model: Longer, context: PoolContext | StagedContext, at: Numbers, room: int) -> None:
-    """The computed rows through the layers; a row's own group is its newest key."""
-    pool, layers = context.pool, model.layers
+def _through_layers(
+    model: Longer, context: PoolContext | StagedContext, at: Numbers, tail_BTD: Tensor, room: int
+) -> Tail:
+    """The computed rows, and behind them the tails, through the layers; a row's own group is its newest key.
+
+    What `Longer.extend` and `Longer.tail` do one after the other, since a layer's tails only read what its rows are before it.
+    """
+    pool, layers, end_B = context.pool, model.layers, at["num_events"]
     group_P, vector_P, visible_2P, offsets_B1, *rows = _computed_rows(
-        at["num_events"], at, model.windows.merge_size, len(layers), room, pool.trash_row, pool.trash_vector
+        end_B, at, model.windows.merge_size, len(layers), room, pool.trash_row, pool.trash_vector
     )
-    x_PD = pool.read_vectors(vector_P, model.embedding.merge.weight.dtype)
-    turn = layers[0].rotation.turn(group_P, x_PD.dtype)
-    readers: Readers | None = None
+    row_B = torch.arange(len(end_B), device=pool.device)
+    exists_BT, sees_PT, request_P, position_P, *tail_visible = model.tail_reads(
+        end_B, row_B, at["first"], at["query_first"]
+    )
+    x_AD = torch.cat([pool.read_vectors(vector_P, model.embedding.merge.weight.dtype), tail_BTD.flatten(0, 1)])
+    visible_2A = torch.cat([visible_2P, torch.stack(tail_visible)], dim=1)
+    turn = layers[0].rotation.turn(torch.cat([group_P, position_P]), x_AD.dtype)
+    offsets_S1 = torch.cat(
+        [offsets_B1[:-1], room + torch.arange(len(end_B) + 1, device=pool.device) * exists_BT.shape[1]]
+    )
+    asking = _Asking(context, offsets_S1, room, request_P, sees_PT)
+    tail = Tail([], [], exists_BT)
     for layer, block in enumerate(layers):
+        is_last = layer == len(layers) - 1
+        query, key, value = (None, *block.project_keys_values(x_AD, *turn)) if is_last else block.project(x_AD, *turn)
         if layer > 0:
-            pool.write_rows(rows[layer - 1], *block.project_keys_values(x_PD, *turn))
-        if layer < len(layers) - 1:
-            query_PHZ, visible_P = block.project_queries(x_PD, *turn), visible_2P[min(layer, 1)]
-            if has_kernels(query_PHZ):
-                groups = context.groups(layer, query_PHZ.dtype)
-                readers = groups.over(readers) if readers else groups.readers(offsets_B1)
-                attended_PD = attend(query_PHZ, groups.pair_NHZ, readers, visible_P)
-            else:
-                attended_PD = _attended(context, layer, query_PHZ, visible_P, offsets_B1)
-            x_PD = block.finish(x_PD, attended_PD)
+            pool.write_rows(rows[layer - 1], key[:room], value[:room])
+        tail.keys.append(key[room:].unflatten(0, exists_BT.shape))
+        tail.values.append(value[room:].unflatten(0, exists_BT.shape))
+        if query is not None:
+            x_AD = block.finish(x_AD, asking.attended(layer, query, visible_2A[min(layer, 1)], tail))
+    return tail
+
+
+@dataclass
+class _Asking:
+    """Computed rows, then tails, as queries: both in order of their users, the tails from `tail_first` on."""
+
+    context: PoolContext | StagedContext
+    offsets_S1: Tensor
+    tail_first: int
+    request_P: Tensor
+    sees_PT: Tensor
+    readers: Readers | None = None
+
+    def attended(self, layer: int, query_AHZ: Tensor, visible_A: Tensor, tail: Tail) -> Tensor:
+        """[A, D]: what they gather from their users' groups in this layer, and the tails from each other too."""
+        own = tail.keys[layer], tail.values[layer]
+        if not has_kernels(query_AHZ):
+            return self._on_cpu(layer, query_AHZ, visible_A, *own)
+        groups = self.context.groups(layer, query_AHZ.dtype)
+        if self.readers is None:
+            reads = {"tail_first": self.tail_first, "request_P": self.request_P, "sees_PT": self.sees_PT}
+            self.readers = groups.readers(self.offsets_S1, **reads)
+        self.readers = groups.over(self.readers)
+        return attend(query_AHZ, groups.pair_NHZ, self.readers, visible_A, own, scales_NH=groups.scales_NH)
+
+    def _on_cpu(self, layer: int, query_AHZ: Tensor, visible_A: Tensor, key_BTHZ: Tensor, value_BTHZ: Tensor) -> Tensor:
+        rows, (num_users, num_tail) = self.context.rows(layer, query_AHZ.dtype), key_BTHZ.shape[:2]
+        query, visible = (x.split([self.tail_first, num_users * num_tail]) for x in (query_AHZ, visible_A))
+        nothing = query[0][:, None][:, :0]
+        return torch.cat(
+            [
+                attend_shared(
+                    query[0],
+                    *rows,
+                    self.offsets_S1[: num_users + 1].diff().tolist(),
+                    visible[0],
+                    nothing,
+                    nothing,
+                    nothing[..., 0, 0].bool(),
+                ),
+                attend_shared(
+                    query[1],
+                    *rows,
+                    [num_tail] * num_users,
+                    visible[1],
+                    key_BTHZ.repeat_interleave(num_tail, dim=0),
+                    value_BTHZ.repeat_interleave(num_tail, dim=0),
+                    self.sees_PT,
+                ),
+            ]
+        )
 
 
 @fused_on_cuda
@@ -142,24 +206,6 @@ def _computed_rows(
     visible_2P = torch.where(computed.exists_P, computed.value_P - first_2B[:, computed.row_P] + 1, 0)
     rows = [computed.at(at[f"row{layer}"], trash_row) for layer in range(1, num_layers)]
     return computed.value_P, computed.at(at["vector"], trash_vector), visible_2P, computed.offsets_B1, *rows
-
-
-def _attended(
-    context: PoolContext | StagedContext, layer: int, query_PHZ: Tensor, num_visible_P: Tensor, offsets_B1: Tensor
-) -> Tensor:
-    """[P, D]: what computed rows gather from their users' groups, without kernels of ours; fillers count to the last user."""
-    nothing = query_PHZ[:, None][:, :0]
-    num_queries = offsets_B1.diff().tolist()
-    num_queries[-1] += len(query_PHZ) - sum(num_queries)
-    return attend_shared(
-        query_PHZ,
-        *context.rows(layer, query_PHZ.dtype),
-        num_queries,
-        num_visible_P,
-        nothing,
-        nothing,
-        nothing[..., 0, 0].bool(),
-    )
 
 
 def _copy(pool: StatePool, at: Numbers, room: Room) -> None:

@@ -173,16 +173,30 @@ class Growth:
         arrays = {"event_ts": self.events.event_ts_E, **self.events.features}
         return arrays if len(self.events.event_ts_E) else {name: np.zeros(1, x.dtype) for name, x in arrays.items()}
 
+    @cached_property
+    def most_kept(self) -> int:
+        """Events that stand in one user's index, at most."""
+        return int(self.kept_B.max(initial=0))
+
+    @cached_property
+    def most_newest(self) -> int:
+        """Events new to one user's index, at most."""
+        return int((self.end_index_B - self.index_begin_B).max(initial=0))
+
+    @property
+    def num_events(self) -> int:
+        return max(1, len(self.events.event_ts_E))
+
     def room(self) -> Room:
         """Exactly as much as it takes."""
         return Room(
-            events=max(1, len(self.events.event_ts_E)),
+            events=self.num_events,
             groups=_total(self.new_begin_B, self.full_B),
             computed=_total(self.computed_begin_B, self.full_B),
             copied_rows=sum(_total(begin_B, self.old_full_B) for begin_B in self.copied_begin),
             copied_vectors=_total(self.tokens_begin_B, self.old_full_B),
-            kept=int(self.kept_B.max(initial=0)),
-            newest=int((self.end_index_B - self.index_begin_B).max(initial=0)),
+            kept=self.most_kept,
+            newest=self.most_newest,
             moves=bool((self.dropped_B > 0).any() or self.is_elsewhere_B.any()),
         )
 

@@ -168,11 +168,10 @@ class Longer(Ranker):
         self, context: SharedContext, row_R: Tensor, history_end_R: Tensor, user_key_R: Tensor, partial_RD: Tensor
     ) -> Tail:
         """`tail` of partial groups that are tokens already; any where there is none."""
-        globals_RMD = self.embedding.user_globals(user_key_R)
-        x_RTD = torch.cat([partial_RD[:, None], globals_RMD.to(partial_RD.dtype)], dim=1)
+        x_RTD = self.tail_tokens(user_key_R, partial_RD)
         num_tail, num_rows = x_RTD.shape[1], len(context.first_of_layer_B(0))
         first = context.first_of_layer_B(0), context.first_of_layer_B(1)
-        exists_RT, seen_PT, request_P, position_P, *visible = self._tail_reads(history_end_R, row_R, *first)
+        exists_RT, seen_PT, request_P, position_P, *visible = self.tail_reads(history_end_R, row_R, *first)
         x_PD = x_RTD.flatten(0, 1)
         turn = self.layers[0].rotation.turn(position_P, x_PD.dtype)
         if has_kernels(x_PD):
@@ -191,7 +190,14 @@ class Longer(Ranker):
                 groups = context.groups(layer, query_PHZ.dtype)
                 reads = {"request_P": request_P, "sees_PT": seen_PT}
                 readers = groups.over(readers) if readers else groups.readers(offsets_B1, **reads)
-                attended_PD = attend(query_PHZ, groups.pair_NHZ, readers, num_visible_P, (key_RTHZ, value_RTHZ))
+                attended_PD = attend(
+                    query_PHZ,
+                    groups.pair_NHZ,
+                    readers,
+                    num_visible_P,
+                    (key_RTHZ, value_RTHZ),
+                    scales_NH=groups.scales_NH,
+                )
             else:
                 attended_PD = attend_shared(
                     query_PHZ,
@@ -208,8 +214,13 @@ class Longer(Ranker):
         )
         return Tail([*keys, key_RTHZ], [*values, value_RTHZ], exists_RT, x_PD.view_as(x_RTD))
 
+    def tail_tokens(self, user_key_R: Tensor, partial_RD: Tensor) -> Tensor:
+        """[R, T, D]: inputs of the first layer."""
+        globals_RMD = self.embedding.user_globals(user_key_R)
+        return torch.cat([partial_RD[:, None], globals_RMD.to(partial_RD.dtype)], dim=1)
+
     @fused_on_cuda
-    def _tail_reads(
+    def tail_reads(
         self, history_end_R: Tensor, row_R: Tensor, first_B: Tensor, query_first_B: Tensor
     ) -> tuple[Tensor, ...]:
         """What exists of tails, what its P = R * T tokens see of it, their requests, positions, and groups seen by layer."""
@@ -240,7 +251,7 @@ class Longer(Ranker):
     ) -> Tensor:
         """[C, tasks]: each candidate against context, its request's tail and itself, never another candidate."""
         first = context.first_of_layer_B(0), context.first_of_layer_B(1)
-        request_C, row_C, position_C, sees_tail_CT, *visible = self._candidate_reads(
+        request_C, row_C, position_C, sees_tail_CT, offsets_B1, *visible = self._candidate_reads(
             batch.history_end_R, batch.row_R, batch.candidate_offsets_R1, batch.num_candidates, tail.exists_RT, *first
         )
         request_RD = self.embedding.requests(batch.request_ts_R, last_event_ts_R)
@@ -249,7 +260,6 @@ class Longer(Ranker):
         turn = self.layers[0].rotation.turn(position_C, x_CD.dtype)
         num_rows = len(first[0])
         if has_kernels(x_CD):
-            offsets_B1 = batch.candidate_offsets_R1[offsets_of(batch.row_R, num_rows)]
             reads = {
                 "request_P": request_C,
                 "sees_PT": sees_tail_CT,
@@ -272,6 +282,7 @@ class Longer(Ranker):
                     num_visible_C,
                     (tail.keys[layer], tail.values[layer]),
                     (key_CHZ, value_CHZ),
+                    groups.scales_NH,
                 )
             else:
                 attended_CD = attend_shared(
@@ -297,13 +308,17 @@ class Longer(Ranker):
         first_B: Tensor,
         query_first_B: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Candidates' requests, histories, positions, which tail tokens they see, and groups seen by layer."""
+        """Candidates' requests, histories, positions, seen tail tokens, where each history's begin, and groups seen by layer."""
         place_C = torch.arange(num_candidates, device=row_R.device)
         request_C = torch.searchsorted(offsets_R1, place_C, right=True) - 1  # not in a slice: see `grow.Spans`
         row_C, full_C = row_R[request_C], (history_end_R // self.windows.merge_size)[request_C]
         visible = [full_C - of_B[row_C] for of_B in (first_B, query_first_B)]
         position_C = self.windows.num_groups(history_end_R)[request_C]
-        return request_C, row_C, position_C, self.candidates_see_tail(exists_RT)[request_C], *visible
+        sees_CT, offsets_B1 = (
+            self.candidates_see_tail(exists_RT)[request_C],
+            offsets_R1[offsets_of(row_R, len(first_B))],
+        )
+        return request_C, row_C, position_C, sees_CT, offsets_B1, *visible
 
     def candidates_see_tail(self, exists_RT: Tensor) -> Tensor:
         """[R, T]: the tail tokens that a request's candidates see."""

@@ -211,6 +211,14 @@ class StatePool:
         both = self.words_VI.view(self.layout.dtype)[:, : heads * width].unflatten(1, (heads, width))
         return both[0::2], both[1::2]
 
+    @cached_property
+    def scales(self) -> tuple[Tensor, Tensor] | None:
+        """What each head of all keys and values is times of, two of [N, H]; None where they are kept as they are."""
+        if self.layout.precision != "int8":
+            return None
+        both = self.words_VI.view(torch.float32)[:, -self.layout.num_heads :]
+        return both[0::2], both[1::2]
+
     @property
     def trash_word(self) -> int:
         return self.words_NI.numel() - 1

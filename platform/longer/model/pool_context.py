@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longer.arrays import Int64
 from longer.model.context import Groups, Tail
+from longer.model.fuse import fused_on_cuda
 from longer.model.inputs import tensors_of
 from longer.model.pool import Places, StatePool
 
@@ -55,12 +56,9 @@ class PoolContext:
         return self.numbers["first" if layer == 0 else "query_first"]
 
     def groups(self, layer: int, dtype: torch.dtype) -> Groups:
-        """Where they lie; converted copies if they are kept in another type."""
+        """Where they lie, as they are kept."""
         longest = int(self._num_keys_B(layer).max(initial=0))
-        num_keys_B = self.numbers[f"num_groups{layer}"]
-        if self.pool.layout.dtype == dtype:
-            return Groups(self.pool.keys_values, self.numbers[f"groups{layer}"], num_keys_B, longest)
-        return Groups(self._converted(layer, dtype), num_keys_B.cumsum(0) - num_keys_B, num_keys_B, longest)
+        return _groups(self.pool, self.numbers, layer, dtype, longest)
 
     def rows(self, layer: int, dtype: torch.dtype) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         sizes = self._num_keys_B(layer).tolist()
@@ -91,7 +89,7 @@ class PoolContext:
 class StagedContext:
     """The same from `PoolContext.arrays` on the device alone, so that other states can take their place in a captured graph.
 
-    The pool keeps its keys and values in the type of the queries.
+    Its kernels read the pool where it lies, as they do those of `PoolContext`.
     """
 
     pool: StatePool
@@ -102,11 +100,8 @@ class StagedContext:
 
     def groups(self, layer: int, dtype: torch.dtype) -> Groups:
         layout = self.pool.layout
-        assert layout.dtype == dtype, f"a pool of {layout.precision} read by {dtype}"
         longest = layout.most_groups if layer == 0 else layout.most_query_groups
-        return Groups(
-            self.pool.keys_values, self.numbers[f"groups{layer}"], self.numbers[f"num_groups{layer}"], longest
-        )
+        return _groups(self.pool, self.numbers, layer, dtype, longest)
 
     def rows(self, layer: int, dtype: torch.dtype) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         raise NotImplementedError("kernels read it, loops over histories do not")
@@ -118,20 +113,39 @@ class StagedContext:
         _write_tail(self.pool, self.numbers, tail)
 
 
+def _groups(pool: StatePool, numbers: dict[str, Tensor], layer: int, dtype: torch.dtype, longest: int) -> Groups:
+    kept = pool.layout.dtype
+    assert kept in (dtype, torch.int8, torch.float8_e4m3fn), f"kernels that compute in {dtype} do not read {kept}"
+    begin_B, num_keys_B = numbers[f"groups{layer}"], numbers[f"num_groups{layer}"]
+    return Groups(pool.keys_values, begin_B, num_keys_B, longest, pool.scales)
+
+
 def _tail(pool: StatePool, numbers: dict[str, Tensor], dtype: torch.dtype) -> Tail:
-    layout, num_events_B = pool.layout, numbers["num_events"]
-    number_T = torch.arange(layout.num_tail, device=pool.device)
-    first_LB = torch.stack([numbers[f"tail{layer}"] for layer in range(layout.num_layers)])
-    key_LBTHZ, value_LBTHZ = pool.read_rows(first_LB[..., None] + number_T, dtype)
-    exists_BT = (number_T > 0) | (num_events_B % layout.windows.merge_size > 0)[:, None]
+    rows_LBT, exists_BT = _tail_rows(*_tails(pool, numbers))
+    key_LBTHZ, value_LBTHZ = pool.read_rows(rows_LBT, dtype)
     return Tail(list(key_LBTHZ), list(value_LBTHZ), exists_BT)
 
 
 def _write_tail(pool: StatePool, numbers: dict[str, Tensor], tail: Tail) -> None:
     """Who fills a batch up has a tail in the pool's last row."""
-    number_T = torch.arange(pool.layout.num_tail, device=pool.device)
-    rows = [(numbers[f"tail{layer}"][:, None] + number_T).clamp_max(pool.trash_row) for layer in range(len(tail.keys))]
-    pool.write_rows(torch.stack(rows), torch.stack(tail.keys), torch.stack(tail.values))
+    rows_LBT, _ = _tail_rows(*_tails(pool, numbers))
+    pool.write_rows(rows_LBT, torch.stack(tail.keys), torch.stack(tail.values))
+
+
+def _tails(pool: StatePool, numbers: dict[str, Tensor]) -> tuple[Tensor, list[Tensor], int, int, int]:
+    layout = pool.layout
+    first_LB = [numbers[f"tail{layer}"] for layer in range(layout.num_layers)]
+    return numbers["num_events"], first_LB, layout.num_tail, layout.windows.merge_size, pool.trash_row
+
+
+@fused_on_cuda
+def _tail_rows(
+    num_events_B: Tensor, first_LB: list[Tensor], num_tail: int, merge_size: int, last_row: int
+) -> tuple[Tensor, Tensor]:
+    """[L, B, T] and [B, T]: the tails' rows in each layer, and which are there."""
+    number_T = torch.arange(num_tail, device=num_events_B.device)
+    rows_LBT = (torch.stack(first_LB)[..., None] + number_T).clamp_max(last_row)
+    return rows_LBT, (number_T > 0) | (num_events_B % merge_size > 0)[:, None]
 
 
 def spans(begin_B: Int64, end_B: Int64) -> tuple[Int64, Int64]:

@@ -26,7 +26,8 @@ class PoolIndex:
     pool: StatePool
     event_ts_B: Tensor
     event_words_B: Tensor
-    first_index_B: Tensor
+    first_B: Tensor
+    """Groups before the window."""
     num_events_B: Tensor
 
     def features(
@@ -39,10 +40,11 @@ class PoolIndex:
         count_events: Sequence[int],
         dtype: torch.dtype,
     ) -> Tensor:
-        most_events = (self.pool.layout.most_groups + 1) * self.pool.layout.windows.merge_size
-        places = self.event_ts_B, self.event_words_B, self.first_index_B, self.num_events_B
+        merge_size = self.pool.layout.windows.merge_size
+        num_steps = ((self.pool.layout.most_groups + 1) * merge_size).bit_length()
+        places = self.event_ts_B, self.event_words_B, self.first_B, self.num_events_B
         asked = row_C, begin_C, end_C, request_ts_C, keys_CF
-        return _features(self.pool.words_I, *places, *asked, tuple(count_events), most_events.bit_length(), dtype)
+        return _features(self.pool.words_I, *places, *asked, tuple(count_events), merge_size, num_steps, dtype)
 
 
 @fused_on_cuda
@@ -50,7 +52,7 @@ def _features(
     words_I: Tensor,
     event_ts_B: Tensor,
     event_words_B: Tensor,
-    first_index_B: Tensor,
+    first_B: Tensor,
     num_events_B: Tensor,
     row_C: Tensor,
     begin_C: Tensor,
@@ -58,10 +60,11 @@ def _features(
     request_ts_C: Tensor,
     keys_CF: Tensor,
     count_events: tuple[int, ...],
+    merge_size: int,
     num_steps: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    first_C = first_index_B[row_C]
+    first_C = first_B[row_C] * merge_size
     end_C, begin_C = end_C - first_C, begin_C - first_C
     field_F = torch.arange(keys_CF.shape[1], device=keys_CF.device)
     begin_CF = event_ts_B[row_C][:, None] + (1 + field_F) * event_words_B[row_C][:, None]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from longer.model.attention import Block
 from longer.model.context import take_rows
 from longer.model.embedding import Embedding, HashedTable
-from longer.model.fuse import fused_on_cuda
+from longer.model.fuse import fused_on_cuda, has_kernels
 from longer.model.inputs import BatchTensors, RequestTensors
 from longer.model.interactions import CandidateIndex, InteractionIndex, num_features
 from longer.model_settings import ModelSettings
@@ -112,10 +112,19 @@ class Ranker(nn.Module):
         Whatever products are computed in, outputs are not rounded to it: bf16 would not tell log-odds apart that lie 0.03 from
         each other, those of rare clicks.
         """
+        bias_CT = self.item_bias(item_key_C)
+        if has_kernels(x_CD) and not torch.is_grad_enabled():
+            return self._outputs(x_CD, features_CF, bias_CT)
         hidden_CW, last = self._leave(x_CD, features_CF), cast(nn.Linear, self.head[-1])
         with torch.autocast(hidden_CW.device.type, enabled=False):
-            outputs_CT = last(hidden_CW.to(last.weight.dtype))
-        return outputs_CT + self.item_bias(item_key_C)
+            return last(hidden_CW.to(last.weight.dtype)) + bias_CT
+
+    @fused_on_cuda
+    def _outputs(self, x_CD: Tensor, features_CF: Tensor | None, bias_CT: Tensor) -> Tensor:
+        """The same in one kernel behind `head`'s first product: few outputs are sums rather than a product of matrices."""
+        last = cast(nn.Linear, self.head[-1])
+        hidden_CW = self._leave(x_CD, features_CF).to(last.weight.dtype)
+        return (hidden_CW[:, None] * last.weight).sum(-1) + last.bias + bias_CT
 
     @fused_on_cuda
     def _leave(self, x_CD: Tensor, features_CF: Tensor | None) -> Tensor:
@@ -128,17 +137,19 @@ class Ranker(nn.Module):
         self, index: CandidateIndex, batch: RequestTensors, row_C: Tensor, request_C: Tensor, dtype: torch.dtype
     ) -> Tensor:
         """[C, F]: counts and ages of each candidate's item and categories in its request's history window."""
-        windows = self.windows
-        begin_R = windows.history_start(batch.history_end_R) * windows.merge_size
-        return index.features(
-            row_C,
-            begin_R[request_C],
-            batch.history_end_R[request_C],
-            batch.request_ts_R[request_C],
-            torch.stack([batch.candidates[name] for name in self.interaction_fields], dim=-1),
-            self.settings.count_events,
-            dtype,
+        keys = [batch.candidates[name] for name in self.interaction_fields]
+        begin_C, end_C, ts_C, keys_CF = self._interaction_reads(
+            batch.history_end_R, batch.request_ts_R, request_C, keys
         )
+        return index.features(row_C, begin_C, end_C, ts_C, keys_CF, self.settings.count_events, dtype)
+
+    @fused_on_cuda
+    def _interaction_reads(
+        self, history_end_R: Tensor, request_ts_R: Tensor, request_C: Tensor, keys: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Of each candidate: first and last event of the history window, time of the request, and keys of its fields."""
+        begin_R = self.windows.history_start(history_end_R) * self.windows.merge_size
+        return begin_R[request_C], history_end_R[request_C], request_ts_R[request_C], torch.stack(keys, dim=-1)
 
     def batch_interactions(self, batch: BatchTensors, request_C: Tensor, dtype: torch.dtype) -> Tensor | None:
         """The same for a whole batch; None where they are switched off."""

@@ -14,6 +14,9 @@ from torch import Tensor
 Pair = tuple[Tensor, Tensor]
 """Keys and values."""
 
+_TILES = 32
+"""Laid out by one program."""
+
 
 @dataclass(frozen=True)
 class Readers:
@@ -57,15 +60,18 @@ class Readers:
     def tiles(self, num_queries: int, size: int) -> Pair:
         """Segment and first query of each run of up to `size` queries of one segment; on the device, without waiting for it.
 
-        The number of runs is only bounded here, so some at the end start at or behind their segment's end: they are empty.
+        The number of runs is only bounded here, so some at the end start at the last segment's end: they are empty.
         """
         if size not in self._tiles:
-            tiles_S = (self.offsets_S1.diff() + size - 1) // size
-            ends_S = tiles_S.cumsum(0)
-            tile = torch.arange(num_queries // size + min(self.num_segments, num_queries), device=ends_S.device)
-            segment = torch.searchsorted(ends_S, tile, right=True).clamp_max(self.num_segments - 1)
-            first = self.offsets_S1[segment] + (tile - (ends_S - tiles_S)[segment]) * size
-            self._tiles[size] = segment.int(), first.int()
+            from longer.model.shared_attention_triton import tiles_kernel
+
+            num_tiles = num_queries // size + min(self.num_segments, num_queries)
+            # two pieces of memory: kernels are compiled anew for addresses that are not a multiple of 16
+            segment, first = (self.offsets_S1.new_empty(num_tiles, dtype=torch.int32) for _ in range(2))
+            tiles_kernel[(-(-num_tiles // _TILES),)](
+                self.offsets_S1, segment, first, self.num_segments, num_tiles, SIZE=size, BLOCK_T=_TILES, BLOCK_S=128
+            )
+            self._tiles[size] = segment, first
         return self._tiles[size]
 
 
@@ -76,17 +82,19 @@ def attend(
     num_visible_P: Tensor,
     tail_RTHZ: Pair | None = None,
     own_CHZ: Pair | None = None,
+    scales_NH: Pair | None = None,
 ) -> Tensor:
     """Exact softmax attention of each query over its history's groups, its request's tail and its own key, [P, D].
 
     Query p sees the first `num_visible_P[p]` groups of its history, the tail tokens that `readers.sees_PT` allows, and its own
     key if it has one; a query that sees nothing gathers zeros. No key is copied per query and no query is padded.
-    float32 (exact products, no TF32), bfloat16 or float16; sums are float32, in a fixed order.
+    float32 (exact products, no TF32), bfloat16 or float16; sums are float32, in a fixed order. Where no gradient is asked for, the
+    context may be kept in a shorter type, each head of a key and a value times one of `scales_NH`.
     """
     if not len(query_PHZ):
         return query_PHZ.flatten(-2)
     tail, own = tail_RTHZ or (None, None), own_CHZ or (None, None)
-    return _Attention.apply(query_PHZ, *context_NHZ, *tail, *own, readers, num_visible_P).flatten(-2)
+    return _Attention.apply(query_PHZ, *context_NHZ, *tail, *own, readers, num_visible_P, scales_NH).flatten(-2)
 
 
 def attend_all(
@@ -114,6 +122,7 @@ class _Attention(torch.autograd.Function):
         own_value_CHZ: Tensor | None,
         readers: Readers,
         num_visible_P: Tensor,
+        scales_NH: Pair | None,
     ) -> Tensor:
         num_tail, has_own = 0 if tail_key_RTHZ is None else tail_key_RTHZ.shape[1], own_key_CHZ is not None
         flat_tail = [None if x is None else x.flatten(0, 1) for x in (tail_key_RTHZ, tail_value_RTHZ)]
@@ -123,7 +132,7 @@ class _Attention(torch.autograd.Function):
             for x in (query_PHZ, key_NHZ, value_NHZ, *flat_tail, own_key_CHZ, own_value_CHZ)
         ]
         ctx.reads = reads = _Reads(readers, num_visible_P, num_tail, has_own)
-        out_PHZ, lse_PH = _gathered(inputs, reads)
+        out_PHZ, lse_PH = _gathered(inputs, reads, scales_NH)
         ctx.save_for_backward(*inputs, out_PHZ, lse_PH)
         return out_PHZ
 
@@ -135,7 +144,7 @@ class _Attention(torch.autograd.Function):
         has_tail = reads.num_tail > 0 and reads.readers.request_offsets_JR1 is not None
         _write_gradients(ctx.saved_tensors, reads, d_out_PHZ, d_query, d_others)
         d_tail = [x.unflatten(0, (-1, reads.num_tail)) if has_tail else None for x in d_others[2:4]]
-        return d_query, *d_others[:2], *d_tail, *(d_others[4:] if reads.has_own else (None, None)), None, None
+        return d_query, *d_others[:2], *d_tail, *(d_others[4:] if reads.has_own else (None, None)), None, None, None
 
 
 class _AttentionOfAll(torch.autograd.Function):
@@ -179,7 +188,7 @@ def _by_kind(key_AHZ: Tensor, value_AHZ: Tensor, sizes: tuple[int, int, int]) ->
     return [x for pair in zip(key_AHZ.split(sizes), value_AHZ.split(sizes), strict=True) for x in pair]
 
 
-def _gathered(inputs: list[Tensor], reads: _Reads) -> Pair:
+def _gathered(inputs: list[Tensor], reads: _Reads, scales_NH: Pair | None = None) -> Pair:
     """What the queries gather, and the logarithm of each one's sum of weights."""
     from longer.model.shared_attention_triton import forward_kernel
 
@@ -189,9 +198,11 @@ def _gathered(inputs: list[Tensor], reads: _Reads) -> Pair:
     lse_PH = query_PHZ.new_empty(num_queries, num_heads, dtype=torch.float32)
     sizes = _sizes(num_queries, readers.num_segments, width, query_PHZ.dtype)
     tiles = readers.tiles(num_queries, sizes["BLOCK_M"])
+    has_scale, scales = scales_NH is not None, scales_NH or (lse_PH, lse_PH)
     forward_kernel[(len(tiles[0]), num_heads)](
-        *inputs, out_PHZ, lse_PH, *tiles, *_reads(readers, reads.num_visible_P), *_steps(inputs), *_firsts(readers),
-        1 / math.sqrt(width), H=num_heads, Z=width, T=reads.num_tail, HAS_OWN=reads.has_own, **sizes,
+        *inputs, out_PHZ, lse_PH, *tiles, *_reads(readers, reads.num_visible_P), *scales,
+        *_steps(inputs), scales[0].stride(0), *_firsts(readers), 1 / math.sqrt(width),
+        H=num_heads, Z=width, T=reads.num_tail, HAS_OWN=reads.has_own, HAS_SCALE=has_scale, **sizes,
     )  # fmt: skip
     return out_PHZ, lse_PH
 

@@ -20,14 +20,44 @@ def _online(score_M, value_MZ, max_M, sum_M, out_MZ):
     return new_M, sum_M * old_M + weight_M, out_MZ * old_M[:, None] + weight_M[:, None] * value_MZ
 
 
+@triton.jit(do_not_specialize=["num_segments", "num_tiles"])
+def tiles_kernel(
+    OFFSETS, SEGMENT, FIRST, num_segments, num_tiles,
+    SIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Segment and first query of each run of up to SIZE queries of one segment; what is left over begins behind the last query."""
+    tile_T, s_S = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_S)
+    segment_T, start_T = tl.zeros([BLOCK_T], tl.int32), tl.zeros([BLOCK_T], tl.int32)
+    before = 0
+    for at in range(0, num_segments, BLOCK_S):
+        exists_S = at + s_S < num_segments
+        begin_S = tl.load(OFFSETS + at + s_S, exists_S, 0).to(tl.int32)
+        end_S = tl.load(OFFSETS + at + s_S + 1, exists_S, 0).to(tl.int32)
+        tiles_S = (end_S - begin_S + SIZE - 1) // SIZE
+        ends_S = before + tl.cumsum(tiles_S, 0)
+        is_before_TS = (ends_S[None, :] <= tile_T[:, None]) & exists_S[None, :]
+        segment_T += tl.sum(is_before_TS.to(tl.int32), 1)
+        start_T += tl.sum(tl.where(is_before_TS, tiles_S[None, :], 0), 1)
+        before += tl.sum(tiles_S, 0)
+    is_left_T = segment_T >= num_segments
+    first_T = tl.load(OFFSETS + tl.minimum(segment_T, num_segments)).to(tl.int32)
+    first_T += tl.where(is_left_T, 0, (tile_T - start_T) * SIZE)
+    tl.store(SEGMENT + tile_T, tl.minimum(segment_T, num_segments - 1), tile_T < num_tiles)
+    tl.store(FIRST + tile_T, first_T, tile_T < num_tiles)
+
+
 @triton.jit(do_not_specialize=["num_rows", "tail_first", "own_first"])  # or it is compiled anew for one row, and for 16
 def forward_kernel(
     Q, K, V, TAIL_K, TAIL_V, OWN_K, OWN_V, OUT, LSE, TILE_SEGMENT, TILE_FIRST, OFFSETS, KEY_BEGIN, NUM_VISIBLE, REQUEST, SEES,
-    q_step, k_step, v_step, tail_k_step, tail_v_step, own_k_step, own_v_step, num_rows, tail_first, own_first, scale,
-    H: tl.constexpr, Z: tl.constexpr, T: tl.constexpr, HAS_OWN: tl.constexpr,
+    K_SCALE, V_SCALE,
+    q_step, k_step, v_step, tail_k_step, tail_v_step, own_k_step, own_v_step, scale_step, num_rows, tail_first, own_first, scale,
+    H: tl.constexpr, Z: tl.constexpr, T: tl.constexpr, HAS_OWN: tl.constexpr, HAS_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Z: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gathered values, and log2 of each query's sum of exponentials."""
+    """Gathered values, and log2 of each query's sum of exponentials.
+
+    Keys and values of the context may be of a shorter type than queries; with HAS_SCALE each head's is times a number of its own.
+    """
     h, tile = tl.program_id(1), tl.program_id(0)
     segment, first = tl.load(TILE_SEGMENT + tile), tl.load(TILE_FIRST + tile)
     end = tl.load(OFFSETS + segment + 1)
@@ -63,18 +93,24 @@ def forward_kernel(
     key_begin = tl.load(KEY_BEGIN + segment % num_rows).to(tl.int64)
     K += key_begin * k_step + h * Z
     V += key_begin * v_step + h * Z
+    K_SCALE += key_begin * scale_step + h
+    V_SCALE += key_begin * scale_step + h
     num_keys = tl.max(visible_M)
     for start in range(0, num_keys, BLOCK_N):
         n_N = start + tl.arange(0, BLOCK_N)
         inside_NZ = (n_N < num_keys)[:, None] & has_Z[None, :]
-        k_NZ = tl.load(K + n_N[:, None] * k_step + z_Z[None, :], inside_NZ, 0.0)
-        v_NZ = tl.load(V + n_N[:, None] * v_step + z_Z[None, :], inside_NZ, 0.0)
+        k_NZ = tl.load(K + n_N[:, None] * k_step + z_Z[None, :], inside_NZ, 0.0).to(q_MZ.dtype)
+        v_NZ = tl.load(V + n_N[:, None] * v_step + z_Z[None, :], inside_NZ, 0.0).to(q_MZ.dtype)
         score_MN = tl.dot(q_MZ, tl.trans(k_NZ), input_precision=PRECISION) * scale_log2
+        if HAS_SCALE:
+            score_MN *= tl.load(K_SCALE + n_N * scale_step, n_N < num_keys, 0.0)[None, :]
         score_MN = tl.where(n_N[None, :] < visible_M[:, None], score_MN, float("-inf"))
         new_M = tl.maximum(max_M, tl.max(score_MN, 1))
         base_M = tl.where(new_M == float("-inf"), 0.0, new_M)
         weight_MN, old_M = tl.exp2(score_MN - base_M[:, None]), tl.exp2(max_M - base_M)
         sum_M = sum_M * old_M + tl.sum(weight_MN, 1)
+        if HAS_SCALE:
+            weight_MN *= tl.load(V_SCALE + n_N * scale_step, n_N < num_keys, 0.0)[None, :]
         out_MZ = tl.dot(weight_MN.to(v_NZ.dtype), v_NZ, out_MZ * old_M[:, None], input_precision=PRECISION)
         max_M = new_M
 

@@ -161,8 +161,7 @@ def gathered(
     """The states of a context as candidates read them; `numbers` are its arrays on the device."""
     index, pool = None, context.pool
     if model.settings.interactions:
-        first_index_B = numbers["first"] * model.windows.merge_size
-        index = PoolIndex(pool, numbers["event_ts"], numbers["event_words"], first_index_B, numbers["num_events"])
+        index = PoolIndex(pool, *(numbers[name] for name in ("event_ts", "event_words", "first", "num_events")))
     tail = context.tail(computed_in(model.layers[0].query.weight))
     return Gathered(context, tail, index, numbers["num_events"], last_ts_B)
 

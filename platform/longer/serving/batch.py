@@ -6,8 +6,8 @@ interrupted run keeps its finished buckets, a dead actor or node costs its bucke
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Generator
+from contextlib import closing, nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,9 @@ import ray.data
 from longer.batch_settings import ScorerPool
 from longer.config import RaySettings, Settings
 from longer.data.id_lists import spool, spread
+from longer.data.layout import bucket_files
 from longer.data.records import Record, scratch
-from longer.data.tables import RequestTable, SequenceTable
+from longer.data.tables import RequestTable
 from longer.errors import UserError
 from longer.progress import say, track
 from longer.serving.batch_alive import marked_alive
@@ -80,7 +81,7 @@ def _scored(
 ) -> tuple[dict[str, Any], list[DataFile]]:
     """The manifest and the files of all buckets, once those that are missing are done."""
     buckets, done = spooled_buckets(plan, run), done_buckets(run.version_path)
-    missing = [bucket for bucket in buckets if bucket not in done]
+    missing = {bucket: size for bucket, size in buckets.items() if bucket not in done}
     if done:
         say(job, f"{len(buckets) - len(missing)} of {len(buckets)} buckets are there from an interrupted run")
     started, started_at = time.perf_counter(), time.time()
@@ -99,26 +100,33 @@ def _scored(
     return manifest, [DataFile(**record["file"]) for record in records if record["file"]]
 
 
-def spooled_buckets(plan: Plan, run: Run) -> list[int]:
+def spooled_buckets(plan: Plan, run: Run) -> dict[int, int]:
     """Copies the files that name users and candidates, which may change, for the actors. The buckets to do, as `_buckets`."""
     if plan.candidates:
         spool(plan.candidates, plan.inputs["candidates"], run.candidates)
     return _buckets(plan, run)
 
 
-def _buckets(plan: Plan, run: Run) -> list[int]:
-    """The buckets in which somebody is asked about, those with most first, so that none is waited for at the end."""
+def _buckets(plan: Plan, run: Run) -> dict[int, int]:
+    """The buckets in which somebody is asked about, and how much that is in users or bytes of their tables.
+
+    Those with most come first, so that none is waited for at the end.
+    """
     if plan.users:
         num_buckets = plan.sequences.manifest["settings"]["num_buckets"]
         count_P = spread(plan.users, plan.inputs["users"], num_buckets, run.users)
-        return [int(bucket) for bucket in np.argsort(-count_P, kind="stable") if count_P[bucket]]
+        return {int(bucket): int(count_P[bucket]) for bucket in np.argsort(-count_P, kind="stable") if count_P[bucket]}
+    sizes = dict[int, int]()
     if plan.kind == "requests":
         requests = RequestTable(f"{plan.root}/tables/requests", plan.schema, plan.inputs["requests"]).version
         prefix = f"split={plan.split}/bucket="
-        files = [file for file in requests.data_files() if file.path.startswith(prefix)]
-        largest_first = sorted(files, key=lambda file: (-file.num_bytes, file.path))
-        return list(dict.fromkeys(int(file.path.removeprefix(prefix)[:4]) for file in largest_first))
-    return SequenceTable(f"{plan.root}/tables/sequences", plan.schema, plan.sequences.id).buckets
+        for file in requests.data_files():
+            if file.path.startswith(prefix):
+                bucket = int(file.path.removeprefix(prefix)[:4])
+                sizes[bucket] = sizes.get(bucket, 0) + file.num_bytes
+    else:
+        sizes = {bucket: files.rows.num_bytes for bucket, files in bucket_files(plan.sequences).items()}
+    return dict(sorted(sizes.items(), key=lambda of_bucket: -of_bucket[1]))
 
 
 def scorer_options(pool: ScorerPool, where: RaySettings) -> dict[str, Any]:
@@ -127,9 +135,10 @@ def scorer_options(pool: ScorerPool, where: RaySettings) -> dict[str, Any]:
 
 
 def _score_buckets(
-    plan: Plan, pool: ScorerPool, where: RaySettings, run: Run, buckets: list[int], job: str
+    plan: Plan, pool: ScorerPool, where: RaySettings, run: Run, buckets: dict[int, int], job: str
 ) -> list[Record]:
-    """Records of the buckets, as the actors finish them. An actor that dies is started again, and so is its bucket."""
+    """Records of the buckets, of these sizes, as the actors finish them. An actor that dies is started again, and so is its
+    bucket."""
     if where.cluster is None and pool.num_gpus_per_scorer > ray.cluster_resources().get("GPU", 0):
         raise UserError(
             f"{plan.section}.num_gpus_per_scorer={pool.num_gpus_per_scorer}: this machine has no such GPUs, and its Ray would "
@@ -165,10 +174,16 @@ def _score_buckets(
             rates = rates_of(records, seconds())
             return f"{rates['rows_per_s']:.0f} scores/s, {rates['users_per_s']:.1f} users/s{cost_in_words(totals_of(records))}"
 
-        def finished() -> Iterator[Record]:
+        def finished() -> Generator[Record]:
             for row in written.iter_rows():
                 records.append(on_this_clock(json.loads(row["record"])))
                 yield records[-1]
 
+        def part_done() -> float:
+            return sum(buckets[record["bucket"]] for record in records) / sum(buckets.values())
+
         say(job, f"waiting for {fewest} {'actor' if fewest == 1 else 'actors'} to start")
-        return list(track(finished(), len(buckets), job.replace("_", " "), "buckets", note, seconds))
+        with closing(
+            finished()
+        ) as fresh:  # else, of an error here, Ray Data's own end would wait for a Ray that is gone
+            return list(track(fresh, len(buckets), job.replace("_", " "), "buckets", note, seconds, part_done))

@@ -24,7 +24,8 @@ from longer.schema import TIMESTAMP
 from longer.serving.batch_input import Chunk, Items
 from longer.serving.batch_output import Run
 from longer.serving.batch_plan import Plan
-from longer.serving.offline import Budget, best_items, score_all, score_lists, waves
+from longer.serving.offline import best_items, score_all, score_lists, waves
+from longer.serving.questions import Budget
 from longer.serving.stages import stage
 
 

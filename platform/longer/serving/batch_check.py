@@ -3,7 +3,8 @@
 Of users' vectors, the serving path's own states: the user's token once more from what a state keeps.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from longer.arrays import Float32, Int64
+from longer.arrays import Float32, Histories, Int64
 from longer.data.columns import flat_list, single_array
 from longer.data.scores import (
     absolute_gaps,
@@ -30,6 +31,7 @@ from longer.serving.batch_plan import Plan
 from longer.serving.resolver import Pending
 from longer.serving.scorer import Scorer, ScoreRequest
 from longer.serving.stages import collected_ms, stage
+from longer.serving.store import BATCH_USERS
 from longer.training_settings import TaskKind
 
 _SCORE = score_column("")
@@ -39,105 +41,150 @@ _MOST_CANDIDATES = 200
 
 _FEWEST_LEFT_OUT = 200
 _PART_LEFT_OUT = 0.01
-_PIECE_ITEMS = 4096
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A request to compare, with what the run says of its candidates, by task; or what they may have at most, if `is_left_out`."""
+
+    request: ScoreRequest
+    offline: dict[str, Float32]
+    scales: dict[str, float]
+    is_left_out: bool = False
+    piece: int = 0
+    """Pieces of one number, of different users, are asked together."""
 
 
 @dataclass
 class OnlineCheck:
-    """Compares a bucket's rows as they come, requests `numbers` of the bucket; keeps the largest difference."""
+    """Compares chosen rows of a bucket, requests `numbers` of it; keeps the largest difference.
+
+    Rows are noted as they come, and scored by the serving path together at the end: as a replica answers a batch, of
+    `most_candidates` at most or one request.
+    """
 
     plan: Plan
     scorer: Scorer | None
     """None where there is no serving path: `numbers` are then none."""
     items: Items | None
     numbers: Int64
+    most_candidates: int
     num_left_out: int = _FEWEST_LEFT_OUT
     max_abs_diff: float = 0.0
     num_compared: int = 0
+    _num_seen: int = 0
+    _scored: list[_Scored] = field(default_factory=list)
+    _vectors: list[tuple[Pending, Float32]] = field(default_factory=list)
 
     def see(self, chunk: Chunk, rows: pa.Table) -> None:
-        """ArithmeticError if the serving path scores one of the chosen requests otherwise than its row says."""
+        """Notes those of the chunk's rows that are chosen."""
         here = self.numbers[(self.numbers >= chunk.first) & (self.numbers < chunk.first + len(rows))] - chunk.first
         if not len(here):
             return
-        with stage("check"), collected_ms():  # the serving path's own stages are not the bucket's
-            self._see(chunk, rows, here)
+        self._num_seen += len(here)
+        with stage("check"):
+            if self.plan.kind == "vectors":
+                self._vectors += [
+                    (_pending(chunk, r), np.array(rows["vector"][r].as_py(), np.float32)) for r in here.tolist()
+                ]
+            else:
+                self._note_scores(chunk, here, rows)
 
-    def _see(self, chunk: Chunk, rows: pa.Table, here: Int64) -> None:
+    def finish(self) -> None:
+        """ArithmeticError if the serving path answers a noted request otherwise than its row says, or one was never seen."""
+        if self._num_seen != len(self.numbers):
+            raise ArithmeticError(
+                f"{len(self.numbers)} requests were to be compared, {self._num_seen} of them were met"
+            )
+        with stage("check"), collected_ms():  # the serving path's own stages are not the bucket's
+            for begin in range(0, len(self._vectors), BATCH_USERS):
+                self._compare_vectors(self._vectors[begin : begin + BATCH_USERS])
+            for together in self._batches():
+                self._compare(together)
+
+    def _note_scores(self, chunk: Chunk, here: Int64, rows: pa.Table) -> None:
         tasks = [name.removeprefix(_SCORE) for name in rows.column_names if name.startswith(_SCORE)]
         scales = {task: typical_size(_flat(rows[score_column(task)]), self._kind(task)) for task in tasks}
-        if self.plan.kind == "vectors":
-            for r in here.tolist():
-                offline = np.array(rows["vector"][r].as_py())
-                self._note(self._online_vector(chunk, r), offline, "regression", "a user's vectors")
-        else:
-            lengths = pc.list_value_length(rows["item_id"]).to_numpy()[here]
-            here = here[lengths > 0]
-            self._compare(chunk, here, rows, scales)
-            if self.plan.top_k and self.items:
-                self._check_left_out(chunk, here, rows, scales)
-        self.num_compared += len(here)
-
-    def _compare(self, chunk: Chunk, here: Int64, rows: pa.Table, scales: dict[str, float]) -> None:
-        """All of them at once, as a replica would answer a batch."""
-        asked, chosen = [], []
         for r in here.tolist():
             ids = rows["item_id"][r].as_py()
+            if not ids:
+                continue
             some = _spread(len(ids))
-            chosen.append(some)
             features = {} if chunk.rows is None else self._features(chunk.rows.slice(r, 1), some)
-            asked.append(_request(chunk, r, [ids[i] for i in some], features))
-        for r, some, scores in zip(here.tolist(), chosen, self._online(asked), strict=True):
-            for task, online in scores.items():
-                offline = np.array(rows[score_column(task)][r].as_py(), np.float32)
-                self._note(online, offline[some], self._kind(task), f"scores of {task}", scales[task])
+            offline = {task: np.array(rows[score_column(task)][r].as_py(), np.float32) for task in tasks}
+            of_some = {task: scores[some] for task, scores in offline.items()}
+            self._scored.append(_Scored(_request(chunk, r, [ids[i] for i in some], features), of_some, scales))
+            if self.plan.top_k and self.items:
+                self._note_left_out(chunk, r, rows, offline[tasks[0]][-1], {tasks[0]: scales[tasks[0]]})
 
-    def _check_left_out(self, chunk: Chunk, here: Int64, rows: pa.Table, scales: dict[str, float]) -> None:
-        """Items that are not among a user's best, drawn for this user, score no more than the last that is."""
+    def _note_left_out(self, chunk: Chunk, r: int, rows: pa.Table, last: np.float32, scales: dict[str, float]) -> None:
+        """Items that are not among a user's best, drawn for this user: they score no more than the last that is."""
         assert self.items
-        all_ids = self.items.item_id_I
-        for r in here.tolist():
-            drawn = np.random.default_rng(int(chunk.questions.histories.user_key_B[r]))
-            chosen = drawn.choice(len(all_ids), min(len(all_ids), self.num_left_out), replace=False, shuffle=False)
-            ids = all_ids.take(pa.array(chosen))
-            others = ids.filter(pc.invert(pc.is_in(ids, single_array(rows["item_id"].slice(r, 1)).flatten())))
-            for begin in range(0, len(others), _PIECE_ITEMS):
-                [scored] = self._online([_request(chunk, r, others.slice(begin, _PIECE_ITEMS), {})])
-                task, scores = next(iter(scored.items()))
-                last = np.float32(rows[score_column(task)][r].as_py()[-1])
-                at_most = np.full(len(scores), last)
-                self._note(np.maximum(scores, last), at_most, self._kind(task), f"scores of {task}", scales[task])
+        all_ids, [task] = self.items.item_id_I, scales
+        drawn = np.random.default_rng(int(chunk.questions.histories.user_key_B[r]))
+        chosen = drawn.choice(len(all_ids), min(len(all_ids), self.num_left_out), replace=False, shuffle=False)
+        ids = all_ids.take(pa.array(chosen))
+        others = ids.filter(pc.invert(pc.is_in(ids, single_array(rows["item_id"].slice(r, 1)).flatten())))
+        size = max(1, self.most_candidates // len(self.numbers))
+        for piece, begin in enumerate(range(0, len(others), size)):
+            some = others.slice(begin, size)
+            at_most = {task: np.full(len(some), last)}
+            self._scored.append(_Scored(_request(chunk, r, some, {}), at_most, scales, is_left_out=True, piece=piece))
 
-    def _online(self, asked: list[ScoreRequest]) -> list[dict[str, np.ndarray]]:
+    def _batches(self) -> Iterator[list[_Scored]]:
+        """Rows first, then pieces of what was left out."""
+        together: list[_Scored] = []
+        num_candidates = 0
+        for scored in sorted(self._scored, key=lambda scored: (scored.is_left_out, scored.piece)):
+            num_candidates += len(scored.request.item_ids)
+            if together and num_candidates > self.most_candidates:
+                yield together
+                together, num_candidates = [], len(scored.request.item_ids)
+            together.append(scored)
+        if together:
+            yield together
+
+    def _compare(self, together: list[_Scored]) -> None:
         assert self.scorer
-        results = self.scorer.score(asked)
-        for result in results:
+        for scored, result in zip(together, self.scorer.score([scored.request for scored in together]), strict=True):
             if isinstance(result, UserError):
                 raise result
-        return [result.scores for result in results if not isinstance(result, UserError)]
+            for task, offline in scored.offline.items():
+                online = result.scores[task]
+                if scored.is_left_out:
+                    online = np.maximum(online, offline)
+                self._note(online, offline, self._kind(task), f"scores of {task}", scored.scales[task])
+            self.num_compared += not scored.is_left_out
+
+    def _compare_vectors(self, together: list[tuple[Pending, Float32]]) -> None:
+        online_BD = self._online_vectors([asked for asked, _ in together])
+        for online, (_, offline) in zip(online_BD, together, strict=True):
+            self._note(online, offline, "regression", "a user's vectors")
+            self.num_compared += 1
 
     @torch.inference_mode()
     @plainly()
-    def _online_vector(self, chunk: Chunk, r: int) -> np.ndarray:
-        """The user's own token, made from the state that the serving path has of the user at the time of the request."""
+    def _online_vectors(self, asked: list[Pending]) -> np.ndarray:
+        """[B, D]: the users' own tokens, made from the states that the serving path has of them at the times of the requests."""
         assert self.scorer
-        scorer, model, user_id = self.scorer, self.scorer.model, chunk.user_id_R.slice(r, 1)
-        asked = Pending(user_id, int(stable_keys(user_id)[0]), int(chunk.questions.request_ts_R[r]), None)
+        scorer, model = self.scorer, self.scorer.model
         try:
-            scorer.states.resolve([asked])
-            if asked.error:
-                raise asked.error
-            assert asked.state
-            together = gather(model, scorer.cache.pool, [asked.state])
-            events = event_tensors(asked.state.partial, model.norm_head.weight.device)
-            row_1 = torch.zeros_like(together.num_events_B)
-            partial = model.partial_groups(events, model.embedding.events(events), row_1, together.num_events_B)
-            partial_1D = model.embedding.groups(*partial)
-            tail = model.tail_of_groups(together.context, row_1, together.num_events_B, events.user_key_B, partial_1D)
+            scorer.states.resolve(asked)
+            for request in asked:
+                if request.error:
+                    raise request.error
+            states = [request.state for request in asked if request.state]
+            together = gather(model, scorer.cache.pool, states)
+            partial = Histories.concatenate([state.partial for state in states])
+            events = event_tensors(partial, model.norm_head.weight.device)
+            row_B = torch.arange(len(states), device=events.user_key_B.device)
+            groups = model.partial_groups(events, model.embedding.events(events), row_B, together.num_events_B)
+            partial_BD = model.embedding.groups(*groups)
+            tail = model.tail_of_groups(together.context, row_B, together.num_events_B, events.user_key_B, partial_BD)
         finally:
             scorer.cache.release()
         assert tail.x_RTD is not None
-        return tail.x_RTD[0, -1].double().cpu().numpy()
+        return tail.x_RTD[:, -1].double().cpu().numpy()
 
     def _features(self, request: pa.Table, some: Int64) -> dict[str, list[Any]]:
         values = {name: request[name][0].as_py() for name in self.plan.schema.features_of("item")}
@@ -153,6 +200,11 @@ class OnlineCheck:
         self.max_abs_diff = max(self.max_abs_diff, float(absolute_gaps(online, offline).max()))
         most = most_difference(self.plan.precision)
         check_gaps(online, offline, kind, what, "the offline and the serving path", scale, most)
+
+
+def _pending(chunk: Chunk, r: int) -> Pending:
+    user_id = chunk.user_id_R.slice(r, 1)
+    return Pending(user_id, int(stable_keys(user_id)[0]), int(chunk.questions.request_ts_R[r]), None)
 
 
 def _request(chunk: Chunk, r: int, ids: list[Any] | pa.Array, features: dict[str, list[Any]]) -> ScoreRequest:

@@ -24,7 +24,7 @@ from longer.errors import UserError
 from longer.hashing import stable_keys
 from longer.serving.batch_output import Run
 from longer.serving.batch_plan import Plan
-from longer.serving.offline import Questions
+from longer.serving.questions import Questions
 from longer.windows import WindowRule
 
 _CHUNK_REQUESTS = 1 << 16

@@ -25,7 +25,7 @@ from longer.serving.batch_output import Run, remember_bucket, write_rows
 from longer.serving.batch_plan import Plan
 from longer.serving.batch_roll import sign
 from longer.serving.batch_warm import warm_up
-from longer.serving.offline import Budget
+from longer.serving.questions import Budget
 from longer.serving.scorer import Scorer
 from longer.serving.stages import collected_ms, stage
 from longer.training.checkpoints import load_model
@@ -41,7 +41,9 @@ class BucketScorer:
         if actors:
             sign(actors)
         self._plan, self._run = plan, run
-        self._device, self._charging, self._charged, started = threading.Lock(), threading.Lock(), (0.0, 0.0), _clocks()
+        self._device, self._checking, self._charging = (threading.Lock() for _ in range(3))
+        self._beside = torch.cuda.Stream() if plan.device == "cuda" else None
+        self._charged, started = (0.0, 0.0), _clocks()
         with run.starting(plan.most_actors, plan.section), _memory_told(plan), collected_ms() as stages:
             self._start()
         self._actor = {"name": f"{socket.gethostname()}:{os.getpid()}", "start_ms": stages, **self._charge(started)}
@@ -66,6 +68,7 @@ class BucketScorer:
             model = self._scorer.model
         budget = Budget(model, plan.batch_bytes)
         self._answers = Answers.of(plan, budget, run)
+        self._most_checked = budget.candidates(model.windows.history_groups + model.windows.stride_groups)
         requests = plan.inputs.get("requests")
         self._reader = Reader(
             plan=plan,
@@ -76,7 +79,7 @@ class BucketScorer:
             outputs_a_request=self._answers.values_a_user,
         )
         with stage("warm up"):
-            warm_up(self._answers, self._scorer)
+            warm_up(self._answers, self._scorer, self._run)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         with _memory_told(self._plan):
@@ -92,7 +95,7 @@ class BucketScorer:
         num_requests, items = self._reader.num_requests(bucket), self._answers.items
         numbers = chosen_numbers(num_requests, num_checked)
         others = num_left_out(num_requests, len(items.item_id_I), len(numbers)) if items else 0
-        check = OnlineCheck(self._plan, self._scorer, items, numbers, others)
+        check = OnlineCheck(self._plan, self._scorer, items, numbers, self._most_checked, others)
         with collected_ms() as stages:
             written = write_rows(self._run.version_path, self._run.file_of(bucket), self._parts(bucket, check, record))
         record |= {
@@ -130,7 +133,7 @@ class BucketScorer:
             with stage("read"):
                 chunk = next(chunks, None)
             if chunk is None:
-                return
+                break
             with stage("queue"):
                 self._device.acquire()
             try:
@@ -146,6 +149,9 @@ class BucketScorer:
             last_user = chunk.user_id_R[-1]
             record["num_scores"] += self._answers.num_scores(chunk)
             yield rows
+        # not the device's lock, and no wait for what is queued there: another bucket is scored meanwhile
+        with self._checking, torch.cuda.stream(self._beside):
+            check.finish()
 
 
 def _clocks() -> tuple[float, float]:

@@ -1,7 +1,8 @@
 """What an actor on a GPU does before its first bucket: kernels are compiled and sizes tried on users that nobody has.
 
-Compiling takes many seconds in each process, and would otherwise be counted, and felt, as scoring. Kernels serve any sizes but one,
-which has kernels of its own: buckets end with one user, and with one request.
+Compiling takes many seconds, and would otherwise be counted, and felt, as scoring. One actor of a machine compiles; the others wait
+and read what it has. Kernels of packs serve any sizes; those of a sweep any but one user, which has kernels of its own, and are
+compiled for lists of requests only once some are swept.
 """
 
 from dataclasses import replace
@@ -15,45 +16,48 @@ from longer.model.ranker import Ranker
 from longer.schema import EventSchema
 from longer.serving.batch_answers import Answers, computing_in
 from longer.serving.batch_input import Chunk, Items
-from longer.serving.offline import Questions, score_lists
+from longer.serving.batch_output import Run
+from longer.serving.batch_turns import first_alone
+from longer.serving.offline import score_lists
+from longer.serving.questions import Questions
 from longer.serving.scorer import Scorer
 
-_SIZES = ((3, 2), (3, 40), (1, 2), (1, 1))
-"""Users, and requests of each in a window: few and many, which attention cuts into tiles of different heights."""
+_NUM_USERS, _NUM_REQUESTS = 3, 40
+"""Users, and requests of each in a window: enough for attention's tallest tiles."""
 _NUM_CANDIDATES = 80
 _MOST_ITEMS = 4096
 _NOW = 1_700_000_000_000
 
 
-def warm_up(answers: Answers, scorer: Scorer | None) -> None:
+def warm_up(answers: Answers, scorer: Scorer | None, run: Run) -> None:
     """Users of full windows, asked what the plan asks; on a CPU, where nothing is compiled, nothing."""
     if not answers.budget.model.norm_head.weight.is_cuda:
         return
-    rehearse(answers)
-    if scorer:
-        for call in scorer.warm_ups(1, _NUM_CANDIDATES):
-            call()
-    torch.cuda.synchronize()
+    with first_alone(f"longer-warm-up-{run.id}"):
+        rehearse(answers)
+        if scorer:
+            for call in scorer.warm_ups(1, _NUM_CANDIDATES):
+                call()
+        torch.cuda.synchronize()
 
 
 def rehearse(answers: Answers) -> None:
     """Lists of their own, before and after windows move; or, once a user, the first of the plan's items, or vectors."""
     if answers.plan.kind == "requests":
-        for num_users, num_requests in _SIZES:
-            _score_lists(answers, num_users, num_requests)
+        _score_lists(answers)
         return
     some = _with_some_items(answers)
-    for num_users in sorted({num_users for num_users, _ in _SIZES}, reverse=True):
+    for num_users in (_NUM_USERS, 1):
         questions = _questions(answers.budget.model, num_users, 1, num_windows=1)
         nobody = pa.nulls(len(questions), answers.plan.schema.id_types[0])
         some.rows(Chunk(0, questions, nobody))
 
 
 @torch.inference_mode()
-def _score_lists(answers: Answers, num_users: int, num_requests: int) -> None:
+def _score_lists(answers: Answers) -> None:
     model = answers.budget.model
     with computing_in(answers.plan.precision, answers.plan.device):
-        questions = _questions(model, num_users, num_requests, num_windows=2)
+        questions = _questions(model, _NUM_USERS, _NUM_REQUESTS, num_windows=2)
         score_lists(questions, _candidates(model.schema, len(questions)), answers.budget)
 
 

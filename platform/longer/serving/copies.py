@@ -10,19 +10,38 @@ from longer.slots import Move, Slot
 
 
 class Copies:
-    """Copies between a device and host memory: on CUDA on a stream of their own, elsewhere at once."""
+    """Copies between a device and host memory: on CUDA on streams of their own, one for each way, elsewhere at once.
+
+    Both ways go on beside the device's other work: only what needs a copy, or memory that one uses, waits for it.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.is_async = device.type == "cuda"
+        if self.is_async:
+            self._inward, self._outward = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     @contextmanager
-    def after_all_queued(self) -> Iterator[None]:
-        """Copies in the block come after all that is queued on the device now; nothing else may be queued in it."""
-        if self.stream is None:
+    def to_device(self) -> Iterator[None]:
+        """Copies in the block come after all that is queued on the device and all copies to the host now; what is queued on the
+        device after the block finds them done. Nothing else may be queued in it."""
+        if not self.is_async:
             yield
             return
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
+        work = torch.cuda.current_stream()
+        self._inward.wait_stream(work)
+        self._inward.wait_stream(self._outward)  # what comes may have gone just now, or goes where others lay
+        with torch.cuda.stream(self._inward):
+            yield
+        work.wait_stream(self._inward)
+
+    @contextmanager
+    def to_host(self) -> Iterator[None]:
+        """Copies in the block come after all that is queued on the device now; nothing else may be queued in it."""
+        if not self.is_async:
+            yield
+            return
+        self._outward.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._outward):
             yield
 
     def copy(self, source: StatePool, source_slot: Slot, target: StatePool, target_slot: Slot) -> None:
@@ -32,14 +51,15 @@ class Copies:
         write.copy_(read, non_blocking=True)
 
     def wait(self) -> None:
-        """What is queued on the device from here on comes after the copies."""
-        if self.stream is not None:
-            torch.cuda.current_stream().wait_stream(self.stream)
+        """What is queued on the device from here on comes after all copies, and may write where they read."""
+        if self.is_async:
+            torch.cuda.current_stream().wait_stream(self._outward)
 
     def finish(self) -> None:
         """The host waits for the copies."""
-        if self.stream is not None:
-            self.stream.synchronize()
+        if self.is_async:
+            self._inward.synchronize()
+            self._outward.synchronize()
 
 
 class DevicePool(StatePool):
@@ -61,7 +81,7 @@ class HostPool(StatePool):
     """
 
     def __init__(self, layout: StateLayout, num_bytes: int, copies: Copies) -> None:
-        super().__init__(layout, num_bytes, pinned=copies.stream is not None)
+        super().__init__(layout, num_bytes, pinned=copies.is_async)
         self._copies = copies
 
     def _move(self, moves: list[Move]) -> None:

@@ -1,78 +1,38 @@
 """Many requests of many users on one device, in bounded memory: users side by side, each one's requests in time order.
 
-B users, R requests, C candidates in all of them, I items that every request is asked about, P packs, T tasks, D width.
+There are two ways, with equal scores. A sweep encodes a user's history once and appends to it from request to request: the fewest
+tokens. Packs (`packed.py`) encode a window anew wherever it moves, all users in one pass: the fewest launches.
+
+B users, R requests, C candidates in all of them, I items that every request is asked about, P packs, U users, T tasks, D width.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from longer.arrays import Candidates, Float32, Histories, Int64
+from longer.arrays import Candidates, Float32, Int64
 from longer.data.batches import plan_packs
+from longer.model.fuse import has_kernels
 from longer.model.inputs import feature_tensors
 from longer.model.longer import Longer
-from longer.model.ranker import Ranker
 from longer.model.sweep import Asked, Sweep
-from longer.serving.plain import score_lists_plainly
+from longer.serving.packed import Packed, score_packed
+from longer.serving.questions import Budget, Questions, candidates_of
 from longer.serving.stages import stage
-
-_FLOATS_PER_TOKEN = 24
-"""Numbers of the token's width that a layer holds at once: the token, its projections, the feed-forward layer's four."""
-
-_FLOATS_PER_EVENT = 16
-"""The same for an event's width, in the transformer inside a group."""
 
 _PACK_REQUESTS = 256
 """Most requests of one user that are asked together: a wave then has work for a GPU, and fewer waves are launched."""
 
+_PACKED_GAIN = 3.0
+"""On a GPU packs pay where they compute up to so many events and candidates for each that a sweep does. An H100 scored 4.7 M
+candidates a second in packs that computed twice as many as the sweep, which scored 2.7 M."""
 
-@dataclass(frozen=True)
-class Questions:
-    """R requests of B users, each about its user's events before `history_end_R`; every history reaches back far enough."""
-
-    histories: Histories
-    row_R: Int64
-    history_end_R: Int64
-    request_ts_R: Int64
-
-    def __len__(self) -> int:
-        return len(self.row_R)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much is computed at once, from the bytes that it may take and from the model's sizes."""
-
-    model: Ranker
-    num_bytes: int
-
-    def user_bytes(self, num_events_B: Int64, num_asked_B: Int64) -> Int64:
-        """What a user's context takes while it is made: keys and values of every layer, and the events' activations.
-
-        And the tails of `num_asked_B` requests, which are asked together.
-        """
-        sizes, windows = self.model.settings, self.model.windows
-        num_groups_B = num_events_B // windows.merge_size + 1
-        num_queries = windows.query_groups + windows.stride_groups
-        num_tail_B = num_asked_B * (self.model.embedding.num_globals + 1)
-        rows_B = 4 * num_groups_B + (2 * sizes.num_self_layers + _FLOATS_PER_TOKEN) * (num_queries + num_tail_B)
-        return 4 * (rows_B * sizes.width + _FLOATS_PER_EVENT * sizes.event_width * num_events_B)
-
-    def users(self, num_events_B: Int64, num_asked_B: Int64) -> list[Int64]:
-        """Users of similar length in batches, each in half of the bytes, or one user alone: less padding."""
-        by_length = np.argsort(num_events_B, kind="stable")
-        batch_B = np.cumsum(self.user_bytes(num_events_B, num_asked_B)[by_length]) // (self.num_bytes // 2)
-        return [rows for rows in np.split(by_length, np.flatnonzero(np.diff(batch_B)) + 1) if len(rows)]
-
-    def candidates(self, num_groups: int) -> int:
-        """Candidates in the other half. A CPU keeps their attention weights over every group, a GPU does not."""
-        sizes = self.model.settings
-        weights = 0 if self.model.norm_head.weight.is_cuda else (4 * sizes.num_heads + 2) * num_groups
-        tail = 4 * (sizes.num_cls_tokens + 3) * sizes.width
-        return max(1, self.num_bytes // 2 // (4 * (_FLOATS_PER_TOKEN * sizes.width + weights + tail)))
+_STATELESS_PACK_REQUESTS = 64
+_STATELESS_COST = 1 << 15
+"""Events and candidates scored together by encoders that keep no user state."""
 
 
 def waves(questions: Questions, budget: Budget) -> Iterator[tuple[Int64, Asked]]:
@@ -109,20 +69,61 @@ def waves(questions: Questions, budget: Budget) -> Iterator[tuple[Int64, Asked]]
 
 @torch.inference_mode()
 def score_lists(questions: Questions, candidates: Candidates, budget: Budget) -> Float32:
-    """[C, T] outputs of every request's own candidates, in their order."""
-    if not budget.model.settings.is_appendable:
-        times = questions.row_R, questions.history_end_R, questions.request_ts_R
-        return score_lists_plainly(budget.model, questions.histories, *times, candidates)
+    """[C, T] outputs of every request's own candidates, in their order, in the way that costs less."""
     outputs_CT = np.empty((int(candidates.offsets_R1[-1]), len(budget.model.tasks)), np.float32)
-    for rows_R, asked in waves(questions, budget):
-        begins, lengths = candidates.offsets_R1[rows_R], np.diff(candidates.offsets_R1)[rows_R]
-        offsets = np.append(np.int64(0), np.cumsum(lengths))
-        picked_C = np.repeat(begins - offsets[:-1], lengths) + np.arange(offsets[-1])
-        chosen = Candidates(offsets, {name: values[picked_C] for name, values in candidates.features.items()})
+    if not len(questions):
+        return outputs_CT
+    if not budget.model.settings.is_appendable:
+        packed = Packed.of(budget.model, questions, candidates, _STATELESS_PACK_REQUESTS)
+        score_packed(packed, packed.num_events_P + packed.num_candidates_P, _STATELESS_COST, outputs_CT)
+        return outputs_CT
+    packed = Packed.of(budget.model, questions, candidates, _pack_requests(candidates, budget))
+    is_packed_P = packs_that_pay(packed, budget)
+    if is_packed_P.any():
+        chosen = packed.take(np.flatnonzero(is_packed_P))
+        score_packed(chosen, _bytes(chosen, budget), budget.num_bytes, outputs_CT)
+    if not is_packed_P.all():
+        _score_swept(questions, candidates, packed.packs.take(np.flatnonzero(~is_packed_P)).order_R, budget, outputs_CT)
+    return outputs_CT
+
+
+def packs_that_pay(packed: Packed, budget: Budget) -> npt.NDArray[np.bool_]:
+    """[P]: packs of the users of whom every pack fits into the budget, if together they cost less than a sweep of these users.
+
+    Costs are events and candidates, known before anything is computed. Not weighed user by user: for a few of whom a sweep costs
+    less, its kernels would have to be compiled too.
+    """
+    none_P = np.zeros(len(packed.packs), bool)
+    if not has_kernels(budget.model.norm_head.weight):  # a CPU gains nothing by fewer launches
+        return none_P
+    same_user_P = np.append(False, packed.row_P[1:] == packed.row_P[:-1])
+    user_P = np.cumsum(~same_user_P) - 1
+    fits_P = (np.bincount(user_P, _bytes(packed, budget) > budget.num_bytes) == 0)[user_P]
+    reached_P = np.where(same_user_P, np.roll(packed.end_P, 1), packed.start_P)
+    swept_P = packed.end_P - np.maximum(packed.start_P, reached_P) + packed.num_candidates_P
+    packed_P = packed.num_events_P + packed.num_candidates_P
+    return fits_P if packed_P[fits_P].sum() <= _PACKED_GAIN * swept_P[fits_P].sum() else none_P
+
+
+def _pack_requests(candidates: Candidates, budget: Budget) -> int:
+    """Most requests of a pack, so that the candidates of usual ones take half of the budget."""
+    a_request = max(1.0, float(candidates.offsets_R1[-1]) / (len(candidates.offsets_R1) - 1))
+    return int(np.clip(budget.num_bytes // 2 / (budget.token_bytes * a_request), 1, _PACK_REQUESTS))
+
+
+def _bytes(packed: Packed, budget: Budget) -> Int64:
+    return budget.pack_bytes(packed.num_events_P, packed.num_requests_P, packed.num_candidates_P)
+
+
+def _score_swept(
+    questions: Questions, candidates: Candidates, requests_N: Int64, budget: Budget, outputs_CT: Float32
+) -> None:
+    """Writes the outputs of the candidates of these requests."""
+    for rows, asked in waves(questions.take(requests_N), budget):
+        picked_C, chosen = candidates_of(candidates, requests_N[rows])
         if len(picked_C):
             with stage("score"):
                 outputs_CT[picked_C] = _outputs(asked, chosen, budget).float().cpu().numpy()
-    return outputs_CT
 
 
 def _outputs(asked: Asked, candidates: Candidates, budget: Budget) -> Tensor:

@@ -1,8 +1,9 @@
 """The replica's user states, on the device and in host memory behind it: `cache`'s index with the pools that hold the states.
 
 States that a batch uses are pinned until its end (`release`). What has to leave the device goes to host memory, and from there
-for good; what is asked for there comes back. On CUDA both ways are copies on a stream of their own, from and to pinned memory:
-the host waits for none, and the device only where it needs the memory.
+for good; what is asked for there comes back. On CUDA both ways are copies on streams of their own, from and to pinned memory: the
+host waits for none, and the device only where it needs the memory. A state that came back leaves its copy in host memory as long
+as nobody needs the room there: if it goes again as it came, nothing is copied.
 """
 
 from collections.abc import Iterable, Iterator
@@ -40,6 +41,9 @@ class StateStore:
         self._index: StateIndex[UserState] = StateIndex(device_bytes, host_bytes, self._free)
         self._in_use: list[HeldState] = []
         self._lent: set[Slot] = set()
+        self._copied_from: dict[
+            HeldState, Slot
+        ] = {}  # in host memory: the very same as on the device; the oldest first
         self._allocate(StateLayout.of(model, precision), model.norm_head.weight.device)
 
     def _allocate(self, layout: StateLayout, device: torch.device) -> None:
@@ -133,15 +137,16 @@ class StateStore:
     def bring(self, taken: Iterable[HeldState]) -> None:
         """The states are on the device from here on."""
         away = [held for held in taken if held.tier == Tier.HOST]
+        if not away:
+            return
         slots = [self._slot(held.entry.state.slot.size) for held in away]
-        with self._copies.after_all_queued():
+        with self._copies.to_device():
             for held, slot in zip(away, slots, strict=True):
                 assert self._host is not None
                 self._copies.copy(self._host, held.entry.state.slot, self.pool, slot)
-                self._host.slots.free(held.entry.state.slot)
+                self._copied_from[held] = held.entry.state.slot
                 _lies_in(held, slot)
                 self._index.move(held, Tier.DEVICE)
-        self._copies.wait()
 
     def slots(self, num_rows_B: Iterable[int]) -> list[Slot]:
         """Room on the device for states of so many rows, from which others that are not in use have to go.
@@ -160,6 +165,8 @@ class StateStore:
         held = self._index.find(user_key)
         assert held is not None
         assert held.entry.state.slot is entry.state.slot
+        if entry.state is not held.entry.state:
+            self._free_copy(held)
         held.entry = entry
 
     def put(self, user_key: int, version: StateVersion, entry: StateEntry) -> None:
@@ -176,7 +183,7 @@ class StateStore:
         self._in_use.clear()
         self._lent.clear()
         if self.num_bytes > self.budget_bytes:
-            with self._copies.after_all_queued():
+            with self._copies.to_host():
                 while self.num_bytes > self.budget_bytes:
                     self._push_out()
 
@@ -229,8 +236,9 @@ class StateStore:
             if held.version == version:
                 return False
             self._index.drop_stale(user_key)
-        slot = self._room_in_host(len(words_NI))
-        assert slot is not None
+        made_room = self._make_room_in_host(len(words_NI))
+        assert made_room
+        slot = self._host_slot(len(words_NI))
         self._copies.finish()  # the slot's memory may still be read or written
         self._host.words_NI[slot.start : slot.start + slot.size].copy_(words_NI)
         entry = replace(entry, state=replace(entry.state, slot=slot))
@@ -246,36 +254,51 @@ class StateStore:
     def _slot(self, num_rows: int) -> Slot:
         """Its memory may be read by copies until the device has waited for them."""
         while (slot := self.pool.slots.allocate(num_rows)) is None:
-            with self._copies.after_all_queued():
+            with self._copies.to_host():
                 self._push_out()
         return slot
 
     def _push_out(self) -> None:
-        """Whoever is first to go leaves the device, by a copy."""
+        """Whoever is first to go leaves the device, by a copy if host memory has none of it."""
         tier = self._index.tiers[Tier.DEVICE]
         held = tier.victim()
         assert held is not None  # there is room for a batch beside the budget
-        slot = None if tier.is_outdated(held) else self._room_in_host(held.entry.state.slot.size)
-        if self._host is None or slot is None:
+        slot = held.entry.state.slot
+        if self._host is None or tier.is_outdated(held) or not self._make_room_in_host(slot.size):
             self._index.evict(held)
             return
-        self._copies.copy(self.pool, held.entry.state.slot, self._host, slot)
-        self.pool.slots.free(held.entry.state.slot)
-        _lies_in(held, slot)
+        if (there := self._copied_from.pop(held, None)) is None:
+            there = self._host_slot(slot.size)
+            self._copies.copy(self.pool, slot, self._host, there)
+        self.pool.slots.free(slot)
+        _lies_in(held, there)
         self._index.move(held, Tier.HOST)
 
-    def _room_in_host(self, num_rows: int) -> Slot | None:
-        """A slot in host memory, from which others go for good; None if it has no room for so much, or what is there is in use."""
+    def _make_room_in_host(self, num_rows: int) -> bool:
+        """Whether so much is within the budget there; others go for good for it, unless they are in use."""
         tier, num_bytes = self._index.tiers[Tier.HOST], num_rows * self.layout.row_bytes
-        if self._host is None or num_bytes > self.host_budget_bytes:
-            return None
+        if num_bytes > self.host_budget_bytes:
+            return False
         while tier.num_bytes + num_bytes > self.host_budget_bytes:
             if (victim := tier.victim()) is None:
-                return None
+                return False
             self._index.evict(victim)
-        return self._host.slots.allocate(num_rows)
+        return True
+
+    def _host_slot(self, num_rows: int) -> Slot:
+        """For what is within the budget; copies of what is on the device go for it."""
+        assert self._host is not None
+        while (slot := self._host.slots.allocate(num_rows)) is None:
+            self._free_copy(next(iter(self._copied_from)))
+        return slot
+
+    def _free_copy(self, held: HeldState) -> None:
+        """Host memory holds nothing of a state on the device from here on."""
+        if self._host is not None and (slot := self._copied_from.pop(held, None)) is not None:
+            self._host.slots.free(slot)
 
     def _free(self, held: HeldState) -> None:
+        self._free_copy(held)
         self._pool_of(held).slots.free(held.entry.state.slot)
 
     def _pool_of(self, held: HeldState) -> StatePool:

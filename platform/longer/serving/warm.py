@@ -10,27 +10,34 @@ from longer.model.captured_call import power_of_two
 from longer.model.engine import StateEngine
 from longer.model.states import rows_for
 from longer.schema import EventSchema
-from longer.serving.history import HistorySource
+from longer.serving.history import HistorySource, UserHistory
 from longer.serving.store import StateStore
 
 
 def warm_up(
     engine: StateEngine, store: StateStore, history: HistorySource, num_requests: int, num_candidates: int
 ) -> None:
-    """Users with a full window are encoded, appended to and asked by `num_requests` requests of `num_candidates` each.
+    """Users are encoded, appended to and asked by `num_requests` requests of `num_candidates` each.
 
-    As many users as requests, where growth has another size for so many; one, where it has not.
+    As many users as requests, where growth has another size for so many; one, where it has not. Windows have their least length and
+    their longest; appends are many events or one, inside a stride, and one over its end into another slot.
     """
     model, num_users = engine.model, num_requests if power_of_two(num_requests) == num_requests else 1
-    # inside a stride, and over its end into another slot
-    ends = np.cumsum([model.settings.history_events, 1, model.windows.stride_events])
-    window, *parts = _events(history, model.schema, ends)
+    windows = model.windows
+    moving = windows.max_history_events - windows.merge_size  # the event that opens the group which moves the windows
+    ends = [min(model.settings.history_events, moving - 1), moving - 1, moving, moving + 1]
+    known = _user(history, model.schema, ends[-1])
+
+    def events(begin: int, end: int) -> Histories:
+        return Histories.concatenate([known.events(begin, end)] * num_users)
+
     try:
         rows = [rows_for(store.layout, np.full(num_users, end)) for end in ends]
-        states = engine.encode(Histories.concatenate([window] * num_users), store.slots(rows[1]))
-        slots = [state.slot for state in states], store.slots(rows[2])
-        for part, into in zip(parts, slots, strict=True):
-            states = engine.append(states, Histories.concatenate([part] * num_users), into)
+        slots = store.slots(rows[2])
+        for end in (ends[2], ends[0]):
+            states = engine.encode(events(0, end), slots)
+        for (begin, end), into in zip(pairwise(ends), (slots, slots, store.slots(rows[3])), strict=True):
+            states = engine.append(states, events(begin, end), into)
         asked = [states[r % num_users] for r in range(num_requests)]
         offsets = np.arange(num_requests + 1) * num_candidates
         engine.score(asked, np.full(num_requests, ends[-1]), _candidates(model.schema, offsets))
@@ -38,9 +45,8 @@ def warm_up(
         store.release()
 
 
-def _events(history: HistorySource, schema: EventSchema, ends: np.ndarray) -> list[Histories]:
-    """One user's events up to the first end, and between the others: one a millisecond, of which nothing else is known."""
-    num_events = int(ends[-1])
+def _user(history: HistorySource, schema: EventSchema, num_events: int) -> UserHistory:
+    """One with so many events, one a millisecond, of which nothing else is known."""
     own = {"user_id": pa.array(["0"]).cast(schema.id_types[0]), "event_ts": pa.array(np.arange(num_events))}
     columns = [
         pa.repeat(own["user_id"][0], num_events)
@@ -52,7 +58,7 @@ def _events(history: HistorySource, schema: EventSchema, ends: np.ndarray) -> li
     ]
     events = pa.table(columns, schema.events_arrow())
     [whole] = history.tails(own["user_id"], events, np.zeros(1, np.int64), np.array([NO_EVENT_TS]))
-    return [whole.events(begin, end) for begin, end in pairwise([0, *ends.tolist()])]
+    return whole
 
 
 def _candidates(schema: EventSchema, offsets_R1: np.ndarray) -> Candidates:

@@ -10,7 +10,7 @@ Random numbers need no state: those of a step are a function of seed, step and w
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, cast
 
@@ -59,7 +59,9 @@ class TrainerState:
     """Where a training run stands.
 
     `history` holds one record a logged step and one a validation, `epochs` what has been trained of each epoch (`Trained`),
-    `checkpoints` the step and score of every checkpoint so far, this one included, `scaling` what `Scaling.state` gave.
+    `checkpoints` the step and score of every checkpoint so far, this one included, and where it ends an epoch how many there were
+    (`epochs`), `scaling` what `Scaling.state` gave, `skipped` the steps whose gradients were not finite and the requests of those
+    steps: they count as trained and changed nothing.
     """
 
     position: Position = field(default_factory=Position)
@@ -67,6 +69,13 @@ class TrainerState:
     epochs: list[dict[str, Any]] = field(default_factory=list)
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
     scaling: dict[str, float] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=lambda: {"steps": 0, "requests": 0})
+
+
+def best_of_epochs(checkpoints: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The checkpoint with the best score of those at an epoch's end, the first of equals; none if no epoch has ended."""
+    ends = [checkpoint for checkpoint in checkpoints if checkpoint["epochs"] and checkpoint["score"] is not None]
+    return [max(ends, key=lambda checkpoint: checkpoint["score"])] if ends else []
 
 
 Tensors = dict[str, torch.Tensor]
@@ -209,9 +218,8 @@ def load_trainer(
 
 def read_trainer_state(path: str) -> TrainerState:
     about = _read_json(path, "trainer.json")
-    return TrainerState(
-        Position(**about["position"]), about["history"], about["epochs"], about["checkpoints"], about["scaling"]
-    )
+    others = {name: about[name] for name in ("history", "epochs", "checkpoints", "scaling", "skipped")}
+    return TrainerState(Position(**about["position"]), **others)
 
 
 _CHANGEABLE = {"history_events", "query_groups", "stride_groups", "dropout"}

@@ -15,7 +15,7 @@ from longer.data.tables import RequestTable, SequenceTable
 from longer.hashing import hash_int64
 from longer.model.layout import Sizes
 from longer.training.cursor import DataCursor
-from longer.training.loader import MS_PER_DAY, SplitData, largest_batch, read_since, read_split
+from longer.training.loader import MS_PER_DAY, SplitData, largest_batch, read_since, read_splits
 
 MAX_PACK_REQUESTS = 16
 """Requests of one user in a pack: more share one history, but a step's requests are more alike. 8, 16 and 32 learn alike."""
@@ -38,25 +38,31 @@ class Job:
         return self.since_ms is not None
 
 
+def read_requests(job: Job) -> tuple[SplitData, SplitData | None]:
+    """What is trained, and what validates: nothing where days are tested instead."""
+    settings, versions = job.settings, job.versions
+    windows, schema, asked = settings.model.windows, settings.event_schema, settings.train
+    sequences = SequenceTable(settings.path("tables", "sequences"), schema, versions["sequences"])
+    requests = RequestTable(settings.path("tables", "requests"), schema, versions["requests"])
+    if job.since_ms is not None:
+        return read_since(sequences, requests, job.since_ms, windows), None
+    train, valid = read_splits(sequences, requests, ["train", "valid"], windows)
+    return train.newest(asked.max_requests), valid.spread(asked.max_validation_requests)
+
+
 class Content:
-    """The requests of a job, packed, and the cursor over them; `valid` validates, and is None where days are tested instead.
+    """The requests of a job (`read_requests`), packed, and the cursor over them.
 
     `expected` is the tally of each epoch's requests, and its day where an epoch is one.
     """
 
-    def __init__(self, job: Job) -> None:
-        settings, versions = job.settings, job.versions
-        windows, schema, asked = settings.model.windows, settings.event_schema, settings.train
-        sequences = SequenceTable(settings.path("tables", "sequences"), schema, versions["sequences"])
-        requests = RequestTable(settings.path("tables", "requests"), schema, versions["requests"])
-        self.valid: SplitData | None = None
+    def __init__(self, job: Job, data: SplitData, valid: SplitData | None) -> None:
+        settings, versions, asked = job.settings, job.versions, job.settings.train
+        self.data, self.valid = data, valid
         if job.since_ms is None:
-            self.data = read_split(sequences, requests, "train", windows).newest(asked.max_requests)
-            self.valid = read_split(sequences, requests, "valid", windows).spread(asked.max_validation_requests)
             self.packs = self.data.packs(MAX_PACK_REQUESTS)
             epochs, self.days = [np.arange(len(self.packs))] * asked.epochs, np.empty(0, np.int64)
         else:
-            self.data = read_since(sequences, requests, job.since_ms, windows)
             self.packs, day_P = self.data.packs_by_day(MAX_PACK_REQUESTS)
             self.days = np.unique(day_P)
             epochs = [np.flatnonzero(day_P == day) for day in self.days]

@@ -27,7 +27,6 @@ from longer.training.run import chosen_settings, finished, fit, last_state, pin_
 def train_new_days(settings: Settings) -> Version:
     """A published checkpoint that has trained all requests since its base was; its manifest lists every day of every run.
 
-    A line says how many requests a base that was not its run's last checkpoint has not seen: they are not trained here.
     Without new requests nothing changes. An interrupted run goes on from its last checkpoint.
     """
     requests, versions = pin_tables(settings)
@@ -45,7 +44,6 @@ def train_new_days(settings: Settings) -> Version:
     if not _num_requests_since(requests, since):
         say("train", f"no requests since {since} in {requests.path}: {base.id} has seen all, nothing changed")
         return base
-    _tell_unseen(base)
     load_weights(base.path, settings)  # a mistake is told here once, not by every worker
     table.claim()
     result = fit(Job(settings, versions, base.path, _milliseconds(since)), run_id)
@@ -62,20 +60,10 @@ def train_new_days(settings: Settings) -> Version:
         "trained_until": until,
     }
     assert result.checkpoint
-    version = publish(table, run_id, result.checkpoint, result, about)
+    version = publish(settings, table, run_id, result.checkpoint, result, about)
     num_requests = sum(day["num_requests"] for day in days)
     say("train", f"run {run_id}: continued {base.id} with {num_requests} requests of {len(days)} days until {until}")
     return version
-
-
-def _tell_unseen(base: Version) -> None:
-    last = base.manifest["trained"][-1]
-    for number, seen in enumerate(last.get("published_after", [])[:1]):
-        if unseen := last["epochs"][number]["num_requests"] - seen:
-            say(
-                "train",
-                f"{base.id} is its run's best checkpoint, not its last: {unseen} requests of its split it has never seen",
-            )
 
 
 def _num_requests_since(requests: Version, since: str) -> int:

@@ -137,31 +137,52 @@ def read_split(
     buckets: Iterable[int] | None = None,
 ) -> SplitData:
     """A split, or some buckets of it, in memory."""
-    wanted = range(requests.num_buckets) if buckets is None else buckets
-    return _read(sequences, {bucket: requests.read(split, bucket) for bucket in wanted}, windows, f"{split} requests")
+    (data,) = read_splits(sequences, requests, [split], windows, buckets)
+    return data
+
+
+def read_splits(
+    sequences: SequenceTable,
+    requests: RequestTable,
+    splits: Iterable[str],
+    windows: WindowRule,
+    buckets: Iterable[int] | None = None,
+) -> list[SplitData]:
+    """Several splits whose histories are read once and held once."""
+    wanted = [*(range(requests.num_buckets) if buckets is None else buckets)]
+    histories = _histories(sequences, wanted)
+    return [
+        _split(sequences, histories, [requests.read(split, bucket) for bucket in wanted], windows, f"{split} requests")
+        for split in splits
+    ]
 
 
 def read_since(sequences: SequenceTable, requests: RequestTable, since_ms: int, windows: WindowRule) -> SplitData:
     """The requests of all splits from a time on, in memory."""
-    asked = {}
+    asked = []
     for bucket in range(requests.num_buckets):
         every = concat_requests([requests.read(split, bucket) for split in SPLITS])
-        asked[bucket] = every.take(np.flatnonzero(every.request_ts_R >= since_ms))
-    return _read(sequences, asked, windows, "requests")
+        asked.append(every.take(np.flatnonzero(every.request_ts_R >= since_ms)))
+    return _split(sequences, _histories(sequences, range(requests.num_buckets)), asked, windows, "requests")
 
 
-def _read(sequences: SequenceTable, requests: dict[int, Requests], windows: WindowRule, which: str) -> SplitData:
-    all_histories = concat_histories([sequences.read_bucket(bucket)[1] for bucket in requests])
-    all_requests = concat_requests(list(requests.values()))
-    row_R = rows_of_requests(all_histories, all_requests)
-    start_R = windows.history_start(all_requests.history_end_R) * windows.merge_size
-    if num_cut := int((start_R < all_histories.first_index_B[row_R]).sum()):
+def _histories(sequences: SequenceTable, buckets: Iterable[int]) -> Histories:
+    return concat_histories([sequences.read_bucket(bucket)[1] for bucket in buckets])
+
+
+def _split(
+    sequences: SequenceTable, histories: Histories, by_bucket: list[Requests], windows: WindowRule, which: str
+) -> SplitData:
+    requests = concat_requests(by_bucket)
+    row_R = rows_of_requests(histories, requests)
+    start_R = windows.history_start(requests.history_end_R) * windows.merge_size
+    if num_cut := int((start_R < histories.first_index_B[row_R]).sum()):
         raise UserError(
             f"model.history_events={windows.history_groups * windows.merge_size}: the history windows of {num_cut} {which} "
             f"start before the events that {sequences.version.path} keeps: build sequences and requests again with "
             "these settings, or lower history_events"
         )
-    return SplitData(all_histories, all_requests, row_R, windows)
+    return SplitData(histories, requests, row_R, windows)
 
 
 def concat_requests(parts: list[Requests]) -> Requests:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import ray
 import ray.train
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from longer.model.encoders.factory import make_model
 from longer.training.checkpoints import (
     Tensors,
     TrainerState,
+    best_of_epochs,
     load_model,
     load_trainer,
     load_upstream,
@@ -48,11 +50,12 @@ _ITS_END = 1 << 30
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """Ray Train's `train_loop_per_worker`; `config` holds the job and where to tell."""
+    """Ray Train's `train_loop_per_worker`; `config` holds the job, its requests in Ray's memory and where to tell."""
     context = ray.train.get_context()
     workers_here = context.get_local_world_size()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers_here))
-    Run(config["job"], config["lines"], context.get_world_rank(), context.get_world_size()).train()
+    content = Content(config["job"], *ray.get(config["requests"]))  # workers of a node share one copy
+    Run(config["job"], content, config["lines"], context.get_world_rank(), context.get_world_size()).train()
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,10 @@ class Work:
 class Run:
     """A worker's model, data and place in the run."""
 
-    def __init__(self, job: Job, lines: Any, rank: int, num_workers: int) -> None:
+    def __init__(self, job: Job, content: Content, lines: Any, rank: int, num_workers: int) -> None:
         self.job, self.settings = job, job.settings
         self.lines, self.rank, self.num_workers = lines, rank, num_workers
-        self.content = Content(job)
-        self.cursor = self.content.cursor
+        self.content, self.cursor = content, content.cursor
         asked = self.settings.train
         self.batches_each = batches_per_worker(
             asked.tokens_per_step, int(self.content.cost_P.max()), num_workers, asked.max_tokens_per_batch
@@ -88,6 +90,7 @@ class Run:
         self._uploaded.set()
         self.stepper = self._make_stepper()
         self.timer = self.stepper.timer
+        self.num_requests_skipped = torch.tensor(self.state.skipped["requests"], device=self.stepper.device)
 
     def train(self) -> None:
         """From the state's position to the end of the last epoch."""
@@ -111,18 +114,21 @@ class Run:
             num_candidates += work.num_candidates
             meter.add(work.num_requests, work.num_candidates)
             self.state.position = self.cursor.after(work.position)
-            day_ends = self.job.trains_days and self.state.position.step == 0
-            saves = done % every == 0 or done == num_steps or day_ends
+            saves = done % every == 0 or self.state.position.step == 0  # at an epoch's end, too
             if done % record_every == 0 or done == 1 or saves:  # a checkpoint leaves no sum behind
                 meter.loss = float(self._sum_over_workers(loss_sum)) / num_candidates
                 meter.add_phases(self.timer.take())
-                skipped = self._skipped_steps(done)
+                self._count_skipped(done)
                 self._record(
-                    done, loss=meter.loss, gradient_norm=float(gradient_norm), skipped_steps=skipped, **meter.rates()
+                    done,
+                    loss=meter.loss,
+                    gradient_norm=float(gradient_norm),
+                    **{f"skipped_{name}": num for name, num in self.state.skipped.items()},
+                    **meter.rates(),
                 )
                 loss_sum, num_candidates = torch.zeros_like(loss_sum), 0
             if self.rank == 0 and meter.is_due(done):
-                self._say(meter.line(done))
+                self.lines.show.remote("train", done, num_steps, meter.note(done))
             if saves:
                 with meter.paused():
                     self._checkpoint(done)
@@ -177,22 +183,27 @@ class Run:
         of_schedule = (_ITS_END, _ITS_END) if self.job.trains_days else (step, self.cursor.num_steps)
         self.stepper.optimizer.set_rate_share(rate_share(*of_schedule, self.settings.train.warmup_share))
         torch.manual_seed(dropout_seed(self.settings.seed, step, self.rank, self.num_workers))
-        taken = self.stepper.step(work.batches, work.weights, work.num_candidates)
+        loss, gradient_norm = self.stepper.step(work.batches, work.weights, work.num_candidates)
         self.trained.add(work.position.epoch, work.request_id_R)
-        return taken
+        self.num_requests_skipped += torch.where(gradient_norm.isfinite(), 0, work.num_requests)
+        return loss, gradient_norm
 
-    def _skipped_steps(self, done: int) -> int:
-        """How many steps have changed nothing so far, since their gradients were not finite; a UserError if it goes on."""
-        before = next((r["skipped_steps"] for r in reversed(self.state.history) if "skipped_steps" in r), 0)
+    def _count_skipped(self, done: int) -> None:
+        """How much has changed nothing so far, since gradients were not finite; a UserError if it goes on.
+
+        The cursor counts it as trained: the same gradients would come again.
+        """
+        before = self.state.skipped["steps"]
         total, in_row = self.stepper.optimizer.scaling.num_skipped()
+        self.state.skipped = {"steps": total, "requests": int(self.num_requests_skipped)}
         if in_row >= _MOST_SKIPPED_IN_ROW:
             raise UserError(
                 f"training: the gradients of steps {done - in_row + 1} to {done} are not finite and changed nothing: lower "
                 "train.learning_rate and train.embedding_learning_rate, or look for numbers without bounds among the features"
             )
         if total > before:
-            self._say(f"step {done}: {total} steps so far had gradients that are not finite and changed nothing")
-        return total
+            what = f"{total} steps so far, of {self.state.skipped['requests']} requests,"
+            self._say(f"step {done}: {what} had gradients that are not finite and changed nothing")
 
     def _test_day(self, epoch: int) -> None:
         """Metrics of a day that no step has seen yet, before its first step."""
@@ -211,7 +222,8 @@ class Run:
         score = selection_score(metrics) if metrics else None
         if metrics:
             self._record(done, validation=metrics)
-        self.state.checkpoints.append({"step": done, "score": score})
+        epochs = self.state.position.epoch if self.state.position.step == 0 else None  # whole ones
+        self.state.checkpoints.append({"step": done, "score": score, "epochs": epochs})
         self.state.epochs = self._trained_so_far()
         self.state.scaling = self.stepper.optimizer.scaling.state()
         name = f"step_{done:07d}"
@@ -222,7 +234,7 @@ class Run:
             ray.train.report({}, checkpoint_dir_name=name, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
             return
         upload = self._upload_of(*copies)
-        reported = {"step": done, "score": score, "validation": metrics, "keep": self._to_keep()}
+        reported = {**self.state.checkpoints[-1], "validation": metrics, "keep": self._to_keep()}
         nothing = Checkpoint.from_directory(tempfile.mkdtemp())  # `upload` has it all; Ray removes this folder
         ray.train.report(
             reported,
@@ -275,12 +287,10 @@ class Run:
         return trained
 
     def _to_keep(self) -> list[int]:
-        """Steps of the checkpoints to keep once this one is committed: the last ones and the best so far."""
+        """Steps of the checkpoints to keep once this one is committed: the last ones and the one to publish so far."""
         done = self.state.checkpoints
-        last = [checkpoint["step"] for checkpoint in done[-self.settings.train.keep_checkpoints :]]
-        scored = [checkpoint for checkpoint in done if checkpoint["score"] is not None]
-        best = [max(scored, key=lambda checkpoint: checkpoint["score"])["step"]] if scored else []
-        return sorted({*last, *best})
+        last = done[-self.settings.train.keep_checkpoints :]
+        return sorted({checkpoint["step"] for checkpoint in (*last, *best_of_epochs(done))})
 
     def _path(self, *parts: str) -> str:
         return self.settings.path("training", ray.train.get_context().get_experiment_name(), *parts)

@@ -1,4 +1,4 @@
-"""How fast a run goes and where its time goes: progress lines, and scalars for TensorBoard."""
+"""How fast a run goes and where its time goes: what its progress tells, and scalars for TensorBoard."""
 
 import math
 import tempfile
@@ -12,11 +12,12 @@ from tensorboardX import SummaryWriter
 
 from longer.storage import file_sizes, read_bytes, remove_tree, write_bytes
 
-_SECONDS_BETWEEN_LINES = 3.0
+_SECONDS_BETWEEN_NOTES = 0.5
+"""No more often does the driver look."""
 
 
 class Meter:
-    """Speed since the start of this process, without the time of validations; a line is due every few seconds."""
+    """Speed since the start of this process, without the time of validations; a note is due every half a second."""
 
     def __init__(self, num_steps: int, first_step: int, device: torch.device) -> None:
         self.num_steps, self.loss, self._device = num_steps, math.nan, device
@@ -40,6 +41,7 @@ class Meter:
         shares = {f"{name}_share": value / elapsed_s for name, value in self._phase_s.items()}
         return {
             "elapsed_s": elapsed_s,
+            "step_ms": 1e3 * elapsed_s / self._num_steps_here,
             "requests_per_s": self._num_requests / elapsed_s,
             "impressions_per_s": self._num_candidates / elapsed_s,
             **shares,
@@ -47,25 +49,27 @@ class Meter:
         }
 
     def is_due(self, done: int) -> bool:
-        """True every few seconds, and at the end."""
+        """True now and then, and at the end."""
         now = time.perf_counter()
-        due = now - self._told >= _SECONDS_BETWEEN_LINES or done == self.num_steps
+        due = now - self._told >= _SECONDS_BETWEEN_NOTES or done == self.num_steps
         self._told = now if due else self._told
         return due
 
-    def line(self, done: int) -> str:
+    def note(self, done: int) -> str:
+        """What progress says beside the number of steps `done`."""
         rates = self.rates()
         left_s = (self.num_steps - done) * (time.perf_counter() - self._started) / self._num_steps_here
-        parts = [
-            f"step {done}/{self.num_steps}",
+        parts = [  # a narrow terminal shows the first ones
+            f"about {left_s:.0f} s left",
             f"{rates['requests_per_s']:.0f} requests/s",
             f"{rates['impressions_per_s']:.0f} impressions/s",
+            *([f"GPU memory {rates['gpu_bytes'] / 2**30:.1f} GiB"] if "gpu_bytes" in rates else []),
             f"loss {self.loss:.4f}",
             f"waiting for data {rates.get('data_wait_share', 0.0):.0%}",
         ]
-        if "gpu_bytes" in rates:
-            parts.append(f"GPU memory {rates['gpu_bytes'] / 2**30:.1f} GiB")
-        return ", ".join([*parts, f"about {left_s:.0f} s left"])
+        if "others_wait_share" in rates:
+            parts.append(f"for other workers' data {rates['others_wait_share']:.0%}")
+        return ", ".join(parts)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """AdamW on the dense layers; on large tables Adam of the rows that a step read, and nothing of the others."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from longer.training.exchange import ReplicatedTables
 from longer.training.scaling import Scaling
 from longer.training.sharding import ShardedTables, over_owners
 from longer.training.table_gradients import TableGradient, combine
+from longer.training.timing import PhaseTimer
 from longer.training_settings import TrainSettings
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8
@@ -32,13 +34,14 @@ class Optimizer:
     A table's row whose gradient is zero, because nobody read it or nothing came of it, keeps its weights and moments (torch's
     SparseAdam does the same). Moments lie in `state` under their parameter: a step touches no row that it did not read. A step
     whose gradients are not finite changes no weight and no moment; `scaling` counts it. With an `exchange`, gradients are summed
-    over all workers.
+    over all workers, and `timer` tells that, with the wait for the slowest worker, from the update.
     """
 
     def __init__(
         self, model: Ranker, settings: TrainSettings, exchange: ReplicatedTables | ShardedTables | None = None
     ) -> None:
         self.exchange = exchange
+        self.timer = PhaseTimer(model.norm_head.weight.device)
         self.model, self.clip_norm = model, settings.clip_norm
         self.tables = {model.get_parameter(name): table for name, table in model.large_tables().items()}
         for table in self.tables.values():
@@ -96,7 +99,8 @@ class Optimizer:
     def taken(self) -> Gradients:
         """What the backward passes since `zero_grad` left; there is nothing left afterwards."""
         dense = {p: p.grad.clone() for group in self._dense.param_groups for p in group["params"] if p.grad is not None}
-        taken = Gradients(dense, self._of_tables())
+        with self._exchanging():
+            taken = Gradients(dense, self._of_tables())
         self.zero_grad()
         return taken
 
@@ -110,15 +114,28 @@ class Optimizer:
 
         They are those of `scaling.scale` times the loss.
         """
+        with self._exchanging():
+            gradients = self._summed(earlier)
+        with self.timer.phase("optimizer"):
+            return self._updated([*gradients.dense.values()], gradients.tables)
+
+    def _exchanging(self) -> AbstractContextManager[None]:
+        return self.timer.phase("exchange" if self.exchange else "optimizer")
+
+    def _summed(self, earlier: Sequence[Gradients]) -> Gradients:
+        """Of all batches and workers; dense ones are the parameters' too."""
         for gradients in earlier:
             for parameter, dense_gradient in gradients.dense.items():
                 parameter.grad = dense_gradient if parameter.grad is None else parameter.grad.add_(dense_gradient)
-        dense = [p.grad for group in self._dense.param_groups for p in group["params"] if p.grad is not None]
-        on_its_way = _OverWorkers(dense) if self.exchange else None
+        dense = {p: p.grad for group in self._dense.param_groups for p in group["params"] if p.grad is not None}
+        on_its_way = _OverWorkers([*dense.values()]) if self.exchange else None
         by_batch = [*(gradients.tables for gradients in earlier), self._of_tables()]
         tables = {p: _together([found[p] for found in by_batch if p in found]) for p in by_batch[-1]}
         if on_its_way:
             on_its_way.wait()
+        return Gradients(dense, tables)
+
+    def _updated(self, dense: list[Tensor], tables: dict[nn.Parameter, TableGradient]) -> Tensor:
         of_tables = get_total_norm([gradient.gradient_Ud for gradient in tables.values()], foreach=True)
         if isinstance(self.exchange, ShardedTables):
             of_tables = over_owners(of_tables)

@@ -1,4 +1,4 @@
-"""Progress lines from Ray workers to the driver."""
+"""Progress from Ray workers to the driver."""
 
 import threading
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 
-from longer.progress import say
+from longer.progress import Bar, say
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 
@@ -18,27 +18,36 @@ class Lines:
 
     def __init__(self) -> None:
         self._lines: list[tuple[str, str]] = []
+        self._shown: list[tuple[str, int, int, str]] = []
 
     def add(self, stage: str, message: str) -> None:
         self._lines.append((stage, message))
 
-    def take(self) -> list[tuple[str, str]]:
-        taken, self._lines = self._lines, []
+    def show(self, stage: str, done: int, total: int, note: str) -> None:
+        """How many steps are done, and a note; of several between two looks the last one is of use."""
+        self._shown = [(stage, done, total, note)]
+
+    def take(self) -> tuple[list[tuple[str, str]], list[tuple[str, int, int, str]]]:
+        taken, self._lines, self._shown = (self._lines, self._shown), [], []
         return taken
 
 
 @contextmanager
 def relayed_lines() -> Iterator[Any]:
-    """A handle of `Lines` for workers to `add.remote(stage, message)` to; what they add is said here, until the block ends."""
+    """A handle of `Lines` for workers to `add.remote` and `show.remote` to; it is said and shown here, until the block ends."""
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # no other node's end takes it along
-    lines, ended = Lines.options(label_selector=here).remote(), threading.Event()  # type: ignore[attr-defined]
+    lines, ended, bar = Lines.options(label_selector=here).remote(), threading.Event(), Bar("step")  # type: ignore[attr-defined]
 
     def relay() -> None:
         while True:
             last = ended.wait(_SECONDS_BETWEEN_LOOKS)
-            for stage, message in ray.get(lines.take.remote()):
+            said, shown = ray.get(lines.take.remote())
+            for progress in shown:
+                bar.show(*progress)
+            for stage, message in said:
                 say(stage, message)
             if last:
+                bar.close()
                 return
 
     thread = threading.Thread(target=relay, name="relay", daemon=True)

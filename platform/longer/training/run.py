@@ -8,17 +8,28 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train import Checkpoint, FailureConfig, LoggingConfig, Result, RunConfig, ScalingConfig, UserCallback
+from ray.train import (
+    Checkpoint,
+    ControllerError,
+    FailureConfig,
+    LoggingConfig,
+    Result,
+    RunConfig,
+    ScalingConfig,
+    UserCallback,
+)
 from ray.train.torch import TorchTrainer
 
 from longer.config import Settings
 from longer.data.tables import RequestTable, SequenceTable
-from longer.errors import UserError
+from longer.errors import StorageError, UserError
 from longer.progress import say
+from longer.runner import user_error_in
 from longer.storage import (
     Table,
     Version,
     arrow_filesystem,
+    change_times,
     file_sizes,
     fingerprint,
     manifest_of,
@@ -26,12 +37,20 @@ from longer.storage import (
     remove_tree,
     write_bytes,
 )
-from longer.training.checkpoints import FORMAT_VERSION, TrainerState, load_model, load_weights, read_trainer_state
-from longer.training.content import Job
+from longer.training.checkpoints import (
+    FORMAT_VERSION,
+    TrainerState,
+    best_of_epochs,
+    load_model,
+    load_weights,
+    read_trainer_state,
+)
+from longer.training.content import Job, read_requests
 from longer.training.loop import train_worker
 from longer.training.relay import relayed_lines
 
-_HOW_NOT_WHAT = {"num_workers", "use_gpu", "max_failures", "keep_checkpoints", "max_tokens_per_batch", "table_sharding"}
+_KEPT = {"keep_checkpoints", "keep_runs"}
+_HOW_NOT_WHAT = {"num_workers", "use_gpu", "max_failures", "max_tokens_per_batch", "table_sharding", *_KEPT}
 """Settings that do not change what is learned: an interrupted run may go on with other values."""
 
 _NEVER = "1970-01-01T00:00:00+00:00"
@@ -40,10 +59,11 @@ _WAIT_FOR_MORE_WORKERS_S = "10"
 
 
 def train(settings: Settings, start_from: str | None = None) -> Version:
-    """A published version of the checkpoints table: the best model by validation, its metrics and history in the manifest.
+    """A published version of the checkpoints table: its metrics and history are in the manifest.
 
-    With `start_from`, the path of a checkpoint, its weights are the first ones. A finished run is found and trains nothing; it is
-    served, unless what is served continues it. An interrupted one goes on from its last checkpoint.
+    It is the model that was best by validation at the end of an epoch: one that has trained every request of the split, each as
+    often as the others. With `start_from`, the path of a checkpoint, its weights are the first ones. A finished run is found and
+    trains nothing; it is served, unless what is served continues it. An interrupted one goes on from its last checkpoint.
     """
     requests, versions = pin_tables(settings)
     _check_split(requests, "train", "lower requests.test_days_share and validation_days_share")
@@ -58,22 +78,23 @@ def train(settings: Settings, start_from: str | None = None) -> Version:
     past, past_until = past_of(start_from) if start_from else ([], own_until)
     table.claim()
     result = fit(Job(settings, versions, start_from), run_id)
-    assert result.best_checkpoints
-    best, reported = max(result.best_checkpoints, key=lambda pair: pair[1]["score"])
-    with best.as_directory() as directory:
-        of_weights = [epoch["num_requests"] for epoch in read_trainer_state(directory).epochs]
-    trained = {"requests": requests.id, "split": "train", "until": own_until, "epochs": last_state(result).epochs}
+    state = last_state(result)
+    (best,) = best_of_epochs(state.checkpoints)
+    by_step = {reported["step"]: (checkpoint, reported) for checkpoint, reported in result.best_checkpoints or ()}
+    checkpoint, reported = by_step[best["step"]]
+    trained = {"requests": requests.id, "split": "train", "until": own_until, "epochs": state.epochs}
     about = {
         "inputs": versions,
         "settings": chosen,
         **first,
-        "step": reported["step"],
+        "step": best["step"],
         "validation": reported["validation"],
-        "trained": [*past, {**trained, "published_after": of_weights}],  # by epoch: the best is not always the last
+        "trained": [*past, {**trained, "published_after_epochs": best["epochs"]}],
         "trained_until": max(own_until, past_until, key=datetime.fromisoformat),
     }
-    version = publish(table, run_id, best, result, about)
-    say("train", f"run {run_id}: best checkpoint is step {version.manifest['step']}, {version.manifest['validation']}")
+    version = publish(settings, table, run_id, checkpoint, result, about)
+    after = f"epoch {best['epochs']} of {settings.train.epochs}, step {best['step']}"
+    say("train", f"run {run_id}: published as it was after {after}, {reported['validation']}")
     return version
 
 
@@ -132,6 +153,19 @@ def worker_options(settings: Settings) -> ScalingConfig:
     )
 
 
+class EndAtMistakes(UserCallback):
+    """What a user must put right first ends the run at once: Ray would start workers again, to fail in the same way.
+
+    A file that cannot be read may be readable to the next ones.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for error in worker_exceptions.values():
+            mistake = user_error_in(error)
+            if mistake and not isinstance(mistake, StorageError):
+                raise ControllerError(mistake)
+
+
 class KeepBestAndLast(UserCallback):
     """Once a checkpoint is committed, those before it that it says nobody needs any more lose their tensors.
 
@@ -162,27 +196,43 @@ def fit(job: Job, run_id: str) -> Result:
     on_s3 = storage.startswith("s3://")
     # Workers print their own progress; Ray's copy of each line, its state machine and reports stay in the session's log files.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    requests = _requests_in_memory(job)
     if isinstance(asked.num_workers, tuple):
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _WAIT_FOR_MORE_WORKERS_S)
     with relayed_lines() as lines:
         trainer = TorchTrainer(
             train_worker,
-            train_loop_config={"job": job, "lines": lines},
+            train_loop_config={"job": job, "requests": requests, "lines": lines},
             scaling_config=worker_options(settings),
             run_config=RunConfig(
                 name=run_id,
                 storage_path=bare if on_s3 else os.path.abspath(storage),
                 storage_filesystem=filesystem if on_s3 else None,
                 failure_config=FailureConfig(max_failures=asked.max_failures),
-                callbacks=[KeepBestAndLast(f"{storage}/{run_id}")],  # type: ignore[list-item]
+                callbacks=[EndAtMistakes(), KeepBestAndLast(f"{storage}/{run_id}")],  # type: ignore[list-item]
                 logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
             ),
         )
         return trainer.fit()
 
 
-def publish(table: Table, run_id: str, chosen: Checkpoint, result: Result, about: dict[str, Any]) -> Version:
-    """Copies the model of one checkpoint; the history is the last one's, which holds all of it."""
+def _requests_in_memory(job: Job) -> ray.ObjectRef:
+    """The requests of a job, read once however often workers start; they are there, or an error is raised here.
+
+    Lost with a node, they are read anew: the task asks for no core, since workers may have them all.
+    """
+    options = {"num_cpus": 0, "num_returns": 2, "label_selector": job.settings.ray.place(num_gpus=0)}
+    retries = {"max_retries": job.settings.train.max_failures, "retry_exceptions": [StorageError]}
+    task: Any = ray.remote(lambda: (read_requests(job), True))
+    requests, are_there = task.options(**options, **retries).remote()
+    ray.get(are_there)
+    return requests
+
+
+def publish(
+    settings: Settings, table: Table, run_id: str, chosen: Checkpoint, result: Result, about: dict[str, Any]
+) -> Version:
+    """Copies the model of one checkpoint; the history is the last one's, which holds all of it. Old runs' checkpoints go."""
     path = table.begin(run_id)
     with chosen.as_directory() as directory:
         for file in ("model.safetensors", "model.json"):
@@ -193,7 +243,23 @@ def publish(table: Table, run_id: str, chosen: Checkpoint, result: Result, about
         "model_version": info.model_version,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-    return table.publish(run_id, {**about, **of_model, "history": last_state(result).history})
+    state = last_state(result)
+    version = table.publish(run_id, {**about, **of_model, "skipped": state.skipped, "history": state.history})
+    with suppress(OSError):  # what storage does not remove now is old the next time too
+        remove_old_runs(settings.path("training"), settings.train.keep_runs)
+    return version
+
+
+def remove_old_runs(folder: str, num_kept: int) -> None:
+    """Of all runs but the newest, finished or not, only the scalars stay; what they published lies in the checkpoints table."""
+    runs: dict[str, tuple[datetime, set[str]]] = {}
+    for path, changed in change_times(folder).items():
+        run, _, rest = path.partition("/")
+        newest, parts = runs.get(run, (changed, set()))
+        runs[run] = max(newest, changed), parts | {rest.partition("/")[0]}
+    for run, (_, parts) in sorted(runs.items(), key=lambda item: item[1][0])[:-num_kept]:
+        for part in parts - {"tensorboard"}:
+            remove_tree(f"{folder}/{run}/{part}")
 
 
 def last_state(result: Result) -> TrainerState:

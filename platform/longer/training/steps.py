@@ -28,7 +28,6 @@ from longer.training.exchange import Ahead, ReplicatedTables
 from longer.training.metrics import binary_metrics
 from longer.training.optimizer import Optimizer
 from longer.training.sharding import ShardedTables
-from longer.training.timing import PhaseTimer
 from longer.training_settings import TaskSettings, TrainSettings
 
 _FINAL_LEARNING_RATE_SHARE = 0.05
@@ -92,8 +91,8 @@ class Stepper:
     """Applies steps to a model on one of `num_workers` workers, which have the same weights before and after each step.
 
     The model moves to the device, with `train.table_sharding: rows` without the rows of large tables that other workers own. On
-    CUDA a step's forward and backward pass are one CUDA graph, captured again when a batch is larger than `largest` and than all
-    before it.
+    CUDA a step's forward and backward pass are CUDA graphs, captured again when a batch is larger than `largest` and than all
+    before it. `timer` tells forward, backward, exchange and optimizer apart, and the wait for other workers' data.
     """
 
     def __init__(
@@ -111,7 +110,8 @@ class Stepper:
         self.sharded = ShardedTables(model, device, sent_as) if is_sharded else None
         self.model = model.to(device)
         exchange = self.sharded or (ReplicatedTables(model, device, sent_as) if num_workers > 1 else None)
-        self.optimizer, self.timer = Optimizer(model, settings, exchange), PhaseTimer(device)
+        self.optimizer = Optimizer(model, settings, exchange)
+        self.timer = self.optimizer.timer
         self._room = Sizes(*map(_whole, largest))
         self._captured: CapturedPass | None = None
         if device.type == "cuda":
@@ -172,29 +172,37 @@ class Stepper:
         """
         self.optimizer.zero_grad()
         losses, earlier = [], []
-        with self.timer.phase("forward_backward"):
-            for number, (batch, weight) in enumerate(zip(batches, weights, strict=True), 1):
-                losses.append(self._backward(batch, weight, num_candidates))
-                if number < len(batches):
-                    earlier.append(self.optimizer.taken())
-        with self.timer.phase("optimizer"):
-            return torch.stack(losses).sum(), self.optimizer.step(earlier)
+        for number, (batch, weight) in enumerate(zip(batches, weights, strict=True), 1):
+            losses.append(self._pass(batch, weight, num_candidates))
+            if number < len(batches):
+                earlier.append(self.optimizer.taken())
+        return torch.stack(losses).sum(), self.optimizer.step(earlier)
 
-    def _backward(self, batch: StepBatch, weight: float, num_candidates: int) -> Tensor:
+    def _pass(self, batch: StepBatch, weight: float, num_candidates: int) -> Tensor:
         scale = self.optimizer.scaling.scale * (weight / num_candidates)
         held: dict[str, HeldRows] = {}
         if isinstance(batch, Announced):
             assert self.optimizer.exchange
             batch, ahead = batch
-            held = self.optimizer.exchange.begin(ahead)
+            with self.timer.host_phase("others_wait"):
+                ahead.on_their_way.wait()  # nobody begins before the last worker has laid its batch out
+            with self.timer.phase("exchange"):
+                held = self.optimizer.exchange.begin(ahead)
         if isinstance(batch, Staged):
-            return self._captured_for(batch)(batch, scale, held) * weight
-        tensors = to_tensors(batch, self.device)
-        self._read_from(held)
-        with self.autocast():
-            output_CT = self.model(tensors)
-        loss = loss_sum(output_CT, tensors.labels, self.settings.tasks)
-        (loss * scale).backward()
+            captured = self._captured_for(batch)
+            with self.timer.phase("forward"):
+                loss = captured.forward(batch, held)
+            with self.timer.phase("backward"):
+                captured.backward(scale)
+            return loss * weight
+        with self.timer.phase("forward"):
+            tensors = to_tensors(batch, self.device)
+            self._read_from(held)
+            with self.autocast():
+                output_CT = self.model(tensors)
+            loss = loss_sum(output_CT, tensors.labels, self.settings.tasks)
+        with self.timer.phase("backward"):
+            (loss * scale).backward()
         return loss.detach() * weight
 
     def _captured_for(self, batch: Staged) -> CapturedPass:

@@ -1,0 +1,146 @@
+"""Lists scored by the model's own forward pass, as training computes it: a user's requests whose windows agree are a pack.
+
+A pack's history is encoded once for its requests and then forgotten: the next pack encodes its window anew. On a GPU a batch of
+packs is one flat pass in which everything lies side by side, so that there is little to launch.
+
+C candidates, R requests, P packs, U users, T tasks.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import cast
+
+import numpy as np
+from torch import Tensor
+
+from longer.arrays import Candidates, Float32, Int64, RequestBatch
+from longer.data.batches import Packs, plan_packs
+from longer.model.flat import flat_outputs
+from longer.model.fuse import has_kernels, plainly
+from longer.model.inputs import tensors_of, to_tensors
+from longer.model.layout import Sizes, flatten
+from longer.model.longer import Longer
+from longer.model.ranker import Ranker
+from longer.serving.questions import Questions, candidates_of
+from longer.serving.stages import stage
+from longer.training.loader import prefetch
+
+_SIZES_STEP = 64
+"""Batches are filled up to multiples of it: compiled code is never made anew, for sizes of one or for those that 16 divides."""
+
+_BATCHES_AHEAD = 2
+
+Pass = Callable[[], Tensor]
+"""[C, T] outputs of a batch that lies on the device."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Requests in packs, and what is known of a pack before anything is computed."""
+
+    model: Ranker
+    questions: Questions
+    candidates: Candidates
+    packs: Packs
+
+    @staticmethod
+    def of(model: Ranker, questions: Questions, candidates: Candidates, max_requests: int) -> "Packed":
+        """Every request once, at most so many in a pack."""
+        packs = plan_packs(questions.row_R, questions.history_end_R, model.windows, max_requests)
+        return Packed(model, questions, candidates, packs)
+
+    def take(self, packs_N: Int64) -> "Packed":
+        return replace(self, packs=self.packs.take(packs_N))
+
+    @property
+    def newest_P(self) -> Int64:
+        """Each pack's newest request."""
+        return self.packs.order_R[self.packs.offsets_P1[1:] - 1]
+
+    @property
+    def row_P(self) -> Int64:
+        return self.questions.row_R[self.newest_P]
+
+    @property
+    def end_P(self) -> Int64:
+        return self.questions.history_end_R[self.newest_P]
+
+    @property
+    def start_P(self) -> Int64:
+        """Where each pack's history window begins, in events."""
+        return self.model.windows.history_start(self.end_P) * self.model.windows.merge_size
+
+    @property
+    def num_events_P(self) -> Int64:
+        return self.end_P - self.start_P
+
+    @property
+    def num_requests_P(self) -> Int64:
+        return np.diff(self.packs.offsets_P1)
+
+    @property
+    def num_candidates_P(self) -> Int64:
+        ends_R1 = np.append(0, np.cumsum(np.diff(self.candidates.offsets_R1)[self.packs.order_R]))
+        return np.diff(ends_R1[self.packs.offsets_P1])
+
+    def passes(self, cost_P: Int64, most: int) -> Iterator[tuple[Int64, Pass]]:
+        """Numbers of candidates, and the pass that scores them: packs in order, of this cost at most or one pack alone."""
+        ends_P1 = np.append(0, np.cumsum(cost_P))
+        begin = 0
+        while begin < len(self.packs):
+            end = max(begin + 1, int(np.searchsorted(ends_P1, ends_P1[begin] + most, side="right")) - 1)
+            picked_C, batch = self._batch(np.arange(begin, end))
+            if len(picked_C):
+                yield picked_C, laid_out(self.model, batch)
+            begin = end
+
+    def _batch(self, packs_N: Int64) -> tuple[Int64, RequestBatch]:
+        """Its candidates' numbers, and a batch; history i is that of pack i."""
+        chosen = self.take(packs_N)
+        requests = chosen.packs.order_R
+        picked_C, candidates = candidates_of(self.candidates, requests)
+        return picked_C, RequestBatch(
+            histories=self.questions.histories.slice_events(chosen.row_P, chosen.start_P, chosen.end_P),
+            row_R=np.repeat(np.arange(len(packs_N)), chosen.num_requests_P),
+            history_end_R=self.questions.history_end_R[requests],
+            request_ts_R=self.questions.request_ts_R[requests],
+            candidates=candidates,
+            request_id_R=requests,
+        )
+
+
+def score_packed(packed: Packed, cost_P: Int64, most: int, outputs_CT: Float32) -> None:
+    """Writes the outputs of all of the packs' candidates, batches of cost `most` at most; the device is waited for at the end."""
+    passes, scored = prefetch(packed.passes(cost_P, most), _BATCHES_AHEAD), list[tuple[Int64, Tensor]]()
+    while True:
+        with stage("lay out"):
+            following = next(passes, None)
+        if following is None:
+            break
+        with stage("score"):
+            picked_C, run = following
+            scored.append((picked_C, run().float()))
+    with stage("score"):
+        for picked_C, of_batch_CT in scored:
+            outputs_CT[picked_C] = of_batch_CT.cpu().numpy()
+
+
+def laid_out(model: Ranker, batch: RequestBatch) -> Pass:
+    """The forward pass over the batch, which is on the device when this returns, or on its way there; for any thread."""
+    weight, num_candidates = model.norm_head.weight, int(batch.candidates.offsets_R1[-1])
+    is_flat = isinstance(model, Longer) and model.has_flat_pass and has_kernels(weight)
+    if is_flat and len(batch.histories.event_ts_E):
+        sizes = Sizes.of(batch, model.windows)
+        filled = Sizes(*(-(-max(size, 1) // _SIZES_STEP) * _SIZES_STEP for size in sizes))
+        flat = flatten(batch, model.windows, model.embedding.num_globals + 1, filled._replace(rows=sizes.rows))
+        arrays, shapes = tensors_of(flat.arrays, weight.device), replace(flat, arrays={})
+        return lambda: flat_outputs(cast(Longer, model), shapes, arrays)[:num_candidates]
+    tensors = to_tensors(batch, weight.device)
+    how = plainly if is_flat else nullcontext  # nobody in the batch has done anything: too seldom to compile for
+
+    def steps() -> Tensor:
+        with how():
+            return model(tensors)
+
+    return steps

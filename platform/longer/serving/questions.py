@@ -1,0 +1,98 @@
+"""What is asked offline, and how much of it is computed at once.
+
+B users, R requests, C candidates in all of them, P packs.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from longer.arrays import Candidates, Histories, Int64
+from longer.model.fuse import computed_in
+from longer.model.ranker import Ranker
+
+_NUMBERS_PER_TOKEN = 24
+"""Numbers of the token's width that a layer holds at once: the token, its projections, the feed-forward layer's four."""
+
+_FLOATS_PER_EVENT = 16
+"""The same for an event's width, in the transformer inside a group."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """R requests of B users, each about its user's events before `history_end_R`; every history reaches back far enough."""
+
+    histories: Histories
+    row_R: Int64
+    history_end_R: Int64
+    request_ts_R: Int64
+
+    def __len__(self) -> int:
+        return len(self.row_R)
+
+    def take(self, requests_N: Int64) -> "Questions":
+        """The same histories with requests `requests_N` only, in that order."""
+        columns = (self.row_R, self.history_end_R, self.request_ts_R)
+        return Questions(self.histories, *(column[requests_N] for column in columns))
+
+
+def candidates_of(candidates: Candidates, requests_N: Int64) -> tuple[Int64, Candidates]:
+    """Numbers of the candidates of requests `requests_N`, in that order, and those candidates."""
+    begins, lengths = candidates.offsets_R1[requests_N], np.diff(candidates.offsets_R1)[requests_N]
+    offsets = np.append(np.int64(0), np.cumsum(lengths))
+    picked_C = np.repeat(begins - offsets[:-1], lengths) + np.arange(offsets[-1])
+    return picked_C, Candidates(offsets, {name: values[picked_C] for name, values in candidates.features.items()})
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is computed at once, from the bytes that it may take and from the model's sizes."""
+
+    model: Ranker
+    num_bytes: int
+
+    @property
+    def token_bytes(self) -> int:
+        """What a token takes that is kept for one layer only, in the type that is computed in now."""
+        return _NUMBERS_PER_TOKEN * self.model.settings.width * computed_in(self.model.norm_head.weight).itemsize
+
+    def user_bytes(self, num_events_B: Int64, num_asked_B: Int64) -> Int64:
+        """What a user's context takes while it is made: keys and values of every layer, and the events' activations.
+
+        And the tails of `num_asked_B` requests, which are asked together.
+        """
+        sizes = self.model.settings
+        num_kept_B = self._num_queries + self._num_tail(num_asked_B)
+        kept = 2 * sizes.num_self_layers + _NUMBERS_PER_TOKEN
+        return self._encoding_bytes(num_events_B) + 4 * kept * sizes.width * num_kept_B
+
+    def pack_bytes(self, num_events_P: Int64, num_requests_P: Int64, num_candidates_P: Int64) -> Int64:
+        """What a pack takes where a history, its requests and all of their candidates are one pass."""
+        num_tokens_P = self._num_queries + self._num_tail(num_requests_P) + num_candidates_P
+        return self._encoding_bytes(num_events_P) + self.token_bytes * num_tokens_P
+
+    @property
+    def _num_queries(self) -> int:
+        return self.model.windows.query_groups + self.model.windows.stride_groups
+
+    def _num_tail(self, num_requests: Int64) -> Int64:
+        return num_requests * (self.model.embedding.num_globals + 1)
+
+    def _encoding_bytes(self, num_events_B: Int64) -> Int64:
+        """Of events, and of their groups in the first layer."""
+        sizes, num_groups_B = self.model.settings, num_events_B // self.model.windows.merge_size + 1
+        return 4 * (4 * num_groups_B * sizes.width + _FLOATS_PER_EVENT * sizes.event_width * num_events_B)
+
+    def users(self, num_events_B: Int64, num_asked_B: Int64) -> list[Int64]:
+        """Users of similar length in batches, each in half of the bytes, or one user alone: less padding."""
+        by_length = np.argsort(num_events_B, kind="stable")
+        batch_B = np.cumsum(self.user_bytes(num_events_B, num_asked_B)[by_length]) // (self.num_bytes // 2)
+        return [rows for rows in np.split(by_length, np.flatnonzero(np.diff(batch_B)) + 1) if len(rows)]
+
+    def candidates(self, num_groups: int) -> int:
+        """Candidates in the other half. A CPU keeps copies of their tails and their attention weights over every group."""
+        sizes = self.model.settings
+        copies = 4 * (sizes.num_cls_tokens + 3) * sizes.width + (4 * sizes.num_heads + 2) * num_groups
+        if self.model.norm_head.weight.is_cuda:
+            copies = 0
+        return max(1, self.num_bytes // 2 // (self.token_bytes + 4 * copies))

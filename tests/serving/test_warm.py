@@ -1,0 +1,54 @@
+"""What a replica captures before it is ready is what its first requests need: a graph that is captured later stalls a batch."""
+
+import numpy as np
+import pytest
+import torch
+
+from longer.model.captured_call import power_of_two
+from longer.model.captured_growth import room_for
+from longer.model.engine import StateEngine
+from longer.model.grow import grow
+from longer.model.growth import Growth
+from longer.model.states import rows_for
+from longer.serving import warm
+from longer.serving.history import HistorySource, UserHistory
+from longer.serving.store import StateStore
+from tests.model.generate import random_histories, small_model
+
+
+@pytest.mark.parametrize("num_users", [1, 4])
+def test_users_who_do_a_little_need_no_graph_that_warm_up_did_not_capture(
+    num_users: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_model(0, torch.float32, history_events=300, query_groups=50, stride_groups=50)
+    store, rng, sizes = StateStore(model, 0), np.random.default_rng(0), set()
+    engine = StateEngine(model, store.pool)
+
+    def noted(growth: Growth) -> None:
+        users = power_of_two(len(growth.events))
+        sizes.add((users, room_for(growth, users)))
+        grow(model, growth)
+
+    engine._grow = noted
+
+    def user(history: HistorySource, schema: object, num_events: int) -> UserHistory:
+        return UserHistory(random_histories(rng, [num_events]), 0)
+
+    monkeypatch.setattr(warm, "_user", user)
+    warm.warm_up(engine, store, None, num_users, 5)  # type: ignore[arg-type]  (the user is made up above)
+    warmed = set(sizes)
+    whole, rows = random_histories(rng, [500] * num_users), np.arange(num_users)
+    for begin in (300, 440):
+        end = np.full(num_users, begin)
+        slots = store.slots(rows_for(store.layout, end))
+        states = engine.encode(whole.slice_events(rows, rows * 0, end), slots)
+        for step in [1, 8, 3]:
+            slots = [
+                state.slot if n <= state.slot.size else store.slots([n])[0]
+                for state, n in zip(states, rows_for(store.layout, end + step), strict=True)
+            ]
+            states = engine.append(states, whole.slice_events(rows, end, end + step), slots)
+            end = end + step
+        assert (model.windows.history_start(end[0]) > model.windows.history_start(begin)) == (begin == 440)
+        store.release()
+    assert sizes == warmed
