@@ -64,5 +64,5 @@ def _draw_flops(axes: Any, mine: Sequence[Record]) -> None:
             frontier.append((flops, value))
     axes.step(*zip(*frontier, strict=True), where="post", color="#d1731c", linewidth=0.8)
     axes.set_xscale("log")
-    axes.set_xlabel("forward MFLOPs of one request of the longest history")
+    axes.set_xlabel("forward MFLOPs of one request: the longest history, the mean number of candidates")
     axes.set_ylabel("AUC, ids alone")
