@@ -18,14 +18,10 @@ With `--log all` it holds journey/ and ml-100k/. A log is prepared once, in `--c
 """
 
 import argparse
-import fcntl
 import hashlib
-import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,9 +34,10 @@ from benchmarks.quality_study.cache import cached
 from benchmarks.quality_study.data import SCHEMAS, Log, read_log
 from benchmarks.quality_study.page import page
 from benchmarks.quality_study.plots import plots
+from benchmarks.quality_study.records import Records
 from benchmarks.quality_study.scores import keep_rows, keep_scores
 from benchmarks.quality_study.training import Budget, baselines, run
-from benchmarks.quality_study.tuning import QUICK_SEARCH, SEARCH, chains, chosen, runnable
+from benchmarks.quality_study.tuning import QUICK_SEARCH, SEARCH, chains, chosen, num_trials, runnable
 from longer.table_settings import GenerateSettings
 
 _GENERATED = GenerateSettings(
@@ -60,7 +57,7 @@ def main() -> None:
         study = _Study(asked, results)
         for log in logs:
             study.train(log)
-    records = _read(results)
+    records = Records(results).read()
     print(page(records, results))
     if asked.plots:
         plots(records, Path(asked.plots), results.stem)
@@ -72,15 +69,14 @@ class _Study:
     def __init__(self, asked: argparse.Namespace, results: Path) -> None:
         self.asked, self.results = asked, results
         self.deadline, self.longest_s = time.monotonic() + 60 * asked.minutes, 0.0
-        self.num_earlier = len(_read(results))
+        self.records = Records(results)
         self.device, quick = torch.device(asked.device), asked.quick
-        results.parent.mkdir(parents=True, exist_ok=True)
         if self.device.type == "cuda" and not asked.compile:
             torch.compiler.set_stance("force_eager")  # arms are too many and too short to compile each
         self.budget = Budget(
-            asked.train_requests or (1_000 if quick else 140_000),
+            asked.train_requests or (2_000 if quick else 140_000),
             asked.requests_per_step or (32 if quick else 128),
-            asked.test_requests or (300 if quick else 6_000),
+            asked.test_requests or (500 if quick else 6_000),
             300 if quick else 2_000,
             self.device,
         )
@@ -88,7 +84,7 @@ class _Study:
     def train(self, log: str) -> None:
         """All that is asked of a log."""
         self.log = self._log(log)
-        with self._claim(f"{log}/baselines") as is_mine:
+        with self.records.claim(f"{log}/baselines") as is_mine:
             if is_mine:
                 base = (QUICK if self.asked.quick else BASES)[log]
                 settings = model_settings(Arm("longer", log, "encoders", 0), base)
@@ -107,10 +103,11 @@ class _Study:
         """Trials until none is left; where others run what the next one depends on, they are waited for."""
         search = QUICK_SEARCH if self.asked.quick else SEARCH
         while self._has_time():
-            records = _read(self.results)
-            turn = [arm for chain in chains(log, self.asked.quick) for arm in runnable(log, chain, search, records)]
+            records = self.records.read()
+            least_first = sorted(chains(log, self.asked.quick), key=partial(num_trials, records, log))
+            turn = [arm for chain in least_first for arm in runnable(log, chain, search, records)]
             wanted = [arm for arm in turn if self._is_wanted(arm)]
-            wanted = [arm for arm in wanted if arm.key not in self._left_out(records)]
+            wanted = [arm for arm in wanted if arm.key not in self.records.left_out(records)]
             if not wanted:
                 return
             if not any(self._train(arm) for arm in wanted):
@@ -118,12 +115,12 @@ class _Study:
 
     def _train(self, arm: Arm) -> bool:
         """Whether the arm was mine to train."""
-        with self._claim(arm.key) as is_mine:
+        with self.records.claim(arm.key) as is_mine:
             if not is_mine:
                 return False
             started = time.monotonic()
             base = (QUICK if self.asked.quick else BASES)[arm.log]
-            trained = arm.trial or chosen(_read(self.results), arm)
+            trained = arm.trial or chosen(self.records.read(), arm)
             try:
                 record, scores = run(arm, base, self.log, self.budget, trained)
             except torch.OutOfMemoryError as error:  # of a card that several processes share: the other arms go on
@@ -157,33 +154,8 @@ class _Study:
         name = f"{log}_{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}"
         return cached(Path(self.asked.cache) / name, partial(read_log, log, root, sizes=sizes))
 
-    @contextmanager
-    def _claim(self, key: str) -> Iterator[bool]:
-        """Whether this process may make the record: no other process does, and it is not there. The claim ends with the process."""
-        folder = self.results.with_suffix(".claims")
-        folder.mkdir(exist_ok=True)
-        with (folder / hashlib.sha256(key.encode()).hexdigest()[:24]).open("w") as claim:
-            try:
-                fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            records = _read(self.results)
-            yield key not in {record.get("key") for record in records} | self._left_out(records)
-
-    def _left_out(self, records: list[dict[str, Any]]) -> set[str]:
-        """By this run; what an earlier one left out is tried again."""
-        return {record["left_out"] for record in records[self.num_earlier :] if "left_out" in record}
-
     def _append(self, record: dict[str, Any]) -> None:
-        """One write, so that lines of several processes do not mix."""
-        line = json.dumps({**record, **_about(self.asked, self.device)}) + "\n"
-        with self.results.open("ab", buffering=0) as file:
-            file.write(line.encode())
-
-
-def _read(results: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+        self.records.append({**record, **_about(self.asked, self.device)})
 
 
 def _about(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:

@@ -210,15 +210,15 @@ def _queries(here: Arm) -> list[Arm]:
 
 
 def _flops(base: Arm) -> list[Arm]:
-    """Encoders that cost more than LONGER on as much history as costs what LONGER does at its whole length, and more of it."""
+    """Encoders that cost more than LONGER, on as much history as costs what LONGER does at its whole length; then on more."""
     here = replace(base, group="flops", features=False)
     sizes = (
-        ("transformer", 350),
-        ("hstu", 700),
-        ("user_embedding", 350),
-        ("twin", 2000),
-        ("hstu", 2000),
+        ("din", 700),
+        ("transformer", 400),
+        ("hstu", 500),
+        ("user_embedding", 280),
         ("transformer", 1000),
+        ("hstu", 2000),
     )
     return [replace(here, name=f"{name} L={length}", length=length, encoder=name) for name, length in sizes]
 

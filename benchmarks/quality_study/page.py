@@ -80,8 +80,8 @@ def _conditions(records: Sequence[Record], trained: Sequence[Record]) -> str:
         "- learning rates of tables and of dense layers, and the number of passes (up to 3): of the validation split, for each "
         "encoder with and without the features; the trials are below",
         "- ± is half of the range between seeds; no ± means one seed",
-        "- FLOPs: counted, forward, of the test request with the longest history and the mean number of candidates; keys of items "
-        "(TWIN) and vectors of users (the frozen tower), which can be computed before, are counted",
+        "- FLOPs: counted, forward, of the test request with the longest history and the mean number of candidates, masked pairs "
+        "included; keys of items (TWIN) and vectors of users (the frozen tower), which can be computed before, are counted",
         _STARTS,
     ]
     if left_out:

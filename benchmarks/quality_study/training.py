@@ -36,6 +36,8 @@ from longer.training_settings import TaskSettings, TrainSettings
 _RUN_REQUESTS = 16
 _BATCH_COST = 1 << 15
 """Events and candidates that encoders compute at once; LONGER takes whole steps."""
+_SMALL = ("longer", ITSELF, "none", "sum_pooling")
+"""They keep no number for every candidate and event; the others would fill a card that processes share."""
 TASKS = (TaskSettings(),)
 
 
@@ -55,7 +57,7 @@ class Budget:
             epochs=trained.passes,
             learning_rate=trained.dense,
             embedding_learning_rate=trained.tables,
-            recompute=encoder not in ("longer", ITSELF, "none", "sum_pooling"),
+            recompute=self.device.type == "cuda" and encoder not in _SMALL,
         )
 
 

@@ -104,3 +104,7 @@ def chosen(records: Sequence[dict[str, Any]], arm: Arm) -> Trained:
         if tried := _tried(records, arm.log, (encoder, features)):
             return max(tried, key=lambda each: tried[each])
     return Trained()
+
+
+def num_trials(records: Sequence[dict[str, Any]], log: str, chain: Chain) -> int:
+    return len(_tried(records, log, chain))

@@ -12,6 +12,7 @@ from benchmarks.quality_study.arms import BASES, QUICK, Trained, grid, model_set
 from benchmarks.quality_study.cache import cached
 from benchmarks.quality_study.data import SCHEMAS, Log, read_log
 from benchmarks.quality_study.page import page
+from benchmarks.quality_study.records import Records
 from benchmarks.quality_study.rows import power_law
 from benchmarks.quality_study.scores import weighted_auc
 from benchmarks.quality_study.training import _plan, _runs
@@ -93,6 +94,18 @@ def test_a_log_is_prepared_once_and_read_back_as_it_was(tmp_path: Path) -> None:
         np.testing.assert_array_equal(log.histories.event_ts_E, made[0].histories.event_ts_E)
         assert log.requests["test"].labels["label"].tolist() == made[0].requests["test"].labels["label"].tolist()
     assert len(made) == 1
+
+
+def test_no_record_is_made_twice_and_what_was_left_out_is_tried_by_the_next_run(tmp_path: Path) -> None:
+    mine, others = Records(tmp_path / "results.jsonl"), Records(tmp_path / "results.jsonl")
+    with mine.claim("a") as is_mine, others.claim("a") as is_others, others.claim("b") as is_free:
+        assert (is_mine, is_others, is_free) == (True, False, True)
+        mine.append({"key": "a"})
+    mine.append({"left_out": "b"})
+    with others.claim("a") as again, others.claim("b") as now:
+        assert (again, now) == (False, False)
+    with Records(tmp_path / "results.jsonl").claim("b") as later:
+        assert later
 
 
 def test_weighted_auc_counts_ties_half_and_rows_as_often_as_drawn() -> None:

@@ -101,7 +101,7 @@ def buckets(
     recent_events: int | None,
     cells_per_slot: Callable[[int, int], int],
 ) -> Iterator[tuple[Bucket, Tensor, Int64]]:
-    """Buckets that hold every candidate once: for each, which of its [N, A] candidates are there, and their numbers.
+    """Buckets that hold every candidate once: for each, which of its N * A candidates are there, and their numbers.
 
     Histories that no event is in come in buckets of one padded event that nobody sees. `cells_per_slot` is the encoder's.
     """
@@ -115,7 +115,7 @@ def buckets(
     length_B = np.diff(offsets_B1)
     if not len(x_ED):
         x_ED = x_ED.sum() * 0 + x_ED.new_zeros(1, x_ED.shape[1])
-    for rows in _parts(length_B, np.diff(ends_B1), cells_per_slot):
+    for rows in _parts(length_B, np.diff(ends_B1), cells_per_slot, device):
         event_BL, exists_BL = pad_ranges(offsets_B1[:-1][rows], offsets_B1[1:][rows], multiple=LANES)
         if not event_BL.shape[1]:
             event_BL, exists_BL = np.zeros((len(rows), LANES), np.int64), np.zeros((len(rows), LANES), bool)
@@ -127,7 +127,7 @@ def buckets(
         candidate_NA, asked_NA = pad_ranges(tile_begin.astype(np.int64), tile_end)
         candidate_NA = np.where(asked_NA, candidate_NA, candidate_NA[:, :1])
         event, length, row, candidate, asked, begin, end = on(
-            device, np.where(exists_BL, event_BL, 0), length_B[rows], row_N, candidate_NA, asked_NA,
+            device, np.where(exists_BL, event_BL, 0), length_B[rows], row_N, candidate_NA, np.flatnonzero(asked_NA),
             begin_C[candidate_NA], end_C[candidate_NA],
         )  # fmt: skip
         request_ts = batch.request_ts_R[batch.request_of_candidate_C[candidate]]
@@ -136,10 +136,18 @@ def buckets(
         yield bucket, asked, candidate_NA[asked_NA]
 
 
-def _parts(length_B: Int64, num_candidates_B: Int64, cells_per_slot: Callable[[int, int], int]) -> Iterator[Int64]:
-    """Every history once, with others of similar length, as many as memory has room for."""
-    for alike in length_classes(length_B, _MAX_CELLS):
-        longest = max(1, int(length_B[alike].max()))
-        cells = longest * cells_per_slot(longest, int(num_candidates_B[alike].max()))
-        size = max(1, _MAX_CELLS // cells)
-        yield from (alike[begin : begin + size] for begin in range(0, len(alike), size))
+def _parts(
+    length_B: Int64, num_candidates_B: Int64, cells_per_slot: Callable[[int, int], int], device: torch.device
+) -> Iterator[Int64]:
+    """Every history once, as many together as memory has room for; on a CPU with others of similar length only.
+
+    On CUDA padding costs less than what starting one more bucket's kernels does.
+    """
+    on_cpu = device.type == "cpu"
+    for rows in length_classes(length_B, _MAX_CELLS) if on_cpu else [np.argsort(length_B, kind="stable")]:
+        while len(rows):
+            longest = max(1, int(length_B[rows[-1]]))
+            cells = longest * cells_per_slot(longest, int(num_candidates_B[rows].max()))
+            size = max(1, _MAX_CELLS // cells)
+            yield rows[-size:]
+            rows = rows[:-size]

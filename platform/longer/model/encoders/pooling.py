@@ -30,8 +30,9 @@ class SumPoolingEncoder(SequenceEncoder):
 class DinEncoder(SequenceEncoder):
     """Deep Interest Network (arXiv 1706.06978, eq. 3): the sum of a(e, v) * e over events e for candidate v, without a softmax.
 
-    The activation unit a is an MLP over (v, e, v - e, v * e). Its first layer is linear in the first three, so that only their
-    product is a matrix of every candidate with every event. The sum is over the root of the number of events that are read.
+    The activation unit a is an MLP over (v, e, v - e, v * e). Its first layer is linear in e, so that a candidate asks with one
+    vector a hidden unit, and only those units are there for every candidate and event. The sum is over the root of the number of
+    events that are read.
     """
 
     def __init__(self, settings: ModelSettings, encoder: Din):
@@ -62,9 +63,8 @@ class DinEncoder(SequenceEncoder):
     def forward(self, bucket: Bucket, embedding: Embedding) -> Tensor:
         of_candidate, of_event, of_difference, of_product = self.hidden.weight.chunk(4, dim=1)
         from_candidate_NAU = nn.functional.linear(bucket.x_NAD, of_candidate + of_difference, self.hidden.bias)
-        from_event_BLU = nn.functional.linear(bucket.x_BLD, of_event - of_difference)
-        x_NLD, from_event_NLU = bucket.x_NLD, from_event_BLU.index_select(0, bucket.row_N)
-        products_NALU = torch.einsum("nad,ud,nld->nalu", bucket.x_NAD, of_product, x_NLD)
-        hidden_NALU = products_NALU + from_candidate_NAU[:, :, None] + from_event_NLU[:, None]
-        weight_NAL = self.weight(self.activation(hidden_NALU))[..., 0] * bucket.seen_NAL
-        return torch.einsum("nal,nld->nad", weight_NAL, x_NLD.to(weight_NAL.dtype)) * self.scale
+        asked_NAUD = bucket.x_NAD[:, :, None] * of_product + (of_event - of_difference)
+        x_NLD = bucket.x_NLD
+        hidden_NAUL = torch.einsum("naud,nld->naul", asked_NAUD, x_NLD) + from_candidate_NAU[..., None]
+        weight_NAL = torch.einsum("u,naul->nal", self.weight.weight[0], self.activation(hidden_NAUL)) + self.weight.bias
+        return torch.einsum("nal,nld->nad", weight_NAL * bucket.seen_NAL, x_NLD) * self.scale

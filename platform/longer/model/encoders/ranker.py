@@ -91,9 +91,9 @@ class EncoderRanker(Ranker):
         parts, order = [x_CD.new_zeros(0, encoder.output_width)], [np.zeros(0, np.int64)]
         found = buckets(batch, self.windows, x_ED, x_CD, encoder.recent_events, encoder.cells_per_slot)
         has_randomness = self.settings.dropout > 0 and self.training
-        for bucket, asked_NA, candidates in found:
+        for bucket, asked, candidates in found:
             read = run(encoder, bucket, self.embedding, recompute=self.recompute, has_randomness=has_randomness)
-            parts.append(read[asked_NA].to(x_CD.dtype))
+            parts.append(read.flatten(0, 1).index_select(0, asked).to(x_CD.dtype))
             order.append(candidates)
         (back_C,) = on(x_CD.device, np.argsort(np.concatenate(order), kind="stable"))
         return torch.cat(parts).index_select(0, back_C)
