@@ -218,7 +218,9 @@ def baselines(log: Log, budget: Budget, settings: ModelSettings, long_from: int)
     item_C: Int64 = requests.candidates.features["item_id"]
     end_C = np.repeat(requests.history_end_R, np.diff(requests.candidates.offsets_R1))
     lasts = (20, 100, 1000, None)
-    counts = count_in_history(log.histories, data.row_C, end_C, item_C, lasts)
+    rows, row_C = np.unique(data.row_C, return_inverse=True)
+    asked = log.histories.slice_events(rows, log.histories.first_index_B[rows], log.histories.end_index_B[rows])
+    counts = count_in_history(asked, row_C, end_C, item_C, lasts)
     scores = {"popularity": popularity([item_counts(log.histories, log.valid_from_ms)], item_C)}
     scores |= {f"count_last_{n}" if n else "count_all": count for n, count in zip(lasts, counts, strict=True)}
     is_long = end_C >= long_from
