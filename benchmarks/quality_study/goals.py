@@ -47,7 +47,7 @@ def _line(met: bool, claim: str, figures: str) -> str:
 
 
 def _not_measured(claim: str, missing: Sequence[str]) -> str:
-    return f"- not measured: {claim}; too few seeds of {', '.join(missing)}"
+    return f"- not measured: {claim}; fewer than {_SEEDS} seeds of {', '.join(missing)}"
 
 
 def _missing(arms: dict[str, list[Record]], names: Sequence[str]) -> list[str]:
@@ -59,8 +59,9 @@ def _beats_all(
 ) -> str:
     suffix = FEATURES * features
     claim = f"on long histories LONGER beats every encoder and count_all, {'with features' if features else 'on ids'}"
-    if missing := _missing(arms, ["longer" + suffix, *(name + suffix for name in ENCODERS)]):
-        return _not_measured(claim, missing)
+    missing = _missing(arms, ["longer" + suffix, *(name + suffix for name in ENCODERS)])
+    if missing or not baselines:
+        return _not_measured(claim, missing or ["the baselines"])
     ours = arms["longer" + suffix]
     leads = leads_of(arms, features, results)
     above = mean(ours, long_auc) - baselines["count_all"]["long_auc"]

@@ -37,6 +37,7 @@ _STARTS = """\
 
 def page(records: Sequence[Record], results: Path | None = None) -> str:
     """Goals and tables of every log that has records; the last line is JSON. Scores beside `results` give intervals."""
+    records = list({record.get("key", record.get("left_out")): record for record in records}.values())
     trained = [record for record in records if "test" in record]
     _check_steps(trained)
     if not trained:

@@ -21,10 +21,12 @@ def keep_rows(results: Path, log: Log, test_requests: int, long_from: int) -> No
     data = log.split("test", ModelSettings().windows).spread(test_requests)
     requests = data.requests
     is_long = np.repeat(requests.history_end_R, np.diff(requests.candidates.offsets_R1)) >= long_from
+    results.with_suffix(".scores").mkdir(exist_ok=True)
     np.savez(_file(results, f"{log.name}_rows"), label=requests.labels["label"] > 0, user=data.row_C, is_long=is_long)
 
 
 def keep_scores(results: Path, arm: Arm, score_C: np.ndarray) -> None:
+    results.with_suffix(".scores").mkdir(exist_ok=True)
     np.savez(_file(results, arm.key), score=score_C.astype(np.float16))
 
 
@@ -59,6 +61,4 @@ def weighted_auc(score_C: np.ndarray, label_C: np.ndarray, weight_DC: np.ndarray
 
 
 def _file(results: Path, key: str) -> Path:
-    folder = results.with_suffix(".scores")
-    folder.mkdir(exist_ok=True)
-    return folder / f"{key.replace('/', '_').replace(' ', '_')}.npz"
+    return results.with_suffix(".scores") / f"{key.replace('/', '_').replace(' ', '_')}.npz"

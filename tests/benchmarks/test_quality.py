@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.quality_study.arms import BASES, QUICK, Trained, grid, model_settings
+from benchmarks.quality_study.arms import BASES, ENCODERS, FEATURES, QUICK, Trained, grid, model_settings
 from benchmarks.quality_study.cache import cached
 from benchmarks.quality_study.data import SCHEMAS, Log, read_log
+from benchmarks.quality_study.goals import goals
 from benchmarks.quality_study.page import page
 from benchmarks.quality_study.records import Records
 from benchmarks.quality_study.rows import power_law
@@ -149,26 +150,33 @@ def test_power_laws_are_found_with_their_fit() -> None:
     assert gamma == pytest.approx(0.8, abs=0.01)
 
 
-def test_the_page_ends_with_one_line_of_json_and_means_over_seeds() -> None:
-    def record(arm: str, seed: int, auc: float) -> dict:
-        test = {"auc": auc, "long_auc": auc, "gauc": auc, "logloss": 0.4}
-        about = {
-            "hardware": "cpu",
-            "torch": "2",
-            "quick": True,
-            "train_requests": 1,
-            "trained": {"tables": 0.01, "dense": 0.002, "passes": 1},
-            "steps": 1 + seed * arm.startswith("unequal"),
-            "train_s": 1.0,
-        }
-        same = {"log": "journey", "group": "encoders", "encoder": "longer", "features": True, "length": 200}
-        sizes = {"dense_parameters": 1, "table_parameters": 1, "forward_flops": {"flops": 1e6}}
-        return {"key": f"{arm}/{seed}", "arm": arm, "seed": seed, "test": test, **about, **same, **sizes}
+def record(arm: str, seed: int, auc: float, **more: object) -> dict:
+    test = {"auc": auc, "long_auc": auc, "gauc": auc, "logloss": 0.4}
+    about = {"hardware": "cpu", "torch": "2", "quick": True, "train_requests": 1, "steps": 1, "train_s": 1.0}
+    trained = {"tables": 0.01, "dense": 0.002, "passes": 1}
+    same = {"log": "journey", "group": "encoders", "encoder": "longer", "features": True, "length": 200}
+    sizes = {"dense_parameters": 1, "table_parameters": 1, "forward_flops": {"flops": 1e6}}
+    return {
+        "key": f"{arm}/{seed}", "arm": arm, "seed": seed, "test": test, "trained": trained, **about, **same, **sizes, **more
+    }  # fmt: skip
 
+
+def test_a_lead_counts_beyond_the_spread_of_three_seeds_only() -> None:
+    def told(ours: tuple[float, ...], theirs: tuple[float, ...]) -> str:
+        arms = {"longer": ours} | dict.fromkeys(ENCODERS, theirs)
+        found = [record(name + FEATURES, seed, auc) for name, aucs in arms.items() for seed, auc in enumerate(aucs)]
+        return goals(found, {"count_all": {"auc": 0.5, "long_auc": 0.5}}, None)[0]
+
+    assert told((0.80, 0.81, 0.82), (0.70, 0.71, 0.72)).startswith("- **met**")
+    assert told((0.80, 0.81, 0.82), (0.79, 0.80, 0.81)).startswith("- **missed**")
+    assert told((0.80, 0.82), (0.70, 0.72)).startswith("- not measured")
+
+
+def test_the_page_ends_with_one_line_of_json_and_means_over_seeds() -> None:
     lines = page([record("longer+features", 0, 0.7), record("longer+features", 1, 0.8)]).splitlines()
     last = json.loads(lines[-1])
     assert last["auc"]["longer+features"] == pytest.approx(0.75)
     assert last["spread"] == pytest.approx(0.05)
     assert any("0.7500 ± 0.0500" in line for line in lines)
     with pytest.raises(AssertionError, match="different steps"):
-        page([record("unequal", 0, 0.7), record("unequal", 1, 0.8)])
+        page([record("longer", 0, 0.7), record("longer", 1, 0.8, steps=2)])
