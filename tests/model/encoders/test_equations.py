@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from longer.arrays import RequestBatch
+from longer.model.encoders import bucket
 from longer.model.encoders.distance import Bias, half_octave
 from longer.model.encoders.factory import make_model, upstream_settings
 from longer.model.encoders.hstu import HstuEncoder
@@ -308,6 +309,18 @@ def test_every_trained_weight_has_a_gradient_even_where_nobody_has_a_history(enc
         outputs.sum().backward()
         trained = (*model.dense_parameters(), *model.embedding_parameters())
         assert all(parameter.grad is not None for parameter in trained)
+
+
+@pytest.mark.parametrize("most_cells", [1 << 26, 500])
+@pytest.mark.parametrize("encoder", ENCODERS, ids=name_of)
+def test_buckets_as_cuda_has_them_give_what_those_of_similar_lengths_do(
+    encoder: dict[str, Any], most_cells: int, asked: RequestBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch, on_cpu = small_ranker(encoder), to_tensors(asked), bucket._parts
+    expected = model(batch)
+    monkeypatch.setattr(bucket, "_MAX_CELLS", most_cells)
+    monkeypatch.setattr(bucket, "_parts", lambda *sizes: on_cpu(*sizes[:-1], torch.device("cuda")))
+    torch.testing.assert_close(model(batch), expected, **exactly)
 
 
 @pytest.mark.parametrize("encoder", ENCODERS, ids=name_of)
