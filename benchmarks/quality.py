@@ -74,10 +74,10 @@ class _Study:
         if self.device.type == "cuda" and not asked.compile:
             torch.compiler.set_stance("force_eager")  # arms are too many and too short to compile each
         self.budget = Budget(
-            asked.train_requests or (2_000 if quick else 140_000),
+            asked.train_requests or (1_000 if quick else 140_000),
             asked.requests_per_step or (32 if quick else 128),
-            asked.test_requests or (500 if quick else 6_000),
-            300 if quick else 2_000,
+            asked.test_requests or (300 if quick else 6_000),
+            200 if quick else 2_000,
             self.device,
         )
 
