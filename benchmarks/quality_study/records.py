@@ -18,7 +18,9 @@ class Records:
         self._num_earlier = len(self.read())
 
     def read(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        """Those whose lines are whole."""
+        lines = self.path.read_text().split("\n")[:-1] if self.path.exists() else []
+        return [json.loads(line) for line in lines]
 
     def append(self, record: dict[str, Any]) -> None:
         """In one write, so that lines of several processes do not mix."""
