@@ -32,6 +32,7 @@ _STARTS = """\
   the product. All are given the candidate with what is known of its request; the head reads [candidate, read, candidate * read]
 - SIM's short-term branch is attention over the newest 50 events where the paper has DIEN. The user tower is trained on the same
   rows and labels as all others, not by sampled softmax, and its frozen vector is one more input
+- "longer, no history" is LONGER's layers with candidates that see themselves alone, trained as LONGER is; K = 1 keeps its merge
 - what each arm is compared at is the same: every arm of a log takes the same number of steps a pass, each of the same requests"""
 
 
@@ -52,7 +53,7 @@ def page(records: Sequence[Record], results: Path | None = None) -> str:
             parts.append("### Goals\n\n" + "\n".join(goals(mine, baselines, results)))
         parts += [_encoders(mine, baselines), _same_flops(mine), _lengths(mine)]
         parts += [
-            _table(mine, "switches", "Switches of LONGER, on ids alone"),
+            _table(mine, "switches", "Switches of LONGER, on ids alone, trained as LONGER is"),
             _undone([record for record in records if record.get("log") == log]),
             _widths(mine),
             _trials([record for record in records if record.get("log") == log]),
