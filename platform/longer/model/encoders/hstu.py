@@ -66,7 +66,9 @@ class HstuLayer(nn.Module):
         self.scale = 1 / settings.history_events
         self.norm_input = nn.LayerNorm(width)
         self.f1 = nn.Linear(width, 4 * width)
-        self.norm_gathered = nn.LayerNorm(width)
+        self.norm_gathered = nn.LayerNorm(
+            width, eps=1e-6
+        )  # what few events give is small: it is over the window's length
         self.f2 = nn.Linear(width, width)
         self.by_distance = nn.Parameter(torch.randn(NUM_DISTANCES) * 0.02)
         self.by_time = nn.Parameter(torch.randn(NUM_DISTANCES) * 0.02)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from longer.encoder_settings import Sim, Twin
-from longer.model.attention import search_weight
+from longer.model.attention import SEARCH_SCALE, search_weight
 from longer.model.context import take_rows
 from longer.model.embedding import Embedding, Gap
 from longer.model.encoders.bucket import Bucket
@@ -107,6 +107,10 @@ class SimEncoder(SequenceEncoder):
         if self.soft:
             self.search_event, self.search_candidate = (nn.Linear(width, width, bias=False) for _ in range(2))
             _begin_as_search(self.search_candidate, self.search_event, width, request_D)
+            with (
+                torch.no_grad()
+            ):  # what is found is the same; in the sum U_r, an equal event begins to count about once
+                self.search_event.weight /= SEARCH_SCALE
         self.long, self.short = (ExactSearchUnit(width, num_heads, request_D) for _ in range(2))
         self.output_width = (3 if self.soft else 2) * width
 
