@@ -19,6 +19,7 @@ With `--log all` it holds journey/ and ml-100k/. A log is prepared once, in `--c
 
 import argparse
 import hashlib
+import math
 import os
 import tempfile
 import time
@@ -57,6 +58,8 @@ def main() -> None:
         study = _Study(asked, results)
         for log in logs:
             study.train(log)
+        if asked.minutes:
+            return
     records = Records(results).read()
     print(page(records, results))
     if asked.plots:
@@ -68,7 +71,7 @@ class _Study:
 
     def __init__(self, asked: argparse.Namespace, results: Path) -> None:
         self.asked, self.results = asked, results
-        self.deadline, self.longest_s = time.monotonic() + 60 * asked.minutes, 0.0
+        self.deadline, self.longest_s = time.monotonic() + 60 * (asked.minutes or math.inf), 0.0
         self.records = Records(results)
         self.device, quick = torch.device(asked.device), asked.quick
         if self.device.type == "cuda" and not asked.compile:
@@ -172,7 +175,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--log", choices=[*sorted(SCHEMAS), "all"], default="journey", help="which log")
     parser.add_argument("--root", default="", help="folder that the log is read from")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin no arm that would end later than this")
+    parser.add_argument("--minutes", type=float, help="begin no arm that would end later than this, and print no page")
     parser.add_argument(
         "--only", nargs="*", default=[], metavar="ARM", help="these only, by the name of arm or encoder"
     )
