@@ -35,14 +35,15 @@ from longer.serving.requests import (
     ScoreResult,
     now_ms,
 )
-from longer.serving.resolver import Pending, StateResolver
+from longer.serving.resolver import Pending, StateResolver, read_rows
+from longer.serving.stages import stage
 from longer.serving.store import BATCH_USERS, StateStore
 from longer.serving.warm import warm_up
 from longer.training.checkpoints import CheckpointInfo, load_appendable
 
 P = TypeVar("P", bound=Pending)
 
-__all__ = ["EventsRequest", "EventsResult", "ScoreRequest", "ScoreResult", "Scorer"]
+__all__ = ["EventsRequest", "EventsResult", "ScoreRequest", "ScoreResult", "Scorer", "Scoring"]
 
 
 @dataclass
@@ -50,7 +51,25 @@ class _Asked(Pending):
     """A score request whose candidates are keys and numbers."""
 
     candidates: dict[str, npt.NDArray] = field(default_factory=dict)
+    items: ItemTable | None = None
     result: ScoreResult | None = None
+
+    @property
+    def outcome(self) -> ScoreResult | UserError | None:
+        return self.result or self.error
+
+
+@dataclass(eq=False)
+class Scoring:
+    """A score request on its way to its outcome; `asked` is what `Scorer.attempt` has made of it."""
+
+    request: ScoreRequest
+    asked: _Asked | UserError | None = None
+
+    @property
+    def outcome(self) -> ScoreResult | UserError | None:
+        """None as long as it has to be attempted again."""
+        return self.asked.outcome if isinstance(self.asked, _Asked) else self.asked
 
 
 @dataclass(frozen=True)
@@ -146,15 +165,32 @@ class Scorer:
 
         Requests of one user are answered in order, each from the state and the events that the ones before it left.
         """
-        events = self._reader.events(requests)
-        outcomes = [self._prepare(request, own) for request, own in zip(requests, events, strict=True)]
-        for wave in _waves([outcome for outcome in outcomes if isinstance(outcome, _Asked)]):
+        scorings = [Scoring(request) for request in requests]
+        while unread := self.attempt(scorings):
+            with stage("history"):
+                read_rows(self.history, unread)
+        return [one.outcome for one in scorings if one.outcome is not None]
+
+    def attempt(self, scorings: Sequence[Scoring]) -> list[Pending]:
+        """Gives an outcome to all of these that need no row of the table, or have it; those that do, and what their users asked
+        after them, are returned: `reads` finds their rows in other threads while this one answers others.
+
+        Whoever asks keeps the order of a user's requests until they have their outcomes.
+        """
+        self._prepare_all(scorings)
+        waiting = set[int]()
+        unread: list[Pending] = []
+        for wave in _waves([one.asked for one in scorings if isinstance(one.asked, _Asked) and one.outcome is None]):
+            behind = [request for request in wave if request.user_key in waiting]
+            ready = [request for request in wave if request.user_key not in waiting]
             try:
-                self.states.resolve(wave)
-                self._answer([request for request in wave if request.error is None])
+                left = self.states.settle(ready)
+                self._answer([request for request in ready if request.state is not None])
             finally:
                 self.cache.release()
-        return [o if isinstance(o, UserError) else o.error or _answered(o) for o in outcomes]
+            waiting.update(request.user_key for request in left)
+            unread += [*behind, *left]
+        return unread
 
     def add_events(self, requests: Sequence[EventsRequest]) -> list[EventsResult | UserError]:
         """Takes in events, one outcome a request, in order; a state that is here, and ends before them, is appended to."""
@@ -191,6 +227,15 @@ class Scorer:
         had_events, had_state = self.online.forget(user_key), self.cache.forget(user_key)
         return had_events or had_state
 
+    def _prepare_all(self, scorings: Sequence[Scoring]) -> None:
+        new = [one for one in scorings if one.asked is None]
+        events = self._reader.events([one.request for one in new])
+        for one, own in zip(new, events, strict=True):
+            one.asked = self._prepare(one.request, own)
+        for one in scorings:
+            if isinstance(one.asked, _Asked) and one.asked.items is not self.items:  # the tables have moved meanwhile
+                one.asked.items, one.asked.candidates = self.items, self._reader.candidates(one.request, self.items)
+
     def _prepare(self, request: ScoreRequest, events: pa.Table | UserError | None) -> _Asked | UserError:
         try:
             user_id, request_ts = self._reader.user(request.user_id), self._reader.time(request.request_ts)
@@ -199,7 +244,9 @@ class Scorer:
             return error
         if isinstance(events, UserError):
             return events
-        return _Asked(user_id, int(stable_keys(user_id)[0]), request_ts, events, candidates=candidates)
+        return _Asked(
+            user_id, int(stable_keys(user_id)[0]), request_ts, events, candidates=candidates, items=self.items
+        )
 
     def _prepare_events(self, request: EventsRequest, events: pa.Table | UserError | None) -> Pending | UserError:
         try:
@@ -228,11 +275,6 @@ class Scorer:
             last = None if state.last_event_ts == NO_EVENT_TS else state.last_event_ts
             request.result = ScoreResult(scores, request.request_ts, request.source, state.num_events, last)
             self.cache.counters.count(request.source)
-
-
-def _answered(request: _Asked) -> ScoreResult:
-    assert request.result is not None
-    return request.result
 
 
 def _waves(requests: Sequence[P]) -> list[list[P]]:
