@@ -30,6 +30,7 @@ from serve_apps.desk import Desk
 from serve_apps.holdings import Ledger
 from serve_apps.keeping import StateKeeper
 from serve_apps.metrics import Replica, ReplicaMetrics
+from serve_apps.newer_tables import NewerTables
 from serve_apps.peers import Peers
 from serve_apps.protocol import Asked, BodyError
 from serve_apps.rollout import Rollouts
@@ -77,11 +78,10 @@ class ScoringService:
             ask_peers=partial(self._of_peers, self.served_checkpoint),
         )
         self._upkeep = Upkeep(
-            self._scorer,
+            NewerTables(self._scorer, self._in_worker),
             self._affinity,
             self._keeper,
             self._rollouts,
-            self._in_worker,
             ask_names=partial(self._of_peers, self.replica_id),
             refresh_s=args.refresh_s,
         )

@@ -83,11 +83,13 @@ class HistorySource:
             for row, place in enumerate(place_B)
         ]
 
-    def with_online(self, user_ids: pa.Array, rows: Sequence["TableRow"], online: pa.Table) -> list["UserHistory"]:
+    def with_online(
+        self, user_ids: Sequence[pa.Array], rows: Sequence["TableRow"], online: pa.Table
+    ) -> list["UserHistory"]:
         """One history a user, in order: the rows, of this very version, with the users' `online` events. Reads nothing."""
         if not len(online):
             return [row.history for row in rows]
-        schema, wanted = self._table.schema, self._table.ids(user_ids)
+        schema, wanted = self._table.schema, self._table.ids(pa.concat_arrays(user_ids))
         together = pa.concat_tables([row.row for row in rows]).combine_chunks()
         histories = histories_in_order(_with_online(together, online, schema, self._table.rule), wanted, schema)
         return [UserHistory(histories, row) for row in range(len(histories))]

@@ -12,7 +12,7 @@ from threading import Lock
 
 from longer.errors import StorageError
 from longer.serving.history import HistorySource
-from longer.serving.resolver import Pending, read_together
+from longer.serving.pending import Pending, read_together
 
 _NUM_THREADS = 8
 """Reads at a time. Nearly all of a read's time is a wait for the store, and S3's clients keep ten connections."""

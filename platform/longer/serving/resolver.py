@@ -27,35 +27,17 @@ import numpy as np
 import pyarrow as pa
 
 from longer.arrays import Histories
-from longer.errors import StorageError, UserError
+from longer.errors import UserError
 from longer.model.engine import StateEngine
 from longer.model.states import UserState, rows_for
-from longer.serving.cache import Entry, Known, StateVersion
+from longer.serving.cache import NEVER_TS, Entry, Known, StateVersion, Tier
 from longer.serving.fingerprint import EventPrint
 from longer.serving.history import HistorySource, TableRow, UserHistory
 from longer.serving.online import OnlineEvents
+from longer.serving.pending import Pending, read_rows
 from longer.serving.requests import Source
 from longer.serving.stages import stage
 from longer.serving.store import HeldState, StateEntry, StateStore
-
-
-@dataclass
-class Pending:
-    """A request on its way to a state: who, when and the newest events; `source` and `state`, or `error`, when settled.
-
-    `row` is what was read of its user, if that had to be.
-    """
-
-    user_id: pa.Array
-    user_key: int
-    request_ts: int
-    events: pa.Table | None
-    num_new_events: int = 0
-    row: TableRow | None = None
-    source: Source | None = None
-    state: UserState | None = None
-    error: UserError | None = None
-    is_taken_in: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,6 +108,37 @@ class StateResolver:
         due = [(r, h) for r, h in found if h and h.entry.next_event_ts < r.request_ts and self._goes_on_in_memory(r, h)]
         self._carry_out(self._from_memory(due))
 
+    def bring_up_to_date(self, users: Sequence[Pending]) -> None:
+        """The held states of these users, whose rows have been read, are as the table has them now; does not count as a use.
+
+        A state that held all that was known is appended to, up to now, unless it lies in host memory, where its next request finds
+        it; one that ended earlier stays so, and one that its user's history no longer agrees with goes.
+        """
+        found = [
+            (user, user.row, held)
+            for user in users
+            if (held := self._store.hold(user.user_key, self._version))
+            and held.entry.known != self._known(user.user_key)
+            and user.row
+            and user.row.version_id == self._history.version_id
+        ]
+        due = []
+        for (user, _, held), history in zip(found, self._histories(found), strict=True):
+            entry, end = held.entry, held.entry.state.num_events
+            if not history.holds(entry.events):
+                self._store.drop_stale(user.user_key)
+                continue
+            if entry.next_event_ts == NEVER_TS:
+                end = max(end, history.end_before(user.request_ts))
+            update = _Update(
+                user, held, history.events(entry.state.num_events, end), end, history, True, end == history.end_index
+            )
+            if end == entry.state.num_events:
+                self._store.update(user.user_key, self._brought_up_to_date(entry, update))
+            elif held.tier == Tier.DEVICE and self._reaches(held, history, end):
+                due.append((update, held))
+        self._append(due)
+
     # -- what is known ------------------------------------------------------------------------------------------------
 
     def _known(self, user_key: int) -> Known:
@@ -178,15 +191,16 @@ class StateResolver:
 
     def _from_table(self, requests: Sequence[tuple[Pending, TableRow, HeldState | None]]) -> list[_Update]:
         """Updates of the requests that the table's rows can answer; the others have their error."""
-        if not requests:
-            return []
-        online = self._online.of([request.user_key for request, _, _ in requests])
-        user_ids = pa.concat_arrays([request.user_id for request, _, _ in requests])
-        histories = self._history.with_online(user_ids, [row for _, row, _ in requests], online)
         planned = [
-            self._plan(request, held, history) for (request, _, held), history in zip(requests, histories, strict=True)
+            self._plan(request, held, history)
+            for (request, _, held), history in zip(requests, self._histories(requests), strict=True)
         ]
         return [update for update in planned if update is not None]
+
+    def _histories(self, requests: Sequence[tuple[Pending, TableRow, HeldState | None]]) -> list[UserHistory]:
+        online = self._online.of([request.user_key for request, _, _ in requests])
+        user_ids = [request.user_id for request, _, _ in requests]
+        return self._history.with_online(user_ids, [row for _, row, _ in requests], online)
 
     def _plan(self, request: Pending, held: HeldState | None, history: UserHistory) -> _Update | None:
         """How to bring the user's state to the request's time; None, and the request's error, if the table cannot tell."""
@@ -196,8 +210,7 @@ class StateResolver:
             held = None
         holds_table = end == history.end_index
         in_the_past = held is not None and request.request_ts <= held.entry.last_event_ts
-        window_start = windows.history_start(end) * windows.merge_size
-        if held and not in_the_past and held.entry.state.num_events >= max(window_start, history.first_index):
+        if held and not in_the_past and self._reaches(held, history, end):
             events = history.events(held.entry.state.num_events, end)
             return _Update(request, held, events, end, history, keep=True, holds_table=holds_table)
         try:
@@ -207,6 +220,12 @@ class StateResolver:
             return None
         keep = not in_the_past and history.num_events > 0
         return _Update(request, None, window, end, history, keep, holds_table)
+
+    def _reaches(self, held: HeldState, history: UserHistory, end: int) -> bool:
+        """Whether it can be appended to: it ends where the window before `end` has begun, and what is between is there."""
+        windows = self._engine.model.windows
+        window_start = windows.history_start(end) * windows.merge_size
+        return held.entry.state.num_events >= max(window_start, history.first_index)
 
     # -- doing it -----------------------------------------------------------------------------------------------------
 
@@ -281,26 +300,6 @@ class StateResolver:
 
 def _settle(request: Pending, source: Source, state: UserState) -> None:
     request.source, request.state, request.error = source, state, None
-
-
-def read_rows(history: HistorySource, requests: Sequence[Pending]) -> None:
-    """The second step for these, bucket by bucket: each has its row, or its error where a bucket cannot be read."""
-    buckets = history.buckets([request.user_key for request in requests])
-    for bucket in dict.fromkeys(buckets):
-        read_together(history, [request for request, its in zip(requests, buckets, strict=True) if its == bucket])
-
-
-def read_together(history: HistorySource, requests: Sequence[Pending]) -> StorageError | None:
-    """Gives each of these its row, or all of them the error that there was."""
-    try:
-        rows = history.read(pa.concat_arrays([request.user_id for request in requests]))
-    except StorageError as error:
-        for request in requests:
-            request.error = error
-        return error
-    for request, row in zip(requests, rows, strict=True):
-        request.row = row
-    return None
 
 
 def _print(update: _Update, state: UserState, stride_events: int) -> EventPrint:

@@ -27,6 +27,7 @@ from longer.model.pool import Precision
 from longer.serving.cache import StateVersion
 from longer.serving.history import HistorySource, check_kept
 from longer.serving.online import EventLimits, OnlineEvents
+from longer.serving.pending import Pending, pending_users, read_rows
 from longer.serving.requests import (
     EventsRequest,
     EventsResult,
@@ -35,7 +36,7 @@ from longer.serving.requests import (
     ScoreResult,
     now_ms,
 )
-from longer.serving.resolver import Pending, StateResolver, read_rows
+from longer.serving.resolver import StateResolver
 from longer.serving.stages import stage
 from longer.serving.store import BATCH_USERS, StateStore
 from longer.serving.warm import warm_up
@@ -150,9 +151,27 @@ class Scorer:
         return Tables(sequences, self._items_of(sequences.version.id))
 
     def move_to(self, newer: Tables) -> None:
-        """Reads these from now on; states are appended to what they hold that the last ones did not."""
+        """Reads these from now on; states are appended to what they hold that the last ones did not, when their users are asked for
+        or looked at again (`bring_up_to_date`)."""
         self.history.move_to(newer.sequences)
         self.items = newer.items
+
+    def held_of_other_tables(self) -> pa.Array:
+        """Ids of the held users whose states are as other tables had them, those who were asked for last first."""
+        version_id = self.history.version_id
+        user_ids = [
+            held.entry.user_id
+            for held, _ in self.cache.hottest(self.version)
+            if held.entry.known.table_version != version_id and held.entry.user_id is not None
+        ]
+        return pa.array(user_ids, self.info.schema.id_types[0])
+
+    def bring_up_to_date(self, users: Sequence[Pending]) -> None:
+        """Brings the states of these users, whose rows have been read, up to date as far as they are still held."""
+        try:
+            self.states.bring_up_to_date(users)
+        finally:
+            self.cache.release()
 
     def _items_of(self, sequences_version: str) -> ItemTable | None:
         schema = self.info.schema
@@ -208,9 +227,10 @@ class Scorer:
 
     def warm(self, user_ids: pa.Array) -> int:
         """Encodes the users of whom no state is here, as far as none has to go for them; how many, `BATCH_USERS` at most."""
-        keys, most = stable_keys(user_ids).tolist(), self.cache.free_bytes // self.cache.most_state_bytes
-        unknown = [n for n, user_key in enumerate(keys) if self.cache.peek(user_key, self.version) is None]
-        wave = [Pending(user_ids[n : n + 1], keys[n], now_ms(), None) for n in unknown[: min(most, BATCH_USERS)]]
+        most = self.cache.free_bytes // self.cache.most_state_bytes
+        users = pending_users(user_ids)
+        unknown = [user for user in users if self.cache.peek(user.user_key, self.version) is None]
+        wave = unknown[: min(most, BATCH_USERS)]
         try:
             self.states.resolve(wave)
         finally:
