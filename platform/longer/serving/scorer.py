@@ -27,7 +27,7 @@ from longer.model.pool import Precision
 from longer.serving.cache import StateVersion
 from longer.serving.history import HistorySource, check_kept
 from longer.serving.online import EventLimits, OnlineEvents
-from longer.serving.pending import Pending, pending_users, read_rows
+from longer.serving.pending import Pending, read_rows
 from longer.serving.requests import (
     EventsRequest,
     EventsResult,
@@ -225,12 +225,15 @@ class Scorer:
             for o in outcomes
         ]
 
-    def warm(self, user_ids: pa.Array) -> int:
-        """Encodes the users of whom no state is here, as far as none has to go for them; how many, `BATCH_USERS` at most."""
+    def warmable(self, users: Sequence[Pending]) -> list[Pending]:
+        """Those of whom no state is here, as far as none has to go for them; `BATCH_USERS` at most."""
         most = self.cache.free_bytes // self.cache.most_state_bytes
-        users = pending_users(user_ids)
         unknown = [user for user in users if self.cache.peek(user.user_key, self.version) is None]
-        wave = unknown[: min(most, BATCH_USERS)]
+        return unknown[: min(most, BATCH_USERS)]
+
+    def warm(self, users: Sequence[Pending]) -> int:
+        """Encodes those who are `warmable`; how many. Nothing is read here of whom a row is there."""
+        wave = self.warmable(users)
         try:
             self.states.resolve(wave)
         finally:
