@@ -28,7 +28,7 @@ from longer.model.inputs import event_tensors
 from longer.model.states import gather
 from longer.serving.batch_input import Chunk, Items
 from longer.serving.batch_plan import Plan
-from longer.serving.resolver import Pending
+from longer.serving.pending import Pending
 from longer.serving.scorer import Scorer, ScoreRequest
 from longer.serving.stages import collected_ms, stage
 from longer.serving.store import BATCH_USERS

@@ -132,6 +132,14 @@ class StateStore:
             self._pin(held)
         return held
 
+    def hold(self, user_key: int, version: StateVersion) -> HeldState | None:
+        """What is held of the user, pinned until `release`, which does not count as a use."""
+        held = self._index.find(user_key)
+        if held is None or held.version != version:
+            return None
+        self._pin(held)
+        return held
+
     # -- a batch's work -----------------------------------------------------------------------------------------------
 
     def bring(self, taken: Iterable[HeldState]) -> None:
