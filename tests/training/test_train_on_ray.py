@@ -21,14 +21,16 @@ from longer.data.scores import read_scores
 from longer.data.tables import RequestTable
 from longer.errors import UserError
 from longer.runner import user_error_in
-from longer.storage import Version, file_sizes, write_bytes
+from longer.storage import Version
 from longer.training import loop
 from longer.training.checkpoints import TrainerState, load_model, read_trainer_state
 from longer.training.content import Job, read_requests, tally
 from longer.training.cursor import Position
 from longer.training.loop import Run, train_worker
 from longer.training.metrics import auc
-from longer.training.run import pin_tables, remove_old_runs
+from longer.training.reading import num_bytes, requests_in_memory
+from longer.training.run import pin_tables
+from longer.training.runs import RECORD, step_folder
 from tests.data.test_build_on_ray import run_all, settings_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
@@ -183,6 +185,50 @@ def test_a_run_that_finished_but_was_not_published_is_published_without_training
         assert again.manifest[key] == version.manifest[key]
 
 
+@pytest.mark.parametrize("damage", ["half a record", "a checkpoint that is gone"])
+def test_a_run_whose_record_a_kill_has_damaged_goes_on_from_its_newest_whole_checkpoint(
+    damage: str, trained: tuple[Settings, Version], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    settings, version = trained
+    shutil.copytree(settings.path("training"), tmp_path / "training")
+    run = tmp_path / "training" / version.id
+    if damage == "half a record":
+        record = (run / RECORD).read_bytes()
+        (run / RECORD).write_bytes(record[: len(record) // 2])
+    else:
+        shutil.rmtree(run / step_folder(4 * EVERY))
+    again = train.run(settings_for(settings, tmp_path, num_workers=1))
+    assert f"{RECORD} was damaged: made anew from" in capsys.readouterr().err
+    assert again.manifest["trained"][-1]["epochs"] == version.manifest["trained"][-1]["epochs"]
+    assert [r["step"] for r in again.manifest["history"]] == [r["step"] for r in version.manifest["history"]]
+
+
+def test_a_pool_that_no_node_belongs_to_is_told_and_does_not_hang(
+    tables: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for name in ("_WAIT_IS_TOLD_AFTER_S", "_WAIT_ENDS_AFTER_S"):
+        monkeypatch.setattr(f"longer.training.reading.{name}", 0.2)
+    settings = settings_for(tables, tmp_path)
+    labelled = settings.model_copy(update={"ray": settings.ray.model_copy(update={"pool_label": "nowhere.pool"})})
+    with pytest.raises(UserError, match=r"no node that may read .*--labels nowhere.pool=cpu"):
+        train.run(labelled)
+    assert "waiting for a free CPU" in capsys.readouterr().err
+
+
+def test_requests_larger_than_the_object_store_are_told_with_the_setting(
+    tables: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    job = Job(tables, pin_tables(tables)[1])
+    held = num_bytes(read_requests(job))
+    assert held > 8 * len(read_requests(job)[0].row_C), "what the arrays take is counted"
+    requests_in_memory(job)
+    assert "object store" not in capsys.readouterr().err
+    node = {**ray.nodes()[0], "Resources": {"CPU": 1, "object_store_memory": held - 1}}
+    monkeypatch.setattr("longer.training.reading.ray.nodes", lambda: [node])
+    requests_in_memory(job)
+    assert "raise ray.object_store_bytes" in capsys.readouterr().err
+
+
 def with_overflows(take_step: Any, overflows: Any) -> Any:
     """A step that leaves gradients that are not finite where `overflows` says so of its number within the epoch."""
 
@@ -263,30 +309,6 @@ def test_a_mistake_that_a_worker_finds_ends_the_run_at_once_in_one_line(
         train.run(settings_for(tables, tmp_path, num_workers=2, epochs=1, max_failures=3))
     assert str(user_error_in(raised.value)).startswith("training: the gradients of steps 4 to 9 are not finite")
     assert len((tmp_path / "starts").read_text().split()) == 2, "each of two workers started once"
-
-
-@pytest.mark.parametrize("on_s3", [False, True])
-def test_old_runs_keep_their_scalars_and_nothing_large(
-    on_s3: bool, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    folder = request.getfixturevalue("s3") if on_s3 else str(tmp_path)
-    for number, run in enumerate(("older", "old", "new")):
-        for name in ("step_0000001/trainer.safetensors", "step_0000001/model.json", "tensorboard/events"):
-            write_bytes(f"{folder}/training/{run}/{name}", b"x")
-        if number < 2:
-            time.sleep(1.1 if on_s3 else 0.05)  # S3 dates files to the second
-    remove_old_runs(f"{folder}/training", 2)
-    left = sorted(file_sizes(f"{folder}/training"))
-    assert left == sorted(
-        [
-            *(
-                f"{run}/{name}"
-                for run in ("old", "new")
-                for name in ("step_0000001/model.json", "step_0000001/trainer.safetensors", "tensorboard/events")
-            ),
-            "older/tensorboard/events",
-        ]
-    )
 
 
 def test_one_and_two_workers_have_the_same_gradient_from_the_same_checkpoint(

@@ -33,6 +33,10 @@ from longer.training.cursor import Position
 from longer.training_settings import TaskSettings
 
 FORMAT_VERSION = 2
+"""Of model.json and model.safetensors."""
+
+TRAINER_VERSION = 3
+"""Of trainer.json and trainer.safetensors. Part of a run's id: a run of another format is another run."""
 
 _TASKS: TypeAdapter[tuple[TaskSettings, ...]] = TypeAdapter(tuple[TaskSettings, ...])
 
@@ -73,9 +77,13 @@ class TrainerState:
 
 
 def best_of_epochs(checkpoints: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The checkpoint with the best score of those at an epoch's end, the first of equals; none if no epoch has ended."""
-    ends = [checkpoint for checkpoint in checkpoints if checkpoint["epochs"] and checkpoint["score"] is not None]
-    return [max(ends, key=lambda checkpoint: checkpoint["score"])] if ends else []
+    """The checkpoint with the best score of those at an epoch's end, the first of equals; none if no epoch has ended.
+
+    Where no score is defined, the last one, which has trained most.
+    """
+    ends = [checkpoint for checkpoint in checkpoints if checkpoint["epochs"]]
+    scored = [checkpoint for checkpoint in ends if checkpoint["score"] is not None]
+    return [max(scored, key=lambda checkpoint: checkpoint["score"])] if scored else ends[-1:]
 
 
 Tensors = dict[str, torch.Tensor]
@@ -192,7 +200,7 @@ def load_upstream(model: Ranker, settings: ModelSettings) -> None:
 def save_trainer(directory: str, moments: Tensors, state: TrainerState) -> None:
     """Writes the optimizer's moments, then the state."""
     write_bytes(f"{directory}/trainer.safetensors", safetensors.torch.save(moments))
-    about = {"format_version": FORMAT_VERSION, **asdict(state)}
+    about = {"format_version": TRAINER_VERSION, **asdict(state)}
     write_bytes(f"{directory}/trainer.json", _json(about))
 
 
@@ -217,7 +225,7 @@ def load_trainer(
 
 
 def read_trainer_state(path: str) -> TrainerState:
-    about = _read_json(path, "trainer.json")
+    about = _read_json(path, "trainer.json", TRAINER_VERSION)
     others = {name: about[name] for name in ("history", "epochs", "checkpoints", "scaling", "skipped")}
     return TrainerState(Position(**about["position"]), **others)
 
@@ -286,16 +294,16 @@ def _read_tensors(path: str, name: str) -> dict[str, torch.Tensor]:
         raise UserError(f"{path}/{name}: not a safetensors file ({error}): copy it again") from None
 
 
-def _read_json(path: str, name: str) -> dict[str, Any]:
+def _read_json(path: str, name: str, version: int = FORMAT_VERSION) -> dict[str, Any]:
     try:
         about = json.loads(read_bytes(f"{path}/{name}"))
     except FileNotFoundError:
         raise UserError(f"{path}/{name}: no such file: is this a checkpoint folder?") from None
     except ValueError:
         raise UserError(f"{path}/{name}: not valid JSON: copy it again") from None
-    if about.get("format_version") != FORMAT_VERSION:
+    if about.get("format_version") != version:
         raise UserError(
-            f"{path}/{name}: format version {about.get('format_version')}, this release reads {FORMAT_VERSION}: "
+            f"{path}/{name}: format version {about.get('format_version')}, this release reads {version}: "
             "use the release that wrote it, or train again"
         )
     return about

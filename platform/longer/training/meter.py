@@ -123,5 +123,5 @@ def _flat(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}/")
-        elif not isinstance(value, str):
+        elif isinstance(value, int | float):
             yield f"{prefix}{name}", value
