@@ -20,6 +20,7 @@ from longer.training.checkpoints import (
     TrainerState,
     best_of_epochs,
     load_model,
+    load_own_weights,
     load_trainer,
     load_weights,
     moments_of,
@@ -212,3 +213,18 @@ def test_a_trainer_state_of_another_format_is_refused_with_the_remedy(tmp_path: 
     (tmp_path / "trainer.json").write_text(json.dumps({**about, "format_version": 2}))
     with pytest.raises(UserError, match=r"trainer.json: format version 2, this release reads 3: use the release that"):
         read_trainer_state(str(tmp_path))
+
+
+def test_a_worker_resumes_with_its_rows_of_the_tables_and_with_all_of_the_rest(tmp_path: Path) -> None:
+    directory, model, mine = str(tmp_path), small_model(seed=1), small_model(seed=2)
+    save_model(directory, model, model.settings, SCHEMA, TASKS)
+    tables = mine.large_tables()
+
+    def own_rows(name: str) -> slice:
+        return slice(3, 5) if name in tables else slice(None)
+
+    for name, table in tables.items():
+        table.embedding.weight = torch.nn.Parameter(table.embedding.weight[own_rows(name)].detach().clone())
+    load_own_weights(directory, mine, own_rows)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(mine.state_dict()[name], tensor[own_rows(name)]), name

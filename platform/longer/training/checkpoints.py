@@ -10,7 +10,7 @@ Random numbers need no state: those of a step are a function of seed, step and w
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, cast
 
@@ -204,24 +204,42 @@ def save_trainer(directory: str, moments: Tensors, state: TrainerState) -> None:
     write_bytes(f"{directory}/trainer.json", _json(about))
 
 
-def _all_of_it(_: str, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+OwnRows = Callable[[str], slice]
+"""The rows that this worker holds of a weight or moment, by the name of its parameter, alone or with a slash and more behind."""
 
 
-def load_trainer(
-    path: str,
-    model: Ranker,
-    optimizer: HasMoments,
-    own: Callable[[str, torch.Tensor], torch.Tensor] = _all_of_it,
-) -> TrainerState:
-    """Puts the moments back into `optimizer`, of each what is this worker's `own`; returns the state saved with them."""
-    for name, tensor in _read_tensors(path, "trainer.safetensors").items():
+def every_row(_: str) -> slice:
+    return slice(None)
+
+
+@torch.no_grad()
+def load_own_weights(directory: str, model: Ranker, own_rows: OwnRows = every_row) -> None:
+    """Puts this worker's rows of a run's checkpoint into the run's model, of whose tables it may hold those rows only.
+
+    Memory holds one of them at a time beside the model, and nothing of the others' rows.
+    """
+    weights = model.state_dict()
+    for name, tensor in _own_tensors(f"{directory}/model.safetensors", own_rows):
+        weights[name].copy_(tensor)
+
+
+def load_trainer(directory: str, model: Ranker, optimizer: HasMoments, own_rows: OwnRows = every_row) -> TrainerState:
+    """Puts this worker's rows of the moments back into `optimizer`, as `load_own_weights`; returns the state saved with them."""
+    for name, tensor in _own_tensors(f"{directory}/trainer.safetensors", own_rows):
         parameter_name, key = name.rsplit("/", 1)
         parameter = model.get_parameter(parameter_name)
-        optimizer.state[parameter][key] = own(name, tensor).to(
+        optimizer.state[parameter][key] = tensor.to(
             parameter.device, copy=True
-        )  # a view keeps all workers' rows
-    return read_trainer_state(path)
+        )  # what was read lies in the file's pages
+    return read_trainer_state(directory)
+
+
+def _own_tensors(path: str, own_rows: OwnRows) -> Iterator[tuple[str, torch.Tensor]]:
+    """This worker's rows of each tensor in a local file, of which nothing else is read."""
+    with safetensors.safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118  (it is no dictionary)
+            rows = file.get_slice(name)
+            yield name, rows[own_rows(name)] if rows.get_shape() else file.get_tensor(name)
 
 
 def read_trainer_state(path: str) -> TrainerState:

@@ -25,7 +25,7 @@ from longer.training.checkpoints import (
     Tensors,
     TrainerState,
     best_of_epochs,
-    load_model,
+    load_own_weights,
     load_trainer,
     load_upstream,
     load_weights,
@@ -148,18 +148,17 @@ class Run:
         load_upstream(model, settings.model)
         largest = self.content.largest_batch(self.num_workers * self.batches_each)
         stepper = Stepper(model, settings.train, device, self.num_workers, largest)
-        weights: Tensors = {}
         if checkpoint:
-            with checkpoint.as_directory() as directory:
-                weights = load_model(directory)[0].state_dict()
-                self.state = load_trainer(directory, model, stepper.optimizer, stepper.own)
+            with checkpoint.as_directory() as directory:  # from S3 once a node
+                load_own_weights(directory, model, stepper.own_rows)
+                self.state = load_trainer(directory, model, stepper.optimizer, stepper.own_rows)
             stepper.optimizer.scaling.restore(self.state.scaling)
             if self.rank == 0:
                 self.trained.restore(self.state.epochs)
         elif self.job.weights:
-            weights = load_weights(self.job.weights, settings)[0]
-        if weights:
-            model.load_state_dict({name: stepper.own(name, tensor) for name, tensor in weights.items()})
+            weights, _ = load_weights(self.job.weights, settings)
+            own = {name: tensor[stepper.own_rows(name)] if tensor.dim() else tensor for name, tensor in weights.items()}
+            model.load_state_dict(own)
         return stepper
 
     def _work(self) -> Iterator[Work]:
@@ -231,7 +230,7 @@ class Run:
         self.state.scaling = self.stepper.optimizer.scaling.state()
         name = step_folder(done)
         if self.rank == 0:
-            self._uploaded.wait()  # the checkpoint before is written: memory holds one copy
+            self._uploaded.wait()  # the checkpoint before is written: memory holds one, and one file of it as it is written
         copies = self._copies() if self.rank == 0 or self.stepper.sharded else ({}, {})
         if self.rank > 0:
             ray.train.report({}, checkpoint_dir_name=name, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)

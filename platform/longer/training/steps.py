@@ -153,9 +153,9 @@ class Stepper:
         items_E, items_C = batch.histories.features["item_id"], batch.candidates.features["item_id"]
         return self.model.keys_read(items_E, items_C, batch.histories.user_key_B)
 
-    def own(self, name: str, whole: Tensor) -> Tensor:
-        """This worker's part of a weight or moment, by its name in a checkpoint, which has all of it."""
-        return self.sharded.own(name, whole) if self.sharded else whole
+    def own_rows(self, name: str) -> slice:
+        """This worker's rows of a weight or moment, by its name in a checkpoint, which has all of them."""
+        return self.sharded.own_rows(name) if self.sharded else slice(None)
 
     def whole(self, name: str, own: Tensor) -> Tensor:
         """A copy on the CPU of all of it on the first worker; with sharded tables all workers call this in step."""
