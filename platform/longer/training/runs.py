@@ -1,6 +1,6 @@
 """The folders of training runs: which checkpoints stay, and Ray's record of them, mended where a kill has damaged it.
 
-RUN/step_0000100/...                     a checkpoint, whole once trainer.json is there
+RUN/step_0000100/...                     a checkpoint, whole once trainer.json is there, the last of its four files
 RUN/checkpoint_manager_snapshot.json     which checkpoints count, by Ray, which overwrites it in place
 RUN/started_from.json                    the checkpoint whose weights were the first ones, if any
 RUN/tensorboard/...                      scalars
@@ -41,7 +41,7 @@ class KeepBestAndLast(UserCallback):
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         newest, keep = step_folder(metrics[0]["step"]), {*map(step_folder, metrics[0]["keep"])}
         with suppress(OSError, StorageError):  # what storage does not list or remove now is stale the next time too
-            for path in sorted(file_sizes(self._run_path), reverse=True):  # trainer.json first: it says "whole"
+            for path in file_sizes(self._run_path):
                 folder, _, file = path.partition("/")
                 stale = folder.startswith("step_") and folder < newest and folder not in keep
                 if stale and file != "model.json":
