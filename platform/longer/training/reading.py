@@ -85,7 +85,7 @@ def _nodes_of(selector: dict[str, str]) -> list[dict[str, Any]]:
 def _tell_if_too_large(size: int, settings: Settings) -> None:
     """Ray keeps what does not fit in files: it works, slowly."""
     nodes = _nodes_of(settings.ray.place(settings.train.use_gpu))
-    room = min(node["Resources"]["object_store_memory"] for node in nodes)
+    room = min((node["Resources"]["object_store_memory"] for node in nodes), default=size)
     if size > room:
         say(
             "train",
