@@ -17,23 +17,31 @@ _WAIT_ENDS_AFTER_S = 900.0
 
 
 def requests_in_memory(job: Job) -> ray.ObjectRef:
-    """The requests of a job, read once however often workers start; they are there, or an error is raised here.
-
-    Lost with a node, they are read anew: the task asks for no core, since workers may have them all.
-    """
+    """The requests of a job, read once however often workers start; they are there, or an error is raised here."""
     settings = job.settings
-    options: dict[str, Any] = {
-        "num_cpus": 0,
-        "num_returns": 2,
-        "max_retries": settings.train.max_failures,
-        "retry_exceptions": [StorageError],
-        "label_selector": settings.ray.place(settings.train.use_gpu),
-        "scheduling_strategy": NodeAffinitySchedulingStrategy(_node_with_a_core(settings), soft=True),
-    }
-    task: Any = ray.remote(lambda: (read := read_requests(job), num_bytes(read)))
-    requests, size = task.options(**options).remote()
-    _tell_if_too_large(ray.get(size), options["label_selector"])
+    node = _node_with_a_core(settings)
+    retries: dict[str, Any] = {"max_retries": settings.train.max_failures, "retry_exceptions": [StorageError]}
+    task: Any = ray.remote(**task_options(settings, node), **retries, num_returns=2)(_read)
+    requests, size = task.remote(job)
+    _tell_if_too_large(ray.get(size), settings)
     return requests
+
+
+def _read(job: Job) -> tuple[Any, int]:
+    read = read_requests(job)
+    return read, num_bytes(read)
+
+
+def task_options(settings: Settings, node: str | None = None) -> dict[str, Any]:
+    """Ray's options of a task where the workers will be, which need what is read, and where else perhaps no node is.
+
+    On a node that is known to have cores it asks for none: lost with the node, what was read is read anew elsewhere, where workers
+    may have them all.
+    """
+    where = {"label_selector": settings.ray.place(settings.train.use_gpu)}
+    if node is None:
+        return {"num_cpus": 1, **where}
+    return {"num_cpus": 0, **where, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True)}
 
 
 def num_bytes(value: Any) -> int:
@@ -46,8 +54,8 @@ def num_bytes(value: Any) -> int:
 def _node_with_a_core(settings: Settings) -> str:
     """The id of a node of the workers' pool, which comes up if need be; never a head that has no core for tasks."""
     selector = settings.ray.place(settings.train.use_gpu)
-    task: Any = ray.remote(lambda: ray.get_runtime_context().get_node_id())
-    found = task.options(num_cpus=1, label_selector=selector).remote()
+    task: Any = ray.remote(**task_options(settings))(_node_here)
+    found = task.remote()
     labels = "".join(f" --labels {name}={value}" for name, value in selector.items())
     wanted = f"a node of `ray start --num-cpus=N{labels}`"
     if not ray.wait([found], timeout=_WAIT_IS_TOLD_AFTER_S)[0]:
@@ -61,6 +69,10 @@ def _node_with_a_core(settings: Settings) -> str:
     return ray.get(found)
 
 
+def _node_here() -> str:
+    return str(ray.get_runtime_context().get_node_id())
+
+
 def _nodes_of(selector: dict[str, str]) -> list[dict[str, Any]]:
     """Nodes of a pool that tasks may run on, busy or not."""
     return [
@@ -70,9 +82,10 @@ def _nodes_of(selector: dict[str, str]) -> list[dict[str, Any]]:
     ]
 
 
-def _tell_if_too_large(size: int, selector: dict[str, str]) -> None:
+def _tell_if_too_large(size: int, settings: Settings) -> None:
     """Ray keeps what does not fit in files: it works, slowly."""
-    room = min(node["Resources"]["object_store_memory"] for node in _nodes_of(selector))
+    nodes = _nodes_of(settings.ray.place(settings.train.use_gpu))
+    room = min((node["Resources"]["object_store_memory"] for node in nodes), default=size)
     if size > room:
         say(
             "train",
