@@ -230,6 +230,7 @@ class Failing(BucketScorer):
 def test_a_difference_from_the_serving_path_publishes_nothing(world: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = asking(world, "2030-01-03T00:00:00Z")
     monkeypatch.setattr(batch, "BucketScorer", Failing)
-    with pytest.raises(Exception, match="scores of one request differ"):
+    with pytest.raises(Exception, match="scores of one request differ") as raised:
         batch_score.run(asked)
+    assert batch._is_failed_check(raised.value), "had another run published, this one would have passed for a success"
     assert not list(Path(asked.root, "candidate_scores").glob(f"{batch.plan_scores(asked).version_id}/_MANIFEST.json"))

@@ -5,9 +5,11 @@ interrupted run keeps its finished buckets, a dead actor or node costs its bucke
 """
 
 import json
+import re
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,26 +48,42 @@ def export_vectors(settings: Settings) -> Version:
 def _run(plan: Plan, pool: ScorerPool, where: RaySettings, job: str) -> Version:
     table = Table(plan.table_path)
     if published := table.reuse(plan.version_id):
-        remove_unnamed(published, Run(published.path))  # if a run was killed before it could
+        remove_unnamed(Run(published.path))  # if a run was killed before it could
         remove_tree(scratch(published.path))
         say(job, f"version {plan.version_id} is already there, nothing changed{_less_checked(published, plan)}")
         return published
     run = Run(table.resume(plan.version_id))
     check_model(plan)
-    try:
-        with marked_alive(run.alive) if run.is_on_s3 else nullcontext():
-            manifest, files = _scored(plan, pool, where, run, job)
-    except Exception:  # of any kind: the faster run has removed what this one reads
-        if not (published := table.find(plan.version_id)):
-            raise
-    else:
-        published = table.find(plan.version_id)
-    told = "another run has published it meanwhile, which is used" if published else in_words(manifest)
-    version = published or table.publish(plan.version_id, manifest, files)
-    remove_unnamed(version, run)
+    with marked_alive(run.alive) if run.is_on_s3 else nullcontext():  # until its files are named, or removed by itself
+        told = _publish(table, plan, run, partial(_scored, plan, pool, where, run, job))
+        remove_unnamed(run)
+    version = table.find(plan.version_id)  # of two runs that have published it at once, the later one's
+    if version is None:
+        raise UserError(
+            f"{run.version_path}: another run has found it damaged and is at it: run again when it is through"
+        )
     remove_tree(scratch(version.path))
     say(job, f"version {version.id}: {told}")
     return version
+
+
+def _publish(table: Table, plan: Plan, run: Run, scored: Callable[[], tuple[dict[str, Any], list[DataFile]]]) -> str:
+    """Publishes what is scored, if no other run of the version has meanwhile; which of both, in words."""
+    try:
+        manifest, files = scored()
+    except Exception as error:  # of any kind: a faster run has removed what this one reads
+        if _is_failed_check(error) or not table.find(plan.version_id):
+            raise
+    else:
+        if not table.find(plan.version_id):
+            table.publish(plan.version_id, manifest, files)
+            return in_words(manifest)
+    return "another run has published it meanwhile, which is used"
+
+
+def _is_failed_check(error: BaseException) -> bool:
+    """Scores that differ from the serving path's stay an error, whoever has published others. Ray Data keeps its text only."""
+    return isinstance(error, ArithmeticError) or re.search(r"^ArithmeticError: ", str(error), re.MULTILINE) is not None
 
 
 def _less_checked(published: Version, plan: Plan) -> str:

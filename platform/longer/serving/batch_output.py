@@ -16,10 +16,10 @@ from longer.serving.batch_alive import silent
 from longer.serving.stages import stage
 from longer.storage import (
     DataFile,
-    Version,
     checked_output,
     file_sizes,
     make_parents,
+    manifest_of,
     remove_tree,
     write_bytes,
 )
@@ -124,19 +124,24 @@ def _repeating(schema: pa.Schema) -> list[str]:
     return [paths.get(name, name) for name, kind in kinds.items() if not pa.types.is_floating(kind)]
 
 
-def remove_unnamed(version: Version, run: Run) -> None:
-    """Removes buckets' files that a published version does not name, which its readers would read: of this run and of dead ones.
+def remove_unnamed(run: Run) -> None:
+    """Removes buckets' files that the published version does not name, which its readers would read: of this run and of dead ones.
 
-    What a live one has written, on S3, it removes itself.
+    What a live one has written, on S3, it removes itself. Two that publish at once both do so by the later one's manifest.
     """
-    named = {file.path for file in version.data_files()}
-    unnamed = {path for path in file_sizes(version.path) if path.startswith("bucket=") and path not in named}
-    marks = {path: Run(version.path, _run_of(path)).alive for path in unnamed}
-    others = {mark for mark in marks.values() if mark != run.alive}
+    others = {mark for mark in _unnamed(run.version_path).values() if mark != run.alive}
     dead = silent(others) if run.is_on_s3 else others
-    for path, mark in marks.items():
+    for path, mark in _unnamed(run.version_path).items():  # which may be another version's than before that wait
         if mark == run.alive or mark in dead:
-            remove_tree(f"{version.path}/{path}")
+            remove_tree(f"{run.version_path}/{path}")
+
+
+def _unnamed(version_path: str) -> dict[str, str]:
+    """Buckets' files that the manifest does not name, each with the mark of the run that wrote it; none without a manifest."""
+    paths = [path for path in file_sizes(version_path) if path.startswith("bucket=")]
+    manifest = manifest_of(version_path)  # after the files, so that it names those which are published
+    named = {file["path"] for file in manifest["files"]} if manifest else set(paths)
+    return {path: Run(version_path, _run_of(path)).alive for path in paths if path not in named}
 
 
 def _run_of(file: str) -> str:
