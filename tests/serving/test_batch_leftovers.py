@@ -87,7 +87,8 @@ def test_two_runs_that_finish_together_leave_one_whole_version(
     def publish_together(self: Table, *what: Any) -> Version:
         if of_first:  # in the midst of the first one's, which has looked before
             if later == "the second run":
-                of_first.append(lambda published=of_first[0](): published)
+                stale = of_first[0]()
+                of_first.append(lambda: stale)
             return publish(self, *what)
         of_first.append(lambda: publish(self, *what))
         batch_score(asked)

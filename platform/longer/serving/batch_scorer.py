@@ -93,9 +93,10 @@ class BucketScorer:
         record: Record = {"bucket": bucket, "begun_at": time.time(), "num_requests": 0, "num_users": 0, "num_scores": 0}
         num_checked = self._plan.check_requests if self._scorer else 0
         num_requests, items = self._reader.num_requests(bucket), self._answers.items
-        numbers = chosen_numbers(num_requests, num_checked)
+        seed = int(self._plan.version_id, 16), bucket
+        numbers = chosen_numbers(num_requests, num_checked, seed)
         others = num_left_out(num_requests, len(items.item_id_I), len(numbers)) if items else 0
-        check = OnlineCheck(self._plan, self._scorer, items, numbers, self._most_checked, others)
+        check = OnlineCheck(self._plan, self._scorer, items, numbers, self._most_checked, seed, others)
         with collected_ms() as stages:
             written = write_rows(self._run.version_path, self._run.file_of(bucket), self._parts(bucket, check, record))
         record |= {
