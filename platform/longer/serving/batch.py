@@ -6,9 +6,10 @@ interrupted run keeps its finished buckets, a dead actor or node costs its bucke
 
 import json
 import re
+import threading
 import time
-from collections.abc import Callable, Generator
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -21,18 +22,28 @@ from longer.data.id_lists import spool, spread
 from longer.data.layout import bucket_files
 from longer.data.records import Record, scratch
 from longer.data.tables import RequestTable
-from longer.errors import UserError
+from longer.errors import StorageError, UserError
 from longer.progress import say, track
 from longer.serving.batch_alive import marked_alive
 from longer.serving.batch_output import Run, done_buckets, remove_unnamed
 from longer.serving.batch_plan import Plan, check_model, plan_scores, plan_vectors
 from longer.serving.batch_roll import roll
 from longer.serving.batch_scorer import BucketScorer
-from longer.serving.batch_totals import actors_of, cost_in_words, in_words, on_this_clock, rates_of, totals_of
+from longer.serving.batch_totals import (
+    actors_of,
+    cost_in_words,
+    held_device_s,
+    in_words,
+    on_this_clock,
+    rates_of,
+    totals_of,
+)
 from longer.storage import DataFile, Table, Version, remove_tree
 
 _BUCKETS_AT_ONCE = {"cpu": 1, "cuda": 2}
 """In an actor: on a GPU one is read and written while another is scored. A CPU has nothing to wait for."""
+
+_FIRST_TOLD_EVERY_S = 15.0
 
 
 def batch_score(settings: Settings) -> Version:
@@ -113,6 +124,8 @@ def _scored(
         "seconds": seconds,
         "start_s": start_s,  # of them, until the first actor was there with its model
         **rates_of(fresh, seconds - start_s),
+        "held_device_s": held_device_s(fresh, plan.device_share, time.time()),  # by this run, with what waited
+        "lost_attempts": sum(map(len, run.begun.values())),  # of this run, at buckets, which others have done since
         "actors": actors_of(fresh, started_at),
     }
     return manifest, [DataFile(**record["file"]) for record in records if record["file"]]
@@ -198,10 +211,32 @@ def _score_buckets(
                 yield records[-1]
 
         def part_done() -> float:
-            return sum(buckets[record["bucket"]] for record in records) / sum(buckets.values())
+            done = {record["bucket"] for record in records}
+            half_done = (run.begun.keys() - done) & buckets.keys()
+            return (sum(buckets[b] for b in done) + sum(buckets[b] for b in half_done) / 2) / sum(buckets.values())
 
         say(job, f"waiting for {fewest} {'actor' if fewest == 1 else 'actors'} to start")
-        with closing(
-            finished()
-        ) as fresh:  # else, of an error here, Ray Data's own end would wait for a Ray that is gone
+        with (
+            _told_of_the_first(run, records, job),
+            closing(finished()) as fresh,
+        ):  # else, of an error here, Ray Data's own end would wait for a Ray that is gone
             return list(track(fresh, len(buckets), job.replace("_", " "), "buckets", note, seconds, part_done))
+
+
+@contextmanager
+def _told_of_the_first(run: Run, records: list[Record], job: str) -> Iterator[None]:
+    """Says now and then how many buckets are begun, until one is done."""
+    over = threading.Event()
+
+    def tell() -> None:
+        while not over.wait(_FIRST_TOLD_EVERY_S) and not records:
+            with suppress(StorageError):  # the run itself will meet it
+                say(job, f"{len(run.begun)} buckets begun, none done yet")
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -76,15 +76,31 @@ class Run:
         yield
         remove_tree(mark)
 
-    def begin(self, bucket: int, setting: str) -> None:
-        """Notes that an actor begins with a bucket; a UserError if that has been the end of too many. `setting` bounds memory."""
-        begun = f"{self.folder}/begun/{bucket:04d}"
-        if len(file_sizes(begun)) >= _MOST_ATTEMPTS:
+    @contextmanager
+    def attempt(self, bucket: int, actor: str, setting: str) -> Iterator[None]:
+        """Around an actor's work at a bucket; a UserError if that has been the end of too many. `setting` bounds memory."""
+        begun = self.begun
+        mine = begun.get(bucket, set())
+        if len(mine) >= _MOST_ATTEMPTS:
+            others = [other for other, actors in sorted(begun.items()) if other != bucket and actors >= mine]
+            beside = f" (and {', '.join(map(str, others))}, beside it each time)" if others else ""
             raise UserError(
-                f"bucket {bucket}: {_MOST_ATTEMPTS} actors died while they had it, as they do when memory runs out: lower "
+                f"bucket {bucket}{beside}: {_MOST_ATTEMPTS} actors died while they had it, as they do when memory runs out: lower "
                 f"{setting} or the concurrency, then run again: buckets that are done stay"
             )
-        write_bytes(f"{begun}/{uuid.uuid4().hex}", b"")
+        mark = f"{self.folder}/begun/{bucket:04d}/{actor}"
+        write_bytes(mark, b"")
+        yield
+        remove_tree(mark)
+
+    @property
+    def begun(self) -> dict[int, set[str]]:
+        """Actors that have a bucket, or have died while they had it, by bucket."""
+        actors: dict[int, set[str]] = {}
+        for mark in file_sizes(f"{self.folder}/begun"):
+            bucket, _, actor = mark.partition("/")
+            actors.setdefault(int(bucket), set()).add(actor)
+        return actors
 
 
 def write_rows(version_path: str, file: str, parts: Iterable[pa.Table]) -> DataFile | None:
