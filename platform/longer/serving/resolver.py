@@ -86,6 +86,7 @@ class StateResolver:
         self._take_in(wave)
         hits, in_memory, with_row, unread = [], [], [], []
         for request in wave:
+            request.state = None  # one of an attempt that failed is nobody's any more
             held = self._store.take(request.user_key, self._version)
             if held and held.entry.answers(request.request_ts, self._known(request.user_key)):
                 hits.append((request, held))
