@@ -17,7 +17,8 @@ Three steps, of which only the second waits for the table, and may run in any th
     settle    what is in memory by then, and the row, become the state; a row of a version that is not read any more is asked for
               again. Online events are merged in here, so that none that came meanwhile is missed
 
-`settle` classifies anew, since the state may have grown or gone while the row was read.
+`StateResolver.settle` is the first and, for whom it can, the third. It is called again with the rows, and classifies anew, since
+the state may have grown or gone while they were read.
 """
 
 from collections.abc import Iterable, Sequence
