@@ -314,16 +314,6 @@ def file_sizes(folder: str) -> dict[str, int]:
     return {path.removeprefix(f"{bare}/"): info["size"] for path, info in fs.find(bare, detail=True).items()}
 
 
-def change_times(folder: str) -> dict[str, datetime]:
-    """When each file below a folder was written, by its path in it."""
-    fs, bare = filesystem(folder)
-    found = fs.find(bare, detail=True).items()
-    return {
-        path.removeprefix(f"{bare}/"): info.get("LastModified") or datetime.fromtimestamp(info["mtime"], UTC)
-        for path, info in found
-    }
-
-
 def make_parents(path: str) -> None:
     """Makes the folders above a local file; object stores have none."""
     if not path.startswith("s3://"):
