@@ -56,9 +56,8 @@ class NewerTables:
             _logger.info("sequences: %d held users looked at again", len(user_ids))
         except Exception:
             _logger.exception(
-                "sequences: not all held users could be looked at again; they are when they are asked for"
+                "sequences: not all held users could be looked at again; they are when they are asked for, or next time"
             )
-            self._looked_at = version_id
 
     async def _look_at(self, user_ids: pa.Array) -> None:
         users = pending_users(user_ids)
@@ -68,8 +67,8 @@ class NewerTables:
             for part in range(_NUM_THREADS)
         ]
         await asyncio.gather(*(asyncio.to_thread(read_rows, self._scorer.history, part) for part in parts if part))
-        for user in users:
-            if user.error:
-                raise user.error
-        for begin in range(0, len(users), _TAKEN_IN_TOGETHER):
-            await self._in_worker(self._scorer.bring_up_to_date, users[begin : begin + _TAKEN_IN_TOGETHER])
+        found = [user for user in users if user.row]
+        for begin in range(0, len(found), _TAKEN_IN_TOGETHER):
+            await self._in_worker(self._scorer.bring_up_to_date, found[begin : begin + _TAKEN_IN_TOGETHER])
+        if not found and users[0].error:  # it is not one bucket that is damaged
+            raise users[0].error

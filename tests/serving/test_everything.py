@@ -7,6 +7,7 @@ from nothing to plenty in both tiers, and batches in which users come several ti
 import random
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,14 +16,23 @@ import torch
 
 from longer.errors import UserError
 from longer.serving.dumps import StateDumps
-from longer.serving.pending import pending_users
-from longer.serving.scorer import EventsRequest, Scorer, ScoreRequest
+from longer.serving.pending import pending_users, read_rows
+from longer.serving.scorer import EventsRequest, Scorer, ScoreRequest, ScoreResult, Scoring
 from tests.serving.tables import START_MS, build_world, checkpoint_path, publish_random_model, tiny_settings
 from tests.serving.test_online import CANDIDATES, HOUR_MS, Event, Recomputed, columns_of, event, in_order, publish
 
 USERS = (1, 2, 4, 5)
 BUDGETS = ((0, 0), (9_000, 0), (0, 12_000), (9_000, 12_000), (9_000, 40_000), (1 << 30, 0), (3_000, 5_000))
 """Bytes on the device and in host memory; a state of these worlds takes some thousands."""
+
+
+class Request(NamedTuple):
+    user: int
+    request_ts: int
+    events: list[Event]
+
+    def as_sent(self) -> ScoreRequest:
+        return ScoreRequest(self.user, CANDIDATES, request_ts=self.request_ts, events=columns_of(self.events))
 
 
 class Life:
@@ -102,27 +112,58 @@ class Life:
     def warm(self) -> None:
         self.scorer.warm(pending_users(pa.array(USERS)))
 
+    def look_again(self) -> None:
+        users = pending_users(self.scorer.held_of_other_tables())
+        read_rows(self.scorer.history, users)
+        self.scorer.bring_up_to_date(users)
+
+    def some_request(self, user: int) -> Request:
+        if self.rng.random() < 0.4:
+            events = [event(self.newest_hour, kind) for kind in range(self.rng.randint(0, 5))]
+            self.newest_hour += 1
+            hour = self.newest_hour
+        else:
+            events = [self.some_event() for _ in range(self.rng.choice((0, 0, 2)))]
+            hour = self.rng.randint(0, self.newest_hour + 1)
+        return Request(user, START_MS + hour * HOUR_MS, events)
+
     def ask(self) -> None:
         """Several requests at once, of the past too; a user's are answered in order."""
-        asked = []
-        for _ in range(self.rng.randint(1, 7)):
-            if self.rng.random() < 0.4:
-                events = [event(self.newest_hour, kind) for kind in range(self.rng.randint(0, 5))]
-                self.newest_hour += 1
-                hour = self.newest_hour
-            else:
-                events = [self.some_event() for _ in range(self.rng.choice((0, 0, 2)))]
-                hour = self.rng.randint(0, self.newest_hour + 1)
-            asked.append((self.rng.choice(USERS), START_MS + hour * HOUR_MS, events))
-        requests = [ScoreRequest(u, CANDIDATES, request_ts=ts, events=columns_of(events)) for u, ts, events in asked]
-        for (user, request_ts, events), result in zip(asked, self.scorer.score(requests), strict=True):
-            self.known[user].sent |= Counter(events)
-            wanted, num_events, is_cut = self.known[user].score(user, request_ts)
-            if isinstance(result, UserError):
-                assert is_cut, result
-                continue
-            assert result.num_events == num_events
-            np.testing.assert_allclose(result.scores["label"], wanted, rtol=0, atol=1e-5)
+        asked = [self.some_request(self.rng.choice(USERS)) for _ in range(self.rng.randint(1, 7))]
+        for one, result in zip(asked, self.scorer.score([one.as_sent() for one in asked]), strict=True):
+            self.known[one.user].sent |= Counter(one.events)
+            self.check(one, result)
+
+    def ask_slowly(self) -> None:
+        """Other things happen before or after a row is read for a request, and before it is used."""
+        asked = [self.some_request(user) for user in self.rng.sample(USERS, self.rng.randint(1, 3))]
+        for one in asked:
+            self.known[one.user].sent |= Counter(one.events)
+        scorings = [Scoring(one.as_sent()) for one in asked]
+        unread = self.scorer.attempt(scorings)
+        told = [one.outcome is not None for one in scorings]
+        self.check_all(asked, scorings, told)
+        if self.rng.random() < 0.7:
+            read_rows(self.scorer.history, unread)
+        for what in self.rng.sample([self.table, self.events, self.forget, self.adopt, self.look_again, self.ask], 2):
+            what()
+        while unread := self.scorer.attempt(scorings):
+            read_rows(self.scorer.history, unread)
+        self.check_all(asked, scorings, [not is_told for is_told in told])
+
+    def check_all(self, asked: list[Request], scorings: list[Scoring], are_told: list[bool]) -> None:
+        for one, scoring, is_told in zip(asked, scorings, are_told, strict=True):
+            if is_told:
+                assert scoring.outcome is not None
+                self.check(one, scoring.outcome)
+
+    def check(self, asked: Request, result: ScoreResult | UserError) -> None:
+        wanted, num_events, is_cut = self.known[asked.user].score(asked.user, asked.request_ts)
+        if isinstance(result, UserError):
+            assert is_cut, result
+            return
+        assert result.num_events == num_events
+        np.testing.assert_allclose(result.scores["label"], wanted, rtol=0, atol=1e-5)
 
     def check_bytes(self) -> None:
         cache = self.scorer.cache
@@ -140,8 +181,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def live(seed: int, checkpoints: list[str], root: Path, device: str) -> None:
     rng = random.Random(seed)
     life = Life(rng, checkpoints, root, device)
-    happens = [life.table, life.events, life.forget, life.adopt, life.restart, life.warm, life.ask]
-    for what in rng.choices(happens, weights=(12, 8, 8, 6, 6, 5, 55), k=20):
+    happens = [life.table, life.events, life.forget, life.adopt, life.restart, life.warm, life.look_again]
+    happens += [life.ask, life.ask_slowly]
+    for what in rng.choices(happens, weights=(12, 8, 8, 6, 6, 5, 8, 35, 20), k=20):
         what()
         life.check_bytes()
 

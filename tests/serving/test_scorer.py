@@ -267,13 +267,17 @@ def look_again(scorer: Scorer, user_ids: pa.Array) -> None:
     scorer.bring_up_to_date(users)
 
 
-def move_to_newer(scorer: Scorer, world: Settings, new: list[tuple[int, int]]) -> None:
-    """To a table with one more event of these users and times."""
+def publish_more(world: Settings, new: list[tuple[int, int]]) -> None:
+    """A table with one more event of these users and times, and its catalogue."""
     events = random_events(world.event_schema, seed=0)
     row = {name: events[name][0].as_py() for name in events.column_names}
     more = [row | {"user_id": user, "event_ts": pa.scalar(ts, pa.timestamp("ms", "UTC"))} for user, ts in new]
     sequences = publish_sequences(world, pa.concat_tables([events, pa.Table.from_pylist(more, events.schema)]))
     publish_catalogue(world, sequences)
+
+
+def move_to_newer(scorer: Scorer, world: Settings, new: list[tuple[int, int]]) -> None:
+    publish_more(world, new)
     newer = scorer.newer_tables()
     assert newer
     scorer.move_to(newer)

@@ -17,7 +17,8 @@ Three steps, of which only the second waits for the table, and may run in any th
     settle    what is in memory by then, and the row, become the state; a row of a version that is not read any more is asked for
               again. Online events are merged in here, so that none that came meanwhile is missed
 
-`settle` classifies anew, since the state may have grown or gone while the row was read.
+`StateResolver.settle` is the first and, for whom it can, the third. It is called again with the rows, and classifies anew, since
+the state may have grown or gone while they were read.
 """
 
 from collections.abc import Iterable, Sequence
@@ -86,6 +87,7 @@ class StateResolver:
         self._take_in(wave)
         hits, in_memory, with_row, unread = [], [], [], []
         for request in wave:
+            request.state = None  # one of an attempt that failed is nobody's any more
             held = self._store.take(request.user_key, self._version)
             if held and held.entry.answers(request.request_ts, self._known(request.user_key)):
                 hits.append((request, held))
