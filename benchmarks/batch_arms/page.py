@@ -234,9 +234,11 @@ def _memory_goals(
     sizes, limit = settings.model, asked.batch_bytes
     most = max(version.manifest["working_bytes"] for version in runs.values())
     more = runs[min(runs)].manifest["working_bytes"] - of_tenth.manifest["working_bytes"]
+    told = runs[max(runs)].manifest
+    num_items = told["num_rows"] // told["num_users"]
     model = f"L = {sizes.history_events}, D = {sizes.width}, {sizes.num_self_layers} self layers"
     return [
-        (f"an actor's memory besides weights and items, {max(runs):,} users x {asked.catalogue_items:,} items, {model}",
+        (f"an actor's memory besides weights and items, {max(runs):,} users x {num_items:,} items, {model}",
          f"<= {WITHIN_BUDGETS} x batch_bytes", f"{most / limit:.2f} x", most <= WITHIN_BUDGETS * limit),
         (f"how much more that is for all items than for a tenth, {min(runs):,} users",
          f"<= {MORE_OF_BUDGET:.0%} of batch_bytes", f"{more / limit:.1%}", more <= MORE_OF_BUDGET * limit),

@@ -20,7 +20,8 @@ class ScorerPool(Section):
     batch_bytes: int = Field(
         256 << 20,
         ge=1 << 20,
-        description="Memory of an actor for what the model computes at once: users' contexts, and blocks of candidates. "
+        description="Memory of an actor for what the model computes at once: users' contexts, blocks of candidates, and the "
+        "check beside them. "
         "Gigabytes on a GPU.",
     )
 
