@@ -11,7 +11,7 @@ from longer.errors import StorageError, UserError
 from longer.progress import say
 from longer.training.content import Job, read_requests
 
-_WAIT_IS_TOLD_AFTER_S = 10.0
+_WAIT_IS_TOLD_AFTER_S = 30.0
 _WAIT_ENDS_AFTER_S = 900.0
 """A node with a GPU takes minutes to come up; a pool that nobody has never does."""
 
