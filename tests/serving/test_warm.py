@@ -52,3 +52,38 @@ def test_users_who_do_a_little_need_no_graph_that_warm_up_did_not_capture(
         assert (model.windows.history_start(end[0]) > model.windows.history_start(begin)) == (begin == 440)
         store.release()
     assert sizes == warmed
+
+
+@pytest.mark.parametrize("num_users", [1, 4])
+def test_users_who_stand_anywhere_need_no_graph_that_warm_up_did_not_capture(
+    num_users: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Histories of any lengths are encoded together, and windows of one or another user move."""
+    model = small_model(0, torch.float32, history_events=1_200, query_groups=50, stride_groups=50)
+    store, rng, sizes = StateStore(model, 0), np.random.default_rng(0), set()
+    engine = StateEngine(model, store.pool)
+
+    def noted(growth: Growth) -> None:
+        users = power_of_two(len(growth.events))
+        sizes.add((users, room_for(growth, users)))
+
+    def user(history: HistorySource, schema: object, num_events: int) -> UserHistory:
+        return UserHistory(random_histories(rng, [num_events]), 0)
+
+    engine._grow = noted
+    monkeypatch.setattr(warm, "_user", user)
+    warm.warm_up(engine, store, None, num_users, 5)  # type: ignore[arg-type]  (the user is made up above)
+    warmed, num_moved, rows = set(sizes), list[int](), np.arange(num_users)
+    whole = random_histories(rng, [1_800] * num_users)
+    for _ in range(30):
+        end = rng.integers(0, 1_700, num_users)
+        slots = store.slots(rows_for(store.layout, end * 0 + 1_400))
+        states = engine.encode(whole.slice_events(rows, model.windows.history_start(end) * 3, end), slots)
+        for _ in range(5):
+            begin, end = end, end + rng.integers(0, 8, num_users)
+            grown = engine.append(states, whole.slice_events(rows, begin, end), slots)
+            num_moved.append(sum(a.query_first != b.query_first for a, b in zip(states, grown, strict=True)))
+            states = grown
+        store.release()
+    assert {0, 1} <= set(num_moved)
+    assert sizes == warmed
