@@ -51,6 +51,10 @@ class CapturedGrowth:
         numbers_AU[:, : len(growth.events)] = list(numbers.values())
         graph({"numbers": numbers_AU, **events})
 
+    def forget(self) -> None:
+        """Nothing of anyone's events is left in the graphs."""
+        self._graphs.forget()
+
     def _carry_out(self, names: list[str], tensors: dict[str, Tensor], room: Room) -> None:
         at = dict(zip(names, tensors["numbers"].view(len(names), -1).unbind(), strict=True))
         with computing(self._model, self._pool):

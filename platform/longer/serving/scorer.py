@@ -190,6 +190,7 @@ class Scorer:
     def forget(self, user_id: int | str) -> bool:
         """Drops the user's state, from all tiers, and online events; whether there was any. A UserError if it is no user id."""
         user_key = self.user_key(user_id)
+        self._engine.forget_inputs()  # which may be of this user; before the store, whose last row replays write to
         had_events, had_state = self.online.forget(user_key), self.cache.forget(user_key)
         return had_events or had_state
 
