@@ -24,6 +24,9 @@ Score = Callable[[Sequence[UserState], Int64, Candidates], npt.NDArray]
 class StateEngine:
     """Encodes, appends and scores as `states` does; captured on CUDA, where kernels read what the pool keeps.
 
+    Each call is one copy to the device and one replay there: three of a batch that has states to encode and to append to. One for
+    all would take a graph for each combination of their sizes, to save two copies and launches and no kernel.
+
     `is_plain`: neither captured nor compiled, for the few calls of whom that would take longer than all that they ask; the same
     products in the same types, GELU in the same form.
     """

@@ -108,8 +108,8 @@ class Scorer:
     def warm_ups(self, max_requests: int, num_candidates: int) -> Iterator[Callable[[], None]]:
         """Calls that do beforehand what batches of up to `max_requests` requests of so many candidates need once.
 
-        On CUDA, whose scores are captured by size, one for each number of requests that a wave can have; each takes no longer
-        than the first such batch.
+        On CUDA, whose scores are captured by size, one for each number of requests that a wave can have; each captures about ten
+        graphs at most.
         """
         most = min(max_requests, BATCH_USERS)
         for num_requests in range(1, most + 1 if self.cache.pool.device.type == "cuda" else 2):
