@@ -1,5 +1,7 @@
 """What a replica captures before it is ready is what its first requests need: a graph that is captured later stalls a batch."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,8 +14,10 @@ from longer.model.growth import Growth
 from longer.model.states import rows_for
 from longer.serving import warm
 from longer.serving.history import HistorySource, UserHistory
-from longer.serving.store import StateStore
+from longer.serving.scorer import Scorer
+from longer.serving.store import BATCH_USERS, StateStore
 from tests.model.generate import random_histories, small_model
+from tests.serving.tables import build_world, checkpoint_path
 
 
 @pytest.mark.parametrize("num_users", [1, 4])
@@ -87,3 +91,22 @@ def test_users_who_stand_anywhere_need_no_graph_that_warm_up_did_not_capture(
         store.release()
     assert {0, 1} <= set(num_moved)
     assert sizes == warmed
+
+
+def test_a_wave_of_the_most_users_is_warmed_up_in_a_store_without_any_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rng = small_model(0, torch.float32), np.random.default_rng(0)
+    store = StateStore(model, 0)
+
+    def user(history: HistorySource, schema: object, num_events: int) -> UserHistory:
+        return UserHistory(random_histories(rng, [num_events]), 0)
+
+    monkeypatch.setattr(warm, "_user", user)
+    warm.warm_up(StateEngine(model, store.pool), store, None, BATCH_USERS, 2)  # type: ignore[arg-type]
+    assert store.pool.slots.used_units == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="elsewhere one batch is warmed up, whatever is asked")
+def test_no_batch_is_warmed_up_that_is_larger_than_a_wave(tmp_path: Path) -> None:
+    world = build_world(tmp_path)
+    scorer = Scorer(checkpoint_path(world), world.path("tables", "sequences"), 0, device="cuda")
+    assert len(list(scorer.warm_ups(4 * BATCH_USERS, 3))) == BATCH_USERS
