@@ -65,12 +65,12 @@ def room_for(growth: Growth, num_users: int) -> Room:
     """Room for the growth of at most so many users, of one of a few sizes."""
     layout = growth.pool.layout
     num_moving = _room_for_movers(int((growth.has_moved_B | growth.is_elsewhere_B).sum()), num_users)
-    most_events, little = _most_events(layout), rooms_for_events(layout, num_users)[-1]
+    most_events, (*larger, little) = _most_events(layout), rooms_for_events(layout, num_users)
     if growth.num_events <= little and growth.most_newest <= _EVENTS_OF_ONE:
         events, newest = little, _EVENTS_OF_ONE
     else:
-        rooms = [room for room in rooms_for_events(layout, num_users)[:-1] if room >= growth.num_events]
-        events = rooms[-1] if rooms else power_of_two(growth.num_events)  # some leave the window at once
+        enough = [room for room in larger if room >= growth.num_events]
+        events = enough[-1] if enough else power_of_two(growth.num_events)  # some leave the window at once
         newest = min(events, most_events)
     groups = events // layout.windows.merge_size
     return Room(
