@@ -31,7 +31,13 @@ from benchmarks.model_arms.sizes import ON_CUDA
 from benchmarks.point_reads import commit
 
 MODULES = {"step": "steps", "resume": "runs", "resume-rows": "runs", "serving": "replicas"}
-OF_STEP = ("weak_scaling_efficiency", "balancing_gain", "all_reduce_share", "sharded_vs_replicated")
+OF_STEP = (
+    "weak_scaling_efficiency",
+    "balancing_gain",
+    "balancing_gain_over_fixed_users",
+    "all_reduce_share",
+    "sharded_vs_replicated",
+)
 
 
 def command(part: str, asked: argparse.Namespace, *others: str) -> list[str]:

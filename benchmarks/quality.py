@@ -1,111 +1,164 @@
-"""LONGER against the encoders it is compared with: python -m benchmarks.quality --root FOLDER [--log journey] [--device cuda]
+"""LONGER against the encoders it is compared with: python -m benchmarks.quality --log journey --root FOLDER [--device cuda]
 
-Trains the arms of a grid one after another, the most important first, and appends one JSON line an arm to `--results`; an arm that
-is there already is not trained again, so that a grid can be run in parts (`--only`, `--minutes`, `--shard`). With `--tune` the arms
-are trials of the tables' learning rate, seen on the validation split alone; a grid that finds them in `--results` takes the best.
+First `--tune`: trials on the validation split alone that settle how each encoder is trained. Then without it the arms of a grid,
+the most important first. Each adds a JSON line to `--results`; what is there already is not trained again. Any number of processes
+of one machine share the work: run the same command in each. Arms that memory does not hold are left out, are said on the page, and
+are tried again by the next run. Scores of the test rows lie beside the results, which the page's intervals are drawn from.
 Then prints a Markdown page with goals and tables and, with `--plots`, writes plots; the last line is JSON.
 
-FOLDER holds what the log is read from:
+FOLDER holds what a log is read from:
 - journey: tables/sequences, as `jobs.build_sequences` makes it with configs/quickstart.yaml;
 - movielens: ml-100k.inter and ml-100k.item of the package recbole 1.2.1 (`pip install --no-deps --target DIR recbole==1.2.1`, in
   DIR/recbole/dataset_example/ml-100k), which may be installed but not passed on;
 - generated: nothing.
 
-`--quick` is a small grid of smaller models: 10 minutes on 2 cores.
+With `--log all` it holds journey/ and ml-100k/. A log is prepared once, in `--cache`.
+
+`--quick` is a small grid of smaller models with a few trials first: all logs in 10 minutes on 2 cores.
 """
 
 import argparse
-import json
+import hashlib
+import math
 import os
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.quality_study.arms import BASES, QUICK, Arm, chosen_rates, grid, model_settings, tuning
-from benchmarks.quality_study.data import SCHEMAS, read_log
+from benchmarks.quality_study import data
+from benchmarks.quality_study.arms import BASES, QUICK, Arm, grid, model_settings
+from benchmarks.quality_study.cache import cached
+from benchmarks.quality_study.data import SCHEMAS, Log, read_log
 from benchmarks.quality_study.page import page
 from benchmarks.quality_study.plots import plots
+from benchmarks.quality_study.records import Records
+from benchmarks.quality_study.scores import keep_rows, keep_scores
 from benchmarks.quality_study.training import Budget, baselines, run
+from benchmarks.quality_study.tuning import QUICK_SEARCH, SEARCH, chains, chosen, num_trials, runnable
 from longer.table_settings import GenerateSettings
 
 _GENERATED = GenerateSettings(
-    num_users=2_000, num_events=10_000_000, num_items=100_000, num_clusters=1_000, user_zipf_exponent=0.5
+    num_users=20_000, num_events=100_000_000, num_items=100_000, num_clusters=1_000, user_zipf_exponent=0.5
 )
 _GENERATED_QUICK = GenerateSettings(
     num_users=500, num_events=200_000, num_items=10_000, num_clusters=200, user_zipf_exponent=0.5
 )
+_POLL_S = 2.0
 
 
 def main() -> None:
     asked = _arguments()
     results = Path(asked.results or f"quality_{asked.log}{'_quick' if asked.quick else ''}.jsonl")
-    records = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    logs = ("journey", "generated", "movielens") if asked.log == "all" else (asked.log,)
     if not asked.page_only:
-        records = _train_missing(asked, results, records)
-    print(page(records))
+        study = _Study(asked, results)
+        for log in logs:
+            study.train(log)
+        if asked.minutes:
+            return
+    records = Records(results).read()
+    print(page(records, results))
     if asked.plots:
         plots(records, Path(asked.plots), results.stem)
 
 
-def _train_missing(asked: argparse.Namespace, results: Path, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    deadline = time.monotonic() + 60 * asked.minutes
-    device = torch.device(asked.device)
-    if device.type == "cuda" and not asked.compile:
-        torch.compiler.set_stance("force_eager")  # arms are too many and too short to compile each
-    bases = QUICK if asked.quick else BASES
-    base = bases[asked.log]
-    budget = Budget(
-        asked.train_requests or (2_000 if asked.quick else 140_000),
-        asked.requests_per_step or (32 if asked.quick else 128),
-        asked.test_requests or (500 if asked.quick else 6_000),
-        300 if asked.quick else 2_000,
-        device,
-    )
-    every = tuning(asked.log) if asked.tune else grid(asked.log, asked.quick, asked.seeds)
-    arms = [arm for arm in every if _wanted(arm, asked.only, asked.group)]
-    rates = chosen_rates(records)
-    done = {record["key"] for record in records}
-    missing = [arm for arm in arms if arm.key not in done][asked.shard[0] :: asked.shard[1]]
-    if not missing:
-        return records
-    log = read_log(asked.log, asked.root, sizes=_GENERATED_QUICK if asked.quick else _GENERATED)
-    about = _about(asked, device)
-    if asked.shard[0] == 0 and f"{asked.log}/baselines" not in done:
-        found = baselines(log, budget, model_settings(arms[0], base), base.long_from)
-        _append(results, records, {"key": f"{asked.log}/baselines", "log": asked.log, "baselines": found, **about})
-    longest_s = 0.0
-    for number, arm in enumerate(missing):
-        if time.monotonic() + longest_s > deadline:
-            _say(f"{len(missing) - number} arms are left: run the same command again")
-            break
-        started = time.monotonic()
-        rate = arm.embedding_rate or rates.get((arm.log, arm.encoder))
-        try:
-            record = {**run(arm, base, log, budget, rate), **about}
-        except torch.OutOfMemoryError as error:  # of a card that several processes share: the other arms go on
-            _say(f"{arm.key}: left out: {error}")
-            continue
-        longest_s = max(longest_s, time.monotonic() - started)
-        _append(results, records, record)
-        found = record.get("test", record["valid"])
-        _say(
-            f"{arm.key}: AUC {found['auc']:.4f}, long {found['long_auc']:.4f}, "
-            f"{record['steps']} steps in {record['train_s']:.1f} s, tested in {record['test_s']:.1f} s"
+class _Study:
+    """What this process trains of a study that others may share."""
+
+    def __init__(self, asked: argparse.Namespace, results: Path) -> None:
+        self.asked, self.results = asked, results
+        self.deadline, self.longest_s = time.monotonic() + 60 * (asked.minutes or math.inf), 0.0
+        self.records = Records(results)
+        self.device, quick = torch.device(asked.device), asked.quick
+        if self.device.type == "cuda" and not asked.compile:
+            torch.compiler.set_stance("force_eager")  # arms are too many and too short to compile each
+        self.budget = Budget(
+            asked.train_requests or (1_000 if quick else 140_000),
+            asked.requests_per_step or (32 if quick else 128),
+            asked.test_requests or (300 if quick else 6_000),
+            200 if quick else 2_000,
+            self.device,
         )
-    return records
 
+    def train(self, log: str) -> None:
+        """All that is asked of a log."""
+        self.log = self._log(log)
+        with self.records.claim(f"{log}/baselines") as is_mine:
+            if is_mine:
+                base = (QUICK if self.asked.quick else BASES)[log]
+                settings = model_settings(Arm("longer", log, "encoders", 0), base)
+                found = baselines(self.log, self.budget, settings, base.long_from)
+                keep_rows(self.results, self.log, self.budget.test_requests, base.long_from)
+                self._append({"key": f"{log}/baselines", "log": log, "baselines": found})
+        if self.asked.tune or self.asked.quick:
+            self._tune(log)
+        if not self.asked.tune:
+            every = [arm for arm in grid(log, self.asked.quick, self.asked.seeds) if self._is_wanted(arm)]
+            for arm in every:
+                if self._has_time():
+                    self._train(arm)
 
-def _append(results: Path, records: list[dict[str, Any]], record: dict[str, Any]) -> None:
-    results.parent.mkdir(parents=True, exist_ok=True)
-    with results.open("a") as file:
-        file.write(json.dumps(record) + "\n")
-    records.append(record)
+    def _tune(self, log: str) -> None:
+        """Trials until none is left; where others run what the next one depends on, they are waited for."""
+        search = QUICK_SEARCH if self.asked.quick else SEARCH
+        while self._has_time():
+            records = self.records.read()
+            least_first = sorted(chains(log, self.asked.quick), key=partial(num_trials, records, log))
+            turn = [arm for chain in least_first for arm in runnable(log, chain, search, records)]
+            wanted = [arm for arm in turn if self._is_wanted(arm)]
+            wanted = [arm for arm in wanted if arm.key not in self.records.left_out(records)]
+            if not wanted:
+                return
+            if not any(self._train(arm) for arm in wanted):
+                time.sleep(_POLL_S)
 
+    def _train(self, arm: Arm) -> bool:
+        """Whether the arm was mine to train."""
+        with self.records.claim(arm.key) as is_mine:
+            if not is_mine:
+                return False
+            started = time.monotonic()
+            base = (QUICK if self.asked.quick else BASES)[arm.log]
+            trained = arm.trial or chosen(self.records.read(), arm)
+            try:
+                record, scores = run(arm, base, self.log, self.budget, trained)
+            except torch.OutOfMemoryError as error:  # of a card that several processes share: the other arms go on
+                self._append({"left_out": arm.key, "log": arm.log, "why": "out of memory"})
+                _say(f"{arm.key}: left out: {error}")
+                return True
+            if arm.is_tested:
+                keep_scores(self.results, arm, scores["test"])
+            self._append(record)
+            self.longest_s = max(self.longest_s, time.monotonic() - started)
+            found = record["test"] if arm.is_tested else record["valid"]
+            _say(
+                f"{arm.key}: AUC {found['auc']:.4f}, long {found['long_auc']:.4f}, "
+                f"{record['steps']} steps in {record['train_s']:.1f} s, tested in {record['test_s']:.1f} s"
+            )
+            return True
 
-def _wanted(arm: Arm, only: list[str], groups: list[str]) -> bool:
-    return (not only or arm.name in only) and (not groups or arm.group in groups)
+    def _has_time(self) -> bool:
+        return time.monotonic() + self.longest_s < self.deadline
+
+    def _is_wanted(self, arm: Arm) -> bool:
+        only, groups = self.asked.only, self.asked.group
+        return (not only or arm.encoder in only or arm.name in only) and (not groups or arm.group in groups)
+
+    def _log(self, log: str) -> Log:
+        sizes = _GENERATED_QUICK if self.asked.quick else _GENERATED
+        root = self.asked.root
+        if self.asked.log == "all":
+            root = f"{root}/{'ml-100k' if log == 'movielens' else log}"
+        about = (log, str(Path(root).resolve()), sizes.model_dump_json(), Path(data.__file__).read_text())
+        name = f"{log}_{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}"
+        return cached(Path(self.asked.cache) / name, partial(read_log, log, root, sizes=sizes))
+
+    def _append(self, record: dict[str, Any]) -> None:
+        self.records.append({**record, **_about(self.asked, self.device)})
 
 
 def _about(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -119,24 +172,20 @@ def _say(message: str) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--log", choices=sorted(SCHEMAS), default="journey", help="which log")
-    parser.add_argument("--root", default="", help="folder that holds the log's tables/sequences")
+    parser.add_argument("--log", choices=[*sorted(SCHEMAS), "all"], default="journey", help="which log")
+    parser.add_argument("--root", default="", help="folder that the log is read from")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin no arm that would end later than this")
-    parser.add_argument("--only", nargs="*", default=[], metavar="ARM", help="these arms only, by name")
+    parser.add_argument("--minutes", type=float, help="begin no arm that would end later than this, and print no page")
     parser.add_argument(
-        "--group", nargs="*", default=[], help="arms of these groups only: encoders, switches, lengths..."
+        "--only", nargs="*", default=[], metavar="ARM", help="these only, by the name of arm or encoder"
     )
+    parser.add_argument("--group", nargs="*", default=[], help="arms of these groups only: encoders, lengths, flops...")
+    parser.add_argument("--tune", action="store_true", help="only the trials, which come before the grid")
     parser.add_argument(
-        "--tune",
-        action="store_true",
-        help="try the tables' learning rates on the validation split; the grid then uses the best",
+        "--cache", default=f"{tempfile.gettempdir()}/longer-quality-{os.getuid()}", help="folder for prepared logs"
     )
     parser.add_argument("--seeds", type=int, default=3, help="seeds of every arm, one round of all arms each")
-    parser.add_argument(
-        "--shard", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="every Nth arm: N processes share a grid"
-    )
-    parser.add_argument("--results", help="JSON lines, one an arm")
+    parser.add_argument("--results", help="JSON lines, one an arm or trial")
     parser.add_argument("--plots", help="folder for plots")
     parser.add_argument("--page-only", action="store_true", help="train nothing")
     parser.add_argument("--quick", action="store_true", help="a small grid of smaller models")

@@ -3,8 +3,8 @@
 One run on one device, the same weights, data and mathematics in every arm (checked first); on a CPU a small size.
 
     per impression, shared padded, model step    one step each: `model_arms.arms`; `launched` if it is asked for
-    end to end                                   `longer.training.run.train` from Parquet through Ray Train, against the model
-                                                 step on that run's own batches: `benchmarks.end_to_end`
+    end to end                                   `longer.training.run.train` from Parquet through Ray Train, its steps and the whole
+                                                 run, against the model step on that run's own batches: `benchmarks.end_to_end`
     precision                                    bf16 with recomputation against float32 without
 
 On CUDA everything is first compiled in processes side by side, so that the process that measures finds its kernels in the caches on
@@ -192,7 +192,7 @@ def summary(rows: list[dict[str, Any]], precision: dict[str, Any], end_to_end: d
         "mfu": mfu,
         **{
             key: {width: round(found[key], 4) for width, found in end_to_end.items()}
-            for key in ("end_to_end_share", "data_wait_share")
+            for key in ("end_to_end_share", "whole_run_share", "data_wait_share")
         },
         **{key: value and round(value, 3) for key, value in precision.items()},
     }

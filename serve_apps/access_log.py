@@ -53,7 +53,8 @@ class Call:
 
     def was_in(self, batch: Times) -> None:
         """What was done since the last stage was this batch."""
-        self.stages_ms |= {"queue": batch.queue_ms, **batch.batch_ms}
+        read = {"history": batch.aside_ms} if batch.aside_ms else {}
+        self.stages_ms |= {"queue": batch.queue_ms, **read, **batch.batch_ms}
         self._since_s = time.perf_counter()
 
     @property

@@ -106,7 +106,7 @@ class ScoringArgs(BaseModel):
         2.0,
         gt=0,
         description="Silence of a sequence table on S3 after which it is asked once more, and then given up: requests that must "
-        "be read then are answered 503, and those behind them wait no longer.",
+        "be read then are answered 503; others do not wait for them.",
     )
     token_file: str | None = Field(
         None,

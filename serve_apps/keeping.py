@@ -1,22 +1,22 @@
 """States that a replica starts with: what replicas before it left in dumps, and those of the most active users of the table.
 
 All of it in the background, once the replica answers and knows who the others are, so that it takes what is its own by the ring.
-Files are read beside the worker thread, which takes in one file, or encodes a few users, between two batches of requests. Only
-free room is filled: nothing goes for it that the model could answer from. It is done again when the ring, the dumps or the model
-change.
+Files and tables are read beside the worker thread, which takes in one file, or encodes a few users, between two batches of
+requests. Only free room is filled: nothing goes for it that the model could answer from. It is done again when the ring, the dumps
+or the model change.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 
-from longer.hashing import stable_keys
 from longer.serving.cache import StateVersion
 from longer.serving.dumps import DumpCounters, StateDumps
 from longer.serving.kept_states import KeptState
+from longer.serving.pending import Pending, pending_users, read_rows
 from longer.serving.scorer import Scorer
 from serve_apps.affinity import Ring, session_of
 from serve_apps.arguments import ScoringArgs
@@ -132,15 +132,15 @@ class StateKeeper:
         users = active.take(pa.array(own, pa.int64()))
         marked = await asyncio.to_thread(self._dumps.forgotten) if self._dumps else frozenset[int]()
         for begin in range(0, len(users), _WARMED_TOGETHER):
-            self.num_warmed += await self._in_worker(self._encode, users[begin : begin + _WARMED_TOGETHER], marked)
+            some = await self._in_worker(self._scorer.warmable, pending_users(users[begin : begin + _WARMED_TOGETHER]))
+            await asyncio.to_thread(read_rows, self._scorer.history, some)
+            self.num_warmed += await self._in_worker(self._encode, some, marked)
 
-    def _encode(self, users: pa.Array, marked: frozenset[int]) -> int:
+    def _encode(self, users: Sequence[Pending], marked: frozenset[int]) -> int:
         """How many of the users have been encoded: of those who were forgotten nothing is made before they ask."""
         if self._is_full:
             return 0
-        gone = self._forgotten | marked
-        is_wanted = [user_key not in gone for user_key in stable_keys(users).tolist()]
-        return self._scorer.warm(users.filter(pa.array(is_wanted, pa.bool_())))
+        return self._scorer.warm([one for one in users if one.user_key not in self._forgotten | marked])
 
     async def mark_forgotten(self, user_id: int | str) -> None:
         """No dump brings the user back; to be done before replicas drop what they hold."""

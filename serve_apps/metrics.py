@@ -1,8 +1,8 @@
 """The replica's Prometheus metrics, as `ray_longer_...`; counters that others keep are exported as increments.
 
-Latency of a scored batch by stage: `queue` (one request's wait for its batch), `history` (the table is read), `encode` and `append`
-(states are made), `score` (all else: candidates looked up, the model, scores). What a caller waits for in the replica, by route, is
-`longer_score_latency_ms`.
+Latency of a scored batch by stage: `queue` (one request's wait for its batch), `history` (one request's wait for the table, of
+those that it was read for), `encode` and `append` (states are made), `score` (all else: candidates looked up, the model, scores).
+What a caller waits for in the replica, by route, is `longer_score_latency_ms`.
 
 A call to Ray's metrics costs 10 to 20 microseconds: requests are counted here, and told with the rest; times are told by the
 scorer's thread, not by the event loop.
@@ -79,6 +79,8 @@ class ReplicaMetrics:
         self._batch.observe(len(times))
         for one in times:
             self._stages.observe(one.queue_ms, tags={"stage": "queue"})
+            if one.aside_ms:
+                self._stages.observe(one.aside_ms, tags={"stage": "history"})
         for stage, ms in times[0].batch_ms.items():
             self._stages.observe(ms, tags={"stage": stage})
         self._observe_latencies()

@@ -1,4 +1,5 @@
-"""One scorer with its cache, whatever protocol is spoken. Everything that touches the scorer runs in its one worker thread."""
+"""One scorer with its cache, whatever protocol is spoken. Everything that touches the scorer runs in its one worker thread;
+what has to be read of the sequence table for it is read in others."""
 
 import asyncio
 import gc
@@ -7,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,8 @@ from ray.serve._private.logging_utils import get_serve_logs_dir
 from ray.serve.schema import ReplicaRank
 
 from longer.errors import UserError
-from longer.serving.scorer import EventsRequest, EventsResult, Scorer, ScoreRequest, ScoreResult
+from longer.serving.reads import TableReads
+from longer.serving.scorer import EventsRequest, EventsResult, Scorer, ScoreResult, Scoring
 from serve_apps.access import Gate
 from serve_apps.access_log import AccessLog, Call
 from serve_apps.account import Recent, service_status
@@ -28,6 +30,7 @@ from serve_apps.desk import Desk
 from serve_apps.holdings import Ledger
 from serve_apps.keeping import StateKeeper
 from serve_apps.metrics import Replica, ReplicaMetrics
+from serve_apps.newer_tables import NewerTables
 from serve_apps.peers import Peers
 from serve_apps.protocol import Asked, BodyError
 from serve_apps.rollout import Rollouts
@@ -62,7 +65,10 @@ class ScoringService:
         self._access_log = AccessLog(get_serve_logs_dir(), self._replica) if args.access_log else None
         self._desk = Desk(self._gate, self._metrics, self._access_log)
         size = args.max_batch_requests
-        self._scores = MicroBatcher(self._worker, self._score, size, self._metrics.record_batch)
+        self._reads = TableReads(self._scorer.history, 2 * size)
+        self._scores = MicroBatcher(
+            self._worker, self._score, size, self._metrics.record_batch, key=lambda one: one.request.user_id
+        )
         self._events = MicroBatcher(self._worker, self._scorer.add_events, size, lambda _: None)
         self._rollouts = Rollouts(
             self._scorer,
@@ -72,11 +78,10 @@ class ScoringService:
             ask_peers=partial(self._of_peers, self.served_checkpoint),
         )
         self._upkeep = Upkeep(
-            self._scorer,
+            NewerTables(self._scorer, self._in_worker),
             self._affinity,
             self._keeper,
             self._rollouts,
-            self._in_worker,
             ask_names=partial(self._of_peers, self.replica_id),
             refresh_s=args.refresh_s,
         )
@@ -133,7 +138,7 @@ class ScoringService:
 
     async def _scored(self, several: Sequence[Asked], call: Call) -> list[tuple[Outcome, str]]:
         call.num_users, call.num_candidates = len(several), sum(len(asked.request.item_ids) for asked in several)
-        answers = await self._scores.ask(*(asked.request for asked in several))
+        answers = await self._scores.ask(*(Scoring(asked.request) for asked in several))
         call.was_in(answers[-1][1])
         call.model_version = answers[-1][0][1]
         return [outcome for outcome, _ in answers]
@@ -185,10 +190,12 @@ class ScoringService:
 
     # -- in the worker's thread ---------------------------------------------------------------------------------------
 
-    def _score(self, requests: list[ScoreRequest]) -> list[tuple[Outcome, str]]:
-        """Each outcome with the version of the model that it is of."""
+    def _score(self, scorings: list[Scoring]) -> list[tuple[Outcome, str] | Future[None]]:
+        """Each outcome with the version of the model that it is of; of who has none yet, what ends when the table has been read."""
         version = self._scorer.info.model_version
-        return [(outcome, version) for outcome in self._scorer.score(requests)]
+        unread = self._scorer.attempt(scorings)
+        reads = dict(zip(map(id, unread), self._reads.start(unread), strict=True))
+        return [reads[id(one.asked)] if one.outcome is None else (one.outcome, version) for one in scorings]
 
     async def _in_worker(self, function: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._worker, function, *args)

@@ -1,17 +1,14 @@
 """What a replica looks for now and then, beside its calls: who the others are, newer tables, and a checkpoint that was refused."""
 
 import asyncio
-import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
-from longer.serving.scorer import Scorer
 from serve_apps.affinity import Affinity
 from serve_apps.keeping import StateKeeper
+from serve_apps.newer_tables import NewerTables
 from serve_apps.rollout import Rollouts
-
-_logger = logging.getLogger("ray.serve")
 
 
 class Upkeep:
@@ -20,16 +17,15 @@ class Upkeep:
 
     def __init__(
         self,
-        scorer: Scorer,
+        tables: NewerTables,
         affinity: Affinity,
         keeper: StateKeeper,
         rollouts: Rollouts,
-        in_worker: Callable[..., Awaitable[Any]],
         ask_names: Callable[[], Awaitable[list[str]]],
         refresh_s: float,
     ) -> None:
-        self._scorer, self._affinity, self._keeper, self._rollouts = scorer, affinity, keeper, rollouts
-        self._in_worker, self._ask_names, self._refresh_s = in_worker, ask_names, refresh_s
+        self._tables, self._affinity, self._keeper, self._rollouts = tables, affinity, keeper, rollouts
+        self._ask_names, self._refresh_s = ask_names, refresh_s
         self._refreshed_s = time.monotonic()
         self._under_way = dict[str, asyncio.Future[None]]()
 
@@ -40,8 +36,11 @@ class Upkeep:
             self._refreshed_s = time.monotonic()
             works += [self._bring_states, self._refresh_tables, self._rollouts.retry]
         for work in works:
-            if (last := self._under_way.get(work.__name__)) is None or last.done():
-                self._under_way[work.__name__] = asyncio.ensure_future(work())
+            self._begin(work)
+
+    def _begin(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        if (last := self._under_way.get(work.__name__)) is None or last.done():
+            self._under_way[work.__name__] = asyncio.ensure_future(work())
 
     async def _look_at_ring(self) -> None:
         before, names = self._affinity.ring, await self._ask_names()
@@ -55,12 +54,5 @@ class Upkeep:
             await self._keeper.bring(self._affinity.ring)
 
     async def _refresh_tables(self) -> None:
-        """Tables are read beside the worker, which only goes over to them."""
-        try:
-            if newer := await asyncio.to_thread(self._scorer.newer_tables):
-                await self._in_worker(self._scorer.move_to, newer)
-                _logger.info("sequences: now at version %s", self._scorer.history.version_id)
-        except Exception:
-            _logger.exception(
-                "sequences: cannot look for a newer version; version %s serves on", self._scorer.history.version_id
-            )
+        await self._tables.move()
+        self._begin(self._tables.look_again)

@@ -33,7 +33,7 @@ MISTAKES = {
     "--batch_score.top_k 5": ("top_k is for users' scores", "add candidates or catalogue"),
     "--batch_score.concurrency [3,2]": ("concurrency=(3, 2)", "swap them"),
     "--batch_score.precision bf16": ("precision=bf16 is for GPUs", "set num_gpus_per_scorer"),
-    "--batch_score.num_gpus_per_scorer 1.5": ("num_gpus_per_scorer=1.5", "whole ones"),
+    "--batch_score.num_gpus_per_scorer 2": ("num_gpus_per_scorer=2", "raise concurrency"),
     "--export_embeddings.request_ts 2025-01-01": ("export_embeddings.request_ts", "timezone"),
     "--import_events.dataset taobao": ("import_events", "source is not given", "files of taobao"),
 }

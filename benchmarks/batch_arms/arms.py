@@ -9,28 +9,32 @@ import pyarrow.parquet as pq
 import ray
 import torch
 
-from longer.arrays import Float32, RequestBatch
+from benchmarks.batch_arms.page import SCRATCH_LOOP
+from longer.arrays import Float32, Int64
 from longer.config import Settings
 from longer.data.batches import rows_of_requests
 from longer.data.columns import requests_of
 from longer.data.scores import score_rows
 from longer.data.tables import RequestTable, SequenceTable
-from longer.model.inputs import to_tensors
 from longer.model.longer import Longer
 from longer.model.outputs import to_scores
-from longer.serving.batch_answers import computing_in
+from longer.serving.batch import scorer_options
+from longer.serving.batch_answers import Answers, computing_in
 from longer.serving.batch_input import Chunk, Reader
 from longer.serving.batch_output import Run
 from longer.serving.batch_plan import plan_scores
+from longer.serving.batch_warm import warm_up
 from longer.serving.offline import score_lists
-from longer.serving.packed import Packed
-from longer.serving.questions import Budget
+from longer.serving.packed import Packed, score_packed
+from longer.serving.questions import Budget, Questions, candidates_of
 from longer.storage import Table, remove_tree
 from longer.training.checkpoints import load_model
-from longer.training.loader import COST_PER_BATCH, SplitData, score_packs
+from longer.training.loader import COST_PER_BATCH
 
 PACK_REQUESTS = 256
-_MAP_REQUESTS = 256
+_ALONE_REQUESTS = 512
+_MAP_REQUESTS = {"cpu": 256, "cuda": 1024}
+_SCRATCH_S = 10
 _LOOP_CANDIDATES = 1 << 21
 """About how many candidates the bare loops score: a rate needs no more."""
 
@@ -46,67 +50,73 @@ def batch_cost(device: str) -> int:
 
 
 class FromScratch:
-    """Scores each request on a history of its own, as a job without states would; one instance an actor."""
+    """Scores each request on a history of its own, as a job without states would; one instance an actor.
 
-    def __init__(self, settings: Settings) -> None:
+    In all else as the job does: kernels compiled before, batches filled up, and laid out while the one before is scored.
+    """
+
+    def __init__(self, settings: Settings, run: Run) -> None:
         torch.set_num_threads(1)
         self._plan = plan_scores(settings)
         self._model, _ = load_model(self._plan.checkpoint.path, self._plan.device)
         self._sequences = SequenceTable(settings.path("tables", "sequences"), self._plan.schema)
-        self._is_warm = self._plan.device == "cpu"
+        warm_up(Answers(self._plan, Budget(self._model, self._plan.batch_bytes), None, {}), None, run)
+        self._begun, self._nothing = 0.0, pa.table({})
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """The score rows, with the times between which they were made; on a GPU, kernels are compiled before that."""
-        if not self._is_warm:
+        """The score rows, with the times between which they were made; none once there is enough to tell the rate."""
+        if not self._begun:
             self._scored(rows)
-            self._is_warm = True
+            self._begun = time.time()
         begun, cpu_s = time.time(), time.process_time()
+        if begun - self._begun > _SCRATCH_S:
+            return self._nothing
         scored = self._scored(rows)
         clocks = {"begun": begun, "done": time.time(), "cpu_s": time.process_time() - cpu_s}
         times = {name: pa.array(np.full(len(rows), x)) for name, x in clocks.items()}
-        return pa.table({**{name: scored[name] for name in scored.column_names}, **times})
+        told = pa.table({**{name: scored[name] for name in scored.column_names}, **times})
+        self._nothing = told.slice(0, 0)
+        return told
 
+    @torch.inference_mode()
     def _scored(self, rows: pa.Table) -> pa.Table:
         schema = self._plan.schema
         requests = requests_of(rows.select(schema.requests_arrow().names), schema)
         histories = self._sequences.get(requests.user_id_R.unique())
-        data = SplitData(histories, requests, rows_of_requests(histories, requests), self._model.windows)
+        row_R = rows_of_requests(histories, requests)
+        questions = Questions(histories, row_R, requests.history_end_R, requests.request_ts_R)
+        packed = Packed.of(self._model, questions, requests.candidates, 1)
         output_CT = np.empty((len(requests.item_id_C), len(self._model.tasks)), np.float32)
-        for rows_N, outputs_NT in score_packs(data, data.packs(1), self._forward, batch_cost(self._plan.device)):
-            output_CT[rows_N] = outputs_NT
+        with computing_in(self._plan.precision, self._plan.device):
+            score_packed(packed, _cost(packed), batch_cost(self._plan.device), output_CT)
         return score_rows(requests, to_scores(output_CT, self._model.tasks), schema)
 
-    @torch.inference_mode()
-    def _forward(self, batch: RequestBatch) -> Float32:
-        with computing_in(self._plan.precision, self._plan.device):
-            return self._model(to_tensors(batch, self._plan.device)).float().cpu().numpy()
 
-
-def pool_has_gpus(settings: Settings) -> bool:
-    return settings.batch_score.num_gpus_per_scorer > 0
+def _cost(packed: Packed) -> Int64:
+    return packed.num_events_P + packed.num_candidates_P
 
 
 def from_scratch(settings: Settings, num_requests: int) -> float:
-    """Scores per second of whole users' first requests on one actor: from the first batch begun to the last one written.
+    """Scores per second of whole users' first requests on as many actors as the job has: from the first batch begun to the last
+    one scored.
 
-    On a CPU, per second of its process.
+    On a CPU, per second of their processes.
     """
-    output = settings.path("from_scratch")
+    output, pool = settings.path("from_scratch"), settings.batch_score
     remove_tree(output)
     requests = Table(settings.path("tables", "requests")).require("jobs.build_requests")
     rows = ray.data.read_parquet(requests.files("split=test/"), partitioning=None).limit(num_requests)
     rows.map_batches(
         FromScratch,
-        fn_constructor_args=(settings,),
-        batch_size=_MAP_REQUESTS,
+        fn_constructor_args=(settings, Run(output)),
+        batch_size=_MAP_REQUESTS[pool.device],
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=1),
-        num_cpus=1,
-        num_gpus=1 if pool_has_gpus(settings) else None,
+        compute=ray.data.ActorPoolStrategy(size=pool.concurrency[1]),
+        **scorer_options(pool, settings.ray),
     ).write_parquet(output)
     written = pq.read_table(output, partitioning=None)
     seconds = pa.compute.max(written["done"]).as_py() - pa.compute.min(written["begun"]).as_py()
-    if not pool_has_gpus(settings):
+    if pool.device == "cpu":
         seconds = sum(written.group_by("begun").aggregate([("cpu_s", "max")])["cpu_s_max"].to_pylist())
     return len(written["item_id"].combine_chunks().flatten()) / seconds
 
@@ -140,7 +150,10 @@ def bare_loops(settings: Settings, device: str) -> dict[str, Loop]:
     loops = {f"packs laid out on the device before, {size >> 10} k events and candidates a batch": _packed(model, chunks, size)
              for size in sizes}  # fmt: skip
     loops["the job's scoring of chunks"] = appended
-    return {f"bare loop: {name}": computed(loop) for name, loop in loops.items()}
+    named = {f"bare loop: {name}": loop for name, loop in loops.items()} | {
+        SCRATCH_LOOP: _alone(model, chunks[0], sizes[-1])
+    }
+    return {name: computed(loop) for name, loop in named.items()}
 
 
 def loop_rate(loop: Loop, device: str) -> float:
@@ -178,5 +191,14 @@ def _packed(model: Longer, chunks: list[Chunk], most: int) -> Loop:
     for chunk in chunks:
         assert chunk.requests
         packed = Packed.of(model, chunk.questions, chunk.requests.candidates, PACK_REQUESTS)
-        passes += [run for _, run in packed.passes(packed.num_events_P + packed.num_candidates_P, most)]
+        passes += [run for _, run in packed.passes(_cost(packed), most)]
+    return lambda: sum(len(run()) for run in passes)
+
+
+def _alone(model: Longer, chunk: Chunk, most: int) -> Loop:
+    """The same for some requests, each with a history of its own."""
+    assert chunk.requests
+    some = np.arange(min(len(chunk.questions), _ALONE_REQUESTS))
+    packed = Packed.of(model, chunk.questions.take(some), candidates_of(chunk.requests.candidates, some)[1], 1)
+    passes = [run for _, run in packed.passes(_cost(packed), most)]
     return lambda: sum(len(run()) for run in passes)

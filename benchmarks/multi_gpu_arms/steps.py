@@ -4,7 +4,8 @@ One process a device, over NCCL (gloo on a CPU). Every number of devices trains 
 
     balanced          the platform's step: users divided by tokens, tables on every device
     no exchange       the same without the sum of gradients: what the exchange costs, waiting for the slowest included
-    by request count  users divided into equal numbers instead
+    by request count  users of the same steps, which the platform makes of equal tokens, divided into equal numbers instead
+    fixed users       as many users in every step and on every device, in any order, as trainers do that count rows
     sharded rows      balanced, the rows of large tables spread over the devices
 
 A step's time is that of the slowest device. Prints Markdown; last, one JSON line.
@@ -35,6 +36,7 @@ from longer.training.steps import Stepper
 from longer.training_settings import TrainSettings
 
 BALANCED, NO_EXCHANGE, BY_COUNT, ROWS = "balanced", "no exchange", "by request count", "sharded rows"
+FIXED_USERS = "fixed users"
 NUM_CANDIDATES = 32
 NUM_BATCHES = 4
 """Steps that are prepared and then taken in turn."""
@@ -69,16 +71,22 @@ class Row:
     losses: list[float]
 
 
-def divided(lengths: Int64, num_devices: int, by_tokens: bool) -> list[list[Int64]]:
-    """The lengths of each device in each of `NUM_BATCHES` steps of about equal cost: by the platform's cursor, or by number."""
+def divided(lengths: Int64, num_devices: int, arm: str) -> list[list[Int64]]:
+    """The lengths of each device in each of `NUM_BATCHES` steps.
+
+    Steps are of about equal cost and divided by the platform's cursor, or by number, or steps are of equal numbers, too.
+    """
     every = np.tile(lengths, num_devices)
+    if arm == FIXED_USERS:
+        parts = np.array_split(np.random.default_rng(2).permutation(every), NUM_BATCHES * num_devices)
+        return [parts[step * num_devices :][:num_devices] for step in range(NUM_BATCHES)]
     cost = every + NUM_CANDIDATES
     budget = -(-int(cost.sum()) // NUM_BATCHES) + int(cost.max())
     plan = DataCursor("multi_gpu", cost, [np.arange(len(cost))], budget).plan(0, num_devices)
     steps = []
     for step in range(NUM_BATCHES):
         parts = [plan.batch(step, device) for device in range(num_devices)]
-        if not by_tokens:
+        if arm == BY_COUNT:
             parts = np.array_split(np.sort(plan.step(step)), num_devices)
         steps.append([every[part] for part in parts])
     return steps
@@ -99,7 +107,9 @@ class Device:
         self.lengths = zipf_lengths(rng, size.users * NUM_BATCHES, size.longest)
 
     def rows(self) -> list[Row]:
-        balanced, by_count = (divided(self.lengths, self.num_devices, by) for by in (True, False))
+        balanced, by_count, fixed = (
+            divided(self.lengths, self.num_devices, arm) for arm in (BALANCED, BY_COUNT, FIXED_USERS)
+        )
         stepper = self._stepper("replicated")
         rows = [self._row(BALANCED, stepper, balanced)]
         if self.num_devices == 1:
@@ -108,6 +118,7 @@ class Device:
         rows.append(self._row(NO_EXCHANGE, stepper, balanced))
         stepper.optimizer.exchange = exchange
         rows.append(self._row(BY_COUNT, stepper, by_count))
+        rows.append(self._row(FIXED_USERS, stepper, fixed))
         del stepper
         rows.append(self._row(ROWS, self._stepper("rows"), balanced))
         return rows
@@ -230,9 +241,11 @@ def summary(rows: list[Row]) -> dict[str, dict[str, dict[str, float]]]:
     for (size, num, arm), row in at.items():
         if num == 1 or arm != BALANCED:
             continue
-        by_count, alone, sharded = (at[size, num, other] for other in (BY_COUNT, NO_EXCHANGE, ROWS))
+        others = (BY_COUNT, FIXED_USERS, NO_EXCHANGE, ROWS)
+        by_count, fixed, alone, sharded = (at[size, num, other] for other in others)
         values = {
             "balancing_gain": row.impressions_per_s / by_count.impressions_per_s,
+            "balancing_gain_over_fixed_users": row.impressions_per_s / fixed.impressions_per_s,
             "all_reduce_share": 1 - alone.step_ms / row.step_ms,
             "sharded_vs_replicated": sharded.impressions_per_s / row.impressions_per_s,
         }

@@ -19,6 +19,8 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "hstu": {"kind": "hstu"},
     "user_embedding": {"kind": "user_embedding"},
 }
+GENERATED_ENCODERS = ("longer", "none", "din_recent50", "sim_hard", "sim_soft", "din", "twin")
+"""Those whose cost at 10,000 events is linear, and small enough."""
 LENGTHS = (20, 50, 100, 200, 500, 1000, 2000, 4000)
 _MOST_STRIDE_EVENTS = 200
 _QUERIES = ("uniform", "learnable", "recent_uniform")
@@ -33,6 +35,8 @@ UNDO = (
 """Parts of LONGER's start that the study takes back one by one, and all of them (`training.undo`)."""
 FEATURES = "+features"
 """Suffix of arms that have the interaction features too."""
+ITSELF = "longer, no history"
+"""LONGER whose candidates attend to themselves alone (`control.NoHistory`)."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +56,22 @@ class Base:
 BASES = {
     "journey": Base(4000, 128, 100, 1, 1000, "category", {"item_rows": 131_072, "user_rows": 4_096}),
     "movielens": Base(1000, 64, 100, 1, 100, "genres", {"item_rows": 8_192, "user_rows": 2_048}),
-    "generated": Base(10_000, 128, 100, 1, 5000, "category", {"item_rows": 131_072, "user_rows": 4_096}),
+    "generated": Base(10_000, 128, 100, 1, 5000, "category", {"item_rows": 131_072, "user_rows": 32_768}),
 }
 QUICK = {
     "journey": Base(200, 32, 16, 1, 100, "category", {"item_rows": 16_384, "user_rows": 4_096}),
     "movielens": Base(200, 32, 16, 1, 100, "genres", {"item_rows": 8_192, "user_rows": 2_048}),
     "generated": Base(400, 32, 16, 1, 200, "category", {"item_rows": 16_384, "user_rows": 1_024}),
 }
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How an encoder is trained: peak learning rates of tables and of dense layers, and passes over the requests."""
+
+    tables: float = 0.01
+    dense: float = 0.002
+    passes: int = 1
 
 
 @dataclass(frozen=True)
@@ -77,25 +90,32 @@ class Arm:
     model: dict[str, Any] = field(default_factory=dict)
     score_length: int | None = None
     """Trained at `length`, it is tested at this one: train short, serve long."""
-    epochs: int = 1
-    """Most passes; the one that validates best is tested."""
     undone: str | None = None
     """One of `training.UNDO`: what LONGER's start is without that part of it."""
-    embedding_rate: float | None = None
-    """Peak learning rate of the tables that a `tuning` arm tries."""
+    trial: Trained | None = None
+    """How a `tuning` arm is trained; others are as their trials say."""
 
     @property
     def key(self) -> str:
         return f"{self.log}/{self.name}/{self.seed}"
 
+    @property
+    def is_longer(self) -> bool:
+        return self.encoder in ("longer", ITSELF)
+
+    @property
+    def is_tested(self) -> bool:
+        """What steers the study sees the validation split only."""
+        return self.group not in ("tuning", "undone")
+
 
 def model_settings(arm: Arm, base: Base) -> ModelSettings:
     """The arm's model: the same width whatever is merged, and a window of the wanted length, rounded up to whole groups."""
-    merge = arm.merge if arm.encoder == "longer" else 1
+    merge = arm.merge if arm.is_longer else 1
     groups = math.ceil((arm.length or base.length) / merge)
-    k = groups if arm.encoder != "longer" else min(arm.queries or base.num_queries, groups)
+    k = min(arm.queries or base.num_queries, groups) if arm.is_longer else groups
     k, groups, stride = _windows(k, groups, _MOST_STRIDE_EVENTS // merge)
-    chosen = {"encoder": dict(ENCODERS[arm.encoder])} if arm.encoder != "longer" else {}
+    chosen = {} if arm.is_longer else {"encoder": dict(ENCODERS[arm.encoder])}
     if arm.encoder == "sim_hard":
         chosen["encoder"]["field"] = base.category
     width = arm.model.get("width", base.width)
@@ -128,63 +148,59 @@ def grid(log: str, quick: bool, seeds: int) -> list[Arm]:
     return list(make(quick, 1 if quick else seeds))
 
 
-def chosen_rates(records: Iterable[dict[str, Any]]) -> dict[tuple[str, str], float]:
-    """For each (log, encoder) the tables' learning rate whose `tuning` arm validated best."""
-    best: dict[tuple[str, str], tuple[float, float]] = {}
-    for record in records:
-        if record.get("group") == "tuning":
-            found = record["valid"]["auc"], record["embedding_rate"]
-            place = record["log"], record["encoder"]
-            best[place] = max(best.get(place, found), found)
-    return {place: rate for place, (_, rate) in best.items()}
-
-
-def tuning(log: str) -> list[Arm]:
-    """Trials of the tables' learning rate on ids alone, before the grid and on the validation split only."""
-    base = Arm("", log, "tuning", 0, features=False)
-    encoders = ("longer", *ENCODERS) if log == "journey" else ("longer",)
-    return [
-        replace(base, name=f"{encoder} tables {rate:g}", encoder=encoder, embedding_rate=rate)
-        for encoder in encoders
-        if encoder not in ("none", "user_embedding")
-        for rate in (0.01, 0.003, 0.03)
-    ]
-
-
 def _rounds(seeds: int, arms: list[Arm]) -> Iterator[Arm]:
     for seed in range(seeds):
         yield from (replace(arm, seed=seed) for arm in arms)
 
 
+def _both(base: Arm, names: Iterable[str]) -> list[Arm]:
+    """These encoders with the interaction features, then on ids alone."""
+    return [
+        replace(base, name=name + FEATURES * features, encoder=name, features=features)
+        for features in (True, False)
+        for name in names
+    ]
+
+
 def _journey(quick: bool, seeds: int) -> Iterator[Arm]:
     base = Arm("", "journey", "encoders", 0)
-    with_features = [replace(base, name=name + FEATURES, encoder=name) for name in ("longer", *ENCODERS)]
-    ids = [replace(base, name=name, encoder=name, features=False) for name in ("longer", *ENCODERS)]
+    encoders = _both(base, ("longer", *ENCODERS, ITSELF))
     if quick:
-        yield from [ids[0], *with_features, *_lengths(base, (20, 50, 200))]
+        yield from [*encoders[: len(encoders) // 2 + 1], *_lengths(base, (20, 50, 200))]
         return
-    yield from _rounds(seeds, ids + with_features)
+    yield from _rounds(seeds, encoders)
     yield from _rounds(seeds, _lengths(base, LENGTHS))
+    yield from _rounds(seeds, _flops(base))
     ids_only = replace(base, group="switches", features=False)
     yield from _rounds(seeds, _merging(ids_only))
     yield from _rounds(seeds, _queries(ids_only))
-    yield from _rounds(seeds, _passes(base))
-    yield from _flops(base)
+    yield from _rounds(seeds, _sizes(ids_only))
     yield from _undone(ids_only)
-    yield from _sizes(ids_only)
 
 
 def _merging(here: Arm) -> list[Arm]:
-    """At the same width of a token, where an event of K = 8 has an eighth, and, as in the paper, at the same width of an event."""
-    return [
+    """At the same width D of a token, where an event of K = 8 has an eighth, and, as in the paper, at the same width d of an event.
+
+    At d = 32, K = 4 is LONGER as it is; at d = 64, K = 2 is "K=2".
+    """
+    of_tokens = [
         replace(here, name="K=1", merge=1, queries=400),
         replace(here, name="K=2", merge=2, queries=200),
         replace(here, name="K=8", merge=8, queries=50),
-        replace(here, name="K=8 width 256", merge=8, queries=50, model={"width": 256}),
-        replace(here, name="K=2 width 64", merge=2, queries=200, model={"width": 64}),
-        replace(here, name="K=4 no InnerTrans", model={"inner_transformer": False}),
-        replace(here, name="K=8 no InnerTrans", merge=8, queries=50, model={"inner_transformer": False}),
     ]
+    of_events = [
+        replace(here, name="K=1 D=32", merge=1, queries=400, model={"width": 32}),
+        replace(here, name="K=2 D=64", merge=2, queries=200, model={"width": 64}),
+        replace(here, name="K=8 D=256", merge=8, queries=50, model={"width": 256}),
+        replace(here, name="K=4 D=256", model={"width": 256}),
+    ]
+    plain = {"inner_transformer": False}
+    no_inner = [
+        replace(here, name="K=2 no InnerTrans", merge=2, queries=200, model=plain),
+        replace(here, name="K=4 no InnerTrans", model=plain),
+        replace(here, name="K=8 no InnerTrans", merge=8, queries=50, model=plain),
+    ]
+    return of_tokens + of_events + no_inner
 
 
 def _queries(here: Arm) -> list[Arm]:
@@ -193,20 +209,17 @@ def _queries(here: Arm) -> list[Arm]:
     return kinds + [replace(here, name=f"k={k}", queries=k) for k in (12, 25, 50, 250, 1000)]
 
 
-def _passes(base: Arm) -> list[Arm]:
-    return [
-        replace(base, name=f"{name} up to {epochs} passes{FEATURES if features else ''}", group="passes", encoder=name,
-                features=features, epochs=epochs)
-        for name, epochs in (("longer", 3), ("none", 3))
-        for features in ((False, True) if name == "longer" else (True,))
-    ]  # fmt: skip
-
-
 def _flops(base: Arm) -> list[Arm]:
-    """Encoders of every event on as much history as costs what LONGER at its whole length costs, and around it."""
+    """Encoders that cost more than LONGER, on as much history as costs what LONGER does at its whole length; then on more."""
     here = replace(base, group="flops", features=False)
-    sizes = (("transformer", 350), ("hstu", 700), ("transformer", 100), ("transformer", 1000), ("hstu", 200))
-    sizes += (("din", 2000), ("twin", 1000), ("sim_soft", 2000), ("hstu", 2000), ("transformer", 2000))
+    sizes = (
+        ("din", 700),
+        ("transformer", 400),
+        ("hstu", 500),
+        ("user_embedding", 280),
+        ("transformer", 1000),
+        ("hstu", 2000),
+    )
     return [replace(here, name=f"{name} L={length}", length=length, encoder=name) for name, length in sizes]
 
 
@@ -222,28 +235,29 @@ def _sizes(here: Arm) -> list[Arm]:
         replace(here, name=f"trained at L={length}, tested at {LENGTHS[-1]}", length=length, score_length=LENGTHS[-1])
         for length in (2000, 1000, 500)
     ]
-    widths = [replace(here, name=f"width {w}", group="widths", model={"width": w}) for w in (32, 64, 256)]
+    widths = [replace(here, name=f"D={w}", group="widths", model={"width": w}) for w in (32, 64)]
     layers = [replace(here, name=f"N={n}", model={"num_self_layers": n}) for n in (0, 2)]
     return [*trained, *widths, *layers, replace(here, name="paper's encoding", model={"encoding": "paper"})]
 
 
 def _lengths(here: Arm, lengths: tuple[int, ...]) -> list[Arm]:
+    """LONGER by length, and the features alone, which are counted in the same window: what the sequence adds at each length."""
     here = replace(here, group="lengths")
     return [
-        replace(here, name=f"longer L={length}{FEATURES if features else ''}", length=length, features=features)
-        for features in (False, True)
+        replace(here, name=f"{name} L={length}{FEATURES * features}", length=length, features=features, encoder=name)
+        for name, features in (("longer", True), ("none", True), ("longer", False))
         for length in lengths[:-1]
     ]
 
 
 def _movielens(quick: bool, seeds: int) -> Iterator[Arm]:
-    base = Arm("", "movielens", "encoders", 0, features=False)
-    encoders = [replace(base, name=name, encoder=name) for name in ("longer", *ENCODERS)]
-    with_features = [
-        replace(base, name=name + FEATURES, encoder=name, features=True) for name in ("longer", "none", "din")
-    ]
-    lengths = [replace(base, name=f"longer L={n}", group="lengths", length=n) for n in (20, 50, 100, 200, 500)]
-    yield from _rounds(seeds, encoders + with_features + lengths)
+    base = Arm("", "movielens", "encoders", 0)
+    if quick:
+        yield from _both(base, ("longer", "none", "din"))
+        return
+    ids = replace(base, features=False)
+    lengths = [replace(ids, name=f"longer L={n}", group="lengths", length=n) for n in (20, 50, 100, 200, 500)]
+    yield from _rounds(seeds, _both(base, ("longer", *ENCODERS, ITSELF)) + lengths)
 
 
 def _generated(quick: bool, seeds: int) -> Iterator[Arm]:
@@ -257,10 +271,9 @@ def _generated(quick: bool, seeds: int) -> Iterator[Arm]:
         yield from ids + counted
         return
     encoders = [
-        replace(base, name=name, group="encoders", encoder=name, length=None)
-        for name in ("none", "din_recent50", "sim_hard", "twin")
+        replace(base, name=name, group="encoders", encoder=name, length=None) for name in GENERATED_ENCODERS[1:]
     ]
-    sizes = [replace(base, name=f"longer width {w}", group="widths", model={"width": w}) for w in (32, 64, 256)]
+    sizes = [replace(base, name=f"D={w}", group="widths", model={"width": w}) for w in (32, 64, 256)]
     trained = replace(
         base, name="trained at L=4000, tested at 10000", group="switches", length=4000, score_length=10_000
     )

@@ -7,7 +7,10 @@
 U users, E events, R requests, C candidates.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +29,7 @@ from longer.data.requests import (
     split_times,
 )
 from longer.data.tables import SequenceTable
-from longer.datasets.generator import chunks, generate
+from longer.datasets.generator import Chunk, chunks, generate
 from longer.hashing import stable_keys
 from longer.schema import EventSchema, Feature
 from longer.table_settings import GenerateSettings, RequestSettings
@@ -141,23 +144,23 @@ def _likes(rows: pa.Table, histories: Histories, schema: EventSchema) -> Log:
 
 def _generated(sizes: GenerateSettings, seed: int) -> Log:
     schema = SCHEMAS["generated"]
-    parts = [generate(sizes, seed, schema, c.day, c.first, c.end) for c in chunks(sizes)]
-    user_E = np.concatenate([part["user_id"].to_numpy() for part in parts])
-    ts_E = np.concatenate([part["event_ts"].cast(pa.int64()).to_numpy() for part in parts])
-    order = np.lexsort((ts_E, user_E))
-    user_E, ts_E = user_E[order], ts_E[order]
-    item_E = np.concatenate([part["item_id"].to_numpy() for part in parts])[order]
-    action_E = np.concatenate([stable_keys(part["action"]) for part in parts])[order]
-    category_E = np.concatenate([stable_keys(part["category"]) for part in parts])[order]
+    with ThreadPoolExecutor(min(16, len(os.sched_getaffinity(0)))) as pool:
+        parts = list(pool.map(partial(_chunk, sizes, seed, schema), chunks(sizes)))
+    user_E, ts_E, item_E, action_E, category_E = (np.concatenate(each) for each in zip(*parts, strict=True))
+    del parts
+    by_time = np.argsort(ts_E, kind="stable")  # of parts that are sorted: they are merged
+    order = by_time[np.argsort(user_E[by_time], kind="stable")]
+    user_E, ts_E, item_E, action_E, category_E = (x[order] for x in (user_E, ts_E, item_E, action_E, category_E))
     user_U, start_U = np.unique(user_E, return_index=True)
     offsets_U1 = np.append(start_U, len(user_E)).astype(np.int64)
+    key_of_item = stable_keys(pa.array(np.arange(sizes.num_items + 1)))
     histories = Histories(
-        user_key_B=stable_keys(pa.array(user_U)),
+        user_key_B=stable_keys(pa.array(user_U.astype(np.int64))),
         offsets_B1=offsets_U1,
         first_index_B=np.zeros(len(user_U), np.int64),
         prev_event_ts_B=np.full(len(user_U), NO_EVENT_TS),
         event_ts_E=ts_E,
-        features={"item_id": stable_keys(pa.array(item_E)), "action": action_E, "category": category_E},
+        features={"item_id": key_of_item[item_E], "action": action_E, "category": category_E},
     )
     end_ms = int(ts_E.max()) // _MS_PER_DAY * _MS_PER_DAY + _MS_PER_DAY
     test_from = end_ms - _GENERATED_TEST_DAYS * _MS_PER_DAY
@@ -174,6 +177,22 @@ def _generated(sizes: GenerateSettings, seed: int) -> Log:
         chosen = _anchored(rng, pool_E, user_E, most)
         requests[name], row_R[name] = _beside_drawn(rng, histories, item_E, user_U, user_E, chosen, pool_E)
     return Log("generated", schema, histories, requests, row_R, valid_from)
+
+
+def _chunk(sizes: GenerateSettings, seed: int, schema: EventSchema, chunk: Chunk) -> tuple[np.ndarray, ...]:
+    """User, time, item, and keys of action and category of the chunk's events, by time."""
+    table = generate(sizes, seed, schema, chunk.day, chunk.first, chunk.end)
+    ts_E = table["event_ts"].cast(pa.int64()).to_numpy()
+    order = np.argsort(ts_E, kind="stable")
+    user_E, item_E = (table[name].to_numpy().astype(np.int32) for name in ("user_id", "item_id"))
+    keys = [_keys_of_labels(table[name]) for name in ("action", "category")]
+    return tuple(x[order] for x in (user_E, ts_E, item_E, *keys))
+
+
+def _keys_of_labels(column: pa.ChunkedArray) -> np.ndarray:
+    """Hashes the labels, not the rows."""
+    labels = column.combine_chunks()
+    return stable_keys(labels.dictionary)[labels.indices.to_numpy()]
 
 
 def _anchored(rng: np.random.Generator, pool_E: Int64, user_E: Int64, most: int) -> Int64:
@@ -196,10 +215,12 @@ def _beside_drawn(
     """Each chosen event as a request, its item beside those of `_NEGATIVES` events drawn from the same days."""
     row_R = np.searchsorted(user_U, user_E[chosen])
     ts_R = histories.event_ts_E[chosen]
-    earlier = np.arange(len(user_E)) - histories.offsets_B1[np.searchsorted(user_U, user_E)]
-    new_time = np.ones(len(user_E), bool)
-    new_time[1:] = (user_E[1:] != user_E[:-1]) | (np.diff(histories.event_ts_E) != 0)
-    end_R = earlier[np.maximum.accumulate(np.where(new_time, np.arange(len(user_E)), 0))][chosen]
+    first_R = chosen.copy()  # of the events of that user and time, which no request sees
+    while len(
+        tied := np.flatnonzero((first_R > histories.offsets_B1[row_R]) & (histories.event_ts_E[first_R - 1] == ts_R))
+    ):
+        first_R[tied] -= 1
+    end_R = first_R - histories.offsets_B1[row_R]
     drawn_RN = rng.choice(pool_E, (len(chosen), _NEGATIVES))
     event_C = np.concatenate([chosen[:, None], drawn_RN], axis=1)
     label_C = np.zeros(event_C.shape, np.float32)

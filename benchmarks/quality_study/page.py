@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.quality_study.arms import FEATURES
@@ -22,14 +23,24 @@ from benchmarks.quality_study.rows import (
 
 _SAME_FLOPS = 1.25
 _HEADER = (
-    "| arm | AUC | AUC, long histories | GAUC | log loss | dense parameters | MFLOPs | train s |",
-    "|---|---|---|---|---|---|---|---|",
+    "| arm | AUC | AUC, long histories | GAUC | log loss | dense parameters | table parameters | MFLOPs | passes | train s |",
+    "|---|---|---|---|---|---|---|---|---|---|",
 )
+_STARTS = """\
+- every encoder that attends begins as a search for the candidate's own item, as LONGER does: queries and keys of the Transformer,
+  SIM's units and TWIN are equal identities; HSTU's too, with a bias that puts unlike events below 0; one unit of DIN's weighs by
+  the product. All are given the candidate with what is known of its request; the head reads [candidate, read, candidate * read]
+- SIM's short-term branch is attention over the newest 50 events where the paper has DIEN. The user tower is trained on the same
+  rows and labels as all others, not by sampled softmax, and its frozen vector is one more input
+- "longer, no history" is LONGER's layers with candidates that see themselves alone, trained as LONGER is; K = 1 keeps its merge
+- what each arm is compared at is the same: every arm of a log takes the same number of steps a pass, each of the same requests"""
 
 
-def page(records: Sequence[Record]) -> str:
-    """Goals and tables of every log that has records; the last line is JSON."""
+def page(records: Sequence[Record], results: Path | None = None) -> str:
+    """Goals and tables of every log that has records; the last line is JSON. Scores beside `results` give intervals."""
+    records = list({record.get("key", record.get("left_out")): record for record in records}.values())
     trained = [record for record in records if "test" in record]
+    _check_steps(trained)
     if not trained:
         return "no arm is trained yet"
     logs = sorted({record["log"] for record in trained}, key=["journey", "generated", "movielens"].index)
@@ -39,36 +50,87 @@ def page(records: Sequence[Record]) -> str:
         baselines = next((r["baselines"] for r in records if r.get("key") == f"{log}/baselines"), {})
         parts.append(f"## {log}")
         if log == "journey":
-            parts.append("### Goals\n\n" + "\n".join(goals(mine, baselines)))
+            parts.append("### Goals\n\n" + "\n".join(goals(mine, baselines, results)))
         parts += [_encoders(mine, baselines), _same_flops(mine), _lengths(mine)]
         parts += [
-            _table(mine, "passes", "More passes, the one that validates best"),
-            _table(mine, "switches", "Switches of LONGER, on ids alone"),
-            _table(mine, "undone", "What merging lost: LONGER on ids alone with a part of its start taken back"),
+            _table(mine, "switches", "Switches of LONGER, on ids alone, trained as LONGER is"),
+            _undone([record for record in records if record.get("log") == log]),
             _widths(mine),
+            _trials([record for record in records if record.get("log") == log]),
         ]
     return "\n\n".join([*filter(None, parts), json.dumps(_summary(trained, logs[0]))])
+
+
+def _check_steps(trained: Sequence[Record]) -> None:
+    """What is compared was trained alike."""
+    found = {(r["log"], r["train_requests"], r["steps"] / r["trained"]["passes"]) for r in trained}
+    assert len(found) == len({log for log, *_ in found}), (
+        f"arms of one log took different steps a pass: {sorted(found)}"
+    )
 
 
 def _conditions(records: Sequence[Record], trained: Sequence[Record]) -> str:
     first = trained[0]
     cards = ", ".join(dict.fromkeys(record["hardware"] for record in trained))
-    rates = sorted({(r["log"], r["encoder"], r["embedding_rate"]) for r in trained if r["encoder"] != "none"})
-    tuned = {(r["log"], r["encoder"]) for r in records if r.get("group") == "tuning"}
-    told = ", ".join(f"{log} {encoder} {rate:g}" for log, encoder, rate in rates if (log, encoder) in tuned)
-    budgets = {
-        (r["log"], r["train_requests"], r["steps"]) for r in trained if r["epochs"] == 1 and r["encoder"] == "longer"
-    }
+    budgets = {(r["log"], r["train_requests"], r["steps"] // r["trained"]["passes"]) for r in trained}
     each = ", ".join(f"{log} {requests:,} requests in {steps:,} steps" for log, requests, steps in sorted(budgets))
-    return "\n".join(
-        [
-            f"- hardware: {cards}; torch {first['torch']}{'; quick sizes' if first['quick'] else ''}",
-            f"- training: one pass over the newest requests ({each}) unless an arm says more; bfloat16 on a GPU",
-            f"- tables' learning rate, by AUC of the validation split on ids alone: {told or 'the default, nothing was tried'}",
-            "- ± is half of the range between seeds; no ± means one seed",
-            "- FLOPs: counted, forward, of one request of the longest history in the test split with its candidates",
-        ]
-    )
+    done = {record.get("key") for record in records}
+    left_out = sorted({record["left_out"] for record in records if "left_out" in record} - done)
+    lines = [
+        f"- hardware: {cards}; torch {first['torch']}{'; quick sizes' if first['quick'] else ''}",
+        f"- a pass: the newest requests ({each}); bfloat16 on a GPU",
+        "- learning rates of tables and of dense layers, and the number of passes (up to 3): of the validation split, for each "
+        "encoder with and without the features; the trials are below",
+        "- ± is half of the range between seeds; no ± means one seed",
+        "- FLOPs: counted, forward, of the test request with the longest history and the mean number of candidates, masked pairs "
+        "included; keys of items (TWIN) and vectors of users (the frozen tower), which can be computed before, are counted",
+        _STARTS,
+    ]
+    if left_out:
+        lines.append(f"- left out, since memory did not hold them: {', '.join(left_out)}")
+    return "\n".join(lines)
+
+
+def _undone(mine: Sequence[Record]) -> str:
+    """Seen on the validation split alone, as all that steers the study."""
+    chosen = {r["arm"]: r for r in mine if r.get("group") == "undone"}
+    as_it_is = [r for r in mine if r.get("arm") in ("longer", "K=1") and r.get("seed") == 0]
+    if not chosen:
+        return ""
+    lines = [
+        "### What merging lost: LONGER on ids alone with a part of its start taken back; validation split, one seed",
+        "",
+    ]
+    lines += ["| arm | AUC | AUC, long histories |", "|---|---|---|"]
+    lines += [
+        f"| {r['arm']} | {r['valid']['auc']:.4f} | {r['valid']['long_auc']:.4f} |"
+        for r in [*as_it_is, *chosen.values()]
+    ]
+    return "\n".join(lines)
+
+
+def _trials(mine: Sequence[Record]) -> str:
+    """How each encoder is trained, and what that validated at."""
+    chains: dict[str, list[Record]] = {}
+    for record in mine:
+        if record.get("group") == "tuning":
+            chains.setdefault(record["encoder"] + FEATURES * record["features"], []).append(record)
+    if not chains:
+        return ""
+    lines = ["### Trials, on the validation split", ""]
+    lines += ["| encoder | best: tables, dense, passes | AUC | one pass | trials |", "|---|---|---|---|---|"]
+    for name, records in chains.items():
+        best = max(records, key=_valid_auc)
+        once = max(_valid_auc(record) for record in records if record["trained"]["passes"] == 1)
+        tables, dense, passes = best["trained"].values()
+        lines.append(
+            f"| {name} | {tables:g}, {dense:g}, {passes} | {_valid_auc(best):.4f} | {once:.4f} | {len(records)} |"
+        )
+    return "\n".join(lines)
+
+
+def _valid_auc(record: Record) -> float:
+    return record["valid"]["auc"]
 
 
 def _encoders(mine: Sequence[Record], baselines: dict[str, dict[str, float]]) -> str:
@@ -76,7 +138,7 @@ def _encoders(mine: Sequence[Record], baselines: dict[str, dict[str, float]]) ->
     if not chosen:
         return ""
     rows = [_row(arm, records) for arm, records in sorted(chosen.items(), key=lambda item: -mean(item[1], auc))]
-    rows += [f"| {name} | {v['auc']:.4f} | {v['long_auc']:.4f} | | | | | |" for name, v in baselines.items()]
+    rows += [f"| {name} | {v['auc']:.4f} | {v['long_auc']:.4f} | | | | | | | |" for name, v in baselines.items()]
     return "### Encoders at the same training, with and without the interaction features\n\n" + "\n".join(
         [*_HEADER, *rows]
     )
@@ -100,9 +162,7 @@ def _table(mine: Sequence[Record], group: str, title: str) -> str:
     chosen = by_arm(record for record in mine if record["group"] == group)
     if not chosen:
         return ""
-    as_it_is = {name: records for name, records in by_arm(mine).items() if name in ("longer", "longer" + FEATURES)}
-    if group != "passes":
-        as_it_is.pop("longer" + FEATURES, None)
+    as_it_is = {name: records for name, records in by_arm(mine).items() if name == "longer"}
     return f"### {title}\n\n" + "\n".join([*_HEADER, *(_row(*item) for item in (as_it_is | chosen).items())])
 
 
@@ -114,11 +174,14 @@ def _lengths(mine: Sequence[Record]) -> str:
     lines = [
         "### LONGER by history length",
         "",
-        "| L | ids | ids, long histories | features | features, long histories |",
-        "|---|---|---|---|---|",
+        "The features are counted in the same window of L events: what the sequence adds is the last columns' difference.",
+        "",
+        "| L | ids | ids, long histories | features | features, long histories | features alone | features alone, long histories |",
+        "|---|---|---|---|---|---|---|",
     ]
+    columns = [curves[False], curves[True], curve(mine, True, "none")]
     for length in lengths:
-        cells = [with_spread(curves[f].get(length, []), value) for f in (False, True) for value in (auc, long_auc)]
+        cells = [with_spread(found.get(length, []), value) for found in columns for value in (auc, long_auc)]
         lines.append(f"| {length} | {' | '.join(cells)} |")
     for features, found in curves.items():
         name = "with features" if features else "ids"
@@ -155,11 +218,19 @@ def _fit(name: str, x: Iterable[float], y: Sequence[float], symbol: str) -> list
 
 def _row(arm: str, records: Sequence[Record]) -> str:
     first = records[0]
-    return (
-        f"| {arm} | {with_spread(records, auc)} | {with_spread(records, long_auc)} | {mean(records, gauc):.4f} | "
-        f"{mean(records, lambda r: r['test']['logloss']):.4f} | {first['dense_parameters']:,} | "
-        f"{mega_flops(first):,.0f} | {mean(records, lambda r: r['train_s']):.1f} |"
+    cells = (
+        arm,
+        with_spread(records, auc),
+        with_spread(records, long_auc),
+        f"{mean(records, gauc):.4f}",
+        f"{mean(records, lambda r: r['test']['logloss']):.4f}",
+        f"{first['dense_parameters']:,}",
+        f"{first['table_parameters']:,}",
+        f"{mega_flops(first):,.0f}",
+        f"{first['trained']['passes']}",
+        f"{mean(records, lambda r: r['train_s']):.1f}",
     )
+    return f"| {' | '.join(cells)} |"
 
 
 def _summary(trained: Sequence[Record], log: str) -> dict[str, Any]:

@@ -31,16 +31,18 @@ def plots(records: Sequence[Record], folder: Path, stem: str) -> list[Path]:
 
 
 def _draw_lengths(axes: Any, mine: Sequence[Record]) -> None:
-    for features in (False, True):
+    curves = (
+        ("LONGER", "longer", False, "#d1731c"),
+        ("LONGER, with interaction features", "longer", True, _OURS),
+        ("interaction features alone", "none", True, _OTHERS),
+    )
+    for name, encoder, features, color in curves:
+        found = curve(mine, features, encoder)
         for which, value, line in (("all", auc, "-"), ("long histories", long_auc, "--")):
-            found = curve(mine, features)
-            label = f"LONGER{', with interaction features' if features else ''}: {which}"
             means, spreads = ([f(records, value) for records in found.values()] for f in (mean, spread))
             if len(means) > 1:
-                color = _OURS if features else "#d1731c"
-                axes.errorbar(
-                    list(found), means, yerr=spreads, marker="o", capsize=2, label=label, linestyle=line, color=color
-                )
+                style = {"marker": "o", "capsize": 2, "linestyle": line, "color": color}
+                axes.errorbar(list(found), means, yerr=spreads, label=f"{name}: {which}", **style)
     axes.set_xscale("log")
     axes.set_xlabel("history length, events")
     axes.set_ylabel("AUC")
@@ -64,5 +66,5 @@ def _draw_flops(axes: Any, mine: Sequence[Record]) -> None:
             frontier.append((flops, value))
     axes.step(*zip(*frontier, strict=True), where="post", color="#d1731c", linewidth=0.8)
     axes.set_xscale("log")
-    axes.set_xlabel("forward MFLOPs of one request of the longest history")
+    axes.set_xlabel("forward MFLOPs of one request: the longest history, the mean number of candidates")
     axes.set_ylabel("AUC, ids alone")

@@ -55,12 +55,12 @@ def with_spread(records: Sequence[Record], value: Value) -> str:
     return f"{mean(records, value):.4f}{around}"
 
 
-def curve(mine: Sequence[Record], features: bool) -> dict[int, list[Record]]:
-    """Of LONGER as it is, by length ascending; the whole length is the headline arm."""
+def curve(mine: Sequence[Record], features: bool, encoder: str = "longer") -> dict[int, list[Record]]:
+    """Of an encoder as it is, by length ascending; the whole length is the headline arm."""
     found: dict[int, list[Record]] = defaultdict(list)
     for record in mine:
-        headline = record["arm"] in ("longer", "longer" + FEATURES)
-        of_lengths = record["group"] == "lengths" and record["encoder"] == "longer"
+        headline = record["arm"] in (encoder, encoder + FEATURES)
+        of_lengths = record["group"] == "lengths" and record["encoder"] == encoder
         if record["features"] == features and (headline or of_lengths):
             found[record["length"]].append(record)
     return dict(sorted(found.items()))

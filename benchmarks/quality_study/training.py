@@ -1,21 +1,25 @@
-"""One arm, trained and measured: the trainer's own steps over the same packs, in one process and without Ray.
+"""One arm, trained and measured: the trainer's own steps over the same requests, in one process and without Ray.
 
-C candidates.
+Every arm of a log takes the same steps, each of the same requests: runs of one user's requests, shuffled. How many packs and
+batches they make depends on an arm's windows and memory, and changes nothing in what a step learns from.
+
+R requests, P packs, S steps, N batches of a step, C candidates.
 """
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.quality_study.arms import UNDO, Arm, Base, model_settings
+from benchmarks.quality_study.arms import ITSELF, UNDO, Arm, Base, Trained, model_settings
+from benchmarks.quality_study.control import NoHistory
 from benchmarks.quality_study.data import Log
-from longer.arrays import Int64
+from longer.arrays import Candidates, Int64
+from longer.data.batches import Packs, plan_packs
 from longer.model.encoders.factory import make_model, upstream_settings
 from longer.model.encoders.ranker import EncoderRanker
 from longer.model.inputs import to_tensors
@@ -23,14 +27,17 @@ from longer.model.longer import Longer
 from longer.model.ranker import Ranker
 from longer.model_settings import ModelSettings
 from longer.training.baselines import count_in_history, item_counts, popularity
-from longer.training.cursor import MIN_PACKS_OF_STEP, DataCursor
+from longer.training.cursor import EpochPlan, divide
 from longer.training.loader import SplitData, largest_batch, prefetch, score_split
 from longer.training.metrics import auc, binary_metrics
-from longer.training.steps import Stepper, rate_share
+from longer.training.steps import StepBatch, Stepper, rate_share
 from longer.training_settings import TaskSettings, TrainSettings
 
-_PACK_REQUESTS = 16
-_COUNTED_CANDIDATES = 64
+_RUN_REQUESTS = 16
+_BATCH_COST = 1 << 15
+"""Events and candidates that encoders compute at once; LONGER takes whole steps."""
+_SMALL = ("longer", ITSELF, "none", "sum_pooling")
+"""They keep no number for every candidate and event; the others would fill a card that processes share."""
 TASKS = (TaskSettings(),)
 
 
@@ -44,18 +51,24 @@ class Budget:
     valid_requests: int
     device: torch.device
 
-    def train_settings(self, embedding_rate: float | None) -> TrainSettings:
-        precision = "bf16" if self.device.type == "cuda" else "float32"
-        rate = {} if embedding_rate is None else {"embedding_learning_rate": embedding_rate}
-        return TrainSettings(precision=precision, **rate)
+    def train_settings(self, trained: Trained, encoder: str) -> TrainSettings:
+        return TrainSettings(
+            precision="bf16" if self.device.type == "cuda" else "float32",
+            epochs=trained.passes,
+            learning_rate=trained.dense,
+            embedding_learning_rate=trained.tables,
+            recompute=self.device.type == "cuda" and encoder not in _SMALL,
+        )
 
 
-def run(arm: Arm, base: Base, log: Log, budget: Budget, embedding_rate: float | None) -> dict[str, Any]:
-    """The arm's record: its settings, sizes, metrics on validation and test, and what it cost. A `tuning` arm is not tested."""
+def run(
+    arm: Arm, base: Base, log: Log, budget: Budget, trained: Trained
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The arm's record (settings, sizes, metrics, costs), and its scores of each split; what steers the study is not tested."""
     settings = model_settings(arm, base)
-    asked = budget.train_settings(embedding_rate)
+    asked = budget.train_settings(trained, arm.encoder)
     torch.manual_seed(arm.seed)
-    model, upstream_seconds = make_model(settings, log.schema, TASKS), 0.0
+    model, upstream_seconds = _make(arm, settings, log), 0.0
     if arm.encoder == "user_embedding":
         started = time.perf_counter()
         tower = make_model(upstream_settings(settings), log.schema, TASKS)
@@ -66,7 +79,7 @@ def run(arm: Arm, base: Base, log: Log, budget: Budget, embedding_rate: float | 
     if arm.undone:
         undo(model, arm.undone)
     started = time.perf_counter()
-    stepper, trained = _train(model, log, budget, arm, asked)
+    stepper, found = _train(model, log, budget, arm, asked)
     train_seconds = time.perf_counter() - started
     if arm.score_length:
         settings = model_settings(replace(arm, length=arm.score_length), base)
@@ -74,9 +87,10 @@ def run(arm: Arm, base: Base, log: Log, budget: Budget, embedding_rate: float | 
         longer_window.load_state_dict(model.state_dict())
         stepper.model = longer_window
     started = time.perf_counter()
-    most = {"valid": budget.valid_requests} | ({"test": budget.test_requests} if arm.group != "tuning" else {})
-    scores = {split: _scored(stepper, log, split, settings, requests) for split, requests in most.items()}
-    return {
+    most = {"valid": budget.valid_requests} | ({"test": budget.test_requests} if arm.is_tested else {})
+    splits = {split: log.split(split, settings.windows).spread(requests) for split, requests in most.items()}
+    scores = {split: score_split(data, stepper.outputs, 1)[:, 0] for split, data in splits.items()}
+    record = {
         "key": arm.key,
         "arm": arm.name,
         "log": arm.log,
@@ -88,17 +102,22 @@ def run(arm: Arm, base: Base, log: Log, budget: Budget, embedding_rate: float | 
         "window_events": settings.history_events,
         "stride_events": settings.windows.stride_events,
         "model": settings.model_dump(mode="json"),
-        **{split: _metrics(*scored, base.long_from) for split, scored in scores.items()},
-        **trained,
-        "embedding_rate": asked.embedding_learning_rate,
+        **{split: _metrics(data, scores[split], base.long_from) for split, data in splits.items()},
+        **found,
+        "trained": asdict(trained),
         "dense_parameters": sum(p.numel() for p in model.dense_parameters()),
-        "forward_flops": _forward_flops(log, settings),
+        "table_parameters": sum(p.numel() for p in model.embedding_parameters()),
+        "forward_flops": _forward_flops(log, arm, settings),
         "train_requests": min(budget.train_requests, len(log.requests["train"])),
-        "epochs": arm.epochs,
         "train_s": train_seconds,
         "upstream_s": upstream_seconds,
         "test_s": time.perf_counter() - started,
     }
+    return record, scores
+
+
+def _make(arm: Arm, settings: ModelSettings, log: Log) -> Ranker:
+    return NoHistory(settings, log.schema, TASKS) if arm.encoder == ITSELF else make_model(settings, log.schema, TASKS)
 
 
 @torch.no_grad()
@@ -124,46 +143,60 @@ def undo(model: Ranker, what: str) -> None:
 
 
 def _train(model: Ranker, log: Log, budget: Budget, arm: Arm, asked: TrainSettings) -> tuple[Stepper, dict[str, float]]:
-    """The model in its stepper as the pass that validated best left it; steps, passes kept, and the last tenth's mean loss."""
+    """The model in its stepper; steps, and the mean loss of the last tenth."""
     device, seed = budget.device, arm.seed
     data = log.split("train", model.windows).newest(budget.train_requests)
-    packs = data.packs(_PACK_REQUESTS)
+    run_R = _runs(data)
+    packs = plan_packs(run_R, data.requests.history_end_R, model.windows, _RUN_REQUESTS)
+    most_cost = None if arm.is_longer else _BATCH_COST
+    plans = [_plan(data, packs, run_R, budget.requests_per_step, (seed, n), most_cost) for n in range(asked.epochs)]
     candidates_P = data.num_candidates(packs)
-    cost_P = data.cost(packs)
-    tokens_per_step = int(cost_P.sum() * budget.requests_per_step // len(data.requests))
-    epochs = [np.arange(len(packs))] * arm.epochs
-    cursor = DataCursor(
-        f"{log.name}/{seed}", cost_P, epochs, max(tokens_per_step, MIN_PACKS_OF_STEP * int(cost_P.max()))
-    )
     model.to(device).train()
-    largest = largest_batch(data.sizes(packs), (cursor.plan(epoch, 1) for epoch in range(arm.epochs)))
-    stepper = Stepper(model, asked, device, num_workers=1, largest=largest)
-    num_steps, losses, step = cursor.num_steps, [], 0
-    best: tuple[float, int, dict[str, Tensor]] = (-1.0, 0, {})
-    for epoch in range(arm.epochs):
-        plan = cursor.plan(epoch, 1)
-        chosen = (plan.step(s) for s in range(cursor.steps_of(epoch)))
-        batches = ((stepper.staged(data.batch(packs.take(some))), int(candidates_P[some].sum())) for some in chosen)
-        for batch, num_candidates in prefetch(batches, 4):
-            stepper.optimizer.set_rate_share(rate_share(step, num_steps, asked.warmup_share))
-            torch.manual_seed((seed << 32) + step)
-            loss, _ = stepper.step([batch], [1.0], num_candidates)
-            losses.append(loss / num_candidates)
-            step += 1
-        if arm.epochs > 1:
-            scored, output_C = _scored(stepper, log, "valid", model.settings, budget.valid_requests)
-            found = auc(output_C, scored.requests.labels["label"])
-            if found > best[0]:
-                best = found, epoch + 1, {name: x.clone() for name, x in model.state_dict().items()}
-    if best[2]:
-        model.load_state_dict(best[2])
-    final_loss = float(torch.stack(losses[-max(1, num_steps // 10) :]).mean())
-    return stepper, {"steps": num_steps, "passes_kept": best[1] or arm.epochs, "final_loss": final_loss}
+    stepper = Stepper(model, asked, device, num_workers=1, largest=largest_batch(data.sizes(packs), plans))
+    steps = [(plan, step) for plan in plans for step in range(plan.num_steps)]
+    ready = prefetch((_staged(stepper, data, packs, plan, step) for plan, step in steps), 4)
+    losses = []
+    for number, ((plan, step), batches) in enumerate(zip(steps, ready, strict=True)):
+        stepper.optimizer.set_rate_share(rate_share(number, len(steps), asked.warmup_share))
+        torch.manual_seed((seed << 32) + number)
+        num_candidates = int(candidates_P[plan.step(step)].sum())
+        loss, _ = stepper.step(batches, [1.0] * len(batches), num_candidates)
+        losses.append(loss / num_candidates)
+    final_loss = float(torch.stack(losses[-max(1, len(steps) // 10) :]).mean())
+    return stepper, {"steps": len(steps), "final_loss": final_loss}
 
 
-def _scored(stepper: Stepper, log: Log, split: str, settings: ModelSettings, most: int) -> tuple[SplitData, np.ndarray]:
-    data = log.split(split, settings.windows).spread(most)
-    return data, score_split(data, stepper.outputs, 1)[:, 0]
+def _runs(data: SplitData) -> Int64:
+    """[R]: each request's number among runs of one user's requests in time, whatever the windows."""
+    order = np.lexsort((data.requests.request_id_R, data.requests.request_ts_R, data.row_R))
+    new_user = np.diff(data.row_R[order], prepend=-1) != 0
+    place = np.arange(len(order))
+    place_of_user = place - np.maximum.accumulate(np.where(new_user, place, 0))
+    run_R = np.empty(len(order), np.int64)
+    run_R[order] = np.cumsum(place_of_user % _RUN_REQUESTS == 0) - 1
+    return run_R
+
+
+def _plan(
+    data: SplitData, packs: Packs, run_R: Int64, requests_per_step: int, seed: tuple[int, int], most_cost: int | None
+) -> EpochPlan:
+    """Shuffled runs cut into steps by requests; a step's packs in as many batches as keep each near `most_cost`."""
+    requests_of_run = np.bincount(run_R)
+    shuffled = np.random.default_rng(seed).permutation(len(requests_of_run))
+    step_of_run = np.empty(len(shuffled), np.int64)
+    step_of_run[shuffled] = (np.cumsum(requests_of_run[shuffled]) - 1) // requests_per_step
+    step_P, cost_P = step_of_run[run_R[packs.order_R[packs.offsets_P1[:-1]]]], data.cost(packs)
+    cost_S = np.bincount(step_P, cost_P)
+    num_batches = 1 if most_cost is None else int(-(-cost_S.max() // most_cost))
+    batch_P = divide(cost_P, step_P, num_batches)
+    order = np.lexsort((batch_P, step_P))
+    number_P = (step_P * num_batches + batch_P)[order]
+    return EpochPlan(order, np.searchsorted(number_P, np.arange(len(cost_S) * num_batches + 1)), num_batches)
+
+
+def _staged(stepper: Stepper, data: SplitData, packs: Packs, plan: EpochPlan, step: int) -> list[StepBatch]:
+    chosen = (plan.batch(step, number) for number in range(plan.num_batches))
+    return [stepper.staged(data.batch(packs.take(some))) for some in chosen if len(some)]
 
 
 def _metrics(data: SplitData, output_C: np.ndarray, long_from: int) -> dict[str, float]:
@@ -185,7 +218,9 @@ def baselines(log: Log, budget: Budget, settings: ModelSettings, long_from: int)
     item_C: Int64 = requests.candidates.features["item_id"]
     end_C = np.repeat(requests.history_end_R, np.diff(requests.candidates.offsets_R1))
     lasts = (20, 100, 1000, None)
-    counts = count_in_history(log.histories, data.row_C, end_C, item_C, lasts)
+    rows, row_C = np.unique(data.row_C, return_inverse=True)
+    asked = log.histories.slice_events(rows, log.histories.first_index_B[rows], log.histories.end_index_B[rows])
+    counts = count_in_history(asked, row_C, end_C, item_C, lasts)
     scores = {"popularity": popularity([item_counts(log.histories, log.valid_from_ms)], item_C)}
     scores |= {f"count_last_{n}" if n else "count_all": count for n, count in zip(lasts, counts, strict=True)}
     is_long = end_C >= long_from
@@ -196,18 +231,20 @@ def baselines(log: Log, budget: Budget, settings: ModelSettings, long_from: int)
 
 
 @torch.no_grad()
-def _forward_flops(log: Log, settings: ModelSettings) -> dict[str, float]:
-    """Counted on a CPU, in plain torch: of the test requests without very many candidates, the one with the longest history."""
+def _forward_flops(log: Log, arm: Arm, settings: ModelSettings) -> dict[str, float]:
+    """Counted on a CPU, in plain torch: of the test request with the longest history, with as many candidates as requests have."""
     data = log.split("test", settings.windows)
-    sizes_R = np.diff(data.requests.candidates.offsets_R1)
-    longest = np.argmax(np.where(sizes_R <= _COUNTED_CANDIDATES, data.requests.history_end_R, -1))
-    one = data.take(np.array([longest]))
-    batch = to_tensors(one.batch(one.packs(1)))
-    model = make_model(settings, log.schema, TASKS).eval()
+    mean = round(float(np.diff(data.requests.candidates.offsets_R1).mean()))
+    one = data.take(np.array([np.argmax(data.requests.history_end_R)]))
+    asked = one.batch(one.packs(1))
+    again = np.arange(mean) % len(asked.candidates.features["item_id"])
+    features = {name: values[again] for name, values in asked.candidates.features.items()}
+    batch = to_tensors(replace(asked, candidates=Candidates(np.array([0, mean]), features), labels={}))
+    model = _make(arm, settings, log).eval()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # others are not counted on a CPU
         model(batch)
     return {
         "flops": float(counter.get_total_flops()),
-        "candidates": int(sizes_R[longest]),
+        "candidates": mean,
         "events": len(batch.histories.event_ts_E),
     }

@@ -86,8 +86,8 @@ def plain_app(args: ServerArgs) -> FastAPI:
     model, info = load_model(args.checkpoint, args.device)
     source, table = HistorySource(args.sequences, info.schema), SequenceTable(args.sequences, info.schema)
     users = pa.concat_arrays([table.read_bucket(bucket)[0] for bucket in table.buckets])
-    nothing = info.schema.events_arrow().empty_table()
-    histories = dict(zip(users.to_pylist(), source.read(users, nothing), strict=True))
+    rows = zip(users.to_pylist(), source.read(users), strict=True)
+    histories = {user_id: row.history for user_id, row in rows}
     items, reader = ItemTable(args.items, info.schema), RequestReader(info.schema)
     api = FastAPI()
 

@@ -15,7 +15,7 @@ class ScorerPool(Section):
         description="Fewest and most actors, each with its own copy of the model; more start while buckets wait.",
     )
     num_gpus_per_scorer: float = Field(
-        0.0, ge=0, description="GPUs of each actor, a whole number or a part of one; 0 scores on a CPU."
+        0.0, ge=0, description="GPUs of each actor: one, or a part of one that others share; 0 scores on a CPU."
     )
     batch_bytes: int = Field(
         256 << 20,
@@ -29,10 +29,10 @@ class ScorerPool(Section):
         fewest, most = self.concurrency
         if fewest > most:
             raise ValueError(f"concurrency={self.concurrency}: the fewest actors are more than the most: swap them")
-        if self.num_gpus_per_scorer > 1 and self.num_gpus_per_scorer % 1:
+        if self.num_gpus_per_scorer > 1:
             raise ValueError(
-                f"num_gpus_per_scorer={self.num_gpus_per_scorer} is neither whole nor below 1: "
-                "an actor has a part of one GPU or whole ones"
+                f"num_gpus_per_scorer={self.num_gpus_per_scorer}: an actor uses one GPU, or a part of one: "
+                "for more GPUs, raise concurrency"
             )
         return self
 

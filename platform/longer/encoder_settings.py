@@ -43,6 +43,7 @@ class Sim(Section):
     search: Literal["hard", "soft"] = Field("hard", description="By equal feature, or by learned inner product.")
     field: str = Field("category", description="hard: the item's categorical feature that must be equal.")
     top_events: int = Field(100, ge=1, description="Events that the search keeps: the newest, or the most alike.")
+    short_events: int = Field(50, ge=1, description="Newest events that the short-term branch reads.")
 
 
 class Twin(Section):

@@ -41,7 +41,13 @@ class ModelSettings(Section):
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability on attention and feed-forward outputs.")
     item_rows: int = Field(131_072, ge=2, description="Rows of the hashed item embedding table.")
     user_rows: int = Field(16_384, ge=2, description="Rows of the hashed user embedding table.")
-    categorical_rows: int = Field(4_096, ge=2, description="Rows of each hashed side-feature table.")
+    categorical_rows: int = Field(
+        4_096,
+        ge=2,
+        le=1 << 16,
+        description="Rows of each hashed side-feature table. At most 65,536: a training step passes over all of them, unlike those "
+        "of items and users, of which it touches what it read.",
+    )
     interactions: bool = Field(
         True, description="Candidate x history features: counts and recency of item and category."
     )

@@ -229,8 +229,8 @@ class Table:
 
     def resume(self, version_id: str) -> str:
         """As `begin`, but with the files that an unfinished or damaged version left; it is no version until published."""
-        self._claim_unpublished(version_id)
-        self._unpublish(version_id)
+        if self._claim_unpublished(version_id):  # else another run may have published it meanwhile, on S3
+            self._unpublish(version_id)
         return f"{self.path}/{version_id}"
 
     def sweep(self, but: str) -> None:
@@ -241,13 +241,15 @@ class Table:
                 if os.path.basename(folder[:-1]) != but and not os.path.exists(f"{folder}{_MANIFEST}"):
                     remove_tree(folder[:-1])
 
-    def _claim_unpublished(self, version_id: str) -> None:
+    def _claim_unpublished(self, version_id: str) -> Version | None:
+        """The version that is published and damaged, if it is."""
         self.claim()
         if not self.path.startswith("s3://"):
             _make_folder(self.path)
         published = self.find(version_id)
         if published and published.is_whole():
             raise UserError(f"{self.path}: another run has just published version {version_id}: run again to use it")
+        return published
 
     def discard(self, version_id: str) -> None:
         """Removes what a failed attempt has written."""
@@ -312,16 +314,6 @@ def file_sizes(folder: str) -> dict[str, int]:
     """The size of each file below a folder, by its path in it; none if there is no such folder."""
     fs, bare = filesystem(folder)
     return {path.removeprefix(f"{bare}/"): info["size"] for path, info in fs.find(bare, detail=True).items()}
-
-
-def change_times(folder: str) -> dict[str, datetime]:
-    """When each file below a folder was written, by its path in it."""
-    fs, bare = filesystem(folder)
-    found = fs.find(bare, detail=True).items()
-    return {
-        path.removeprefix(f"{bare}/"): info.get("LastModified") or datetime.fromtimestamp(info["mtime"], UTC)
-        for path, info in found
-    }
 
 
 def make_parents(path: str) -> None:

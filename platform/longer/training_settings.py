@@ -74,8 +74,8 @@ class TrainSettings(Section):
     keep_runs: int = Field(
         3,
         ge=1,
-        description="Runs whose checkpoints are kept: of older ones only TensorBoard's scalars stay, once another is "
-        "published. What was published stays.",
+        description="Published runs whose checkpoints are kept: of older ones only TensorBoard's scalars stay, once another is "
+        "published. What was published stays, and so do runs that have published nothing yet.",
     )
     max_failures: int = Field(2, ge=0, description="Worker failures survived by restarting from the last checkpoint.")
 

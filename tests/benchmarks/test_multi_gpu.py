@@ -8,6 +8,7 @@ from benchmarks.multi_gpu_arms.runs import parts
 from benchmarks.multi_gpu_arms.steps import (
     BALANCED,
     BY_COUNT,
+    FIXED_USERS,
     NO_EXCHANGE,
     NUM_BATCHES,
     ROWS,
@@ -22,28 +23,38 @@ USERS, DEVICES = 64, 4
 LENGTHS = zipf_lengths(np.random.default_rng(0), USERS * NUM_BATCHES, 2_000)
 
 
-@pytest.mark.parametrize("by_tokens", [True, False])
-def test_each_division_takes_every_user_once_in_the_same_steps(by_tokens: bool) -> None:
-    steps = divided(LENGTHS, DEVICES, by_tokens)
+@pytest.mark.parametrize("arm", [BALANCED, BY_COUNT, FIXED_USERS])
+def test_each_division_takes_every_user_once(arm: str) -> None:
+    steps = divided(LENGTHS, DEVICES, arm)
     assert [len(parts) for parts in steps] == [DEVICES] * NUM_BATCHES
     taken = np.concatenate([part for parts in steps for part in parts])
     assert sorted(taken) == sorted(np.tile(LENGTHS, DEVICES))
-    same = divided(LENGTHS, DEVICES, not by_tokens)
-    for one, other in zip(steps, same, strict=True):
+
+
+def test_the_division_by_number_is_of_the_same_steps() -> None:
+    both = divided(LENGTHS, DEVICES, BALANCED), divided(LENGTHS, DEVICES, BY_COUNT)
+    for one, other in zip(*both, strict=True):
         assert sorted(np.concatenate(one)) == sorted(np.concatenate(other))
 
 
 def test_the_division_by_number_is_even_in_users_and_the_other_in_tokens() -> None:
-    by_count, by_tokens = divided(LENGTHS, DEVICES, False), divided(LENGTHS, DEVICES, True)
+    by_count, by_tokens = divided(LENGTHS, DEVICES, BY_COUNT), divided(LENGTHS, DEVICES, BALANCED)
     for parts_N in by_count:
         sizes = [len(part) for part in parts_N]
         assert max(sizes) - min(sizes) <= 1
     assert imbalance(by_tokens) < 1.02 < 1.1 < imbalance(by_count)
 
 
+def test_steps_of_fixed_users_are_even_in_users_and_uneven_in_tokens() -> None:
+    steps = divided(LENGTHS, DEVICES, FIXED_USERS)
+    assert {len(part) for parts_N in steps for part in parts_N} == {USERS}
+    assert imbalance(steps) > 1.1
+
+
 def test_one_device_has_as_many_tokens_as_each_of_several() -> None:
     """Else weak scaling would compare unequal work."""
-    one, several = (sum(part.sum() for parts in divided(LENGTHS, num, True) for part in parts) for num in (1, DEVICES))
+    steps = [divided(LENGTHS, num, BALANCED) for num in (1, DEVICES)]
+    one, several = (sum(part.sum() for parts in of_num for part in parts) for of_num in steps)
     assert several == DEVICES * one
 
 
@@ -57,6 +68,7 @@ def test_efficiency_gain_and_share_are_ratios_of_what_was_measured() -> None:
         row(4, BALANCED, 12.5, 400),
         row(4, NO_EXCHANGE, 10.0, 400),
         row(4, BY_COUNT, 15.0, 400),
+        row(4, FIXED_USERS, 20.0, 400),
         row(4, ROWS, 10.0, 400),
     ]
     found = {key: value["L2000_64"] for key, value in summary(rows).items()}
@@ -64,6 +76,7 @@ def test_efficiency_gain_and_share_are_ratios_of_what_was_measured() -> None:
         "weak_scaling_efficiency": {"4": 0.8},
         "by_count_efficiency": {"4": 0.6667},
         "balancing_gain": {"4": 1.2},
+        "balancing_gain_over_fixed_users": {"4": 1.6},
         "all_reduce_share": {"4": 0.2},
         "sharded_vs_replicated": {"4": 1.25},
     }

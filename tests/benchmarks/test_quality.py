@@ -1,17 +1,29 @@
 """The study's grid, rows and fits: what would make its tables wrong without anything failing."""
 
 import json
+import math
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.quality_study.arms import BASES, QUICK, chosen_rates, grid, model_settings, tuning
-from benchmarks.quality_study.data import SCHEMAS, read_log
+from benchmarks.quality_study.arms import BASES, ENCODERS, FEATURES, QUICK, Trained, grid, model_settings
+from benchmarks.quality_study.cache import cached
+from benchmarks.quality_study.data import SCHEMAS, Log, read_log
+from benchmarks.quality_study.goals import goals
 from benchmarks.quality_study.page import page
+from benchmarks.quality_study.records import Records
 from benchmarks.quality_study.rows import power_law
+from benchmarks.quality_study.scores import weighted_auc
+from benchmarks.quality_study.training import _plan, _runs
+from benchmarks.quality_study.tuning import SEARCH, chains, chosen, runnable
+from longer.data.batches import plan_packs
 from longer.encoder_settings import Sim
 from longer.table_settings import GenerateSettings
 from longer.training.baselines import count_in_history
+from longer.training.metrics import auc as roc_auc
+from longer.windows import WindowRule
 
 _LOGS = sorted(SCHEMAS)
 
@@ -33,14 +45,77 @@ def test_every_arm_has_settings_of_the_window_and_width_that_it_names(log: str, 
 
 
 @pytest.mark.parametrize("log", _LOGS)
-def test_rates_are_chosen_by_validation_and_their_trials_are_no_arms_of_the_grid(log: str) -> None:
-    arms = tuning(log)
-    assert not {arm.key for arm in arms} & {arm.key for arm in grid(log, quick=False, seeds=3)}
-    records = [
-        {"group": "tuning", "log": log, "encoder": "longer", "embedding_rate": rate, "valid": {"auc": found}}
-        for rate, found in ((0.01, 0.7), (0.003, 0.8), (0.03, 0.6))
-    ]
-    assert chosen_rates([*records, {"key": "baselines"}]) == {(log, "longer"): 0.003}
+def test_trials_go_on_until_the_best_rate_is_inside_and_are_no_arms_of_the_grid(log: str) -> None:
+    records: list[dict] = []
+
+    def auc(trial: Trained) -> float:  # best at 0.0003, 0.006 and two passes
+        off = abs(math.log(trial.tables / 0.0003)) + abs(math.log(trial.dense / 0.006)) + abs(trial.passes - 2)
+        return 0.8 - 0.01 * off
+
+    while turn := [arm for chain in chains(log, quick=False) for arm in runnable(log, chain, SEARCH, records)]:
+        for arm in turn:
+            assert arm.trial
+            about = {"group": "tuning", "log": log, "encoder": arm.encoder, "features": arm.features}
+            records.append({**about, "key": arm.key, "trained": asdict(arm.trial), "valid": {"auc": auc(arm.trial)}})
+    keys = [record["key"] for record in records]
+    assert len(set(keys)) == len(keys)
+    arms = grid(log, quick=False, seeds=3)
+    assert not set(keys) & {arm.key for arm in arms}
+    assert {chosen(records, arm) for arm in arms if arm.encoder in ("longer", "none")} == {Trained(0.0003, 0.006, 2)}
+    assert chosen([], arms[0]) == Trained()
+
+
+def test_every_arm_takes_the_same_steps_of_the_same_requests() -> None:
+    """Windows of different lengths cut a user's requests into different packs; what a step learns from must not depend on that."""
+    sizes = GenerateSettings(num_users=30, num_events=20_000, num_items=500, num_clusters=50)
+    log, seen = read_log("generated", "", sizes=sizes), []
+    for windows, most_cost in ((WindowRule(4, 8, 4, 2), None), (WindowRule(1, 400, 400, 50), 5_000)):
+        data = log.split("train", windows)
+        run_R = _runs(data)
+        packs = plan_packs(run_R, data.requests.history_end_R, windows, 16)
+        plan = _plan(data, packs, run_R, 128, (0, 0), most_cost)
+        assert (most_cost is None) == (plan.num_batches == 1)
+        seen.append([np.sort(packs.take(plan.step(step)).order_R).tolist() for step in range(plan.num_steps)])
+    assert seen[0] == seen[1]
+    assert sorted(request for step in seen[0] for request in step) == list(range(len(log.requests["train"])))
+    assert {len(step) // 16 for step in seen[0][:-1]} <= {7, 8, 9}
+
+
+def test_a_log_is_prepared_once_and_read_back_as_it_was(tmp_path: Path) -> None:
+    sizes, made = GenerateSettings(num_users=30, num_events=20_000, num_items=500, num_clusters=50), []
+
+    def make() -> Log:
+        made.append(read_log("generated", "", sizes=sizes))
+        return made[-1]
+
+    for _ in range(2):
+        log = cached(tmp_path / "log", make)
+        for name, values in made[0].histories.features.items():
+            np.testing.assert_array_equal(log.histories.features[name], values)
+        np.testing.assert_array_equal(log.histories.event_ts_E, made[0].histories.event_ts_E)
+        assert log.requests["test"].labels["label"].tolist() == made[0].requests["test"].labels["label"].tolist()
+    assert len(made) == 1
+
+
+def test_no_record_is_made_twice_and_what_was_left_out_is_tried_by_the_next_run(tmp_path: Path) -> None:
+    mine, others = Records(tmp_path / "results.jsonl"), Records(tmp_path / "results.jsonl")
+    with mine.claim("a") as is_mine, others.claim("a") as is_others, others.claim("b") as is_free:
+        assert (is_mine, is_others, is_free) == (True, False, True)
+        mine.append({"key": "a"})
+    mine.append({"left_out": "b"})
+    with others.claim("a") as again, others.claim("b") as now:
+        assert (again, now) == (False, False)
+    with Records(tmp_path / "results.jsonl").claim("b") as later:
+        assert later
+
+
+def test_weighted_auc_counts_ties_half_and_rows_as_often_as_drawn() -> None:
+    label = np.array([True, False, True, False, False])
+    score, weight = np.array([3.0, 3.0, 1.0, 2.0, 0.0]), np.array([[1, 1, 1, 1, 1], [2, 0, 1, 3, 1]])
+    found = weighted_auc(score, label, weight)
+    for weights, value in zip(weight, found, strict=True):
+        again = np.repeat(np.arange(5), weights)
+        assert value == pytest.approx(roc_auc(score[again], label[again].astype(np.float32)))
 
 
 def test_generated_requests_see_only_earlier_events_and_drawn_items_are_no_positives() -> None:
@@ -75,25 +150,33 @@ def test_power_laws_are_found_with_their_fit() -> None:
     assert gamma == pytest.approx(0.8, abs=0.01)
 
 
-def test_the_page_ends_with_one_line_of_json_and_means_over_seeds() -> None:
-    def record(arm: str, seed: int, auc: float) -> dict:
-        test = {"auc": auc, "long_auc": auc, "gauc": auc, "logloss": 0.4}
-        about = {
-            "embedding_rate": 0.01,
-            "hardware": "cpu",
-            "torch": "2",
-            "quick": True,
-            "train_requests": 1,
-            "epochs": 1,
-            "steps": 1,
-            "train_s": 1.0,
-        }
-        same = {"log": "journey", "group": "encoders", "encoder": "longer", "features": True, "length": 200}
-        sizes = {"dense_parameters": 1, "forward_flops": {"flops": 1e6}}
-        return {"key": f"{arm}/{seed}", "arm": arm, "seed": seed, "test": test, **about, **same, **sizes}
+def record(arm: str, seed: int, auc: float, **more: object) -> dict:
+    test = {"auc": auc, "long_auc": auc, "gauc": auc, "logloss": 0.4}
+    about = {"hardware": "cpu", "torch": "2", "quick": True, "train_requests": 1, "steps": 1, "train_s": 1.0}
+    trained = {"tables": 0.01, "dense": 0.002, "passes": 1}
+    same = {"log": "journey", "group": "encoders", "encoder": "longer", "features": True, "length": 200}
+    sizes = {"dense_parameters": 1, "table_parameters": 1, "forward_flops": {"flops": 1e6}}
+    return {
+        "key": f"{arm}/{seed}", "arm": arm, "seed": seed, "test": test, "trained": trained, **about, **same, **sizes, **more
+    }  # fmt: skip
 
+
+def test_a_lead_counts_beyond_the_spread_of_three_seeds_only() -> None:
+    def told(ours: tuple[float, ...], theirs: tuple[float, ...]) -> str:
+        arms = {"longer": ours} | dict.fromkeys(ENCODERS, theirs)
+        found = [record(name + FEATURES, seed, auc) for name, aucs in arms.items() for seed, auc in enumerate(aucs)]
+        return goals(found, {"count_all": {"auc": 0.5, "long_auc": 0.5}}, None)[0]
+
+    assert told((0.80, 0.81, 0.82), (0.70, 0.71, 0.72)).startswith("- **met**")
+    assert told((0.80, 0.81, 0.82), (0.79, 0.80, 0.81)).startswith("- **missed**")
+    assert told((0.80, 0.82), (0.70, 0.72)).startswith("- not measured")
+
+
+def test_the_page_ends_with_one_line_of_json_and_means_over_seeds() -> None:
     lines = page([record("longer+features", 0, 0.7), record("longer+features", 1, 0.8)]).splitlines()
     last = json.loads(lines[-1])
     assert last["auc"]["longer+features"] == pytest.approx(0.75)
     assert last["spread"] == pytest.approx(0.05)
     assert any("0.7500 ± 0.0500" in line for line in lines)
+    with pytest.raises(AssertionError, match="different steps"):
+        page([record("longer", 0, 0.7), record("longer", 1, 0.8, steps=2)])

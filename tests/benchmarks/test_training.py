@@ -23,7 +23,9 @@ def test_the_last_line_has_every_ratio_of_every_size() -> None:
         for arm, rate in (("model step", 300.0), ("shared padded", 100.0), ("per impression", 2.0))
     ]
     speed = {"end to end": 95, "model step": 100}
-    end_to_end = {"512": {"impressions_per_s": speed, "end_to_end_share": 0.95, "data_wait_share": 0.001}}
+    end_to_end = {
+        "512": {"impressions_per_s": speed, "end_to_end_share": 0.95, "whole_run_share": 0.8, "data_wait_share": 0.001}
+    }
     found = summary(rows, {"amp_recompute_speedup": 4.0, "amp_recompute_memory": -0.5}, end_to_end)
     name = "width512_L2000_zipf"
     assert found["impressions_per_s"][name] == {"model step": 300, "shared padded": 100, "per impression": 2}

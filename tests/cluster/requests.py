@@ -12,13 +12,14 @@ from longer.config import RaySettings, Settings
 from longer.data import ray_tasks
 from longer.runner import _set_up_ray_data
 from longer.serving.batch import scorer_options
-from longer.training import evaluate
+from longer.training import evaluate, reading
 from longer.training.run import worker_options
 from serve_apps.scoring import ScoringArgs, replica_options
 from tests.cluster.nodes import ROOT
 
 Resources = dict[str, float]
 OBJECT_STORE = 0.3  # Ray's share of a node's memory for it
+READING = "the reading of the tables for training"
 _PROCESS_BYTES = (
     2 << 30
 )  # a worker with torch and Arrow, and a bucket or batch at work; docs/scaling.md has what was measured
@@ -70,7 +71,8 @@ def requests_of(module: str, settings: Settings) -> dict[str, tuple[Request, int
         with _ray_data_of(where):
             return {"a task on tables": (_request(ray_tasks.task_options()), 1)}
     if module == "jobs.train":
-        return {"a training worker": (_of_a_worker(worker_options(settings)), settings.train.num_workers)}
+        workers = _of_a_worker(worker_options(settings)), settings.train.num_workers
+        return {"a training worker": workers, READING: (_request(reading.task_options(settings)), 1)}
     if module == "jobs.evaluate":
         return {"a bucket's evaluation": (_request(evaluate.task_options(where)), 1)}
     pool = {"jobs.batch_score": settings.batch_score, "jobs.export_embeddings": settings.export_embeddings}[module]
@@ -85,8 +87,9 @@ def request_of_replicas(args: ScoringArgs) -> tuple[Request, int]:
 
 
 def assert_on_nodes_for_it(request: Request, what: str) -> None:
-    """Work with GPUs is for the nodes labelled for it, and all else for the others."""
-    assert request.labels == {"longer.pool": "gpu" if request.resources.get("GPU") else "cpu"}, what
+    """Work with GPUs is for the nodes labelled for it, and all else for the others, but for what workers with GPUs read."""
+    if what != READING:
+        assert request.labels == {"longer.pool": "gpu" if request.resources.get("GPU") else "cpu"}, what
 
 
 def _request(options: dict[str, Any], memory_bytes: int = _PROCESS_BYTES) -> Request:

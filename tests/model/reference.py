@@ -18,6 +18,11 @@ def reference_outputs(
     model: Longer, histories: Histories, request_ts: np.ndarray, candidates: Candidates
 ) -> np.ndarray:
     """[C, tasks] of requests asked at the end of each whole history (event 0 on)."""
+    return reference_tensors(model, histories, request_ts, candidates).detach().numpy()
+
+
+def reference_tensors(model: Longer, histories: Histories, request_ts: np.ndarray, candidates: Candidates) -> Tensor:
+    """The same with its graph."""
     return _all_requests(model, histories, request_ts, candidates)[0]
 
 
@@ -25,12 +30,12 @@ def reference_vectors(model: Longer, histories: Histories) -> np.ndarray:
     """[B, D]: each user's own global token as the last layer reads it, at the end of each whole history (event 0 on)."""
     features = {name: np.zeros(0, np.int64) for name in ("item_id", "category")} | {"weight": np.zeros(0, np.float32)}
     nothing = Candidates(np.zeros(len(histories) + 1, np.int64), features)
-    return _all_requests(model, histories, np.zeros(len(histories), np.int64), nothing)[1]
+    return _all_requests(model, histories, np.zeros(len(histories), np.int64), nothing)[1].detach().numpy()
 
 
 def _all_requests(
     model: Longer, histories: Histories, request_ts: np.ndarray, candidates: Candidates
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Tensor, Tensor]:
     answers = []
     for b in range(len(histories)):
         end = int(histories.offsets_B1[b + 1] - histories.offsets_B1[b])
@@ -39,7 +44,7 @@ def _all_requests(
         own = {name: values[begin_c:end_c] for name, values in candidates.features.items()}
         answers.append(_one_request(model, user, int(request_ts[b]), own))
     outputs, user_tokens = zip(*answers, strict=True)
-    return torch.cat(outputs).detach().numpy(), torch.stack(user_tokens).detach().numpy()
+    return torch.cat(outputs), torch.stack(user_tokens)
 
 
 def _one_request(

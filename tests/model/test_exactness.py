@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from longer.arrays import Histories, RequestBatch
@@ -19,7 +19,7 @@ from tests.model.generate import (
     slots_for,
     small_model,
 )
-from tests.model.reference import reference_outputs
+from tests.model.reference import reference_outputs, reference_tensors
 
 MODELS = {
     "default": small_model(),
@@ -51,8 +51,13 @@ def ask(rng: np.random.Generator, histories: Histories) -> tuple[np.ndarray, lis
     return last + rng.integers(1, 10**9, len(histories)), rng.integers(0, 5, len(histories)).tolist()
 
 
+EDGES = [0, 1, 11, 12, 13, 24, 25, 30, 31]
+"""No event, one, and both sides of a full group, the query window, the history window and its move."""
+
+
 @pytest.mark.parametrize("name", MODELS)
 @given(seed=st.integers(0, 2**32 - 1), lengths=LENGTHS)
+@example(seed=0, lengths=EDGES)
 @settings(max_examples=25, deadline=None)
 def test_forward_and_cached_scores_equal_the_dense_reference(name: str, seed: int, lengths: list[int]) -> None:
     model, rng = MODELS[name], np.random.default_rng(seed)
@@ -67,8 +72,27 @@ def test_forward_and_cached_scores_equal_the_dense_reference(name: str, seed: in
     np.testing.assert_allclose(cached, expected, **exactly)
 
 
+def test_gradients_equal_those_of_the_dense_reference() -> None:
+    """Every weight's: a path may be right forward and detach what it shares."""
+    model, rng = MODELS["default"], np.random.default_rng(4)
+    histories = random_histories(rng, EDGES)
+    request_ts = ask(rng, histories)[0]
+    candidates = random_candidates(rng, [3] * len(EDGES))
+    slope = torch.from_numpy(rng.normal(size=(3 * len(EDGES), 2)))
+    found = []
+    for outputs in (
+        model(to_tensors(one_request_a_row(model, histories, request_ts, candidates))),
+        reference_tensors(model, histories, request_ts, candidates),
+    ):
+        model.zero_grad(set_to_none=True)
+        (outputs * slope).sum().backward()
+        found.append({name: weight.grad for name, weight in model.named_parameters()})
+    torch.testing.assert_close(*found, **exactly)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 @given(seed=st.integers(0, 2**32 - 1), lengths=LENGTHS)
+@example(seed=0, lengths=EDGES)
 @settings(max_examples=20, deadline=None)
 def test_every_switch_equals_the_dense_reference(name: str, seed: int, lengths: list[int]) -> None:
     model, rng = VARIANTS[name], np.random.default_rng(seed)

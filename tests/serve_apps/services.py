@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +30,7 @@ CANDIDATES = ["item1", "item5", "never seen"]
 END_MS = START_MS + 31 * DAY_MS
 NUM_CLIENTS = 3
 _WITHIN_S = 60
+_REFUSED_PAUSE_S = 0.02
 
 
 @contextmanager
@@ -106,6 +107,7 @@ class Answers:
     """What clients were told: answers by user, and how often each refusal came; `lost` had no answer at all."""
 
     answered: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    latencies_ms: list[float] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
     lost: Counter[str] = field(default_factory=Counter)
 
@@ -130,19 +132,25 @@ class Answers:
 
 
 @contextmanager
-def load(url: str, max_retries: int = 2) -> Iterator[Answers]:
-    """Clients that ask for all users over and over while the block runs; the answers are whole when it has ended."""
+def load(
+    url: str, users: Sequence[int] = range(1, NUM_USERS + 1), timeout_s: float = 20, max_retries: int = 2
+) -> Iterator[Answers]:
+    """Clients that ask for these users over and over while the block runs; the answers are whole when it has ended."""
     ended, answers = Event(), Answers()
 
     def ask_on(number: int) -> None:
-        client, asked = ScoringClient(url, timeout_s=20, max_retries=max_retries), number
+        client, asked = ScoringClient(url, timeout_s=timeout_s, max_retries=max_retries), number
         while not ended.is_set():
-            user = asked % NUM_USERS + 1
+            user = users[asked % len(users)]
             asked += 1
+            began_s = time.perf_counter()
             try:
-                answers.answered.append((user, client.score(user, CANDIDATES, request_ts=END_MS)))
+                answer = client.score(user, CANDIDATES, request_ts=END_MS)
+                answers.latencies_ms.append((time.perf_counter() - began_s) * 1000)
+                answers.answered.append((user, answer))
             except UserError as refusal:
                 answers.refused[str(refusal)] += 1
+                time.sleep(_REFUSED_PAUSE_S)
             except requests.RequestException as error:
                 answers.lost[repr(error)] += 1
 

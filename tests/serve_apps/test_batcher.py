@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
@@ -99,3 +99,65 @@ def test_an_item_that_cannot_be_scored_fails_alone(worker: ThreadPoolExecutor) -
 
     asyncio.run(run())
     assert scorer.batches == [[1, -1, 3], [1], [-1], [3]]
+
+
+class Reader:
+    """Answers what has been read; tells, of users below 10, to come again when it has been. Items are (user, number)."""
+
+    def __init__(self) -> None:
+        self.reads: dict[int, Future[None]] = {}
+        self.answered: list[tuple[int, int]] = []
+
+    def score(self, asked: list[tuple[int, int]]) -> list[tuple[int, int] | Future[None]]:
+        outcomes: list[tuple[int, int] | Future[None]] = []
+        for user, number in asked:
+            read = self.reads.setdefault(user, Future()) if user < 10 else None
+            if read and not read.done():
+                outcomes.append(read)
+            else:
+                self.answered.append((user, number))
+                outcomes.append((user, number))
+        return outcomes
+
+
+def test_others_go_on_while_something_is_read_for_a_user_whose_requests_keep_their_order(
+    worker: ThreadPoolExecutor,
+) -> None:
+    reader = Reader()
+    batcher = MicroBatcher(worker, reader.score, 3, lambda _: None, key=lambda asked: asked[0])
+
+    async def run() -> None:
+        aside = [asyncio.ensure_future(batcher.ask((1, 0), (1, 1)))]
+        await until(lambda: 1 in reader.reads)
+        for number in range(10):
+            [(outcome, times)] = await batcher.ask((10 + number, 0))
+            assert (outcome, times.aside_ms) == ((10 + number, 0), 0)
+        aside += [asyncio.ensure_future(batcher.ask((1, number))) for number in (2, 3)]
+        gone = asyncio.ensure_future(batcher.ask((1, 4)))
+        await asyncio.sleep(0.01)
+        gone.cancel()
+        await asyncio.sleep(0)
+        reader.reads[1].set_result(None)
+        took = [times.aside_ms for call in aside for _, times in await call]
+        assert took[0] > 5
+
+    asyncio.run(run())
+    assert [number for user, number in reader.answered if user == 1] == [0, 1, 2, 3]
+
+
+def test_a_read_that_fails_unforeseen_fails_those_who_wait_for_it_and_nobody_later(worker: ThreadPoolExecutor) -> None:
+    reader = Reader()
+    batcher = MicroBatcher(worker, reader.score, 3, lambda _: None, key=lambda asked: asked[0])
+
+    async def run() -> None:
+        waits = asyncio.ensure_future(batcher.ask((1, 0)))
+        await until(lambda: 1 in reader.reads)
+        reader.reads.pop(1).set_exception(RuntimeError("broken"))
+        with pytest.raises(RuntimeError, match="broken"):
+            await waits
+        later = asyncio.ensure_future(batcher.ask((1, 1)))
+        await until(lambda: 1 in reader.reads)
+        reader.reads[1].set_result(None)
+        assert [outcome for outcome, _ in await later] == [(1, 1)]
+
+    asyncio.run(run())

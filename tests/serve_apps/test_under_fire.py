@@ -82,21 +82,28 @@ def service(local_ray: None, world: Settings, store: Proxy) -> Iterator[Service]
 def test_users_who_are_here_are_scored_while_the_table_cannot_be_read_and_the_others_are_told(
     service: Service, store: Proxy, world: Settings, fault: Fault
 ) -> None:
+    """Slow: what keeps silent has to do so for a while. Who asks for those who are here is as patient as a client is by default."""
     expected = offline_scores(world, checkpoint_path(world))
     for user in range(4, 10):
         httpx.delete(f"{service.url}/v1/users/{user}", timeout=30).raise_for_status()
-    for user in range(1, 4):
-        body = {"user_id": user, "candidates": ["item1"], "request_ts": END_MS}
-        httpx.post(f"{service.url}/v1/score", json=body, timeout=30).raise_for_status()
+    with load(service.url, [1, 2, 3], timeout_s=2) as undisturbed, load(service.url, [1, 2, 3]):
+        undisturbed.wait_for(lambda so_far: len(so_far.latencies_ms) >= 300)
     store.plan = lambda request: fault if request.method == "GET" else None
-    with load(service.url, max_retries=0) as answers:
-        answers.wait_for(lambda so_far: so_far.users() >= {1, 2, 3} and so_far.refused.total() >= 3)
-    assert answers.lost == {}
-    assert answers.sources() == {"hit"}
-    assert set(answers.refused) == {
+    with load(service.url, [1, 2, 3], timeout_s=2) as here, load(service.url, range(4, 10), max_retries=0) as away:
+        away.wait_for(lambda so_far: so_far.refused.total() >= 3)
+        num_before, began_s = away.refused.total(), time.monotonic()
+        here.wait_for(lambda so_far: len(so_far.latencies_ms) >= 300 and time.monotonic() > began_s + 3)
+        refused_per_s = (away.refused.total() - num_before) / (time.monotonic() - began_s)
+    assert (here.lost, here.refused, away.lost, away.answered) == ({}, {}, {}, [])
+    assert here.sources() == {"hit"}
+    assert set(away.refused) == {
         f"{service.url}: the sequence table cannot be read at the moment: try again later (503)"
     }
-    answers.assert_equal(expected)
+    assert refused_per_s > 2 * NUM_CLIENTS  # at once, but for one a second
+    usual_ms, ms = (np.percentile(answers.latencies_ms[NUM_CLIENTS:], 99) for answers in (undisturbed, here))
+    print(f"p99 of hits: {ms:.0f} ms, undisturbed {usual_ms:.0f} ms; {refused_per_s:.0f} refused a second")
+    assert ms < max(100, 3 * usual_ms)  # the machine of the tests has two cores, for the clients too
+    here.assert_equal(expected)
     store.plan = lambda request: None
     with load(service.url) as answers:
         answers.wait_for(lambda so_far: so_far.users() == USERS)
@@ -213,5 +220,4 @@ def test_a_newer_table_is_read_under_load_and_states_are_appended_to_it(service:
         np.testing.assert_allclose(answer["scores"]["label"], wanted[answer["model_version"], user], rtol=0, atol=1e-5)
     newest = answers.answered[num_before + NUM_CLIENTS :]
     assert {answer["user_state"]["num_events"] - user * user for user, answer in newest} == {1}
-    appended = {user for user, answer in answers.answered if answer["user_state"]["source"] == "append"}
-    assert appended == USERS
+    assert {answer["user_state"]["source"] for _, answer in newest} <= {"append", "hit"}

@@ -16,7 +16,7 @@ from longer.errors import UserError
 from longer.model_settings import ModelSettings
 from longer.serving import batch
 from longer.serving.batch import batch_score, export_vectors, spooled_buckets
-from longer.serving.batch_check import OnlineCheck, num_left_out
+from longer.serving.batch_check import OnlineCheck, chosen_numbers, num_left_out
 from longer.serving.batch_input import Chunk
 from longer.serving.batch_output import Run, remember_bucket
 from longer.serving.batch_plan import Plan, check_model, plan_scores, plan_vectors
@@ -47,7 +47,7 @@ def comparing(
 
     def compared(chunk: Chunk, rows: pa.Table) -> OnlineCheck:
         items = scorer._answers.items
-        check = OnlineCheck(plan or scorer._plan, scorer._scorer, items, numbers, most_candidates, **chosen)
+        check = OnlineCheck(plan or scorer._plan, scorer._scorer, items, numbers, most_candidates, (1,), **chosen)
         check.see(chunk, rows)
         check.finish()
         return check
@@ -83,6 +83,20 @@ def test_all_that_is_compared_of_a_bucket_is_one_batch_of_the_serving_path(
         assert check.num_compared == len(rows)
         assert len(asked) <= num_batches
         assert sum(len(request.item_ids) for requests in asked for request in requests) == len(rows) * NUM_ITEMS
+
+
+def test_no_part_of_a_bucket_or_of_a_long_list_is_never_looked_at() -> None:
+    """In one version after the other; the last row in each, where files and lists are cut off."""
+    seen = np.zeros(1000, int)
+    for version in range(400):
+        numbers = chosen_numbers(1000, 4, (version, 7))
+        np.testing.assert_array_equal(numbers, chosen_numbers(1000, 4, (version, 7)))
+        assert len(set(numbers.tolist())) == 4
+        seen[numbers] += 1
+    assert seen[-1] == 400
+    assert seen.reshape(10, 100)[:, :99].sum(axis=1).min() > 60, "a tenth of the rows is hardly looked at"
+    assert len({int(chosen_numbers(1000, 1, (version,))[0]) for version in range(20)}) > 10
+    np.testing.assert_array_equal(chosen_numbers(3, 4, (0,)), [0, 1, 2])
 
 
 def test_a_score_that_the_serving_path_does_not_give_fails_the_run(world: Settings, tmp_path: Path) -> None:

@@ -3,6 +3,10 @@
 That a replica, whose kernels are compiled and captured, answers so too is tested by test_replica.py.
 """
 
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +18,7 @@ import torch
 from longer.batch_settings import ExportSettings
 from longer.config import Settings
 from longer.data.columns import flat_list
+from longer.data.records import Record
 from longer.data.scores import most_difference, relative_gaps
 from longer.serving import batch_warm, offline
 from longer.serving.batch_answers import computing_in
@@ -58,8 +63,7 @@ def answers_of(rows: pa.Table) -> np.ndarray:
 @pytest.fixture(autouse=True)
 def in_this_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lists are packed, but where a test says that they are swept."""
-    pay = np.zeros if "swept" in request.node.name else np.ones
-    monkeypatch.setattr(offline, "packs_that_pay", lambda packed, _: pay(len(packed.packs), bool))
+    monkeypatch.setattr(offline, "packs_pay", lambda _: "swept" not in request.node.name)
 
 
 @pytest.mark.parametrize("kind", ["requests", "requests, swept", "lists", "vectors"])
@@ -111,7 +115,7 @@ def test_what_the_rehearsal_has_compiled_serves_packs_of_any_sizes(
 def test_lists_of_one_user_with_many_requests_or_candidates_stay_within_the_budget(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """100,000 candidates of a request do not fit, and are swept in blocks; 4,000 requests do not fit at once."""
+    """100,000 candidates of a request do not fit, nor do 4,000 requests: they are asked in parts."""
     monkeypatch.undo()  # as it is decided where nobody interferes
     model = small_model(0, torch.float32, event_width=32).cuda()
     budget, rng = Budget(model, 64 << 20), np.random.default_rng(0)
@@ -125,3 +129,43 @@ def test_lists_of_one_user_with_many_requests_or_candidates_stay_within_the_budg
             scored = score_lists(questions, candidates, budget)
         assert np.isfinite(scored).all()
         assert torch.cuda.max_memory_allocated() - before < 2 * budget.num_bytes  # eager code keeps more than compiled
+
+
+def test_two_buckets_at_once_stay_within_the_memory_that_an_actor_was_given(world: Settings, tmp_path: Path) -> None:
+    """One is compared with the serving path, in eager code, while the other is scored."""
+    plan = replace(plan_scores(asking(world, catalogue=True, top_k=3)), device="cuda", check_requests=100)
+    plan = replace(plan, batch_bytes=32 << 20)
+    scorer = BucketScorer(plan, Run(str(tmp_path)))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with ThreadPoolExecutor(2) as both:
+        list(both.map(scorer.write_bucket, [0, 1, 0, 1]))
+    assert torch.cuda.max_memory_allocated() - before < 1.5 * plan.batch_bytes
+
+
+ALONE = """import pickle, sys
+from longer.serving.batch_output import Run
+from longer.serving.batch_scorer import BucketScorer
+plan, folder = pickle.loads(bytes.fromhex(sys.argv[1])), sys.argv[2]
+print(BucketScorer(plan, Run(folder)).write_bucket(1)["file"]["sha256"])
+"""
+
+
+def test_a_bucket_has_the_same_bytes_alone_beside_another_and_in_a_fresh_process(
+    world: Settings, tmp_path: Path
+) -> None:
+    """So that a rerun goes on with what a killed run has done. Compiles in two processes: a minute."""
+    plan = replace(plan_scores(world), device="cuda", precision="bf16")
+
+    def checksum(record: Record) -> str:
+        return record["file"]["sha256"]
+
+    alone = checksum(BucketScorer(plan, Run(str(tmp_path / "alone"))).write_bucket(1))
+    scorer = BucketScorer(plan, Run(str(tmp_path / "beside")))
+    with ThreadPoolExecutor(2) as both:
+        assert {checksum(record) for record in both.map(scorer.write_bucket, [0, 1, 1])} - {alone} == {
+            checksum(scorer.write_bucket(0))
+        }
+    command = [sys.executable, "-c", ALONE, pickle.dumps(plan).hex(), str(tmp_path / "fresh")]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1] == alone

@@ -35,7 +35,7 @@ class Slow:
         time.sleep(0.2)
         counts = dict.fromkeys(("num_scores", "num_users", "num_requests", "num_compared"), 1)
         costs = dict.fromkeys(
-            ("device_s", "cpu_s", "peak_bytes", "peak_gpu_bytes", "check_requests", "max_abs_diff"), 0
+            ("device_s", "cpu_s", "peak_bytes", "peak_gpu_bytes", "working_bytes", "check_requests", "max_abs_diff"), 0
         )
         actor = {"name": str(os.getpid()), "device_s": 0, "cpu_s": 0}
         told = {**counts, **costs, "begun_at": begun_at, "done_at": time.time(), "device": "cpu", "actor": actor}

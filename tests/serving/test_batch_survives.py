@@ -22,6 +22,7 @@ from longer.runner import user_error_in
 from longer.serving import batch
 from longer.serving.batch_check import OnlineCheck
 from longer.serving.batch_input import Chunk
+from longer.serving.batch_output import Run
 from longer.serving.batch_scorer import BucketScorer
 from longer.storage import Version
 from tests.data.test_build_survives import settings_with_events
@@ -121,6 +122,8 @@ def test_a_killed_actor_costs_its_bucket_only(world: Settings, monkeypatch: pyte
     assert Path(f"{version.path}.died").exists(), "no actor was killed"
     attempts = Path(f"{version.path}.attempts").read_text().split()
     assert len(attempts) == len(version.data_files()) + 1, "buckets of other actors were done twice"
+    assert version.manifest["lost_attempts"] == 1
+    assert version.manifest["held_device_s"] > version.manifest["device_s"] / 2
     assert checksums(version) == checksums(undisturbed(asked))
 
 
@@ -158,6 +161,28 @@ def test_a_bucket_that_kills_every_actor_ends_the_run_in_one_line(
     )
     monkeypatch.undo()
     assert checksums(batch_score.run(asked)) == checksums(undisturbed(asked))
+
+
+def test_a_bucket_that_dies_beside_another_each_time_is_not_blamed_alone(tmp_path: Path) -> None:
+    """On a GPU an actor has two at once; which one it died of nobody knows. One that is done has no strike."""
+    run = Run(str(tmp_path))
+    for n, beside in enumerate((8, 8, 8, 9)):
+        for bucket in (7, beside, 5):
+            attempt = run.attempt(bucket, f"actor {n}", "batch_bytes")
+            attempt.__enter__()
+            if bucket == 5:
+                attempt.__exit__(None, None, None)
+    with pytest.raises(UserError, match=r"^bucket 7: 4 actors died"), run.attempt(7, "actor 4", "batch_bytes"):
+        pass
+    assert sum(map(len, run.begun.values())) == 8
+    run.attempt(8, "actor 3", "batch_bytes").__enter__()
+    with (
+        pytest.raises(UserError, match=r"^bucket 7 \(and 8, beside it each time\): 4 actors"),
+        run.attempt(7, "actor 4", "batch_bytes"),
+    ):
+        pass
+    with run.attempt(9, "actor 4", "batch_bytes"):
+        pass
 
 
 class Stillborn(BucketScorer):
@@ -230,6 +255,7 @@ class Failing(BucketScorer):
 def test_a_difference_from_the_serving_path_publishes_nothing(world: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = asking(world, "2030-01-03T00:00:00Z")
     monkeypatch.setattr(batch, "BucketScorer", Failing)
-    with pytest.raises(Exception, match="scores of one request differ"):
+    with pytest.raises(Exception, match="scores of one request differ") as raised:
         batch_score.run(asked)
+    assert batch._is_failed_check(raised.value), "had another run published, this one would have passed for a success"
     assert not list(Path(asked.root, "candidate_scores").glob(f"{batch.plan_scores(asked).version_id}/_MANIFEST.json"))

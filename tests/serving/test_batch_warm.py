@@ -4,6 +4,7 @@ One actor of a machine does it first.
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,11 +16,12 @@ import pytest
 
 from longer.batch_settings import ExportSettings
 from longer.config import Settings
-from longer.serving import batch_warm
+from longer.serving import batch_turns, batch_warm
 from longer.serving.batch import spooled_buckets
 from longer.serving.batch_answers import Answers
 from longer.serving.batch_output import Run
 from longer.serving.batch_plan import plan_scores, plan_vectors
+from longer.serving.batch_turns import first_alone
 from longer.serving.batch_warm import rehearse
 from longer.serving.questions import Budget
 from longer.serving.stages import collected_ms
@@ -104,3 +106,19 @@ def test_once_the_first_is_through_the_others_go_in_side_by_side() -> None:
         assert other.stdout
         assert other.stdout.readline()
         other.kill()
+
+
+def test_who_waits_too_long_says_so_and_goes_on_by_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And does not say that it was the first: whoever comes next still waits for that one."""
+    name = f"test-{uuid.uuid4().hex}"
+    first = entering(name, "sys.stdin.read()")
+    assert first.stdout
+    assert first.stdout.readline()
+    monkeypatch.setattr(batch_turns, "_TOLD_EVERY_S", 0.5)
+    monkeypatch.setattr(batch_turns, "_MOST_WAIT_S", 1.0)
+    for _ in range(2):
+        with first_alone(name):
+            assert re.search(r"this one waits\n.*goes on by itself", capsys.readouterr().err)
+    first.kill()

@@ -122,16 +122,6 @@ class IndexAgainstLists(RuleBasedStateMachine):
                 self.drop(row, is_remembered=True)
                 self.stale += 1
 
-    @rule(user=USERS, version=VERSIONS)
-    def check(self, user: int, version: StateVersion) -> None:
-        """As `get`, but nothing is hotter after."""
-        version = self.served or version
-        row, found = self.row(user), self.index.check(user, version)
-        assert (found and found.entry.state) == (row.state if row and row.version == version else None)
-        if row and row.version != version:
-            self.drop(row, is_remembered=True)
-            self.stale += 1
-
     @rule(user=USERS)
     def pin(self, user: int) -> None:
         row, held = self.row(user), self.index.find(user)

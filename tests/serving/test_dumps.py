@@ -14,6 +14,7 @@ import pytest
 from longer.config import Settings
 from longer.model.pool import Precision
 from longer.serving.dumps import StateDumps
+from longer.serving.pending import pending_users
 from longer.serving.scorer import Scorer, ScoreRequest, ScoreResult
 from tests.serving.tables import (
     DAY_MS,
@@ -251,13 +252,13 @@ def test_a_dump_in_s3_is_one_too(world: Settings, s3: str) -> None:
 def test_warming_encodes_the_most_active_users_into_free_room_only(world: Settings) -> None:
     scorer = scorer_of(world, device_states=1)
     assert scorer.history.most_active(3).to_pylist() == [9, 8, 7]
-    assert scorer.warm(pa.array([9, 8, 7])) == 3
-    assert scorer.warm(pa.array([9, 8, 7])) == 0
+    assert scorer.warm(pending_users(pa.array([9, 8, 7]))) == 3
+    assert scorer.warm(pending_users(pa.array([9, 8, 7]))) == 0
     assert [ask(scorer, user).source for user in (9, 8, 7, 6)] == ["hit", "hit", "hit", "load"]
     full = scorer_of(world, device_states=1)
     full.cache.host_budget_bytes = 0
-    assert full.warm(pa.array([9, 8, 7])) == 1
-    assert full.warm(pa.array([8, 7])) == 0
+    assert full.warm(pending_users(pa.array([9, 8, 7]))) == 1
+    assert full.warm(pending_users(pa.array([8, 7]))) == 0
     assert full.cache.counters.evict == 0
 
 
@@ -265,10 +266,10 @@ def test_after_a_roll_out_warm_up_has_the_room_of_states_that_no_one_can_be_answ
     world = build_world(tmp_path / "world")
     scorer = scorer_of(world, device_states=2)
     scorer.cache.host_budget_bytes = 0
-    assert scorer.warm(pa.array([9, 8])) == 2
-    assert scorer.warm(pa.array([7])) == 0
+    assert scorer.warm(pending_users(pa.array([9, 8]))) == 2
+    assert scorer.warm(pending_users(pa.array([7]))) == 0
     scorer.adopt(*scorer.load_checkpoint(publish_random_model(world, seed=1).path))
-    assert scorer.warm(pa.array([7, 8])) == 2
+    assert scorer.warm(pending_users(pa.array([7, 8]))) == 2
     assert [ask(scorer, user).source for user in (7, 8, 9)] == ["hit", "hit", "load"]
 
 

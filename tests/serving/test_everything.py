@@ -15,6 +15,7 @@ import torch
 
 from longer.errors import UserError
 from longer.serving.dumps import StateDumps
+from longer.serving.pending import pending_users
 from longer.serving.scorer import EventsRequest, Scorer, ScoreRequest
 from tests.serving.tables import START_MS, build_world, checkpoint_path, publish_random_model, tiny_settings
 from tests.serving.test_online import CANDIDATES, HOUR_MS, Event, Recomputed, columns_of, event, in_order, publish
@@ -99,7 +100,7 @@ class Life:
                 self.scorer.cache.restore(one.user_key, version, one.entry, one.words_NI, one.is_protected)
 
     def warm(self) -> None:
-        self.scorer.warm(pa.array(USERS))
+        self.scorer.warm(pending_users(pa.array(USERS)))
 
     def ask(self) -> None:
         """Several requests at once, of the past too; a user's are answered in order."""

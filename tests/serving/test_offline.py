@@ -14,7 +14,7 @@ from longer.model.inputs import feature_tensors, to_tensors
 from longer.model.longer import Longer
 from longer.model.sweep import Asked
 from longer.serving import offline
-from longer.serving.offline import best_items, packs_that_pay, score_all, score_lists, waves
+from longer.serving.offline import best_items, packs_pay, score_all, score_lists, waves
 from longer.serving.packed import Packed
 from longer.serving.questions import Budget, Questions
 from tests.model.generate import random_candidates, random_features, random_histories, small_model
@@ -43,21 +43,16 @@ def forward(model: Longer, questions: Questions, candidates: Candidates) -> Floa
         return model(to_tensors(batch)).numpy()
 
 
-WAYS = {"swept": lambda rng, packs: np.zeros(packs, bool), "packed": lambda rng, packs: np.ones(packs, bool),
-        "some of each": lambda rng, packs: rng.random(packs) < 0.5}  # fmt: skip
-
-
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("pay", [False, True], ids=["swept", "packed"])
 @given(seed=SEEDS, lengths=LENGTHS, num_requests=st.integers(1, 12), num_bytes=BYTES)
 @settings(max_examples=8, deadline=None)
 def test_lists_of_candidates_equal_the_forward_pass_in_either_way_within_any_budget(
-    way: str, seed: int, lengths: list[int], num_requests: int, num_bytes: int
+    pay: bool, seed: int, lengths: list[int], num_requests: int, num_bytes: int
 ) -> None:
-    """Also where requests, though never a user's in a run, are scored in different ways."""
     rng = np.random.default_rng(seed)
     questions = random_questions(rng, lengths, num_requests)
     candidates = random_candidates(rng, rng.integers(0, 7, num_requests).tolist())
-    with patch.object(offline, "packs_that_pay", lambda packed, _: WAYS[way](rng, len(packed.packs))):
+    with patch.object(offline, "packs_pay", lambda _: pay):
         scored = score_lists(questions, candidates, Budget(MODEL, num_bytes))
     np.testing.assert_allclose(scored, forward(MODEL, questions, candidates), rtol=1e-5, atol=1e-5)
 
@@ -69,35 +64,57 @@ def test_both_ways_are_one_in_float64(seed: int, lengths: list[int], num_request
     questions = random_questions(rng, lengths, num_requests)
     candidates = random_candidates(rng, rng.integers(0, 7, num_requests).tolist())
     scored = []
-    for pay in (np.zeros, np.ones):
-        with patch.object(offline, "packs_that_pay", lambda packed, _, pay=pay: pay(len(packed.packs), bool)):
+    for pay in (False, True):
+        with patch.object(offline, "packs_pay", lambda _, pay=pay: pay):
             scored.append(score_lists(questions, candidates, Budget(EXACT_MODEL, num_bytes)))
     np.testing.assert_allclose(*scored, rtol=1e-6, atol=1e-7)  # as float32 holds them
 
 
-def test_packs_are_chosen_where_few_windows_are_encoded_again_and_all_fit() -> None:
-    """User 0 asks in one window, user 1 once in each of many, user 2 in one about more than the budget holds."""
+def test_packs_are_chosen_where_few_windows_are_encoded_again() -> None:
+    """User 0 asks in one window, user 1 once in each of many, user 2 in one about more than a small budget holds."""
     windows, rng = MODEL.windows, np.random.default_rng(0)
     stride, start = windows.stride_events, 10 * windows.max_history_events
     histories = random_histories(rng, [start + 40 * stride] * 3)
     ends = [np.full(20, start), start + stride * np.arange(20), np.full(1, start)]
     sizes = [[5] * 20, [1] * 20, [20_000]]
 
-    def packed_users(users: list[int], num_bytes: int) -> set[int]:
+    def pay(users: list[int], num_bytes: int) -> bool:
         row_R = np.repeat(users, [len(ends[user]) for user in users])
         end_R = np.concatenate([ends[user] for user in users])
         questions = Questions(histories, row_R, end_R, np.full(len(row_R), 2 * 10**12))
         candidates = random_candidates(rng, [n for user in users for n in sizes[user]])
-        packed = Packed.of(MODEL, questions, candidates, 64)
-        return set(packed.row_P[packs_that_pay(packed, Budget(MODEL, num_bytes))].tolist())
+        return packs_pay(Packed.of(MODEL, questions, candidates, 64).cut(Budget(MODEL, num_bytes).pack_tokens))
 
-    assert packed_users([0, 2], 1 << 30) == set(), "on a CPU"
+    assert not pay([0, 2], 1 << 30), "on a CPU"
     with patch.object(offline, "has_kernels", lambda _: True):
-        assert packed_users([0, 2], 4 << 20) == {0}
-        assert packed_users([0, 2], 1 << 30) == {0, 2}
-        assert packed_users([1], 1 << 30) == set()
-        assert packed_users([0, 1, 2], 1 << 30) == {0, 1, 2}, "together it pays"
-        assert packed_users([1, 2], 4 << 20) == set(), "what does not fit counts for nothing"
+        assert pay([0, 2], 4 << 20)
+        assert not pay([1], 1 << 30)
+        assert pay([0, 1, 2], 1 << 30), "together it pays"
+        assert not pay([2], 1 << 10), "in many parts, each of which encodes the history"
+
+
+@given(seed=SEEDS, most_tokens=st.integers(1, 40))
+@settings(max_examples=20, deadline=None)
+def test_packs_are_cut_until_they_fit_and_lose_no_candidate(seed: int, most_tokens: int) -> None:
+    """Also of one request with many candidates, and requests with none."""
+    rng = np.random.default_rng(seed)
+    questions = random_questions(rng, [90, 30, 0], 12)
+    candidates = random_candidates(rng, [*rng.integers(0, 20, 11), 300])
+    whole = Packed.of(MODEL, questions, candidates, 5)
+    packed = whole.cut(most_tokens)
+    num_tail = MODEL.embedding.num_globals + 1
+    assert (packed.num_candidates_P + num_tail * packed.num_requests_P < 2 * most_tokens + num_tail).all()
+    assert packed.num_requests_P.max() <= 5
+    assert whole.cut(10_000).packs.offsets_P1.tolist() == whole.packs.offsets_P1.tolist()
+    request_C = np.repeat(np.arange(12), np.diff(candidates.offsets_R1))
+    seen = np.zeros(len(request_C), int)
+    for p in range(len(packed.packs)):
+        picked_C, batch = packed._batch(np.array([p]))
+        np.testing.assert_array_equal(questions.row_R[request_C[picked_C]], packed.row_P[p])
+        of_batch = np.repeat(batch.history_end_R, np.diff(batch.candidates.offsets_R1))
+        np.testing.assert_array_equal(questions.history_end_R[request_C[picked_C]], of_batch)
+        seen[picked_C] += 1
+    assert (seen == 1).all()
 
 
 def test_a_pass_of_packs_stays_within_its_budget_or_is_one_pack() -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from longer.config import Settings
 from longer.errors import StorageError, UserError
 from longer.model.longer import Longer
-from longer.serving.scorer import Scorer, ScoreRequest, ScoreResult
+from longer.serving.pending import pending_users, read_rows
+from longer.serving.scorer import EventsRequest, Scorer, ScoreRequest, ScoreResult, Scoring
 from longer.storage import Table
 from longer.training.checkpoints import save_model
 from tests.serving.tables import (
@@ -254,10 +255,90 @@ def test_a_new_table_version_appends_its_events_and_drops_states_whose_past_has_
     assert_same(scorer.score([unheard])[0], scorer_of(world).score([unheard])[0])
     asked = [(user, END_MS + DAY_MS) for user in (6, 7, 8)]
     results = ask(scorer, *asked)
-    assert [r.source for r in results] == ["append", "load", "append"]
+    assert [r.source for r in results] == ["append", "load", "hit"]
     assert scorer.cache.counters.stale == 1
     for result, one in zip(results, asked, strict=True):
         assert_same(result, ask(scorer_of(world), one)[0])
+
+
+def look_again(scorer: Scorer, user_ids: pa.Array) -> None:
+    users = pending_users(user_ids)
+    read_rows(scorer.history, users)
+    scorer.bring_up_to_date(users)
+
+
+def move_to_newer(scorer: Scorer, world: Settings, new: list[tuple[int, int]]) -> None:
+    """To a table with one more event of these users and times."""
+    events = random_events(world.event_schema, seed=0)
+    row = {name: events[name][0].as_py() for name in events.column_names}
+    more = [row | {"user_id": user, "event_ts": pa.scalar(ts, pa.timestamp("ms", "UTC"))} for user, ts in new]
+    sequences = publish_sequences(world, pa.concat_tables([events, pa.Table.from_pylist(more, events.schema)]))
+    publish_catalogue(world, sequences)
+    newer = scorer.newer_tables()
+    assert newer
+    scorer.move_to(newer)
+
+
+def test_after_a_refresh_the_next_requests_of_held_users_are_hits_without_a_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those with something new too; one who was asked for about the past keeps the state that answers such."""
+    world = build_world(tmp_path)
+    scorer, past = scorer_of(world), times_of(world, 8)[50]
+    asked = [(5, END_MS + DAY_MS), (6, END_MS + DAY_MS), (7, END_MS + DAY_MS), (8, past)]
+    ask(scorer, *asked)
+    late = times_of(world, 7)[-2] + 1
+    move_to_newer(scorer, world, [(6, END_MS), (7, late), (8, END_MS), (9, END_MS)])
+    before = [held.user_key for held, _ in scorer.cache.hottest(scorer.version)]
+    held = scorer.held_of_other_tables()
+    assert held.to_pylist() == [8, 7, 6, 5]  # who was asked for last first
+    look_again(scorer, held)
+    after = [held.user_key for held, _ in scorer.cache.hottest(scorer.version)]
+    assert scorer.held_of_other_tables().to_pylist() == []
+    assert after == [key for key in before if key != scorer.user_key(7)]  # it was no use of them
+    assert scorer.cache.counters.stale == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(scorer.history, "read", lambda *_: pytest.fail("read the table"))
+        results = ask(scorer, *(one for one in asked if one[0] != 7))
+    assert [result.source for result in results] == ["hit"] * 3
+    results += ask(scorer, asked[2])
+    for result, one in zip(results, [asked[0], asked[1], asked[3], asked[2]], strict=True):
+        assert_same(result, ask(scorer_of(world), one)[0])
+
+
+def test_a_state_in_host_memory_stays_there_when_it_is_looked_at_again(tmp_path: Path) -> None:
+    world = build_world(tmp_path)
+    scorer = scorer_of(world, 0, host_bytes=BIG)
+    asked = [(5, END_MS + DAY_MS), (6, END_MS + DAY_MS)]
+    ask(scorer, *asked)
+    move_to_newer(scorer, world, [(6, END_MS)])
+    look_again(scorer, scorer.held_of_other_tables())
+    assert (len(scorer.cache), scorer.cache.num_bytes, scorer.cache.counters.promote) == (2, 0, 0)
+    results = ask(scorer, *asked)
+    assert [result.source for result in results] == ["hit", "append"]
+    for result, one in zip(results, asked, strict=True):
+        assert_same(result, ask(scorer_of(world), one)[0])
+
+
+def test_events_sent_online_while_the_table_was_read_are_seen_and_a_row_of_another_version_is_read_again(
+    tmp_path: Path,
+) -> None:
+    world = build_world(tmp_path)
+    scorer = scorer_of(world)
+    waits = [Scoring(ScoreRequest(user, CANDIDATES, request_ts=END_MS + DAY_MS)) for user in (5, 6, 5)]
+    unread = scorer.attempt(waits)
+    assert len(unread) == 3
+    read_rows(scorer.history, unread)
+    sent = {"item_id": ["item1"], "event_ts": [END_MS], "action": ["view"], "category": ["category1"]}
+    sent = {name: values for name, values in sent.items() if name in world.event_schema.events_arrow().names}
+    scorer.add_events([EventsRequest(5, sent)])
+    move_to_newer(scorer, world, [(6, END_MS)])
+    unread = scorer.attempt(waits)
+    assert len(unread) == 3
+    read_rows(scorer.history, unread)
+    assert scorer.attempt(waits) == []
+    results = [one.outcome for one in waits if isinstance(one.outcome, ScoreResult)]
+    assert [(result.source, result.num_events) for result in results] == [("load", 26), ("load", 37), ("hit", 26)]
 
 
 def test_states_of_another_model_are_misses_and_a_checkpoint_that_cannot_serve_is_refused(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ class Room:
 
     def act(self, user: int) -> None:
         """Events of the user come in: what is held grows, in its slot or in another."""
-        if (held := self.store.take_unasked(user, self.version)) is None:
+        if (held := self.store.hold(user, self.version)) is None:
             return
         self.store.bring([held])
         if user % 2:

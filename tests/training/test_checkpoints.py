@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back; what does not fit is refused in one line; nothing that is loaded can run code."""
 
 import json
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -19,13 +20,17 @@ from longer.training.checkpoints import (
     TrainerState,
     best_of_epochs,
     load_model,
+    load_own_weights,
     load_trainer,
     load_weights,
     moments_of,
+    read_trainer_state,
     save_model,
     save_trainer,
 )
 from longer.training.cursor import Position
+from longer.training.metrics import defined
+from longer.training.steps import selection_score
 from longer.training_settings import TrainSettings
 from tests.model.generate import SCHEMA, TASKS, small_model
 
@@ -190,3 +195,36 @@ def test_of_equally_good_epochs_the_one_that_is_kept_is_the_one_that_is_publishe
             ((2, 0.9, None), (4, 0.5, 1), (8, 0.5, 2), (12, 0.4, 3))]  # fmt: skip
     assert best_of_epochs(done[:1]) == []
     assert [best_of_epochs(done[:n])[0]["step"] for n in (2, 3, 4)] == [4, 4, 4]
+
+
+def test_where_no_score_is_defined_the_epoch_that_has_trained_most_is_published() -> None:
+    done = [{"step": step, "score": None, "epochs": epochs} for step, epochs in ((2, None), (4, 1), (8, 2), (9, None))]
+    assert [[best["step"] for best in best_of_epochs(done[:n])] for n in (1, 2, 3, 4)] == [[], [4], [8], [8]]
+    scored = [*done, {"step": 12, "score": 0.4, "epochs": 3}, {"step": 16, "score": None, "epochs": 4}]
+    assert best_of_epochs(scored)[0]["step"] == 12
+    one_class = {"label": {"auc": math.nan, "gauc": math.nan, "logloss": 0.5, "ne": math.nan}}
+    assert selection_score(defined(one_class)) is None
+    assert json.loads(json.dumps(defined(one_class), allow_nan=False))["label"]["logloss"] == 0.5
+
+
+def test_a_trainer_state_of_another_format_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    save_trainer(str(tmp_path), {}, TrainerState())
+    about = json.loads((tmp_path / "trainer.json").read_text())
+    (tmp_path / "trainer.json").write_text(json.dumps({**about, "format_version": 2}))
+    with pytest.raises(UserError, match=r"trainer.json: format version 2, this release reads 3: use the release that"):
+        read_trainer_state(str(tmp_path))
+
+
+def test_a_worker_resumes_with_its_rows_of_the_tables_and_with_all_of_the_rest(tmp_path: Path) -> None:
+    directory, model, mine = str(tmp_path), small_model(seed=1), small_model(seed=2)
+    save_model(directory, model, model.settings, SCHEMA, TASKS)
+    tables = mine.large_tables()
+
+    def own_rows(name: str) -> slice:
+        return slice(3, 5) if name in tables else slice(None)
+
+    for name, table in tables.items():
+        table.embedding.weight = torch.nn.Parameter(table.embedding.weight[own_rows(name)].detach().clone())
+    load_own_weights(directory, mine, own_rows)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(mine.state_dict()[name], tensor[own_rows(name)]), name

@@ -56,6 +56,17 @@ def test_shares_are_of_the_time_without_pauses_and_a_note_tells_the_wait() -> No
     assert "waiting for data" in meter.note(1)
 
 
+def test_a_share_told_between_two_records_is_that_of_the_last_one_and_does_not_fade() -> None:
+    meter = Meter(num_steps=4, first_step=0, device=CPU)
+    meter.add(num_requests=10, num_candidates=50)
+    time.sleep(0.05)
+    meter.add_phases({"data_wait": 0.05})
+    at_the_record = meter.rates()["data_wait_share"]
+    time.sleep(0.2)
+    assert meter.rates()["data_wait_share"] == at_the_record
+    assert meter.rates()["impressions_per_s"] < 50 / 0.25
+
+
 def scalars_in(folder: str) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard would read: each file is records of length, checksum, event, checksum."""
     found: dict[str, list[tuple[int, float]]] = {}

@@ -20,12 +20,21 @@ import torch.multiprocessing
 from longer.arrays import RequestBatch
 from longer.data.batches import Requests
 from longer.model.longer import Longer
-from longer.training.checkpoints import Tensors, TrainerState, load_trainer, moments_of, save_trainer, weights_of
+from longer.training.checkpoints import (
+    Tensors,
+    TrainerState,
+    load_own_weights,
+    load_trainer,
+    moments_of,
+    save_model,
+    save_trainer,
+    weights_of,
+)
 from longer.training.loader import SplitData
 from longer.training.steps import Stepper
 from longer.training.validation import validate
 from longer.training_settings import TaskSettings, TrainSettings
-from tests.model.generate import random_candidates, random_histories, request_batch, small_model
+from tests.model.generate import SCHEMA, TASKS, random_candidates, random_histories, request_batch, small_model
 
 NUM_WORKERS, NUM_STEPS, LATE_S = 2, 4, 1.0
 ON_CUDA = torch.cuda.device_count() >= NUM_WORKERS
@@ -148,7 +157,7 @@ def one_workers_steps(folder: str) -> tuple[list[tuple[float, float]], Tensors]:
     """Losses, norms and weights of one worker that takes both workers' batches."""
     model = small_model(dtype=DTYPE)
     stepper = Stepper(model, TrainSettings(**TRAIN), torch.device("cpu"), 1)
-    model.load_state_dict(torch.load(f"{folder}/weights"))
+    load_own_weights(folder, model)
     load_trainer(folder, model, stepper.optimizer)
     steps = []
     for step in range(NUM_STEPS):
@@ -171,9 +180,8 @@ def worker(rank: int, folder: str) -> None:
     for sharding in ("replicated", "rows"):
         model = small_model(dtype=DTYPE)
         stepper = Stepper(model, TrainSettings(**TRAIN, table_sharding=sharding), device, NUM_WORKERS)
-        weights = torch.load(f"{folder}/weights")
-        model.load_state_dict({name: stepper.own(name, tensor) for name, tensor in weights.items()})
-        load_trainer(folder, model, stepper.optimizer, stepper.own)
+        load_own_weights(folder, model, stepper.own_rows)
+        load_trainer(folder, model, stepper.optimizer, stepper.own_rows)
         outcome = outcome_of(stepper, rank)
         if rank == 0:
             torch.save(outcome, f"{folder}/{sharding}")
@@ -188,7 +196,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Outcome
     folder, model = tmp_path_factory.mktemp("sharding"), small_model(dtype=DTYPE)
     stepper = Stepper(model, TrainSettings(**TRAIN), torch.device("cpu"), 1)
     stepper.step(batches_of(model, 0, 1), [1.0, 1.0], num_candidates=300)
-    torch.save(weights_of(model), folder / "weights")
+    save_model(str(folder), model, model.settings, SCHEMA, TASKS)
     save_trainer(str(folder), moments_of(model, stepper.optimizer), TrainerState())
     torch.multiprocessing.spawn(worker, (str(folder),), nprocs=NUM_WORKERS)
     return tuple(torch.load(Path(folder) / name, weights_only=False) for name in ("replicated", "rows"))  # type: ignore[return-value]

@@ -21,14 +21,16 @@ from longer.data.scores import read_scores
 from longer.data.tables import RequestTable
 from longer.errors import UserError
 from longer.runner import user_error_in
-from longer.storage import Version, file_sizes, write_bytes
+from longer.storage import Version
 from longer.training import loop
 from longer.training.checkpoints import TrainerState, load_model, read_trainer_state
 from longer.training.content import Job, read_requests, tally
 from longer.training.cursor import Position
 from longer.training.loop import Run, train_worker
 from longer.training.metrics import auc
-from longer.training.run import pin_tables, remove_old_runs
+from longer.training.reading import num_bytes, requests_in_memory
+from longer.training.run import pin_tables
+from longer.training.runs import RECORD, step_folder
 from tests.data.test_build_on_ray import run_all, settings_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
@@ -54,10 +56,11 @@ def settings_for(tables: Settings, root: Path, **train_settings: Any) -> Setting
 
 
 def worker_that_is_killed(config: dict[str, Any]) -> None:
-    """The worker function, but each of the first three starts ends with kill -9; `starts` gets a line each, where it begins.
+    """The worker function, but each of the first four starts ends with kill -9; `starts` gets a line each, where it begins.
 
     The first time a worker dies within an epoch, the second time the one that is uploading the checkpoint of the epoch's end,
-    the third time one dies before the next epoch's first step, with that checkpoint committed.
+    the third time the same with all files of it there, which Ray has not recorded yet, the fourth time one dies before the next
+    epoch's first step, with that checkpoint committed.
     """
     root, rank = Path(config["job"].settings.root), ray.train.get_context().get_world_rank()
     start = len((root / "starts").read_text().split()) if (root / "starts").exists() else 0
@@ -71,7 +74,7 @@ def worker_that_is_killed(config: dict[str, Any]) -> None:
 
     def step(run: Run, work: Any) -> Any:
         within = start == 0 and rank == 1 and work.position == Position(0, DIES_AT_STEP)
-        if within or (start == 2 and rank == 1 and work.position == Position(1, 0)):
+        if within or (start == 3 and rank == 1 and work.position == Position(1, 0)):
             time.sleep(3)  # longer than Ray's controller takes to take note of the last checkpoint
             os.kill(os.getpid(), signal.SIGKILL)
         return take_step(run, work)
@@ -81,6 +84,8 @@ def worker_that_is_killed(config: dict[str, Any]) -> None:
             assert (Path(directory) / "model.json").exists()
             os.kill(os.getpid(), signal.SIGKILL)
         save(directory, moments, state)
+        if start == 2 and state.position == Position(1, 0):  # Ray looks every two seconds
+            os.kill(os.getpid(), signal.SIGKILL)
 
     Run._step, loop.save_trainer = step, save_trainer  # type: ignore[method-assign]
     train_worker(config)
@@ -99,7 +104,7 @@ def trained(tables: Settings, tmp_path_factory: pytest.TempPathFactory) -> tuple
             }  # two batches each of two, or four of one
             with pytest.raises(TrainingFailedError):
                 train.run(settings_for(tables, root, num_workers=num_workers, max_failures=0, **accumulating))
-        settings = settings_for(tables, root, num_workers=3, max_failures=1, table_sharding="rows")
+        settings = settings_for(tables, root, num_workers=3, max_failures=2, table_sharding="rows")
         return settings, train.run(settings)
 
 
@@ -107,7 +112,7 @@ def test_kills_within_an_epoch_at_its_end_and_in_an_upload_cost_no_step_and_repe
     trained: tuple[Settings, Version],
 ) -> None:
     settings, version = trained
-    assert (Path(settings.root) / "starts").read_text().split() == ["0/0", f"0/{EVERY}", f"0/{EVERY}", "1/0"]
+    assert (Path(settings.root) / "starts").read_text().split() == ["0/0", *[f"0/{EVERY}"] * 3, "1/0"]
     losses = [record["step"] for record in version.manifest["history"] if "loss" in record]
     validations = [record["step"] for record in version.manifest["history"] if "validation" in record]
     assert losses == list(range(1, 4 * EVERY + 1))
@@ -181,6 +186,50 @@ def test_a_run_that_finished_but_was_not_published_is_published_without_training
     assert again.id == version.id
     for key in ("model_version", "step", "history"):
         assert again.manifest[key] == version.manifest[key]
+
+
+@pytest.mark.parametrize("damage", ["half a record", "a checkpoint that is gone"])
+def test_a_run_whose_record_a_kill_has_damaged_goes_on_from_its_newest_whole_checkpoint(
+    damage: str, trained: tuple[Settings, Version], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    settings, version = trained
+    shutil.copytree(settings.path("training"), tmp_path / "training")
+    run = tmp_path / "training" / version.id
+    if damage == "half a record":
+        record = (run / RECORD).read_bytes()
+        (run / RECORD).write_bytes(record[: len(record) // 2])
+    else:
+        shutil.rmtree(run / step_folder(4 * EVERY))
+    again = train.run(settings_for(settings, tmp_path, num_workers=1))
+    assert f"{RECORD} was damaged: made anew from" in capsys.readouterr().err
+    assert again.manifest["trained"][-1]["epochs"] == version.manifest["trained"][-1]["epochs"]
+    assert [r["step"] for r in again.manifest["history"]] == [r["step"] for r in version.manifest["history"]]
+
+
+def test_a_pool_that_no_node_belongs_to_is_told_and_does_not_hang(
+    tables: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for name in ("_WAIT_IS_TOLD_AFTER_S", "_WAIT_ENDS_AFTER_S"):
+        monkeypatch.setattr(f"longer.training.reading.{name}", 0.2)
+    settings = settings_for(tables, tmp_path)
+    labelled = settings.model_copy(update={"ray": settings.ray.model_copy(update={"pool_label": "nowhere.pool"})})
+    with pytest.raises(UserError, match=r"no node that may read .*--labels nowhere.pool=cpu"):
+        train.run(labelled)
+    assert "waiting for a free CPU" in capsys.readouterr().err
+
+
+def test_requests_larger_than_the_object_store_are_told_with_the_setting(
+    tables: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    job = Job(tables, pin_tables(tables)[1])
+    held = num_bytes(read_requests(job))
+    assert held > 8 * len(read_requests(job)[0].row_C), "what the arrays take is counted"
+    requests_in_memory(job)
+    assert "object store" not in capsys.readouterr().err
+    node = {**ray.nodes()[0], "Resources": {"CPU": 1, "object_store_memory": held - 1}}
+    monkeypatch.setattr("longer.training.reading.ray.nodes", lambda: [node])
+    requests_in_memory(job)
+    assert "raise ray.object_store_bytes" in capsys.readouterr().err
 
 
 def with_overflows(take_step: Any, overflows: Any) -> Any:
@@ -263,30 +312,6 @@ def test_a_mistake_that_a_worker_finds_ends_the_run_at_once_in_one_line(
         train.run(settings_for(tables, tmp_path, num_workers=2, epochs=1, max_failures=3))
     assert str(user_error_in(raised.value)).startswith("training: the gradients of steps 4 to 9 are not finite")
     assert len((tmp_path / "starts").read_text().split()) == 2, "each of two workers started once"
-
-
-@pytest.mark.parametrize("on_s3", [False, True])
-def test_old_runs_keep_their_scalars_and_nothing_large(
-    on_s3: bool, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    folder = request.getfixturevalue("s3") if on_s3 else str(tmp_path)
-    for number, run in enumerate(("older", "old", "new")):
-        for name in ("step_0000001/trainer.safetensors", "step_0000001/model.json", "tensorboard/events"):
-            write_bytes(f"{folder}/training/{run}/{name}", b"x")
-        if number < 2:
-            time.sleep(1.1 if on_s3 else 0.05)  # S3 dates files to the second
-    remove_old_runs(f"{folder}/training", 2)
-    left = sorted(file_sizes(f"{folder}/training"))
-    assert left == sorted(
-        [
-            *(
-                f"{run}/{name}"
-                for run in ("old", "new")
-                for name in ("step_0000001/model.json", "step_0000001/trainer.safetensors", "tensorboard/events")
-            ),
-            "older/tensorboard/events",
-        ]
-    )
 
 
 def test_one_and_two_workers_have_the_same_gradient_from_the_same_checkpoint(

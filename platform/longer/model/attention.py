@@ -18,7 +18,7 @@ from longer.model.recompute import run
 
 _ROTATED_SHARE = 4
 """One in so many pairs of channels is turned."""
-_SEARCH_SCALE = 16.0
+SEARCH_SCALE = 16.0
 """Attention logit of two equal tokens where a layer begins as a search; unlike ones spread around 0."""
 
 
@@ -181,7 +181,7 @@ def search_weight(width: int, head_width: int, blind_to_D: Tensor | None = None)
     same_DD = torch.eye(width)
     if blind_to_D is not None:
         same_DD -= torch.outer(blind_to_D, blind_to_D) / blind_to_D.square().sum()
-    return same_DD * (_SEARCH_SCALE / math.sqrt(head_width)) ** 0.5
+    return same_DD * (SEARCH_SCALE / math.sqrt(head_width)) ** 0.5
 
 
 def attend_groups(query_BTHZ: Tensor, key_BGHZ: Tensor, value_BGHZ: Tensor, visible_BTG: Tensor) -> Tensor:

@@ -24,6 +24,9 @@ from longer.training_settings import TaskSettings
 class Ranker(nn.Module):
     """Scores candidates against user histories. Weights come from torch's global generator: seed it first."""
 
+    read_width: int = 0
+    """Width of what the head reads of the history beside the candidate's token and its interaction features."""
+
     def __init__(self, settings: ModelSettings, schema: EventSchema, tasks: tuple[TaskSettings, ...]):
         super().__init__()
         self.settings, self.schema, self.tasks = settings, schema, tasks
@@ -42,7 +45,9 @@ class Ranker(nn.Module):
             self.interaction_token = nn.Sequential(nn.Linear(num_interactions, width), nn.GELU(), last)
         self.norm_head = nn.LayerNorm(width)
         self.head = nn.Sequential(
-            nn.Linear(width + num_interactions, 2 * width), nn.GELU(), nn.Linear(2 * width, len(tasks))
+            nn.Linear(width + self.read_width + num_interactions, 2 * width),
+            nn.GELU(),
+            nn.Linear(2 * width, len(tasks)),
         )
         self.item_bias = HashedTable(settings.item_rows, len(tasks), std=0.01)
 

@@ -5,9 +5,12 @@ interrupted run keeps its finished buckets, a dead actor or node costs its bucke
 """
 
 import json
+import re
+import threading
 import time
-from collections.abc import Generator
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,18 +22,28 @@ from longer.data.id_lists import spool, spread
 from longer.data.layout import bucket_files
 from longer.data.records import Record, scratch
 from longer.data.tables import RequestTable
-from longer.errors import UserError
+from longer.errors import StorageError, UserError
 from longer.progress import say, track
 from longer.serving.batch_alive import marked_alive
 from longer.serving.batch_output import Run, done_buckets, remove_unnamed
 from longer.serving.batch_plan import Plan, check_model, plan_scores, plan_vectors
 from longer.serving.batch_roll import roll
 from longer.serving.batch_scorer import BucketScorer
-from longer.serving.batch_totals import actors_of, cost_in_words, in_words, on_this_clock, rates_of, totals_of
+from longer.serving.batch_totals import (
+    actors_of,
+    cost_in_words,
+    held_device_s,
+    in_words,
+    on_this_clock,
+    rates_of,
+    totals_of,
+)
 from longer.storage import DataFile, Table, Version, remove_tree
 
 _BUCKETS_AT_ONCE = {"cpu": 1, "cuda": 2}
 """In an actor: on a GPU one is read and written while another is scored. A CPU has nothing to wait for."""
+
+_FIRST_TOLD_EVERY_S = 15.0
 
 
 def batch_score(settings: Settings) -> Version:
@@ -46,26 +59,42 @@ def export_vectors(settings: Settings) -> Version:
 def _run(plan: Plan, pool: ScorerPool, where: RaySettings, job: str) -> Version:
     table = Table(plan.table_path)
     if published := table.reuse(plan.version_id):
-        remove_unnamed(published, Run(published.path))  # if a run was killed before it could
+        remove_unnamed(Run(published.path))  # if a run was killed before it could
         remove_tree(scratch(published.path))
         say(job, f"version {plan.version_id} is already there, nothing changed{_less_checked(published, plan)}")
         return published
     run = Run(table.resume(plan.version_id))
     check_model(plan)
-    try:
-        with marked_alive(run.alive) if run.is_on_s3 else nullcontext():
-            manifest, files = _scored(plan, pool, where, run, job)
-    except Exception:  # of any kind: the faster run has removed what this one reads
-        if not (published := table.find(plan.version_id)):
-            raise
-    else:
-        published = table.find(plan.version_id)
-    told = "another run has published it meanwhile, which is used" if published else in_words(manifest)
-    version = published or table.publish(plan.version_id, manifest, files)
-    remove_unnamed(version, run)
+    with marked_alive(run.alive) if run.is_on_s3 else nullcontext():  # until its files are named, or removed by itself
+        told = _publish(table, plan, run, partial(_scored, plan, pool, where, run, job))
+        remove_unnamed(run)
+    version = table.find(plan.version_id)  # of two runs that have published it at once, the later one's
+    if version is None:
+        raise UserError(
+            f"{run.version_path}: another run has found it damaged and is at it: run again when it is through"
+        )
     remove_tree(scratch(version.path))
     say(job, f"version {version.id}: {told}")
     return version
+
+
+def _publish(table: Table, plan: Plan, run: Run, scored: Callable[[], tuple[dict[str, Any], list[DataFile]]]) -> str:
+    """Publishes what is scored, if no other run of the version has meanwhile; which of both, in words."""
+    try:
+        manifest, files = scored()
+    except Exception as error:  # of any kind: a faster run has removed what this one reads
+        if _is_failed_check(error) or not table.find(plan.version_id):
+            raise
+    else:
+        if not table.find(plan.version_id):
+            table.publish(plan.version_id, manifest, files)
+            return in_words(manifest)
+    return "another run has published it meanwhile, which is used"
+
+
+def _is_failed_check(error: BaseException) -> bool:
+    """Scores that differ from the serving path's stay an error, whoever has published others. Ray Data keeps its text only."""
+    return isinstance(error, ArithmeticError) or re.search(r"^ArithmeticError: ", str(error), re.MULTILINE) is not None
 
 
 def _less_checked(published: Version, plan: Plan) -> str:
@@ -95,6 +124,8 @@ def _scored(
         "seconds": seconds,
         "start_s": start_s,  # of them, until the first actor was there with its model
         **rates_of(fresh, seconds - start_s),
+        "held_device_s": held_device_s(fresh, plan.device_share, time.time()),  # by this run, with what waited
+        "lost_attempts": sum(map(len, run.begun.values())),  # of this run, at buckets, which others have done since
         "actors": actors_of(fresh, started_at),
     }
     return manifest, [DataFile(**record["file"]) for record in records if record["file"]]
@@ -180,10 +211,32 @@ def _score_buckets(
                 yield records[-1]
 
         def part_done() -> float:
-            return sum(buckets[record["bucket"]] for record in records) / sum(buckets.values())
+            done = {record["bucket"] for record in records}
+            half_done = (run.begun.keys() - done) & buckets.keys()
+            return (sum(buckets[b] for b in done) + sum(buckets[b] for b in half_done) / 2) / sum(buckets.values())
 
         say(job, f"waiting for {fewest} {'actor' if fewest == 1 else 'actors'} to start")
-        with closing(
-            finished()
-        ) as fresh:  # else, of an error here, Ray Data's own end would wait for a Ray that is gone
+        with (
+            _told_of_the_first(run, records, job),
+            closing(finished()) as fresh,
+        ):  # else, of an error here, Ray Data's own end would wait for a Ray that is gone
             return list(track(fresh, len(buckets), job.replace("_", " "), "buckets", note, seconds, part_done))
+
+
+@contextmanager
+def _told_of_the_first(run: Run, records: list[Record], job: str) -> Iterator[None]:
+    """Says now and then how many buckets are begun, until one is done."""
+    over = threading.Event()
+
+    def tell() -> None:
+        while not over.wait(_FIRST_TOLD_EVERY_S) and not records:
+            with suppress(StorageError):  # the run itself will meet it
+                say(job, f"{len(run.begun)} buckets begun, none done yet")
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

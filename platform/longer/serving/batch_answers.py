@@ -7,6 +7,7 @@
 R requests, I items, k best of them, T tasks, D width.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -42,6 +43,8 @@ class Answers:
     budget: Budget
     items: Items | None
     item_features: dict[str, Tensor]
+    before_sweep: Callable[[], None] = lambda: None
+    """Called before lists of requests are swept."""
 
     @staticmethod
     def of(plan: Plan, budget: Budget, run: Run) -> "Answers":
@@ -70,7 +73,7 @@ class Answers:
 
     def _rows(self, chunk: Chunk) -> pa.Table:
         if chunk.requests:
-            outputs_CT = score_lists(chunk.questions, chunk.requests.candidates, self.budget)
+            outputs_CT = score_lists(chunk.questions, chunk.requests.candidates, self.budget, self.before_sweep)
             return score_rows(chunk.requests, self._scores(outputs_CT), self.plan.schema)
         if self.plan.kind == "vectors":
             return self._vectors(chunk)

@@ -28,7 +28,7 @@ from longer.model.inputs import event_tensors
 from longer.model.states import gather
 from longer.serving.batch_input import Chunk, Items
 from longer.serving.batch_plan import Plan
-from longer.serving.resolver import Pending
+from longer.serving.pending import Pending
 from longer.serving.scorer import Scorer, ScoreRequest
 from longer.serving.stages import collected_ms, stage
 from longer.serving.store import BATCH_USERS
@@ -37,10 +37,14 @@ from longer.training_settings import TaskKind
 _SCORE = score_column("")
 
 _MOST_CANDIDATES = 200
-"""Candidates of a request that are compared, spread evenly."""
+"""Candidates of a request that are compared, the last of a long list among them."""
 
 _FEWEST_LEFT_OUT = 200
 _PART_LEFT_OUT = 0.01
+
+
+Seed = tuple[int, ...]
+"""Of a run's version and a bucket: what is drawn is the same every time, and other rows with the next version."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class OnlineCheck:
     items: Items | None
     numbers: Int64
     most_candidates: int
+    seed: Seed
     num_left_out: int = _FEWEST_LEFT_OUT
     max_abs_diff: float = 0.0
     num_compared: int = 0
@@ -109,7 +114,7 @@ class OnlineCheck:
             ids = rows["item_id"][r].as_py()
             if not ids:
                 continue
-            some = _spread(len(ids))
+            some = chosen_numbers(len(ids), _MOST_CANDIDATES, (*self.seed, chunk.first + r))
             features = {} if chunk.rows is None else self._features(chunk.rows.slice(r, 1), some)
             offline = {task: np.array(rows[score_column(task)][r].as_py(), np.float32) for task in tasks}
             of_some = {task: scores[some] for task, scores in offline.items()}
@@ -118,10 +123,10 @@ class OnlineCheck:
                 self._note_left_out(chunk, r, rows, offline[tasks[0]][-1], {tasks[0]: scales[tasks[0]]})
 
     def _note_left_out(self, chunk: Chunk, r: int, rows: pa.Table, last: np.float32, scales: dict[str, float]) -> None:
-        """Items that are not among a user's best, drawn for this user: they score no more than the last that is."""
+        """Items that are not among a user's best, drawn for this row: they score no more than the last that is."""
         assert self.items
         all_ids, [task] = self.items.item_id_I, scales
-        drawn = np.random.default_rng(int(chunk.questions.histories.user_key_B[r]))
+        drawn = np.random.default_rng((*self.seed, chunk.first + r))
         chosen = drawn.choice(len(all_ids), min(len(all_ids), self.num_left_out), replace=False, shuffle=False)
         ids = all_ids.take(pa.array(chosen))
         others = ids.filter(pc.invert(pc.is_in(ids, single_array(rows["item_id"].slice(r, 1)).flatten())))
@@ -211,18 +216,23 @@ def _request(chunk: Chunk, r: int, ids: list[Any] | pa.Array, features: dict[str
     return ScoreRequest(chunk.user_id_R[r].as_py(), ids, features, int(chunk.questions.request_ts_R[r]))
 
 
-def chosen_numbers(num_requests: int, num_chosen: int) -> Int64:
-    """Numbers of the requests that are compared, spread evenly; the same ones every time."""
-    chosen = min(num_requests, num_chosen)
-    return np.arange(chosen) * num_requests // max(1, chosen)
+def chosen_numbers(num: int, num_chosen: int, seed: Seed) -> Int64:
+    """Numbers below `num`, ascending, drawn by the seed; the last is one of them, where more than one is drawn."""
+    if num <= num_chosen:
+        return np.arange(num)
+    rng = np.random.default_rng(seed)
+    if num_chosen < 2:
+        return rng.choice(num, num_chosen)
+    return np.append(np.sort(rng.choice(num - 1, num_chosen - 1, replace=False)), num - 1)
 
 
 def num_left_out(num_requests: int, num_items: int, num_chosen: int) -> int:
     """Items of each chosen user's catalogue that are scored to see that none of them belongs among the best.
 
-    Together a hundredth of the pairs of user and item that the bucket scores, or all items of each: where m pairs that belong
-    among the best are missing, alike for all users, a run meets about m / 100, however large the catalogue, and so misses all of
-    them with a probability of e^(-m/100). A part f of the items lost for N users is m = f * top_k * N.
+    Together a hundredth of the pairs of user and item that the bucket scores, or all items of each. Where m pairs that belong among
+    the best are missing, alike for all users, a run meets about m / 100, however large the catalogue, and so misses all of them
+    with a probability of e^(-m/100): a part f of the items lost for N users is m = f * top_k * N. That needs buckets of at most
+    100 users for each that is chosen; and what is missing for a few users only is met only if one of them is chosen.
     """
     a_user = _PART_LEFT_OUT * num_requests * num_items / max(1, num_chosen)
     return min(num_items, max(_FEWEST_LEFT_OUT, round(a_user)))
@@ -230,7 +240,3 @@ def num_left_out(num_requests: int, num_items: int, num_chosen: int) -> int:
 
 def _flat(lists: pa.ChunkedArray) -> Float32:
     return flat_list(lists)[1].to_numpy()
-
-
-def _spread(num: int) -> Int64:
-    return chosen_numbers(num, _MOST_CANDIDATES)

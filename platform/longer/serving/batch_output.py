@@ -16,10 +16,10 @@ from longer.serving.batch_alive import silent
 from longer.serving.stages import stage
 from longer.storage import (
     DataFile,
-    Version,
     checked_output,
     file_sizes,
     make_parents,
+    manifest_of,
     remove_tree,
     write_bytes,
 )
@@ -76,15 +76,31 @@ class Run:
         yield
         remove_tree(mark)
 
-    def begin(self, bucket: int, setting: str) -> None:
-        """Notes that an actor begins with a bucket; a UserError if that has been the end of too many. `setting` bounds memory."""
-        begun = f"{self.folder}/begun/{bucket:04d}"
-        if len(file_sizes(begun)) >= _MOST_ATTEMPTS:
+    @contextmanager
+    def attempt(self, bucket: int, actor: str, setting: str) -> Iterator[None]:
+        """Around an actor's work at a bucket; a UserError if that has been the end of too many. `setting` bounds memory."""
+        begun = self.begun
+        mine = begun.get(bucket, set())
+        if len(mine) >= _MOST_ATTEMPTS:
+            others = [other for other, actors in sorted(begun.items()) if other != bucket and actors >= mine]
+            beside = f" (and {', '.join(map(str, others))}, beside it each time)" if others else ""
             raise UserError(
-                f"bucket {bucket}: {_MOST_ATTEMPTS} actors died while they had it, as they do when memory runs out: lower "
+                f"bucket {bucket}{beside}: {_MOST_ATTEMPTS} actors died while they had it, as they do when memory runs out: lower "
                 f"{setting} or the concurrency, then run again: buckets that are done stay"
             )
-        write_bytes(f"{begun}/{uuid.uuid4().hex}", b"")
+        mark = f"{self.folder}/begun/{bucket:04d}/{actor}"
+        write_bytes(mark, b"")
+        yield
+        remove_tree(mark)
+
+    @property
+    def begun(self) -> dict[int, set[str]]:
+        """Actors that have a bucket, or have died while they had it, by bucket."""
+        actors: dict[int, set[str]] = {}
+        for mark in file_sizes(f"{self.folder}/begun"):
+            bucket, _, actor = mark.partition("/")
+            actors.setdefault(int(bucket), set()).add(actor)
+        return actors
 
 
 def write_rows(version_path: str, file: str, parts: Iterable[pa.Table]) -> DataFile | None:
@@ -124,19 +140,24 @@ def _repeating(schema: pa.Schema) -> list[str]:
     return [paths.get(name, name) for name, kind in kinds.items() if not pa.types.is_floating(kind)]
 
 
-def remove_unnamed(version: Version, run: Run) -> None:
-    """Removes buckets' files that a published version does not name, which its readers would read: of this run and of dead ones.
+def remove_unnamed(run: Run) -> None:
+    """Removes buckets' files that the published version does not name, which its readers would read: of this run and of dead ones.
 
-    What a live one has written, on S3, it removes itself.
+    What a live one has written, on S3, it removes itself. Two that publish at once both do so by the later one's manifest.
     """
-    named = {file.path for file in version.data_files()}
-    unnamed = {path for path in file_sizes(version.path) if path.startswith("bucket=") and path not in named}
-    marks = {path: Run(version.path, _run_of(path)).alive for path in unnamed}
-    others = {mark for mark in marks.values() if mark != run.alive}
+    others = {mark for mark in _unnamed(run.version_path).values() if mark != run.alive}
     dead = silent(others) if run.is_on_s3 else others
-    for path, mark in marks.items():
+    for path, mark in _unnamed(run.version_path).items():  # which may be another version's than before that wait
         if mark == run.alive or mark in dead:
-            remove_tree(f"{version.path}/{path}")
+            remove_tree(f"{run.version_path}/{path}")
+
+
+def _unnamed(version_path: str) -> dict[str, str]:
+    """Buckets' files that the manifest does not name, each with the mark of the run that wrote it; none without a manifest."""
+    paths = [path for path in file_sizes(version_path) if path.startswith("bucket=")]
+    manifest = manifest_of(version_path)  # after the files, so that it names those which are published
+    named = {file["path"] for file in manifest["files"]} if manifest else set(paths)
+    return {path: Run(version_path, _run_of(path)).alive for path in paths if path not in named}
 
 
 def _run_of(file: str) -> str:

@@ -50,7 +50,7 @@ class Plan:
     precision: Literal["float32", "bf16"] = "float32"
     device: str = "cpu"
     device_share: float = 1.0
-    """Devices that an actor has: a part of a GPU, or one or more."""
+    """Of a device, that an actor has: a CPU, a GPU, or a part of one."""
 
     @property
     def section(self) -> str:

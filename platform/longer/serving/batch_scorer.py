@@ -6,9 +6,10 @@ import resource
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +25,7 @@ from longer.serving.batch_input import Reader
 from longer.serving.batch_output import Run, remember_bucket, write_rows
 from longer.serving.batch_plan import Plan
 from longer.serving.batch_roll import sign
-from longer.serving.batch_warm import warm_up
+from longer.serving.batch_warm import FirstSweep, warm_up
 from longer.serving.questions import Budget
 from longer.serving.scorer import Scorer
 from longer.serving.stages import collected_ms, stage
@@ -32,6 +33,8 @@ from longer.training.checkpoints import load_model
 from longer.training.loader import prefetch
 
 _CACHE_BYTES = 64 << 20
+_CHECK_PART = 4
+"""Of `batch_bytes` the check has a fourth, because on a GPU another bucket is scored meanwhile."""
 
 
 class BucketScorer:
@@ -40,12 +43,18 @@ class BucketScorer:
     def __init__(self, plan: Plan, run: Run, actors: ActorHandle | None = None) -> None:
         if actors:
             sign(actors)
-        self._plan, self._run = plan, run
+        self._plan, self._run, self._id, self._began = plan, run, uuid.uuid4().hex, time.perf_counter()
         self._device, self._checking, self._charging = (threading.Lock() for _ in range(3))
         self._beside = torch.cuda.Stream() if plan.device == "cuda" else None
         self._charged, started = (0.0, 0.0), _clocks()
         with run.starting(plan.most_actors, plan.section), _memory_told(plan), collected_ms() as stages:
             self._start()
+        self._peak_of_start = _peak_gpu_bytes(plan)
+        if plan.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self._held_bytes = torch.cuda.memory_allocated()
+        else:
+            self._held_bytes = _peak_bytes()
         self._actor = {"name": f"{socket.gethostname()}:{os.getpid()}", "start_ms": stages, **self._charge(started)}
 
     def _start(self) -> None:
@@ -66,9 +75,11 @@ class BucketScorer:
                 is_plain=True,  # compiled, a few requests of each bucket would cost more than all others
             )
             model = self._scorer.model
-        budget = Budget(model, plan.batch_bytes)
-        self._answers = Answers.of(plan, budget, run)
-        self._most_checked = budget.candidates(model.windows.history_groups + model.windows.stride_groups)
+        check_bytes = plan.batch_bytes // _CHECK_PART
+        answers = Answers.of(plan, Budget(model, plan.batch_bytes - check_bytes), run)
+        self._answers = replace(answers, before_sweep=FirstSweep(answers, run))
+        num_groups = model.windows.history_groups + model.windows.stride_groups
+        self._most_checked = Budget(model, check_bytes).candidates(num_groups)
         requests = plan.inputs.get("requests")
         self._reader = Reader(
             plan=plan,
@@ -88,26 +99,32 @@ class BucketScorer:
 
     def write_bucket(self, bucket: int) -> Record:
         """Writes one bucket's file; its record, of no file if nobody is asked about in it."""
+        with self._run.attempt(bucket, self._id, f"{self._plan.section}.batch_bytes"):
+            return self._written(bucket)
+
+    def _written(self, bucket: int) -> Record:
         started = _clocks()
-        self._run.begin(bucket, f"{self._plan.section}.batch_bytes")
         record: Record = {"bucket": bucket, "begun_at": time.time(), "num_requests": 0, "num_users": 0, "num_scores": 0}
         num_checked = self._plan.check_requests if self._scorer else 0
         num_requests, items = self._reader.num_requests(bucket), self._answers.items
-        numbers = chosen_numbers(num_requests, num_checked)
+        seed = int(self._plan.version_id, 16), bucket
+        numbers = chosen_numbers(num_requests, num_checked, seed)
         others = num_left_out(num_requests, len(items.item_id_I), len(numbers)) if items else 0
-        check = OnlineCheck(self._plan, self._scorer, items, numbers, self._most_checked, others)
+        check = OnlineCheck(self._plan, self._scorer, items, numbers, self._most_checked, seed, others)
         with collected_ms() as stages:
             written = write_rows(self._run.version_path, self._run.file_of(bucket), self._parts(bucket, check, record))
         record |= {
             "done_at": time.time(),
             "stages_ms": stages,
             "actor": self._actor,
+            "held_s": time.perf_counter() - self._began,
             "file": asdict(written) if written else None,
             "device": self._plan.device,
             **self._charge(started),
             "check_requests": self._plan.check_requests,
-            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "peak_gpu_bytes": torch.cuda.max_memory_allocated() if self._plan.device == "cuda" else 0,
+            "peak_bytes": _peak_bytes(),
+            "peak_gpu_bytes": max(self._peak_of_start, _peak_gpu_bytes(self._plan)),
+            "working_bytes": (_peak_gpu_bytes(self._plan) or _peak_bytes()) - self._held_bytes,
             "max_abs_diff": check.max_abs_diff,
             "num_compared": check.num_compared,
         }
@@ -157,6 +174,14 @@ class BucketScorer:
 def _clocks() -> tuple[float, float]:
     """Now, and the seconds that this process has had of CPUs."""
     return time.perf_counter(), time.process_time()
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _peak_gpu_bytes(plan: Plan) -> int:
+    return torch.cuda.max_memory_allocated() if plan.device == "cuda" else 0
 
 
 @contextmanager

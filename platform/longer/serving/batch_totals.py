@@ -29,6 +29,8 @@ def totals_of(records: Sequence[Record]) -> dict[str, Any]:
         "start_cpu_s": start_s["cpu_s"],
         "peak_bytes": max((record["peak_bytes"] for record in records), default=0),  # of one actor's process
         "peak_gpu_bytes": max((record["peak_gpu_bytes"] for record in records), default=0),
+        # of it, for buckets: beyond what an actor held once it was up, its model and items
+        "working_bytes": max((record["working_bytes"] for record in records), default=0),
         "device_s_per_million_scores": device_s / num_scores * 1e6 if num_scores else None,
         "steady_device_s_per_million_scores": steady_s["device_s"] / num_scores * 1e6 if num_scores else None,
         "online_check": {
@@ -78,6 +80,13 @@ def actors_of(fresh: Sequence[Record], started_at: float) -> list[dict[str, Any]
         }
         for name, records in sorted(actors.items())
     ]
+
+
+def held_device_s(fresh: Sequence[Record], share: float, ended_at: float) -> float:
+    """Seconds of devices that the run's actors have held, from their starts to its end, idle or not; none of those that died
+    before they had done a bucket."""
+    began = {record["actor"]["name"]: record["done_at"] - record["held_s"] for record in fresh}
+    return sum(share * (ended_at - began_at) for began_at in began.values())
 
 
 def _seconds(stages_ms: Sequence[dict[str, float]]) -> dict[str, float]:

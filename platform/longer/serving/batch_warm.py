@@ -1,8 +1,8 @@
 """What an actor on a GPU does before its first bucket: kernels are compiled and sizes tried on users that nobody has.
 
 Compiling takes many seconds, and would otherwise be counted, and felt, as scoring. One actor of a machine compiles; the others wait
-and read what it has. Kernels of packs serve any sizes; those of a sweep any but one user, which has kernels of its own, and are
-compiled for lists of requests only once some are swept.
+and read what it has. Kernels of packs serve any sizes; those of a sweep any but one user, which has kernels of its own. Few runs
+sweep lists of requests; those compile when the first bucket needs it, in turn as well: the stage `compile` of that bucket.
 """
 
 from dataclasses import replace
@@ -18,9 +18,10 @@ from longer.serving.batch_answers import Answers, computing_in
 from longer.serving.batch_input import Chunk, Items
 from longer.serving.batch_output import Run
 from longer.serving.batch_turns import first_alone
-from longer.serving.offline import score_lists
+from longer.serving.offline import score_lists, score_swept
 from longer.serving.questions import Questions
 from longer.serving.scorer import Scorer
+from longer.serving.stages import collected_ms, stage
 
 _NUM_USERS, _NUM_REQUESTS = 3, 40
 """Users, and requests of each in a window: enough for attention's tallest tiles."""
@@ -39,6 +40,26 @@ def warm_up(answers: Answers, scorer: Scorer | None, run: Run) -> None:
             for call in scorer.warm_ups(1, _NUM_CANDIDATES):
                 call()
         torch.cuda.synchronize()
+
+
+class FirstSweep:
+    """To be called before lists of requests are swept: the first time, on a GPU, kernels for that are compiled."""
+
+    def __init__(self, answers: Answers, run: Run) -> None:
+        self._answers, self._run = answers, run
+        self._is_over = not answers.budget.model.norm_head.weight.is_cuda
+
+    def __call__(self) -> None:
+        if self._is_over:
+            return
+        model = self._answers.budget.model
+        with stage("compile"), collected_ms(), first_alone(f"longer-sweep-{self._run.id}"):
+            for num_users in (_NUM_USERS, 1):
+                questions = _questions(model, num_users, _NUM_REQUESTS, num_windows=2)
+                candidates = _candidates(model.schema, len(questions))
+                outputs_CT = np.empty((len(questions) * _NUM_CANDIDATES, len(model.tasks)), np.float32)
+                score_swept(questions, candidates, self._answers.budget, outputs_CT)
+        self._is_over = True
 
 
 def rehearse(answers: Answers) -> None:

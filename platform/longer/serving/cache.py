@@ -129,18 +129,14 @@ class StateIndex(Generic[S]):
         return self._users.get(user_key)
 
     def get(self, user_key: int, version: StateVersion) -> Held[S] | None:
-        """What is held of the user, now the most recently used; see `check`."""
-        held = self.check(user_key, version)
-        if held is not None:
-            self.tiers[held.tier].touch(held)
-        return held
-
-    def check(self, user_key: int, version: StateVersion) -> Held[S] | None:
-        """What is held of the user, as hot as before. One of another version is dropped, counted stale, and a miss."""
+        """What is held of the user, now the most recently used. One of another version is dropped, counted stale, and a miss."""
         held = self._users.get(user_key)
-        if held is not None and held.version != version:
+        if held is None:
+            return None
+        if held.version != version:
             self.drop_stale(user_key)
             return None
+        self.tiers[held.tier].touch(held)
         return held
 
     def put(self, user_key: int, version: StateVersion, entry: Entry[S], num_bytes: int) -> Held[S]:

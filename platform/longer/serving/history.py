@@ -7,6 +7,7 @@ has counted it cannot be known any more.
 No torch, no Ray; local or S3. B users, E events in all of them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from longer.data.columns import list_columns, milliseconds, single_array
 from longer.data.sequences import KeepRule, Older, events_of, merge_sequences, order_events
 from longer.data.tables import SequenceTable, histories_in_order
 from longer.errors import UserError
+from longer.hashing import bucket_of
 from longer.schema import EventSchema
 from longer.serving.cache import NEVER_TS
 from longer.serving.fingerprint import EventPrint
@@ -40,7 +42,7 @@ class HistorySource:
     """Histories of users from the sequence table: the pinned version, or the one last moved to."""
 
     def __init__(self, path: str, schema: EventSchema, version_id: str | None = None) -> None:
-        self._path, self._pinned = path, version_id is not None
+        self.path, self._pinned = path, version_id is not None
         self._table = SequenceTable(path, schema, version_id)
 
     @property
@@ -55,17 +57,41 @@ class HistorySource:
         """The table at its served version if that is another than this source's; a pinned source never moves. For any thread."""
         if self._pinned:
             return None
-        served = Table(self._path).require("jobs.build_sequences").id
-        return SequenceTable(self._path, self._table.schema, served) if served != self.version_id else None
+        served = Table(self.path).require("jobs.build_sequences").id
+        return SequenceTable(self.path, self._table.schema, served) if served != self.version_id else None
 
     def move_to(self, newer: SequenceTable) -> None:
         self._table = newer
 
-    def read(self, user_ids: pa.Array, online: pa.Table) -> list["UserHistory"]:
-        """One history a user, in order, with the users' `online` events; empty for users of whom nothing is known."""
-        table, wanted = self._table, self._table.ids(user_ids)
-        rows = _with_online(table.find(wanted), online, table.schema, table.rule)
+    def buckets(self, user_keys: list[int]) -> list[int]:
+        """The bucket of the table, as it is now, that each user's row is in."""
+        return bucket_of(np.array(user_keys, np.int64), self._table.num_buckets).tolist()
+
+    def read(self, user_ids: pa.Array) -> list["TableRow"]:
+        """What the table has of each user, in order. For any thread."""
+        table = self._table
+        wanted = table.ids(user_ids)
+        rows = table.find(wanted)
+        place_B = pc.index_in(wanted, single_array(rows["user_id"])).to_pylist()
         histories = histories_in_order(rows, wanted, table.schema)
+        return [
+            TableRow(
+                table.version.id,
+                rows.slice(0, 0) if place is None else rows.slice(place, 1),
+                UserHistory(histories, row),
+            )
+            for row, place in enumerate(place_B)
+        ]
+
+    def with_online(
+        self, user_ids: Sequence[pa.Array], rows: Sequence["TableRow"], online: pa.Table
+    ) -> list["UserHistory"]:
+        """One history a user, in order: the rows, of this very version, with the users' `online` events. Reads nothing."""
+        if not len(online):
+            return [row.history for row in rows]
+        schema, wanted = self._table.schema, self._table.ids(pa.concat_arrays(user_ids))
+        together = pa.concat_tables([row.row for row in rows]).combine_chunks()
+        histories = histories_in_order(_with_online(together, online, schema, self._table.rule), wanted, schema)
         return [UserHistory(histories, row) for row in range(len(histories))]
 
     def most_active(self, num_users: int) -> pa.Array:
@@ -96,8 +122,6 @@ class HistorySource:
 
 def _with_online(rows: pa.Table, online: pa.Table, schema: EventSchema, rule: KeepRule) -> pa.Table:
     """Rows of the sequence table with the online events merged in that have a place there and are not there yet."""
-    if not len(online):
-        return rows
     users = single_array(rows["user_id"])
     row_E = pc.fill_null(pc.index_in(online["user_id"], users), -1).to_numpy()
     cut_until_U1 = np.append(milliseconds(single_array(rows["prev_event_ts"]), missing=int(NO_EVENT_TS)), NO_EVENT_TS)
@@ -105,6 +129,15 @@ def _with_online(rows: pa.Table, online: pa.Table, schema: EventSchema, rule: Ke
     theirs = events_of(rows.filter(pc.is_in(users, single_array(placed["user_id"]))), schema)
     new = beyond(placed, theirs, schema)
     return merge_sequences(rows, new, Older.none(schema), schema, rule) if len(new) else rows
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """What one version of the table has of one user: the row, if there is one, and the history that it is without online events."""
+
+    version_id: str
+    row: pa.Table
+    history: "UserHistory"
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,9 @@ tokens. Packs (`packed.py`) encode a window anew wherever it moves, all users in
 B users, R requests, C candidates in all of them, I items that every request is asked about, P packs, U users, T tasks, D width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -68,7 +67,9 @@ def waves(questions: Questions, budget: Budget) -> Iterator[tuple[Int64, Asked]]
 
 
 @torch.inference_mode()
-def score_lists(questions: Questions, candidates: Candidates, budget: Budget) -> Float32:
+def score_lists(
+    questions: Questions, candidates: Candidates, budget: Budget, before_sweep: Callable[[], None] = lambda: None
+) -> Float32:
     """[C, T] outputs of every request's own candidates, in their order, in the way that costs less."""
     outputs_CT = np.empty((int(candidates.offsets_R1[-1]), len(budget.model.tasks)), np.float32)
     if not len(questions):
@@ -77,50 +78,33 @@ def score_lists(questions: Questions, candidates: Candidates, budget: Budget) ->
         packed = Packed.of(budget.model, questions, candidates, _STATELESS_PACK_REQUESTS)
         score_packed(packed, packed.num_events_P + packed.num_candidates_P, _STATELESS_COST, outputs_CT)
         return outputs_CT
-    packed = Packed.of(budget.model, questions, candidates, _pack_requests(candidates, budget))
-    is_packed_P = packs_that_pay(packed, budget)
-    if is_packed_P.any():
-        chosen = packed.take(np.flatnonzero(is_packed_P))
-        score_packed(chosen, _bytes(chosen, budget), budget.num_bytes, outputs_CT)
-    if not is_packed_P.all():
-        _score_swept(questions, candidates, packed.packs.take(np.flatnonzero(~is_packed_P)).order_R, budget, outputs_CT)
+    packed = Packed.of(budget.model, questions, candidates, _PACK_REQUESTS).cut(budget.pack_tokens)
+    if packs_pay(packed):
+        score_packed(packed, _bytes(packed, budget), budget.num_bytes, outputs_CT)
+    else:
+        before_sweep()
+        score_swept(questions, candidates, budget, outputs_CT)
     return outputs_CT
 
 
-def packs_that_pay(packed: Packed, budget: Budget) -> npt.NDArray[np.bool_]:
-    """[P]: packs of the users of whom every pack fits into the budget, if together they cost less than a sweep of these users.
-
-    Costs are events and candidates, known before anything is computed. Not weighed user by user: for a few of whom a sweep costs
-    less, its kernels would have to be compiled too.
-    """
-    none_P = np.zeros(len(packed.packs), bool)
-    if not has_kernels(budget.model.norm_head.weight):  # a CPU gains nothing by fewer launches
-        return none_P
+def packs_pay(packed: Packed) -> bool:
+    """Whether packs cost less than a sweep. Costs are events and candidates, known before anything is computed."""
+    if not has_kernels(packed.model.norm_head.weight):  # a CPU gains nothing by fewer launches
+        return False
     same_user_P = np.append(False, packed.row_P[1:] == packed.row_P[:-1])
-    user_P = np.cumsum(~same_user_P) - 1
-    fits_P = (np.bincount(user_P, _bytes(packed, budget) > budget.num_bytes) == 0)[user_P]
     reached_P = np.where(same_user_P, np.roll(packed.end_P, 1), packed.start_P)
     swept_P = packed.end_P - np.maximum(packed.start_P, reached_P) + packed.num_candidates_P
-    packed_P = packed.num_events_P + packed.num_candidates_P
-    return fits_P if packed_P[fits_P].sum() <= _PACKED_GAIN * swept_P[fits_P].sum() else none_P
-
-
-def _pack_requests(candidates: Candidates, budget: Budget) -> int:
-    """Most requests of a pack, so that the candidates of usual ones take half of the budget."""
-    a_request = max(1.0, float(candidates.offsets_R1[-1]) / (len(candidates.offsets_R1) - 1))
-    return int(np.clip(budget.num_bytes // 2 / (budget.token_bytes * a_request), 1, _PACK_REQUESTS))
+    return bool((packed.num_events_P + packed.num_candidates_P).sum() <= _PACKED_GAIN * swept_P.sum())
 
 
 def _bytes(packed: Packed, budget: Budget) -> Int64:
     return budget.pack_bytes(packed.num_events_P, packed.num_requests_P, packed.num_candidates_P)
 
 
-def _score_swept(
-    questions: Questions, candidates: Candidates, requests_N: Int64, budget: Budget, outputs_CT: Float32
-) -> None:
-    """Writes the outputs of the candidates of these requests."""
-    for rows, asked in waves(questions.take(requests_N), budget):
-        picked_C, chosen = candidates_of(candidates, requests_N[rows])
+def score_swept(questions: Questions, candidates: Candidates, budget: Budget, outputs_CT: Float32) -> None:
+    """Writes the outputs of all candidates."""
+    for rows, asked in waves(questions, budget):
+        picked_C, chosen = candidates_of(candidates, rows)
         if len(picked_C):
             with stage("score"):
                 outputs_CT[picked_C] = _outputs(asked, chosen, budget).float().cpu().numpy()

@@ -50,6 +50,29 @@ class Packed:
         packs = plan_packs(questions.row_R, questions.history_end_R, model.windows, max_requests)
         return Packed(model, questions, candidates, packs)
 
+    def cut(self, most_tokens: int) -> "Packed":
+        """The same candidates in packs of fewer than twice so many tokens of theirs and of their requests."""
+        lengths_R = np.diff(self.candidates.offsets_R1)
+        parts_R = np.maximum(1, -(-lengths_R // most_tokens))
+        request_N = np.repeat(
+            np.arange(len(lengths_R)), parts_R
+        )  # one with many candidates is asked about a part at a time
+        part_N = np.arange(len(request_N)) - (np.cumsum(parts_R) - parts_R)[request_N]
+        offsets = np.append(
+            self.candidates.offsets_R1[request_N] + part_N * most_tokens, self.candidates.offsets_R1[-1]
+        )
+        of_parts = replace(self.candidates, offsets_R1=offsets)
+        max_requests = int(np.diff(self.packs.offsets_P1).max())
+        packed = Packed.of(self.model, self.questions.take(request_N), of_parts, max_requests)
+        tokens_N = (np.diff(offsets) + self.model.embedding.num_globals + 1)[packed.packs.order_R]
+        before_N, pack_N = (
+            np.cumsum(tokens_N) - tokens_N,
+            np.repeat(np.arange(len(packed.packs)), packed.num_requests_P),
+        )
+        piece_N = (before_N - before_N[packed.packs.offsets_P1[:-1]][pack_N]) // most_tokens
+        first = np.flatnonzero(np.diff(pack_N, prepend=-1) | np.diff(piece_N, prepend=-1))
+        return replace(packed, packs=Packs(packed.packs.order_R, np.append(first, len(tokens_N))))
+
     def take(self, packs_N: Int64) -> "Packed":
         return replace(self, packs=self.packs.take(packs_N))
 

@@ -72,6 +72,11 @@ class Budget:
         return self._encoding_bytes(num_events_P) + self.token_bytes * num_tokens_P
 
     @property
+    def pack_tokens(self) -> int:
+        """Of candidates and requests, half as many as a pack may have, which leaves the other half of the bytes to its history."""
+        return max(1, self.num_bytes // 4 // self.token_bytes)
+
+    @property
     def _num_queries(self) -> int:
         return self.model.windows.query_groups + self.model.windows.stride_groups
 

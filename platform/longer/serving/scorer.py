@@ -27,6 +27,7 @@ from longer.model.pool import Precision
 from longer.serving.cache import StateVersion
 from longer.serving.history import HistorySource, check_kept
 from longer.serving.online import EventLimits, OnlineEvents
+from longer.serving.pending import Pending, read_rows
 from longer.serving.requests import (
     EventsRequest,
     EventsResult,
@@ -35,14 +36,15 @@ from longer.serving.requests import (
     ScoreResult,
     now_ms,
 )
-from longer.serving.resolver import Pending, StateResolver
+from longer.serving.resolver import StateResolver
+from longer.serving.stages import stage
 from longer.serving.store import BATCH_USERS, StateStore
 from longer.serving.warm import warm_up
 from longer.training.checkpoints import CheckpointInfo, load_appendable
 
 P = TypeVar("P", bound=Pending)
 
-__all__ = ["EventsRequest", "EventsResult", "ScoreRequest", "ScoreResult", "Scorer"]
+__all__ = ["EventsRequest", "EventsResult", "ScoreRequest", "ScoreResult", "Scorer", "Scoring"]
 
 
 @dataclass
@@ -50,7 +52,25 @@ class _Asked(Pending):
     """A score request whose candidates are keys and numbers."""
 
     candidates: dict[str, npt.NDArray] = field(default_factory=dict)
+    items: ItemTable | None = None
     result: ScoreResult | None = None
+
+    @property
+    def outcome(self) -> ScoreResult | UserError | None:
+        return self.result or self.error
+
+
+@dataclass(eq=False)
+class Scoring:
+    """A score request on its way to its outcome; `asked` is what `Scorer.attempt` has made of it."""
+
+    request: ScoreRequest
+    asked: _Asked | UserError | None = None
+
+    @property
+    def outcome(self) -> ScoreResult | UserError | None:
+        """None as long as it has to be attempted again."""
+        return self.asked.outcome if isinstance(self.asked, _Asked) else self.asked
 
 
 @dataclass(frozen=True)
@@ -133,9 +153,27 @@ class Scorer:
         return Tables(sequences, self._items_of(sequences.version.id))
 
     def move_to(self, newer: Tables) -> None:
-        """Reads these from now on; states are appended to what they hold that the last ones did not."""
+        """Reads these from now on; states are appended to what they hold that the last ones did not, when their users are asked for
+        or looked at again (`bring_up_to_date`)."""
         self.history.move_to(newer.sequences)
         self.items = newer.items
+
+    def held_of_other_tables(self) -> pa.Array:
+        """Ids of the held users whose states are as other tables had them, those who were asked for last first."""
+        version_id = self.history.version_id
+        user_ids = [
+            held.entry.user_id
+            for held, _ in self.cache.hottest(self.version)
+            if held.entry.known.table_version != version_id and held.entry.user_id is not None
+        ]
+        return pa.array(user_ids, self.info.schema.id_types[0])
+
+    def bring_up_to_date(self, users: Sequence[Pending]) -> None:
+        """Brings the states of these users, whose rows have been read, up to date as far as they are still held."""
+        try:
+            self.states.bring_up_to_date(users)
+        finally:
+            self.cache.release()
 
     def _items_of(self, sequences_version: str) -> ItemTable | None:
         schema = self.info.schema
@@ -148,15 +186,32 @@ class Scorer:
 
         Requests of one user are answered in order, each from the state and the events that the ones before it left.
         """
-        events = self._reader.events(requests)
-        outcomes = [self._prepare(request, own) for request, own in zip(requests, events, strict=True)]
-        for wave in _waves([outcome for outcome in outcomes if isinstance(outcome, _Asked)]):
+        scorings = [Scoring(request) for request in requests]
+        while unread := self.attempt(scorings):
+            with stage("history"):
+                read_rows(self.history, unread)
+        return [one.outcome for one in scorings if one.outcome is not None]
+
+    def attempt(self, scorings: Sequence[Scoring]) -> list[Pending]:
+        """Gives an outcome to all of these that need no row of the table, or have it; those that do, and what their users asked
+        after them, are returned: `reads` finds their rows in other threads while this one answers others.
+
+        Whoever asks keeps the order of a user's requests until they have their outcomes.
+        """
+        self._prepare_all(scorings)
+        waiting = set[int]()
+        unread: list[Pending] = []
+        for wave in _waves([one.asked for one in scorings if isinstance(one.asked, _Asked) and one.outcome is None]):
+            behind = [request for request in wave if request.user_key in waiting]
+            ready = [request for request in wave if request.user_key not in waiting]
             try:
-                self.states.resolve(wave)
-                self._answer([request for request in wave if request.error is None])
+                left = self.states.settle(ready)
+                self._answer([request for request in ready if request.state is not None])
             finally:
                 self.cache.release()
-        return [o if isinstance(o, UserError) else o.error or _answered(o) for o in outcomes]
+            waiting.update(request.user_key for request in left)
+            unread += [*behind, *left]
+        return unread
 
     def add_events(self, requests: Sequence[EventsRequest]) -> list[EventsResult | UserError]:
         """Takes in events, one outcome a request, in order; a state that is here, and ends before them, is appended to."""
@@ -172,11 +227,15 @@ class Scorer:
             for o in outcomes
         ]
 
-    def warm(self, user_ids: pa.Array) -> int:
-        """Encodes the users of whom no state is here, as far as none has to go for them; how many, `BATCH_USERS` at most."""
-        keys, most = stable_keys(user_ids).tolist(), self.cache.free_bytes // self.cache.most_state_bytes
-        unknown = [n for n, user_key in enumerate(keys) if self.cache.peek(user_key, self.version) is None]
-        wave = [Pending(user_ids[n : n + 1], keys[n], now_ms(), None) for n in unknown[: min(most, BATCH_USERS)]]
+    def warmable(self, users: Sequence[Pending]) -> list[Pending]:
+        """Those of whom no state is here, as far as none has to go for them; `BATCH_USERS` at most."""
+        most = self.cache.free_bytes // self.cache.most_state_bytes
+        unknown = [user for user in users if self.cache.peek(user.user_key, self.version) is None]
+        return unknown[: min(most, BATCH_USERS)]
+
+    def warm(self, users: Sequence[Pending]) -> int:
+        """Encodes those who are `warmable`; how many. Nothing is read here of whom a row is there."""
+        wave = self.warmable(users)
         try:
             self.states.resolve(wave)
         finally:
@@ -194,6 +253,15 @@ class Scorer:
         had_events, had_state = self.online.forget(user_key), self.cache.forget(user_key)
         return had_events or had_state
 
+    def _prepare_all(self, scorings: Sequence[Scoring]) -> None:
+        new = [one for one in scorings if one.asked is None]
+        events = self._reader.events([one.request for one in new])
+        for one, own in zip(new, events, strict=True):
+            one.asked = self._prepare(one.request, own)
+        for one in scorings:
+            if isinstance(one.asked, _Asked) and one.asked.items is not self.items:  # the tables have moved meanwhile
+                one.asked.items, one.asked.candidates = self.items, self._reader.candidates(one.request, self.items)
+
     def _prepare(self, request: ScoreRequest, events: pa.Table | UserError | None) -> _Asked | UserError:
         try:
             user_id, request_ts = self._reader.user(request.user_id), self._reader.time(request.request_ts)
@@ -202,7 +270,9 @@ class Scorer:
             return error
         if isinstance(events, UserError):
             return events
-        return _Asked(user_id, int(stable_keys(user_id)[0]), request_ts, events, candidates=candidates)
+        return _Asked(
+            user_id, int(stable_keys(user_id)[0]), request_ts, events, candidates=candidates, items=self.items
+        )
 
     def _prepare_events(self, request: EventsRequest, events: pa.Table | UserError | None) -> Pending | UserError:
         try:
@@ -231,11 +301,6 @@ class Scorer:
             last = None if state.last_event_ts == NO_EVENT_TS else state.last_event_ts
             request.result = ScoreResult(scores, request.request_ts, request.source, state.num_events, last)
             self.cache.counters.count(request.source)
-
-
-def _answered(request: _Asked) -> ScoreResult:
-    assert request.result is not None
-    return request.result
 
 
 def _waves(requests: Sequence[P]) -> list[list[P]]:

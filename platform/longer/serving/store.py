@@ -137,11 +137,13 @@ class StateStore:
             self._pin(held)
         return held
 
-    def take_unasked(self, user_key: int, version: StateVersion) -> HeldState | None:
-        """The same where nobody asks for it: it stays as hot as it was. Who is asked about once and then acts has not come back."""
-        held = self._index.check(user_key, version)
-        if held is not None:
-            self._pin(held)
+    def hold(self, user_key: int, version: StateVersion) -> HeldState | None:
+        """What is held of the user, pinned until `release`, which does not count as a use: who is asked about once, and then acts,
+        has not come back."""
+        held = self._index.find(user_key)
+        if held is None or held.version != version:
+            return None
+        self._pin(held)
         return held
 
     # -- a batch's work -----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ Random numbers need no state: those of a step are a function of seed, step and w
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, cast
 
@@ -33,6 +33,10 @@ from longer.training.cursor import Position
 from longer.training_settings import TaskSettings
 
 FORMAT_VERSION = 2
+"""Of model.json and model.safetensors."""
+
+TRAINER_VERSION = 3
+"""Of trainer.json and trainer.safetensors. Part of a run's id: a run of another format is another run."""
 
 _TASKS: TypeAdapter[tuple[TaskSettings, ...]] = TypeAdapter(tuple[TaskSettings, ...])
 
@@ -73,9 +77,13 @@ class TrainerState:
 
 
 def best_of_epochs(checkpoints: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The checkpoint with the best score of those at an epoch's end, the first of equals; none if no epoch has ended."""
-    ends = [checkpoint for checkpoint in checkpoints if checkpoint["epochs"] and checkpoint["score"] is not None]
-    return [max(ends, key=lambda checkpoint: checkpoint["score"])] if ends else []
+    """The checkpoint with the best score of those at an epoch's end, the first of equals; none if no epoch has ended.
+
+    Where no score is defined, the last one, which has trained most.
+    """
+    ends = [checkpoint for checkpoint in checkpoints if checkpoint["epochs"]]
+    scored = [checkpoint for checkpoint in ends if checkpoint["score"] is not None]
+    return [max(scored, key=lambda checkpoint: checkpoint["score"])] if scored else ends[-1:]
 
 
 Tensors = dict[str, torch.Tensor]
@@ -192,32 +200,50 @@ def load_upstream(model: Ranker, settings: ModelSettings) -> None:
 def save_trainer(directory: str, moments: Tensors, state: TrainerState) -> None:
     """Writes the optimizer's moments, then the state."""
     write_bytes(f"{directory}/trainer.safetensors", safetensors.torch.save(moments))
-    about = {"format_version": FORMAT_VERSION, **asdict(state)}
+    about = {"format_version": TRAINER_VERSION, **asdict(state)}
     write_bytes(f"{directory}/trainer.json", _json(about))
 
 
-def _all_of_it(_: str, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+OwnRows = Callable[[str], slice]
+"""The rows that this worker holds of a weight or moment, by the name of its parameter, alone or with a slash and more behind."""
 
 
-def load_trainer(
-    path: str,
-    model: Ranker,
-    optimizer: HasMoments,
-    own: Callable[[str, torch.Tensor], torch.Tensor] = _all_of_it,
-) -> TrainerState:
-    """Puts the moments back into `optimizer`, of each what is this worker's `own`; returns the state saved with them."""
-    for name, tensor in _read_tensors(path, "trainer.safetensors").items():
+def every_row(_: str) -> slice:
+    return slice(None)
+
+
+@torch.no_grad()
+def load_own_weights(directory: str, model: Ranker, own_rows: OwnRows = every_row) -> None:
+    """Puts this worker's rows of a run's checkpoint into the run's model, of whose tables it may hold those rows only.
+
+    Memory holds one of them at a time beside the model, and nothing of the others' rows.
+    """
+    weights = model.state_dict()
+    for name, tensor in _own_tensors(f"{directory}/model.safetensors", own_rows):
+        weights[name].copy_(tensor)
+
+
+def load_trainer(directory: str, model: Ranker, optimizer: HasMoments, own_rows: OwnRows = every_row) -> TrainerState:
+    """Puts this worker's rows of the moments back into `optimizer`, as `load_own_weights`; returns the state saved with them."""
+    for name, tensor in _own_tensors(f"{directory}/trainer.safetensors", own_rows):
         parameter_name, key = name.rsplit("/", 1)
         parameter = model.get_parameter(parameter_name)
-        optimizer.state[parameter][key] = own(name, tensor).to(
+        optimizer.state[parameter][key] = tensor.to(
             parameter.device, copy=True
-        )  # a view keeps all workers' rows
-    return read_trainer_state(path)
+        )  # what was read lies in the file's pages
+    return read_trainer_state(directory)
+
+
+def _own_tensors(path: str, own_rows: OwnRows) -> Iterator[tuple[str, torch.Tensor]]:
+    """This worker's rows of each tensor in a local file, of which nothing else is read."""
+    with safetensors.safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118  (it is no dictionary)
+            rows = file.get_slice(name)
+            yield name, rows[own_rows(name)] if rows.get_shape() else file.get_tensor(name)
 
 
 def read_trainer_state(path: str) -> TrainerState:
-    about = _read_json(path, "trainer.json")
+    about = _read_json(path, "trainer.json", TRAINER_VERSION)
     others = {name: about[name] for name in ("history", "epochs", "checkpoints", "scaling", "skipped")}
     return TrainerState(Position(**about["position"]), **others)
 
@@ -286,16 +312,16 @@ def _read_tensors(path: str, name: str) -> dict[str, torch.Tensor]:
         raise UserError(f"{path}/{name}: not a safetensors file ({error}): copy it again") from None
 
 
-def _read_json(path: str, name: str) -> dict[str, Any]:
+def _read_json(path: str, name: str, version: int = FORMAT_VERSION) -> dict[str, Any]:
     try:
         about = json.loads(read_bytes(f"{path}/{name}"))
     except FileNotFoundError:
         raise UserError(f"{path}/{name}: no such file: is this a checkpoint folder?") from None
     except ValueError:
         raise UserError(f"{path}/{name}: not valid JSON: copy it again") from None
-    if about.get("format_version") != FORMAT_VERSION:
+    if about.get("format_version") != version:
         raise UserError(
-            f"{path}/{name}: format version {about.get('format_version')}, this release reads {FORMAT_VERSION}: "
+            f"{path}/{name}: format version {about.get('format_version')}, this release reads {version}: "
             "use the release that wrote it, or train again"
         )
     return about

@@ -19,9 +19,9 @@ from longer.errors import UserError
 from longer.progress import say
 from longer.schema import TIMESTAMP
 from longer.storage import Table, Version, fingerprint
-from longer.training.checkpoints import FORMAT_VERSION, load_weights
+from longer.training.checkpoints import FORMAT_VERSION, TRAINER_VERSION, load_weights, read_trainer_state
 from longer.training.content import Job
-from longer.training.run import chosen_settings, finished, fit, last_state, pin_tables, publish
+from longer.training.run import chosen_settings, finished, fit, pin_tables, publish
 
 
 def train_new_days(settings: Settings) -> Version:
@@ -38,7 +38,7 @@ def train_new_days(settings: Settings) -> Version:
         )
     since, until = base.manifest["trained_until"], iso_time(_milliseconds(requests.manifest["watermark"]) + 1)
     chosen = chosen_settings(settings)
-    run_id = fingerprint("continued", FORMAT_VERSION, base.id, versions, chosen)
+    run_id = fingerprint("continued", FORMAT_VERSION, TRAINER_VERSION, base.id, versions, chosen)
     if published := finished(table, run_id):
         return published
     if not _num_requests_since(requests, since):
@@ -46,8 +46,8 @@ def train_new_days(settings: Settings) -> Version:
         return base
     load_weights(base.path, settings)  # a mistake is told here once, not by every worker
     table.claim()
-    result = fit(Job(settings, versions, base.path, _milliseconds(since)), run_id)
-    state = last_state(result)
+    last = fit(Job(settings, versions, base.path, _milliseconds(since)), run_id)
+    state = read_trainer_state(last)
     tested = {record["day"]: record["tested"] for record in state.history if "tested" in record}
     days: list[dict[str, Any]] = [{**day, "tested": tested[day["day"]]} for day in state.epochs]
     about = {
@@ -59,8 +59,7 @@ def train_new_days(settings: Settings) -> Version:
         "trained": [*base.manifest["trained"], {"requests": requests.id, "from": since, "until": until, "days": days}],
         "trained_until": until,
     }
-    assert result.checkpoint
-    version = publish(settings, table, run_id, result.checkpoint, result, about)
+    version = publish(settings, table, run_id, last, state, about)
     num_requests = sum(day["num_requests"] for day in days)
     say("train", f"run {run_id}: continued {base.id} with {num_requests} requests of {len(days)} days until {until}")
     return version

@@ -37,6 +37,10 @@ class EpochPlan:
     offsets_SN1: Int64
     num_batches: int
 
+    @property
+    def num_steps(self) -> int:
+        return (len(self.offsets_SN1) - 1) // self.num_batches
+
     def batch(self, step: int, number: int) -> Int64:
         """The packs of one batch."""
         first = step * self.num_batches + number

@@ -35,7 +35,7 @@ from longer.training.baselines import count_in_history, item_counts, popularity
 from longer.training.checkpoints import CheckpointInfo, load_model
 from longer.training.inputs import Inputs
 from longer.training.loader import read_split, score_split
-from longer.training.metrics import auc, gauc
+from longer.training.metrics import auc, defined, gauc, shown
 from longer.training.steps import task_metrics
 from longer.training_settings import TaskSettings
 
@@ -93,7 +93,7 @@ def evaluate(settings: Settings) -> Version:
     version = table.publish(version_id, {**about, **metrics})
     say(
         "evaluate",
-        f"version {version_id}: {', '.join(f'{name} {value:.4f}' for name, value in metrics['test'].items())}",
+        f"version {version_id}: {shown(metrics['test'])}",
     )
     return version
 
@@ -182,7 +182,7 @@ def _metrics(settings: Settings, parts: list[BucketScores]) -> dict[str, Any]:
         for name in ("output_CT", "user_C", "item_C", "history_end_C")
     )
     labels = {task.name: np.concatenate([part.labels[task.name] for part in parts]) for task in tasks}
-    metrics = task_metrics(output_CT, labels, user_C, tasks)
+    metrics = defined(task_metrics(output_CT, labels, user_C, tasks))
     result: dict[str, Any] = {"test": metrics[tasks[0].name], "test_by_task": metrics}
     binary = [index for index, task in enumerate(tasks) if task.kind == "binary"]
     if not binary:
@@ -192,11 +192,13 @@ def _metrics(settings: Settings, parts: list[BucketScores]) -> dict[str, Any]:
     scores: dict[str, npt.NDArray] = {"longer": output_CT[:, binary[0]]}
     scores["popularity"] = popularity([part.trained_items for part in parts], item_C)
     scores |= {name: np.concatenate([part.counts[i] for part in parts]) for i, name in enumerate(names)}
-    result["baselines"] = {
-        name: {"auc": auc(score_C, label_C), "gauc": gauc(score_C, label_C, user_C)}
-        for name, score_C in scores.items()
-        if name != "longer"
-    }
+    result["baselines"] = defined(
+        {
+            name: {"auc": auc(score_C, label_C), "gauc": gauc(score_C, label_C, user_C)}
+            for name, score_C in scores.items()
+            if name != "longer"
+        }
+    )
     result["auc_by_length"] = _by_length(settings, scores, label_C, history_end_C)
     return result
 

@@ -20,11 +20,12 @@ from ray.train.torch import get_device
 from longer.arrays import Int64
 from longer.errors import UserError
 from longer.model.encoders.factory import make_model
+from longer.storage import remove_tree
 from longer.training.checkpoints import (
     Tensors,
     TrainerState,
     best_of_epochs,
-    load_model,
+    load_own_weights,
     load_trainer,
     load_upstream,
     load_weights,
@@ -37,6 +38,8 @@ from longer.training.content import Content, Job, Trained
 from longer.training.cursor import Position, batches_per_worker
 from longer.training.loader import SplitData, prefetch
 from longer.training.meter import Meter, Scalars
+from longer.training.metrics import Metrics, defined, shown
+from longer.training.runs import step_folder
 from longer.training.steps import StepBatch, Stepper, dropout_seed, gather, rate_share, selection_score
 from longer.training.validation import validate
 
@@ -145,18 +148,17 @@ class Run:
         load_upstream(model, settings.model)
         largest = self.content.largest_batch(self.num_workers * self.batches_each)
         stepper = Stepper(model, settings.train, device, self.num_workers, largest)
-        weights: Tensors = {}
         if checkpoint:
-            with checkpoint.as_directory() as directory:
-                weights = load_model(directory)[0].state_dict()
-                self.state = load_trainer(directory, model, stepper.optimizer, stepper.own)
+            with checkpoint.as_directory() as directory:  # from S3 once a node
+                load_own_weights(directory, model, stepper.own_rows)
+                self.state = load_trainer(directory, model, stepper.optimizer, stepper.own_rows)
             stepper.optimizer.scaling.restore(self.state.scaling)
             if self.rank == 0:
                 self.trained.restore(self.state.epochs)
         elif self.job.weights:
-            weights = load_weights(self.job.weights, settings)[0]
-        if weights:
-            model.load_state_dict({name: stepper.own(name, tensor) for name, tensor in weights.items()})
+            weights, _ = load_weights(self.job.weights, settings)
+            own = {name: tensor[stepper.own_rows(name)] if tensor.dim() else tensor for name, tensor in weights.items()}
+            model.load_state_dict(own)
         return stepper
 
     def _work(self) -> Iterator[Work]:
@@ -210,10 +212,10 @@ class Run:
         day = self.content.expected[epoch]["day"]
         metrics = self._metrics(self.content.day(epoch))
         self._record(self.cursor.global_step(Position(epoch, 0)), day=day, tested=metrics)
-        self._say(f"{day}, before training on it: {_shown(metrics)}")
+        self._say(f"{day}, before training on it: {_all(metrics)}")
 
-    def _metrics(self, data: SplitData) -> dict[str, dict[str, float]]:
-        return validate(data, self.stepper.outputs, self.settings.train.tasks, self.rank, self.num_workers)
+    def _metrics(self, data: SplitData) -> Metrics:
+        return defined(validate(data, self.stepper.outputs, self.settings.train.tasks, self.rank, self.num_workers))
 
     def _checkpoint(self, done: int) -> None:
         """Validates, then hands a copy of everything to a thread that uploads it: every worker takes part, the first one writes."""
@@ -226,15 +228,15 @@ class Run:
         self.state.checkpoints.append({"step": done, "score": score, "epochs": epochs})
         self.state.epochs = self._trained_so_far()
         self.state.scaling = self.stepper.optimizer.scaling.state()
-        name = f"step_{done:07d}"
+        name = step_folder(done)
         if self.rank == 0:
-            self._uploaded.wait()  # the checkpoint before is written: memory holds one copy
+            self._uploaded.wait()  # the checkpoint before is written: memory holds one, and one file of it as it is written
         copies = self._copies() if self.rank == 0 or self.stepper.sharded else ({}, {})
         if self.rank > 0:
             ray.train.report({}, checkpoint_dir_name=name, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
             return
         upload = self._upload_of(*copies)
-        reported = {**self.state.checkpoints[-1], "validation": metrics, "keep": self._to_keep()}
+        reported = {**self.state.checkpoints[-1], "keep": self._to_keep()}
         nothing = Checkpoint.from_directory(tempfile.mkdtemp())  # `upload` has it all; Ray removes this folder
         ray.train.report(
             reported,
@@ -245,8 +247,8 @@ class Run:
         )
         assert self.scalars
         self.scalars.save()
-        shown = f"validation {_shown(metrics)}; " if metrics else ""
-        self._say(f"step {done}: {shown}{time.perf_counter() - started:.1f} s with checkpoint")
+        validated = f"validation {_all(metrics)}; " if metrics else ""
+        self._say(f"step {done}: {validated}{time.perf_counter() - started:.1f} s with checkpoint")
 
     def _copies(self) -> tuple[Tensors, Tensors]:
         """Weights and moments of now; whole on the first worker."""
@@ -265,6 +267,7 @@ class Run:
 
         def upload(_: Checkpoint, name: str) -> Checkpoint:
             try:
+                remove_tree(f"{path}/{name}/trainer.json")  # of an earlier try: with it, the folder passes for whole
                 save_weights(f"{path}/{name}", weights, settings.model, settings.event_schema, settings.train.tasks)
                 save_trainer(f"{path}/{name}", moments, state)
             finally:
@@ -315,5 +318,5 @@ class Run:
             self.scalars.add(record)
 
 
-def _shown(metrics: dict[str, dict[str, float]]) -> str:
-    return ", ".join(f"{name} {value:.4f}" for task in metrics.values() for name, value in task.items())
+def _all(metrics: Metrics) -> str:
+    return ", ".join(map(shown, metrics.values()))

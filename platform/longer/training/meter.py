@@ -24,6 +24,7 @@ class Meter:
         self._started = self._told = time.perf_counter()
         self._num_steps_here, self._num_requests, self._num_candidates = 0, 0, 0
         self._phase_s: dict[str, float] = {}
+        self._phases_until_s = math.inf
 
     def add(self, num_requests: int, num_candidates: int) -> None:
         self._num_steps_here += 1
@@ -31,14 +32,15 @@ class Meter:
         self._num_candidates += num_candidates
 
     def add_phases(self, seconds: dict[str, float]) -> None:
-        """What `PhaseTimer.take` gave."""
+        """What `PhaseTimer.take` gave, of the time until now."""
+        self._phases_until_s = time.perf_counter() - self._started
         for name, value in seconds.items():
             self._phase_s[name] = self._phase_s.get(name, 0.0) + value
 
     def rates(self) -> dict[str, float]:
-        """Over all workers, and this one's share of time in each phase, since this process started."""
+        """Over all workers since this process started, and this one's share of time in each phase until they were last told."""
         elapsed_s = time.perf_counter() - self._started
-        shares = {f"{name}_share": value / elapsed_s for name, value in self._phase_s.items()}
+        shares = {f"{name}_share": value / self._phases_until_s for name, value in self._phase_s.items()}
         return {
             "elapsed_s": elapsed_s,
             "step_ms": 1e3 * elapsed_s / self._num_steps_here,
@@ -123,5 +125,5 @@ def _flat(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}/")
-        elif not isinstance(value, str):
+        elif isinstance(value, int | float):
             yield f"{prefix}{name}", value

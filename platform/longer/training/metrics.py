@@ -1,6 +1,7 @@
 """Ranking and calibration metrics, exact and vectorised. C candidates (rows) of U users."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -8,6 +9,22 @@ import numpy.typing as npt
 import torch
 
 Ints = npt.NDArray[np.integer]
+
+
+Metrics = dict[str, dict[str, float | None]]
+"""By task and name; None where one is not defined, since JSON has no NaN."""
+
+
+def defined(metrics: dict[str, dict[str, float]]) -> Metrics:
+    """The metrics with None for what is not finite."""
+    return {
+        task: {name: x if math.isfinite(x) else None for name, x in values.items()} for task, values in metrics.items()
+    }
+
+
+def shown(metrics: Mapping[str, float | None]) -> str:
+    """One task's, as a line tells them."""
+    return ", ".join(f"{name} {'undefined' if x is None else f'{x:.4f}'}" for name, x in metrics.items())
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""AdamW on the dense layers; on large tables Adam of the rows that a step read, and nothing of the others."""
+"""AdamW on the dense layers; on large tables Adam of the rows that a step read, and nothing of the others.
+
+Side features' tables count as dense layers without decay: `model.categorical_rows` bounds what a pass over them costs.
+"""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager

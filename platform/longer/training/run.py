@@ -2,18 +2,15 @@
 
 import math
 import os
-from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
 import ray
 import ray.train
 from ray.train import (
-    Checkpoint,
     ControllerError,
     FailureConfig,
     LoggingConfig,
-    Result,
     RunConfig,
     ScalingConfig,
     UserCallback,
@@ -29,25 +26,25 @@ from longer.storage import (
     Table,
     Version,
     arrow_filesystem,
-    change_times,
-    file_sizes,
     fingerprint,
     manifest_of,
     read_bytes,
-    remove_tree,
     write_bytes,
 )
 from longer.training.checkpoints import (
     FORMAT_VERSION,
+    TRAINER_VERSION,
     TrainerState,
     best_of_epochs,
     load_model,
     load_weights,
     read_trainer_state,
 )
-from longer.training.content import Job, read_requests
+from longer.training.content import Job
 from longer.training.loop import train_worker
+from longer.training.reading import requests_in_memory
 from longer.training.relay import relayed_lines
+from longer.training.runs import KeepBestAndLast, mend_record, note_start, remove_old_runs, step_folder
 
 _KEPT = {"keep_checkpoints", "keep_runs"}
 _HOW_NOT_WHAT = {"num_workers", "use_gpu", "max_failures", "max_tokens_per_batch", "table_sharding", *_KEPT}
@@ -70,31 +67,35 @@ def train(settings: Settings, start_from: str | None = None) -> Version:
     _check_split(requests, "valid", "raise requests.validation_days_share")
     chosen = chosen_settings(settings)
     first = {"from": load_weights(start_from, settings)[1].model_version} if start_from else {}
-    run_id = fingerprint("checkpoint", FORMAT_VERSION, chosen, versions, settings.event_schema.hash(), first)
+    run_id = fingerprint(
+        "checkpoint", FORMAT_VERSION, TRAINER_VERSION, chosen, versions, settings.event_schema.hash(), first
+    )
     table = Table(settings.path("checkpoints"))
     if published := finished(table, run_id):
         return published
     own_until = requests.manifest["valid_from"]
     past, past_until = past_of(start_from) if start_from else ([], own_until)
     table.claim()
-    result = fit(Job(settings, versions, start_from), run_id)
-    state = last_state(result)
+    run_path = settings.path("training", run_id)
+    if start_from:
+        note_start(run_path, start_from)
+    state = read_trainer_state(fit(Job(settings, versions, start_from), run_id))
     (best,) = best_of_epochs(state.checkpoints)
-    by_step = {reported["step"]: (checkpoint, reported) for checkpoint, reported in result.best_checkpoints or ()}
-    checkpoint, reported = by_step[best["step"]]
+    (validation,) = (r["validation"] for r in state.history if r["step"] == best["step"] and "validation" in r)
     trained = {"requests": requests.id, "split": "train", "until": own_until, "epochs": state.epochs}
     about = {
         "inputs": versions,
         "settings": chosen,
         **first,
         "step": best["step"],
-        "validation": reported["validation"],
+        "validation": validation,
         "trained": [*past, {**trained, "published_after_epochs": best["epochs"]}],
         "trained_until": max(own_until, past_until, key=datetime.fromisoformat),
     }
-    version = publish(settings, table, run_id, checkpoint, result, about)
+    version = publish(settings, table, run_id, f"{run_path}/{step_folder(best['step'])}", state, about)
     after = f"epoch {best['epochs']} of {settings.train.epochs}, step {best['step']}"
-    say("train", f"run {run_id}: published as it was after {after}, {reported['validation']}")
+    unscored = "" if best["score"] is not None else ", the last one: no epoch's validation score is defined"
+    say("train", f"run {run_id}: published as it was after {after}{unscored}, {validation}")
     return version
 
 
@@ -166,28 +167,8 @@ class EndAtMistakes(UserCallback):
                 raise ControllerError(mistake)
 
 
-class KeepBestAndLast(UserCallback):
-    """Once a checkpoint is committed, those before it that it says nobody needs any more lose their tensors.
-
-    Ray keeps the best ones or the last ones, not both, and its record of a run names the folders of all: they stay, with
-    model.json.
-    """
-
-    def __init__(self, run_path: str) -> None:
-        self._run_path = run_path
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
-        newest, keep = metrics[0]["step"], {f"step_{step:07d}" for step in metrics[0]["keep"]}
-        for path in file_sizes(self._run_path):
-            folder, _, file = path.partition("/")
-            stale = folder.startswith("step_") and folder < f"step_{newest:07d}" and folder not in keep
-            if stale and file != "model.json":
-                with suppress(OSError):  # what storage does not remove now is stale the next time too
-                    remove_tree(f"{self._run_path}/{path}")
-
-
-def fit(job: Job, run_id: str) -> Result:
-    """Trains to the end, from the last checkpoint of a run of this id if there is one."""
+def fit(job: Job, run_id: str) -> str:
+    """Trains to the end, from the last checkpoint of a run of this id if there is one; returns the path of the last one."""
     settings = job.settings
     asked = settings.train
     _check_cluster(settings)
@@ -196,7 +177,8 @@ def fit(job: Job, run_id: str) -> Result:
     on_s3 = storage.startswith("s3://")
     # Workers print their own progress; Ray's copy of each line, its state machine and reports stay in the session's log files.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    requests = _requests_in_memory(job)
+    mend_record(f"{storage}/{run_id}")
+    requests = requests_in_memory(job)
     if isinstance(asked.num_workers, tuple):
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _WAIT_FOR_MORE_WORKERS_S)
     with relayed_lines() as lines:
@@ -213,60 +195,27 @@ def fit(job: Job, run_id: str) -> Result:
                 logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
             ),
         )
-        return trainer.fit()
-
-
-def _requests_in_memory(job: Job) -> ray.ObjectRef:
-    """The requests of a job, read once however often workers start; they are there, or an error is raised here.
-
-    Lost with a node, they are read anew: the task asks for no core, since workers may have them all.
-    """
-    options = {"num_cpus": 0, "num_returns": 2, "label_selector": job.settings.ray.place(num_gpus=0)}
-    retries = {"max_retries": job.settings.train.max_failures, "retry_exceptions": [StorageError]}
-    task: Any = ray.remote(lambda: (read_requests(job), True))
-    requests, are_there = task.options(**options, **retries).remote()
-    ray.get(are_there)
-    return requests
+        last = trainer.fit().checkpoint
+    assert last
+    return f"{storage}/{run_id}/{os.path.basename(last.path)}"
 
 
 def publish(
-    settings: Settings, table: Table, run_id: str, chosen: Checkpoint, result: Result, about: dict[str, Any]
+    settings: Settings, table: Table, run_id: str, chosen: str, state: TrainerState, about: dict[str, Any]
 ) -> Version:
-    """Copies the model of one checkpoint; the history is the last one's, which holds all of it. Old runs' checkpoints go."""
+    """Copies the model of the checkpoint at `chosen`; the history is `state`'s, which holds all. Old runs' checkpoints go."""
     path = table.begin(run_id)
-    with chosen.as_directory() as directory:
-        for file in ("model.safetensors", "model.json"):
-            write_bytes(f"{path}/{file}", read_bytes(f"{directory}/{file}"))
+    for file in ("model.safetensors", "model.json"):
+        write_bytes(f"{path}/{file}", read_bytes(f"{chosen}/{file}"))
     model, info = load_model(path)
     of_model = {
         "schema_hash": info.schema.hash(),
         "model_version": info.model_version,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-    state = last_state(result)
     version = table.publish(run_id, {**about, **of_model, "skipped": state.skipped, "history": state.history})
-    with suppress(OSError):  # what storage does not remove now is old the next time too
-        remove_old_runs(settings.path("training"), settings.train.keep_runs)
+    remove_old_runs(settings.path("training"), table, settings.train.keep_runs)
     return version
-
-
-def remove_old_runs(folder: str, num_kept: int) -> None:
-    """Of all runs but the newest, finished or not, only the scalars stay; what they published lies in the checkpoints table."""
-    runs: dict[str, tuple[datetime, set[str]]] = {}
-    for path, changed in change_times(folder).items():
-        run, _, rest = path.partition("/")
-        newest, parts = runs.get(run, (changed, set()))
-        runs[run] = max(newest, changed), parts | {rest.partition("/")[0]}
-    for run, (_, parts) in sorted(runs.items(), key=lambda item: item[1][0])[:-num_kept]:
-        for part in parts - {"tensorboard"}:
-            remove_tree(f"{folder}/{run}/{part}")
-
-
-def last_state(result: Result) -> TrainerState:
-    """Where the run ended: its whole history, and what was trained, which the run has compared with its data."""
-    assert result.checkpoint
-    with result.checkpoint.as_directory() as directory:
-        return read_trainer_state(directory)
 
 
 def _check_split(requests: Version, split: str, remedy: str) -> None:

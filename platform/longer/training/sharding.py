@@ -1,7 +1,8 @@
 """Large tables with their rows spread over the workers: each owns a block of every table, lends its rows to all and updates them.
 
-A batch's rows come by an all-to-all exchange before its pass, their gradients go back by another after it: no worker holds a table,
-and what is sent depends on what was read. A worker's block is its model's parameter.
+A batch's rows come by an all-to-all exchange before its pass, their gradients go back by another after it: what is sent depends
+on what was read, and no device holds a table. A worker's block is its model's parameter. It is cut from a whole model, which each
+worker makes in host memory as it starts; the first worker's host holds whole tables again while a checkpoint is written.
 
 U rows that a batch here reads, A rows that are asked of this worker, d width, W workers, T tables.
 """
@@ -43,7 +44,7 @@ class ShardedTables:
         self._tables, self._device, self._sent_as = model.large_tables(), device, sent_as
         self._loans, self._joined, self._beside = list[_Loan](), list[Joined](), Beside(device)
         for table in self._tables.values():
-            table.embedding.weight = nn.Parameter(self._block(table, table.embedding.weight.detach()).clone())
+            table.embedding.weight = nn.Parameter(table.embedding.weight.detach()[self._rows(table)].clone())
         bounds = [self._bounds(table) for table in self._tables.values()]
         self.announce, self._announce_now = (Announcer(self._tables, bounds, device.type == "cuda") for _ in range(2))
 
@@ -106,13 +107,13 @@ class ShardedTables:
         by_worker_and_table = received_X.split([num for lent_T in num_lent_WT for num in lent_T])
         return [torch.cat(by_worker_and_table[number :: len(num_lent_TW)]) for number in range(len(num_lent_TW))]
 
-    def own(self, name: str, whole: Tensor) -> Tensor:
-        """This worker's part of a weight or moment of the whole model; `name` is the parameter's, or begins with it and a slash."""
+    def own_rows(self, name: str) -> slice:
+        """This worker's rows of a weight or moment of the whole model; `name` is the parameter's, or begins with it and a slash."""
         table = self._table_of(name)
-        return whole if table is None or not whole.dim() else self._block(table, whole)
+        return slice(None) if table is None else self._rows(table)
 
     def whole(self, name: str, own: Tensor) -> Tensor:
-        """The opposite, copied to the CPU: the first worker's is of use, the others' is what they gave to it."""
+        """All rows of a weight or moment, on the CPU: the first worker's is of use, the others' is what they gave to it."""
         table = self._table_of(name)
         if table is None or not own.dim():
             return copied(name, own)
@@ -130,9 +131,9 @@ class ShardedTables:
     def _table_of(self, name: str) -> HashedTable | None:
         return self._tables.get(name.partition("/")[0])
 
-    def _block(self, table: HashedTable, whole: Tensor) -> Tensor:
+    def _rows(self, table: HashedTable) -> slice:
         bounds = self._bounds(table)
-        return whole[bounds[self._rank] : bounds[self._rank + 1]]
+        return slice(bounds[self._rank], bounds[self._rank + 1])
 
     def _bounds(self, table: HashedTable) -> list[int]:
         """The first row of each worker, and the number of rows."""

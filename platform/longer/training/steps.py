@@ -25,7 +25,7 @@ from longer.model.longer import Longer
 from longer.model.ranker import Ranker
 from longer.training.checkpoints import copied
 from longer.training.exchange import Ahead, ReplicatedTables
-from longer.training.metrics import binary_metrics
+from longer.training.metrics import Metrics, binary_metrics
 from longer.training.optimizer import Optimizer
 from longer.training.sharding import ShardedTables
 from longer.training_settings import TaskSettings, TrainSettings
@@ -153,9 +153,9 @@ class Stepper:
         items_E, items_C = batch.histories.features["item_id"], batch.candidates.features["item_id"]
         return self.model.keys_read(items_E, items_C, batch.histories.user_key_B)
 
-    def own(self, name: str, whole: Tensor) -> Tensor:
-        """This worker's part of a weight or moment, by its name in a checkpoint, which has all of it."""
-        return self.sharded.own(name, whole) if self.sharded else whole
+    def own_rows(self, name: str) -> slice:
+        """This worker's rows of a weight or moment, by its name in a checkpoint, which has all of them."""
+        return self.sharded.own_rows(name) if self.sharded else slice(None)
 
     def whole(self, name: str, own: Tensor) -> Tensor:
         """A copy on the CPU of all of it on the first worker; with sharded tables all workers call this in step."""
@@ -248,11 +248,16 @@ def task_metrics(
     }
 
 
-def selection_score(metrics: dict[str, dict[str, float]]) -> float:
-    """What 'best' means, higher is better: the AUC of the first binary task, else the first task's error, negated."""
+def selection_score(metrics: Metrics) -> float | None:
+    """What 'best' means, higher is better: the AUC of the first binary task, else the first task's error, negated.
+
+    None where that is not defined, as without a positive or without a negative among the labels.
+    """
     aucs = [task["auc"] for task in metrics.values() if "auc" in task]
-    score = aucs[0] if aucs else -next(iter(metrics.values()))["mse"]
-    return score if math.isfinite(score) else -math.inf
+    if aucs:
+        return aucs[0]
+    error = next(iter(metrics.values()))["mse"]
+    return None if error is None else -error
 
 
 def gather(value: Any, num_workers: int) -> list[Any]:

@@ -4,6 +4,7 @@ L events of the user, D width, H heads, Z head width.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from longer.arrays import RequestBatch
+from longer.model.encoders import bucket
+from longer.model.encoders.distance import Bias, half_octave
 from longer.model.encoders.factory import make_model, upstream_settings
+from longer.model.encoders.hstu import HstuEncoder
 from longer.model.encoders.pooling import DinEncoder
 from longer.model.encoders.ranker import EncoderRanker
-from longer.model.encoders.search import SimEncoder, TwinEncoder
-from longer.model.encoders.transformer import HstuEncoder, TransformerEncoder, UserTowerEncoder, half_octave
+from longer.model.encoders.search import ExactSearchUnit, SimEncoder, TwinEncoder
+from longer.model.encoders.transformer import TransformerEncoder, UserTowerEncoder
 from longer.model.inputs import BatchTensors, event_tensors, to_tensors
 from longer.model_settings import ModelSettings
 from tests.model.generate import SCHEMA, SIZES, TASKS, one_request_a_row, random_candidates, random_histories
@@ -30,8 +34,8 @@ ENCODERS: list[dict[str, Any]] = [
     {"kind": "sum_pooling"},
     {"kind": "din"},
     {"kind": "din", "recent_events": 5},
-    {"kind": "sim", "top_events": 3},
-    {"kind": "sim", "search": "soft", "top_events": 3},
+    {"kind": "sim", "top_events": 3, "short_events": 2},
+    {"kind": "sim", "search": "soft", "top_events": 3, "short_events": 2},
     {"kind": "twin", "top_events": 3},
     {"kind": "transformer"},
     {"kind": "hstu"},
@@ -55,6 +59,16 @@ def name_of(encoder: dict[str, Any]) -> str:
     return "-".join(str(value) for value in encoder.values())
 
 
+def entered(model: EncoderRanker, batch: BatchTensors) -> Tensor:
+    """[C, D]: the candidates as encoders are given them, with what is known of their requests."""
+    request_C = batch.request_of_candidate_C
+    request_RD = model.embedding.requests(
+        batch.request_ts_R, batch.histories.last_ts_R(batch.row_R, batch.history_end_R)
+    )
+    features_CF = model.batch_interactions(batch, request_C, request_RD.dtype)
+    return model.enter(request_RD, request_C, features_CF, batch.candidates)
+
+
 class OneUser:
     """What one user's candidates read: events of the window as vectors, candidates as vectors, and the raw features of both."""
 
@@ -69,7 +83,7 @@ class OneUser:
         own = slice(*source.candidates.offsets_R1[request : request + 2])
         self.candidates = {name: torch.from_numpy(x[own]) for name, x in source.candidates.features.items()}
         self.x_LD = model.embedding.groups(model.embedding.events(self.events)[:, None])
-        self.v_CD = model.embedding.candidates(self.candidates)
+        self.v_CD = entered(model, batch)[own]
         self.request_ts = int(source.request_ts_R[request])
         self.ts = self.events.event_ts_E
 
@@ -89,7 +103,7 @@ def check(encoder: dict[str, Any], asked: RequestBatch, equation: Any) -> None:
     model = small_ranker(encoder)
     batch = to_tensors(asked)
     assert model.encoder is not None
-    found_CD = model.encode(model.encoder, batch)
+    found_CD = model.encode(model.encoder, batch, entered(model, batch))
     users = [OneUser(model, batch, r, encoder.get("recent_events")) for r in range(asked.num_requests)]
     expected = [equation(model, user, c) for user in users for c in range(len(user.v_CD))]
     torch.testing.assert_close(found_CD, torch.stack(expected), **exactly)
@@ -109,12 +123,12 @@ def test_din_weights_each_event_by_its_activation_unit_without_a_softmax(
         total = torch.zeros_like(v)
         for e in user.x_LD:
             total = total + unit.weight(unit.activation(unit.hidden(torch.cat([v, e, v - e, v * e])))) * e
-        return total / math.sqrt(24)
+        return total / math.sqrt(recent or 24)  # of the events that it reads
 
     check({"kind": "din", "recent_events": recent}, asked, equation)
 
 
-def attention(unit: SimEncoder, user: OneUser, v: Tensor, found: list[int], num_heads: int) -> Tensor:
+def attention(unit: ExactSearchUnit, user: OneUser, v: Tensor, found: list[int], num_heads: int) -> Tensor:
     """SIM's exact search unit: multi-head softmax attention to [event; distance in time]."""
     if not found:
         return torch.zeros_like(v)
@@ -134,9 +148,12 @@ def test_sim_hard_attends_to_the_newest_events_of_the_candidates_category(asked:
         assert isinstance(model.encoder, SimEncoder)
         wanted = int(user.candidates["category"][c])
         same = [i for i, key in enumerate(user.events.features["category"].tolist()) if key == wanted and wanted]
-        return attention(model.encoder, user, user.v_CD[c], same[-3:], model.settings.num_heads)
+        found = (model.encoder.long, same[-3:]), (model.encoder.short, [*range(len(user.x_LD))][-2:])
+        return torch.cat(
+            [attention(unit, user, user.v_CD[c], slots, model.settings.num_heads) for unit, slots in found]
+        )
 
-    check({"kind": "sim", "top_events": 3}, asked, equation)
+    check({"kind": "sim", "top_events": 3, "short_events": 2}, asked, equation)
 
 
 def test_sim_soft_searches_by_inner_product_and_keeps_the_weighted_sum(asked: RequestBatch) -> None:
@@ -146,9 +163,11 @@ def test_sim_soft_searches_by_inner_product_and_keeps_the_weighted_sum(asked: Re
         relevance = [float(unit.search_event(e) @ unit.search_candidate(v)) / math.sqrt(len(v)) for e in user.x_LD]
         everything = sum((r * e for r, e in zip(relevance, user.x_LD, strict=True)), torch.zeros_like(v))
         best = sorted(range(len(relevance)), key=lambda i: -relevance[i])[:3]
-        return torch.cat([everything / math.sqrt(24), attention(unit, user, v, best, model.settings.num_heads)])
+        found = (unit.long, best), (unit.short, [*range(len(user.x_LD))][-2:])
+        attended = [attention(each, user, v, slots, model.settings.num_heads) for each, slots in found]
+        return torch.cat([everything / math.sqrt(24), *attended])
 
-    check({"kind": "sim", "search": "soft", "top_events": 3}, asked, equation)
+    check({"kind": "sim", "search": "soft", "top_events": 3, "short_events": 2}, asked, equation)
 
 
 def test_twin_searches_and_attends_by_the_same_scores(asked: RequestBatch) -> None:
@@ -166,7 +185,8 @@ def test_twin_searches_and_attends_by_the_same_scores(asked: RequestBatch) -> No
             for i in range(len(user.x_LD)):
                 inherent = unit.query(v)[part] @ unit.key(item_LD[i])[part] / math.sqrt(part.stop - part.start)
                 cross = sum(b * w(x[i])[0] for b, w, x in zip(unit.beta_HJ[h], unit.cross, sides, strict=True))
-                scores[h, i] = inherent + cross
+                age = half_octave(torch.tensor((user.request_ts - int(user.ts[i])) // 1000))
+                scores[h, i] = inherent + cross + unit.beta_of_age_H[h] * unit.by_age[int(age)]
         best = scores.mean(0).topk(min(3, scores.shape[1])).indices
         if not len(best):
             return torch.zeros_like(v)
@@ -188,7 +208,7 @@ def causal_block(block: Any, x_TD: Tensor) -> Tensor:
 def test_transformer_is_a_causal_transformer_with_the_candidate_at_the_end(asked: RequestBatch) -> None:
     def equation(model: EncoderRanker, user: OneUser, c: int) -> Tensor:
         assert isinstance(model.encoder, TransformerEncoder)
-        x_TD = torch.cat([user.x_LD, user.v_CD[c : c + 1] + model.encoder.candidate_D])
+        x_TD = torch.cat([user.x_LD, user.v_CD[c : c + 1]])
         for block in model.encoder.layers:
             x_TD = causal_block(block, x_TD)
         return model.encoder.norm(x_TD[-1])
@@ -234,6 +254,27 @@ def test_hstu_is_pointwise_attention_gated_by_u(asked: RequestBatch) -> None:
     check({"kind": "hstu"}, asked, equation)
 
 
+def test_hstu_in_blocks_that_are_computed_again_equals_it_at_once(
+    asked: RequestBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_ranker({"kind": "hstu"})
+    at_once = gradients(model, asked)
+    monkeypatch.setattr("longer.model.encoders.hstu._BLOCK_EVENTS", 5)
+    torch.testing.assert_close(gradients(model, asked), at_once, **exactly)
+
+
+def gradients(model: EncoderRanker, asked: RequestBatch) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    model(to_tensors(asked)).sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def test_counted_gradients_of_a_bias_table_are_those_of_a_look_up() -> None:
+    classes = torch.randint(0, 64, (3, 50), dtype=torch.uint8)
+    table = torch.randn(64, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(Bias.apply, (table, classes))
+
+
 def test_distances_fall_into_half_octaves() -> None:
     assert half_octave(torch.tensor([-5, 0, 1, 2, 3, 4, 1 << 40])).tolist() == [0, 0, 1, 3, 4, 5, 63]
 
@@ -244,10 +285,11 @@ def test_user_embedding_is_the_towers_vector_and_never_learns(asked: RequestBatc
     assert isinstance(tower, EncoderRanker)
     assert isinstance(tower.encoder, UserTowerEncoder)
     model.upstream.load_state_dict(tower.state_dict())
-    products = tower.encode(tower.encoder, batch)
-    of_candidates = tower.encoder.candidate(tower.embedding.candidates(batch.candidates))
+    products = tower.encode(tower.encoder, batch, entered(tower, batch))
+    of_candidates = tower.encoder.candidate(entered(tower, batch))
     assert model.encoder is not None
-    torch.testing.assert_close(model.encode(model.encoder, batch) * of_candidates, products, **exactly)
+    read = model.encode(model.encoder, batch, entered(model, batch))
+    torch.testing.assert_close(read * of_candidates, products, **exactly)
     model(batch).sum().backward()
     assert all(parameter.grad is None for parameter in model.upstream.parameters())
     trained = {id(p) for p in (*model.dense_parameters(), *model.embedding_parameters())}
@@ -267,6 +309,62 @@ def test_every_trained_weight_has_a_gradient_even_where_nobody_has_a_history(enc
         outputs.sum().backward()
         trained = (*model.dense_parameters(), *model.embedding_parameters())
         assert all(parameter.grad is not None for parameter in trained)
+
+
+@pytest.mark.parametrize("most_cells", [1 << 26, 500])
+@pytest.mark.parametrize("encoder", ENCODERS, ids=name_of)
+def test_buckets_as_cuda_has_them_give_what_those_of_similar_lengths_do(
+    encoder: dict[str, Any], most_cells: int, asked: RequestBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch, on_cpu = small_ranker(encoder), to_tensors(asked), bucket._parts
+    expected = model(batch)
+    monkeypatch.setattr(bucket, "_MAX_CELLS", most_cells)
+    monkeypatch.setattr(bucket, "_parts", lambda *sizes: on_cpu(*sizes[:-1], torch.device("cuda")))
+    torch.testing.assert_close(model(batch), expected, **exactly)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS, ids=name_of)
+def test_recomputed_activations_give_the_same_gradients(encoder: dict[str, Any], asked: RequestBatch) -> None:
+    model = small_ranker(encoder)
+    kept = gradients(model, asked)
+    model.set_recompute(True)
+    torch.testing.assert_close(gradients(model, asked), kept, **exactly)
+
+
+SEARCHES = [
+    e for e in ENCODERS if e["kind"] in ("din", "sim", "twin", "transformer", "hstu") and "recent_events" not in e
+]
+
+
+@pytest.mark.parametrize("encoder", SEARCHES, ids=name_of)
+def test_encoders_that_attend_begin_as_a_search_for_the_candidates_own_item(encoder: dict[str, Any]) -> None:
+    """As LONGER does: what is compared is not who began well. An event weighs what its absence changes in what is read."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "merge_size": 1, "event_width": 64, "inner_transformer": False, "item_rows": 1000}
+    wider = {"top_events": 20} if "top_events" in encoder else {}
+    wider |= {"num_layers": 1} if encoder["kind"] == "hstu" else {}  # its last gathers at random
+    model = make_model(ModelSettings(**sizes, encoder={**encoder, **wider}), SCHEMA, TASKS).double().eval()
+    assert isinstance(model, EncoderRanker)
+    assert model.encoder is not None
+    rng = np.random.default_rng(0)
+    histories = random_histories(rng, [20])
+    for name in ("item_id", "category"):
+        histories.features[name][:] = np.arange(1, 21) % (3 if name == "category" else 21)  # others of its category too
+    candidates = random_candidates(rng, [1])
+    candidates.features["item_id"][:], candidates.features["category"][:] = 10, 1
+    request_ts, read = np.array([2_000_000_000_000]), []
+    for absent in (None, *range(1, 19)):  # the newest two are there always: SIM reads them apart
+        kept = np.arange(20) != (-1 if absent is None else absent - 1)
+        changed = replace(
+            histories,
+            offsets_B1=np.array([0, kept.sum()]),
+            event_ts_E=histories.event_ts_E[kept],
+            features={name: x[kept] for name, x in histories.features.items()},
+        )
+        batch = to_tensors(one_request_a_row(model, changed, request_ts, candidates))
+        read.append(model.encode(model.encoder, batch, entered(model, batch)).detach())
+    moved = [float((each - read[0]).norm()) for each in read[1:]]
+    assert int(np.argmax(moved)) + 1 == 10
 
 
 @pytest.mark.parametrize("encoder", ENCODERS, ids=name_of)

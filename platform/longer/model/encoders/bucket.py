@@ -3,8 +3,8 @@
 B histories, L events (padded), N tiles, A candidates of a tile (padded), D width.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,8 +17,8 @@ from longer.model.padded import LANES, length_classes, on, pad_ranges
 from longer.windows import WindowRule
 
 _TILE_CANDIDATES = 64
-_MAX_CELLS = 1 << 25
-"""Candidate-event and event-event pairs that are computed together: what bounds memory."""
+_MAX_CELLS = 1 << 26
+"""Numbers in the widest step of what is computed together: what bounds memory."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,11 @@ class Bucket:
         slot_L = torch.arange(self.x_BLD.shape[1], device=self.row_N.device)
         return (slot_L >= self.begin_NA[..., None]) & (slot_L < self.end_NA[..., None])
 
+    @property
+    def age_s_NAL(self) -> Tensor:
+        """Seconds from each event to each candidate's request; any where it is not seen."""
+        return (self.request_ts_NA[..., None] - self.event_ts_BL.index_select(0, self.row_N)[:, None]) // 1000
+
     def of_events(self, x_E: Tensor) -> Tensor:
         """[B, L, ...]: what belongs to each event; anything where there is none."""
         if len(x_E):
@@ -67,32 +72,51 @@ class Bucket:
         return self.batch.candidates[name][self.candidate_NA]
 
 
-def buckets(
-    batch: BatchTensors, windows: WindowRule, x_ED: Tensor, x_CD: Tensor, recent_events: int | None
-) -> Iterator[tuple[Bucket, Tensor, Int64]]:
-    """Buckets that hold every candidate once: for each, which of its [N, A] candidates are there, and their numbers.
+def readable(batch: BatchTensors, windows: WindowRule, recent_events: int | None) -> BatchTensors:
+    """The batch with histories that begin at the oldest event that any of its candidates reads."""
+    source, histories = batch.source, batch.source.histories
+    begin_B = histories.end_index_B
+    np.minimum.at(begin_B, source.row_R, _begin_R(batch, windows, recent_events))
+    if (begin_B == histories.first_index_B).all():
+        return batch
+    rows, end_B = np.arange(len(histories)), histories.end_index_B
+    cut = histories.slice_events(rows, begin_B, end_B)
+    row, begin, end = on(batch.row_R.device, rows, begin_B, end_B)
+    events = batch.histories.slice_events(row, begin, end, len(cut.event_ts_E))
+    return replace(batch, histories=events, source=replace(source, histories=cut))
 
-    Histories that no event is in come in buckets of one padded event that nobody sees.
+
+def _begin_R(batch: BatchTensors, windows: WindowRule, recent_events: int | None) -> Int64:
+    """Absolute index of the oldest event that each request reads."""
+    end_R = batch.source.history_end_R
+    begin_R = windows.history_start(end_R) * windows.merge_size
+    return begin_R if recent_events is None else np.maximum(begin_R, end_R - recent_events)
+
+
+def buckets(
+    batch: BatchTensors,
+    windows: WindowRule,
+    x_ED: Tensor,
+    x_CD: Tensor,
+    recent_events: int | None,
+    cells_per_slot: Callable[[int, int], int],
+) -> Iterator[tuple[Bucket, Tensor, Int64]]:
+    """Buckets that hold every candidate once: for each, which of its N * A candidates are there, and their numbers.
+
+    Histories that no event is in come in buckets of one padded event that nobody sees. `cells_per_slot` is the encoder's.
     """
     source, device = batch.source, x_CD.device
     first_index_B, offsets_B1 = source.histories.first_index_B, source.histories.offsets_B1
-    request_begin_R = windows.history_start(source.history_end_R) * windows.merge_size
-    if recent_events is not None:
-        request_begin_R = np.maximum(request_begin_R, source.history_end_R - recent_events)
     request_C = np.repeat(np.arange(source.num_requests), np.diff(source.candidates.offsets_R1))
     row_C = source.row_R[request_C]
-    begin_C = (request_begin_R - first_index_B[source.row_R])[request_C]
+    begin_C = (_begin_R(batch, windows, recent_events) - first_index_B[source.row_R])[request_C]
     end_C = (source.history_end_R - first_index_B[source.row_R])[request_C]
     ends_B1 = np.searchsorted(row_C, np.arange(len(source.histories) + 1))
     length_B = np.diff(offsets_B1)
-    # Events before the oldest that anybody sees are not read at all.
-    oldest_B = length_B.copy()
-    np.minimum.at(oldest_B, row_C, begin_C)
-    read_B = length_B - oldest_B
     if not len(x_ED):
         x_ED = x_ED.sum() * 0 + x_ED.new_zeros(1, x_ED.shape[1])
-    for rows in length_classes(read_B, _MAX_CELLS // _cells_per_slot(read_B)):
-        event_BL, exists_BL = pad_ranges((offsets_B1[:-1] + oldest_B)[rows], offsets_B1[1:][rows], multiple=LANES)
+    for rows in _parts(length_B, np.diff(ends_B1), cells_per_slot, device):
+        event_BL, exists_BL = pad_ranges(offsets_B1[:-1][rows], offsets_B1[1:][rows], multiple=LANES)
         if not event_BL.shape[1]:
             event_BL, exists_BL = np.zeros((len(rows), LANES), np.int64), np.zeros((len(rows), LANES), bool)
         tile_begin = np.concatenate([np.arange(ends_B1[r], ends_B1[r + 1], _TILE_CANDIDATES) for r in rows])
@@ -102,10 +126,9 @@ def buckets(
         tile_end = np.minimum(tile_begin + _TILE_CANDIDATES, ends_B1[rows[row_N] + 1])
         candidate_NA, asked_NA = pad_ranges(tile_begin.astype(np.int64), tile_end)
         candidate_NA = np.where(asked_NA, candidate_NA, candidate_NA[:, :1])
-        shift_N1 = oldest_B[rows[row_N]][:, None]
         event, length, row, candidate, asked, begin, end = on(
-            device, np.where(exists_BL, event_BL, 0), read_B[rows], row_N, candidate_NA, asked_NA,
-            begin_C[candidate_NA] - shift_N1, end_C[candidate_NA] - shift_N1,
+            device, np.where(exists_BL, event_BL, 0), length_B[rows], row_N, candidate_NA, np.flatnonzero(asked_NA),
+            begin_C[candidate_NA], end_C[candidate_NA],
         )  # fmt: skip
         request_ts = batch.request_ts_R[batch.request_of_candidate_C[candidate]]
         x_BLD = take_rows(x_ED, event) * on(device, exists_BL)[0][..., None]
@@ -113,6 +136,18 @@ def buckets(
         yield bucket, asked, candidate_NA[asked_NA]
 
 
-def _cells_per_slot(read_B: Int64) -> int:
-    """Pairs that a slot of a history may be in."""
-    return max(_TILE_CANDIDATES, min(int(read_B.max(initial=0)), 512))
+def _parts(
+    length_B: Int64, num_candidates_B: Int64, cells_per_slot: Callable[[int, int], int], device: torch.device
+) -> Iterator[Int64]:
+    """Every history once, as many together as memory has room for; on a CPU with others of similar length only.
+
+    On CUDA padding costs less than what starting one more bucket's kernels does.
+    """
+    on_cpu = device.type == "cpu"
+    for rows in length_classes(length_B, _MAX_CELLS) if on_cpu else [np.argsort(length_B, kind="stable")]:
+        while len(rows):
+            longest = max(1, int(length_B[rows[-1]]))
+            cells = longest * cells_per_slot(longest, int(num_candidates_B[rows].max()))
+            size = max(1, _MAX_CELLS // cells)
+            yield rows[-size:]
+            rows = rows[:-size]

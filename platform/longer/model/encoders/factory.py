@@ -1,10 +1,13 @@
 """The encoder, and the model, that the settings ask for."""
 
+from torch import Tensor
+
 from longer.encoder_settings import Din, FullTransformer, Hstu, Sim, SumPooling, Twin, UserEmbedding, UserTower
+from longer.model.encoders.hstu import HstuEncoder
 from longer.model.encoders.pooling import DinEncoder, SumPoolingEncoder
 from longer.model.encoders.ranker import EncoderRanker, SequenceEncoder
 from longer.model.encoders.search import SimEncoder, TwinEncoder
-from longer.model.encoders.transformer import HstuEncoder, TransformerEncoder, UserEmbeddingEncoder, UserTowerEncoder
+from longer.model.encoders.transformer import TransformerEncoder, UserEmbeddingEncoder, UserTowerEncoder
 from longer.model.longer import Longer
 from longer.model.ranker import Ranker
 from longer.model_settings import ModelSettings
@@ -18,22 +21,25 @@ def make_model(settings: ModelSettings, schema: EventSchema, tasks: tuple[TaskSe
 
 
 def make_encoder(
-    settings: ModelSettings, schema: EventSchema, tasks: tuple[TaskSettings, ...]
+    settings: ModelSettings, schema: EventSchema, tasks: tuple[TaskSettings, ...], request_D: Tensor
 ) -> SequenceEncoder | None:
-    """What reads the history for an `EncoderRanker`; None where nothing does."""
+    """What reads the history for an `EncoderRanker`; None where nothing does.
+
+    `request_D` tells candidates from events, which encoders that begin as a search do not look at.
+    """
     match settings.encoder:
         case SumPooling():
             return SumPoolingEncoder(settings)
         case Din() as encoder:
             return DinEncoder(settings, encoder)
         case Sim() as encoder:
-            return SimEncoder(settings, encoder)
+            return SimEncoder(settings, encoder, request_D)
         case Twin() as encoder:
-            return TwinEncoder(settings, encoder, schema)
+            return TwinEncoder(settings, encoder, schema, request_D)
         case FullTransformer(num_layers=num_layers):
-            return TransformerEncoder(settings, num_layers)
+            return TransformerEncoder(settings, num_layers, request_D)
         case Hstu(num_layers=num_layers):
-            return HstuEncoder(settings, num_layers)
+            return HstuEncoder(settings, num_layers, request_D)
         case UserTower(num_layers=num_layers):
             return UserTowerEncoder(settings, num_layers)
         case UserEmbedding():

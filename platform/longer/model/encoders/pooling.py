@@ -30,27 +30,41 @@ class SumPoolingEncoder(SequenceEncoder):
 class DinEncoder(SequenceEncoder):
     """Deep Interest Network (arXiv 1706.06978, eq. 3): the sum of a(e, v) * e over events e for candidate v, without a softmax.
 
-    The activation unit a is an MLP over (v, e, v - e, v * e). Its first layer is linear in the first three, so that only their
-    product is a matrix of every candidate with every event. The sum is scaled like sum pooling's.
+    The activation unit a is an MLP over (v, e, v - e, v * e). Its first layer is linear in e, so that a candidate asks with one
+    vector a hidden unit, and only those units are there for every candidate and event. The sum is over the root of the number of
+    events that are read.
     """
 
     def __init__(self, settings: ModelSettings, encoder: Din):
         super().__init__()
         self.output_width, self.recent_events = settings.width, encoder.recent_events
-        self.scale = settings.history_events**-0.5
+        self.scale = (encoder.recent_events or settings.history_events) ** -0.5
         self.hidden = nn.Linear(4 * settings.width, encoder.hidden_width)
         self.activation = nn.PReLU()
         self.weight = nn.Linear(encoder.hidden_width, 1)
+        self._begin_as_search()
+
+    @torch.no_grad()
+    def _begin_as_search(self) -> None:
+        """As LONGER's first layer does: one hidden unit tells by v * e whether an event is like the candidate.
+
+        It is 2 where they are equal and -2 where they have nothing in common, which PReLU makes -0.5: weights are 2.5 and 0.
+        """
+        width = self.output_width
+        self.hidden.weight[0].zero_()
+        self.hidden.weight[0, 3 * width :] = 4 / width
+        self.hidden.bias[0] = -2
+        self.weight.weight[0, 0] = 1
+        self.weight.bias.fill_(0.5)
+
+    def cells_per_slot(self, longest: int, num_candidates: int) -> int:
+        return self.hidden.out_features * num_candidates
 
     def forward(self, bucket: Bucket, embedding: Embedding) -> Tensor:
-        weight_NAL = self.weights(bucket.x_NAD, bucket.x_NLD) * bucket.seen_NAL
-        return torch.einsum("nal,nld->nad", weight_NAL, bucket.x_NLD.to(weight_NAL.dtype)) * self.scale
-
-    def weights(self, x_NAD: Tensor, x_NLD: Tensor) -> Tensor:
-        """[N, A, L]: the activation unit of every candidate with every event."""
         of_candidate, of_event, of_difference, of_product = self.hidden.weight.chunk(4, dim=1)
-        from_candidate_NAU = nn.functional.linear(x_NAD, of_candidate + of_difference, self.hidden.bias)
-        from_event_NLU = nn.functional.linear(x_NLD, of_event - of_difference)
-        products_NALU = torch.einsum("nad,ud,nld->nalu", x_NAD, of_product, x_NLD)
-        hidden_NALU = products_NALU + from_candidate_NAU[:, :, None] + from_event_NLU[:, None]
-        return self.weight(self.activation(hidden_NALU))[..., 0]
+        from_candidate_NAU = nn.functional.linear(bucket.x_NAD, of_candidate + of_difference, self.hidden.bias)
+        asked_NAUD = bucket.x_NAD[:, :, None] * of_product + (of_event - of_difference)
+        x_NLD = bucket.x_NLD
+        hidden_NAUL = torch.einsum("naud,nld->naul", asked_NAUD, x_NLD) + from_candidate_NAU[..., None]
+        weight_NAL = torch.einsum("u,naul->nal", self.weight.weight[0], self.activation(hidden_NAUL)) + self.weight.bias
+        return torch.einsum("nal,nld->nad", weight_NAL * bucket.seen_NAL, x_NLD) * self.scale

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from longer.model.context import take_rows
 from longer.model.embedding import Embedding
-from longer.model.encoders.bucket import Bucket, buckets
+from longer.model.encoders.bucket import Bucket, buckets, readable
 from longer.model.inputs import BatchTensors
 from longer.model.padded import on
 from longer.model.ranker import Ranker
+from longer.model.recompute import run
 
 if TYPE_CHECKING:
     from longer.model.encoders.transformer import UserEmbeddingEncoder
@@ -29,6 +30,10 @@ class SequenceEncoder(nn.Module):
     reads_events: bool = True
     """Whether gradients reach the event vectors that it is given."""
 
+    def cells_per_slot(self, longest: int, num_candidates: int) -> int:
+        """Numbers that the widest step has for a slot of a history: of histories of at most `longest` slots, read by so many."""
+        return self.output_width
+
     def forward(self, bucket: Bucket, embedding: Embedding) -> Tensor:
         """[N, A, output_width]: one vector a candidate; also for one that sees no event, and without a NaN.
 
@@ -38,25 +43,31 @@ class SequenceEncoder(nn.Module):
 
 
 class EncoderRanker(Ranker):
-    """The candidate's token, the user's and what the encoder read, through the heads that LONGER has."""
+    """The candidate's token x and what the encoder read for it, r, through the heads that LONGER has: over [x, r, x * r]."""
 
     encoder: SequenceEncoder | None
+    recompute: bool = False
 
     def _make_encoder(self) -> None:
         from longer.model.encoders.factory import make_encoder  # which makes rankers itself: a tower trained upstream
 
-        self.encoder = make_encoder(self.settings, self.schema, self.tasks)
+        own, width = self.embedding, self.settings.width
+        own.merge = nn.Identity()  # type: ignore[assignment]  # every event is a group of its own
+        self.encoder = make_encoder(self.settings, self.schema, self.tasks, own.request_D)
         if not (self.encoder and self.encoder.reads_events):  # data-parallel training counts on gradients
-            own = self.embedding
             for unread in (own.event_categories, own.event_numbers, own.gap, own.hour):
                 unread.requires_grad_(False)
         if self.encoder is not None:
-            self.read = nn.Linear(self.encoder.output_width, self.settings.width)
+            self.read, self.read_width = nn.Linear(self.encoder.output_width, width), 2 * width
 
     @property
     def upstream(self) -> Ranker:
         """The frozen user tower of the encoder `user_embedding`."""
         return cast("UserEmbeddingEncoder", self.encoder).upstream
+
+    def set_recompute(self, recompute: bool) -> None:
+        """Whether the encoder forgets its activations, some histories at a time, and computes them again in the backward pass."""
+        self.recompute = recompute
 
     def forward(self, batch: BatchTensors) -> Tensor:
         """[C, tasks]: logits of binary tasks, values of regression tasks, for every candidate of every request."""
@@ -67,17 +78,22 @@ class EncoderRanker(Ranker):
         x_CD = self.enter(request_RD, request_C, features_CF, batch.candidates)
         globals_RMD = self.embedding.user_globals(batch.histories.user_key_B[batch.row_R])
         y_CD = x_CD + take_rows(globals_RMD.sum(1).to(x_CD.dtype), request_C)
+        beside = [] if features_CF is None else [features_CF]
         if self.encoder is not None:
-            y_CD = y_CD + self.read(self.encode(self.encoder, batch))
-        return self.leave(y_CD, features_CF, batch.candidates["item_id"])
+            read_CD = self.read(self.encode(self.encoder, batch, x_CD))
+            beside += [read_CD, read_CD * y_CD.to(read_CD.dtype)]
+        return self.leave(y_CD, torch.cat(beside, dim=-1) if beside else None, batch.candidates["item_id"])
 
-    def encode(self, encoder: SequenceEncoder, batch: BatchTensors) -> Tensor:
-        """[C, output_width]: the history as each candidate reads it."""
+    def encode(self, encoder: SequenceEncoder, batch: BatchTensors, x_CD: Tensor) -> Tensor:
+        """[C, output_width]: the history as each candidate, `x_CD` with what is known of its request, reads it."""
+        batch = readable(batch, self.windows, encoder.recent_events)
         x_ED = self.embedding.groups(self.embedding.events(batch.histories)[:, None])
-        x_CD = self.embedding.candidates(batch.candidates)
         parts, order = [x_CD.new_zeros(0, encoder.output_width)], [np.zeros(0, np.int64)]
-        for bucket, asked_NA, candidates in buckets(batch, self.windows, x_ED, x_CD, encoder.recent_events):
-            parts.append(encoder(bucket, self.embedding)[asked_NA].to(x_CD.dtype))
+        found = buckets(batch, self.windows, x_ED, x_CD, encoder.recent_events, encoder.cells_per_slot)
+        has_randomness = self.settings.dropout > 0 and self.training
+        for bucket, asked, candidates in found:
+            read = run(encoder, bucket, self.embedding, recompute=self.recompute, has_randomness=has_randomness)
+            parts.append(read.flatten(0, 1).index_select(0, asked).to(x_CD.dtype))
             order.append(candidates)
         (back_C,) = on(x_CD.device, np.argsort(np.concatenate(order), kind="stable"))
         return torch.cat(parts).index_select(0, back_C)

@@ -1,0 +1,110 @@
+"""Trials on the validation split before the grid: how each encoder is trained, at the study's own number of steps."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from benchmarks.quality_study.arms import ENCODERS, FEATURES, GENERATED_ENCODERS, ITSELF, Arm, Trained
+
+Chain = tuple[str, bool]
+"""An encoder, and whether it has the interaction features."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is tried: where the best rate of tables is at an edge, rates beyond it too, until it is inside or the last."""
+
+    tables: tuple[float, ...] = (0.01, 0.003, 0.03, 0.001)
+    beyond: tuple[float, ...] = (0.0003, 0.1)
+    dense: tuple[float, ...] = (0.0006, 0.006)
+    passes: int = 3
+
+
+SEARCH = Search()
+QUICK_SEARCH = Search(tables=(0.01, 0.03), beyond=(), dense=(), passes=1)
+
+
+def chains(log: str, quick: bool) -> list[Chain]:
+    """On ids alone, where the sequence is all there is, then with the features; the features alone have no other chain."""
+    if quick:
+        return [("longer", False)]
+    names = GENERATED_ENCODERS if log == "generated" else ("longer", *ENCODERS)
+    with_sequence = [name for name in names if name != "none"]
+    return [*((name, False) for name in with_sequence), ("none", True), *((name, True) for name in with_sequence)]
+
+
+def runnable(log: str, chain: Chain, search: Search, records: Sequence[dict[str, Any]]) -> list[Arm]:
+    """The trials of a chain whose turn it is: all of one stage that have no record; none at the chain's end or before its turn.
+
+    First the rates of tables, then of dense layers, then more passes, each at the best of what was tried before. A chain with the
+    features comes after that on ids, and tries the rates of tables around the best one there.
+    """
+    encoder, features = chain
+    on_ids = _tried(records, log, (encoder, False)) if features and encoder != "none" else {}
+    if features and encoder != "none" and (not on_ids or runnable(log, (encoder, False), search, records)):
+        return []
+    tried = _tried(records, log, chain)
+    for stage in _stages(search, tried, on_ids):
+        if missing := [each for each in stage if each not in tried]:
+            return [_arm(log, chain, each) for each in missing]
+    return []
+
+
+def _stages(search: Search, tried: dict[Trained, float], on_ids: dict[Trained, float]) -> Iterator[list[Trained]]:
+    """What is tried, stage by stage; each begins when the one before has been tried."""
+
+    def best(passes: int = 1) -> Trained:
+        return max((each for each in tried if each.passes == passes), key=lambda each: tried[each])
+
+    start = replace(max(on_ids, key=lambda each: on_ids[each]), passes=1) if on_ids else Trained()
+    rates = _around(start.tables, search) if on_ids else search.tables
+    yield [replace(start, tables=rate) for rate in rates]
+    for _ in search.beyond:
+        seen = [each.tables for each in tried if each.dense == start.dense]
+        lower, higher = (
+            [rate for rate in search.beyond if rate < min(seen)],
+            [r for r in search.beyond if r > max(seen)],
+        )
+        at_edge = {min(seen): lower[:1], max(seen): higher[:1]}
+        yield [replace(start, tables=rate) for rate in at_edge.get(best().tables, [])]
+    if not on_ids:
+        yield [replace(best(), dense=rate) for rate in search.dense]
+    once = best()
+    for passes in range(2, search.passes + 1):
+        yield [replace(once, passes=passes)]
+        if tried[replace(once, passes=passes)] <= tried[replace(once, passes=passes - 1)]:
+            return
+
+
+def _around(rate: float, search: Search) -> list[float]:
+    rates = sorted({*search.tables, *search.beyond})
+    place = rates.index(rate)
+    return [rate, *rates[max(0, place - 1) : place], *rates[place + 1 : place + 2]]
+
+
+def _arm(log: str, chain: Chain, trial: Trained) -> Arm:
+    encoder, features = chain
+    told = f"{encoder}{FEATURES * features} tables {trial.tables:g} dense {trial.dense:g} passes {trial.passes}"
+    return Arm(told, log, "tuning", 0, encoder=encoder, features=features, trial=trial)
+
+
+def _tried(records: Iterable[dict[str, Any]], log: str, chain: Chain) -> dict[Trained, float]:
+    """What each trial of a chain validated at."""
+    return {
+        Trained(**record["trained"]): record["valid"]["auc"]
+        for record in records
+        if record.get("group") == "tuning" and (record["log"], record["encoder"], record["features"]) == (log, *chain)
+    }
+
+
+def chosen(records: Sequence[dict[str, Any]], arm: Arm) -> Trained:
+    """How an arm of the grid is trained: as its encoder validated best, with the same features if that was tried."""
+    encoder = "longer" if arm.encoder == ITSELF else arm.encoder
+    for features in (arm.features, not arm.features):
+        if tried := _tried(records, arm.log, (encoder, features)):
+            return max(tried, key=lambda each: tried[each])
+    return Trained()
+
+
+def num_trials(records: Sequence[dict[str, Any]], log: str, chain: Chain) -> int:
+    return len(_tried(records, log, chain))

@@ -1,0 +1,95 @@
+"""The requests of a run in Ray's memory: read by one task, where workers can be, and lent to all workers of a node."""
+
+import pickle
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from longer.config import Settings
+from longer.errors import StorageError, UserError
+from longer.progress import say
+from longer.training.content import Job, read_requests
+
+_WAIT_IS_TOLD_AFTER_S = 10.0
+_WAIT_ENDS_AFTER_S = 900.0
+"""A node with a GPU takes minutes to come up; a pool that nobody has never does."""
+
+
+def requests_in_memory(job: Job) -> ray.ObjectRef:
+    """The requests of a job, read once however often workers start; they are there, or an error is raised here."""
+    settings = job.settings
+    node = _node_with_a_core(settings)
+    retries: dict[str, Any] = {"max_retries": settings.train.max_failures, "retry_exceptions": [StorageError]}
+    task: Any = ray.remote(**task_options(settings, node), **retries, num_returns=2)(_read)
+    requests, size = task.remote(job)
+    _tell_if_too_large(ray.get(size), settings)
+    return requests
+
+
+def _read(job: Job) -> tuple[Any, int]:
+    read = read_requests(job)
+    return read, num_bytes(read)
+
+
+def task_options(settings: Settings, node: str | None = None) -> dict[str, Any]:
+    """Ray's options of a task where the workers will be, which need what is read, and where else perhaps no node is.
+
+    On a node that is known to have cores it asks for none: lost with the node, what was read is read anew elsewhere, where workers
+    may have them all.
+    """
+    where = {"label_selector": settings.ray.place(settings.train.use_gpu)}
+    if node is None:
+        return {"num_cpus": 1, **where}
+    return {"num_cpus": 0, **where, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True)}
+
+
+def num_bytes(value: Any) -> int:
+    """What a value takes in Ray's memory, but for what is small."""
+    buffers: list[pickle.PickleBuffer] = []
+    pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    return sum(buffer.raw().nbytes for buffer in buffers)
+
+
+def _node_with_a_core(settings: Settings) -> str:
+    """The id of a node of the workers' pool, which comes up if need be; never a head that has no core for tasks."""
+    selector = settings.ray.place(settings.train.use_gpu)
+    task: Any = ray.remote(**task_options(settings))(_node_here)
+    found = task.remote()
+    labels = "".join(f" --labels {name}={value}" for name, value in selector.items())
+    wanted = f"a node of `ray start --num-cpus=N{labels}`"
+    if not ray.wait([found], timeout=_WAIT_IS_TOLD_AFTER_S)[0]:
+        say("train", f"waiting for a free CPU of {wanted}")
+        if not ray.wait([found], timeout=_WAIT_ENDS_AFTER_S)[0] and not _nodes_of(selector):
+            ray.cancel(found)
+            raise UserError(
+                f"ray.pool_label={settings.ray.pool_label}: this cluster has no node that may read the tables and train: start "
+                f"{wanted}, or change ray.pool_label"
+            )
+    return ray.get(found)
+
+
+def _node_here() -> str:
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def _nodes_of(selector: dict[str, str]) -> list[dict[str, Any]]:
+    """Nodes of a pool that tasks may run on, busy or not."""
+    return [
+        node
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("CPU", 0) >= 1 and selector.items() <= node["Labels"].items()
+    ]
+
+
+def _tell_if_too_large(size: int, settings: Settings) -> None:
+    """Ray keeps what does not fit in files: it works, slowly."""
+    nodes = _nodes_of(settings.ray.place(settings.train.use_gpu))
+    room = min((node["Resources"]["object_store_memory"] for node in nodes), default=size)
+    if size > room:
+        say(
+            "train",
+            f"requests and histories take {size / 2**30:.1f} GiB, a node's object store has {room / 2**30:.1f}: what is over "
+            "lies on disk, where reading is slow: raise ray.object_store_bytes, or on a cluster `ray start "
+            "--object-store-memory`",
+        )

@@ -1,0 +1,139 @@
+"""The folders of training runs: which checkpoints stay, and Ray's record of them, mended where a kill has damaged it.
+
+RUN/step_0000100/...                     a checkpoint, whole once trainer.json is there, the last of its four files
+RUN/checkpoint_manager_snapshot.json     which checkpoints count, by Ray, which overwrites it in place
+RUN/started_from.json                    the checkpoint whose weights were the first ones, if any
+RUN/tensorboard/...                      scalars
+"""
+
+import json
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.train import Checkpoint, UserCallback
+
+from longer.errors import StorageError, UserError
+from longer.progress import say
+from longer.storage import Table, file_sizes, read_bytes, remove_tree, write_bytes
+from longer.training.checkpoints import read_trainer_state
+
+RECORD = "checkpoint_manager_snapshot.json"
+_STARTED_FROM = "started_from.json"
+_FILES = {"model.safetensors", "model.json", "trainer.safetensors", "trainer.json"}
+
+
+def step_folder(step: int) -> str:
+    """A checkpoint's folder in that of its run; by name they are in the order of steps."""
+    return f"step_{step:07d}"
+
+
+class KeepBestAndLast(UserCallback):
+    """Once a checkpoint is committed, those before it that it says nobody needs any more lose their tensors.
+
+    Ray keeps the best ones or the last ones, not both, and its record of a run names the folders of all: they stay, with
+    model.json.
+    """
+
+    def __init__(self, run_path: str) -> None:
+        self._run_path = run_path
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
+        newest, keep = step_folder(metrics[0]["step"]), {*map(step_folder, metrics[0]["keep"])}
+        with suppress(OSError, StorageError):  # what storage does not list or remove now is stale the next time too
+            for path in file_sizes(self._run_path):
+                folder, _, file = path.partition("/")
+                stale = folder.startswith("step_") and folder < newest and folder not in keep
+                if stale and file != "model.json":
+                    remove_tree(f"{self._run_path}/{path}")
+
+
+def note_start(run_path: str, start_from: str) -> None:
+    """Notes which checkpoint a run needs whenever it starts: `remove_old_runs` leaves it."""
+    write_bytes(f"{run_path}/{_STARTED_FROM}", json.dumps({"path": start_from}).encode())
+
+
+def remove_old_runs(folder: str, table: Table, num_kept: int) -> None:
+    """Of published runs but the newest, only the scalars stay; what they published lies in the checkpoints table.
+
+    A run that has published nothing stays: it may be going on elsewhere, or wait for its command. So does one with the
+    checkpoint from which another one starts.
+    """
+    with suppress(OSError, UserError):  # what storage does not list, read or remove now is old the next time too
+        parts: dict[str, set[str]] = {}
+        for path in file_sizes(folder):
+            run, _, rest = path.partition("/")
+            parts.setdefault(run, set()).add(rest.partition("/")[0])
+        published = [version for run in parts if (version := table.find(run))]
+        published.sort(key=lambda version: version.manifest["published_at"])
+        needed = [
+            json.loads(read_bytes(f"{folder}/{run}/{_STARTED_FROM}"))["path"]
+            for run, names in parts.items()
+            if _STARTED_FROM in names
+        ]
+        removed = []
+        for run in [version.id for version in published][:-num_kept]:
+            large = parts[run] - {"tensorboard"}
+            if large and not any(path.startswith(f"{folder}/{run}/") for path in needed):
+                for part in sorted(large, key=lambda name: name != RECORD):  # first: it must not name what is gone
+                    remove_tree(f"{folder}/{run}/{part}")
+                removed.append(run)
+        if removed:
+            say(
+                "train",
+                f"removed the checkpoints of older runs, published ones (train.keep_runs): {', '.join(removed)}",
+            )
+
+
+def mend_record(run_path: str) -> None:
+    """Makes Ray's record of a run one that Ray can read, or removes it; says a line where it was not.
+
+    A kill while Ray writes it leaves half of it, with which no run would ever start again.
+    """
+    parts: dict[str, set[str]] = {}
+    for path in file_sizes(run_path):
+        folder, _, file = path.partition("/")
+        parts.setdefault(folder, set()).add(file)
+    if RECORD not in parts or _is_whole(read_bytes(f"{run_path}/{RECORD}"), parts):
+        return
+    states = {}
+    for folder in sorted(parts):
+        if folder.startswith("step_") and parts[folder] >= _FILES:
+            try:
+                states[folder] = read_trainer_state(f"{run_path}/{folder}")
+            except StorageError:  # what cannot be read now may be whole
+                raise
+            except UserError:  # half a file, or another release's
+                continue
+    if not states:
+        remove_tree(f"{run_path}/{RECORD}")
+        say("train", f"{run_path}/{RECORD} was damaged and no checkpoint is whole: the run starts anew")
+        return
+    results = [
+        {"version": 0, "checkpoint_dir_name": folder, "metrics": state.checkpoints[-1]}
+        for folder, state in states.items()
+    ]
+    record = {
+        "ray_version": ray.__version__,
+        "checkpoint_results": results,
+        "checkpoint_report_indices": list(range(len(results))),
+        "latest_checkpoint_result": results[-1],
+        "pending_training_results": [],
+        "pending_validation_specs": [],
+        "current_report_index": len(results),
+        "validated_checkpoint_dir_names": [],
+        "timed_out_validation_checkpoint_dir_names": [],
+        "failed_validation_checkpoint_dir_names": [],
+    }
+    write_bytes(f"{run_path}/{RECORD}", json.dumps(record).encode())
+    say("train", f"{run_path}/{RECORD} was damaged: made anew from the {len(results)} whole checkpoints there")
+
+
+def _is_whole(record: bytes, parts: dict[str, set[str]]) -> bool:
+    try:
+        about = json.loads(record)
+        latest = about["latest_checkpoint_result"]
+        named = {result["checkpoint_dir_name"] for result in about["checkpoint_results"]}
+    except (ValueError, KeyError, TypeError):
+        return False
+    return named <= parts.keys() and (latest is None or parts[latest["checkpoint_dir_name"]] >= _FILES)

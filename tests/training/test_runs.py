@@ -1,0 +1,153 @@
+"""What is removed of runs: never what a live or an unfinished run needs; a store that fails costs no training."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longer import s3 as longer_s3
+from longer.storage import Table, file_sizes, read_bytes, remove_tree, write_bytes
+from longer.training.checkpoints import TrainerState, read_trainer_state, save_trainer
+from longer.training.cursor import Position
+from longer.training.runs import RECORD, KeepBestAndLast, mend_record, note_start, remove_old_runs, step_folder
+from tests.s3.proxy import Fault, Proxy
+
+FILES = ("model.json", "model.safetensors", "trainer.json", "trainer.safetensors")
+
+
+def make_run(root: str, run: str, published_at: str | None = None, folder: str = "step_0000001") -> None:
+    """A run with one checkpoint, and the version that it has published, if any."""
+    for name in (*(f"{folder}/{file}" for file in FILES), RECORD, "tensorboard/events"):
+        write_bytes(f"{root}/training/{run}/{name}", b"x")
+    if published_at:
+        table = Table(f"{root}/checkpoints")
+        write_bytes(f"{table.begin(run)}/model.json", b"x")
+        table.publish(run, {"published_at": published_at})
+
+
+def runs_with_checkpoints(root: str) -> set[str]:
+    return {path.split("/")[0] for path in file_sizes(f"{root}/training") if "/step_" in path or path.endswith(RECORD)}
+
+
+def remove(root: str, num_kept: int = 2) -> None:
+    remove_old_runs(f"{root}/training", Table(f"{root}/checkpoints"), num_kept)
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return request.getfixturevalue("s3") if request.param == "s3" else str(tmp_path)
+
+
+def test_of_published_runs_the_newest_stay_and_old_ones_keep_their_scalars(
+    root: str, capsys: pytest.CaptureFixture
+) -> None:
+    for day, run in ((3, "new"), (1, "older"), (2, "old")):
+        make_run(root, run, published_at=f"2026-01-0{day}T00:00:00+00:00")
+    remove(root)
+    assert runs_with_checkpoints(root) == {"old", "new"}
+    assert set(file_sizes(f"{root}/training/older")) == {"tensorboard/events"}
+    assert "removed the checkpoints of older runs, published ones (train.keep_runs): older" in capsys.readouterr().err
+    remove(root)
+    assert "removed" not in capsys.readouterr().err
+
+
+def test_a_run_that_has_published_nothing_stays_whether_it_is_live_or_waits_for_its_command(root: str) -> None:
+    for run in ("live", "interrupted"):
+        make_run(root, run)
+    for day, run in enumerate(("a", "b", "c"), start=1):
+        make_run(root, run, published_at=f"2026-01-0{day}T00:00:00+00:00")
+    remove(root, 1)
+    assert runs_with_checkpoints(root) == {"live", "interrupted", "c"}
+
+
+def test_a_checkpoint_from_which_another_run_starts_stays_until_that_is_old_too(root: str) -> None:
+    for day, run in enumerate(("base", "other"), start=1):
+        make_run(root, run, published_at=f"2026-01-0{day}T00:00:00+00:00")
+    make_run(root, "live")
+    note_start(f"{root}/training/live", f"{root}/training/base/step_0000001")
+    remove(root, 1)
+    assert runs_with_checkpoints(root) == {"base", "other", "live"}
+    remove_tree(f"{root}/training/live")
+    remove(root, 1)
+    assert runs_with_checkpoints(root) == {"other"}
+
+
+def test_a_removal_that_was_killed_half_way_is_gone_on_with_and_leaves_no_record_of_what_is_gone(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for day, run in enumerate(("old", "new"), start=1):
+        make_run(root, run, published_at=f"2026-01-0{day}T00:00:00+00:00")
+    write_bytes(f"{root}/training/old/step_0000002/model.json", b"x")
+    left = [1]
+
+    def killed(path: str) -> None:
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        remove_tree(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("longer.training.runs.remove_tree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remove(root, 1)
+    assert RECORD not in file_sizes(f"{root}/training/old"), "the record goes first"
+    assert "old" in runs_with_checkpoints(root)
+    remove(root, 1)
+    assert runs_with_checkpoints(root) == {"new"}
+
+
+def test_a_store_that_neither_lists_nor_removes_ends_no_training(
+    faulty_s3: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(longer_s3.CONFIG["retries"], "total_max_attempts", 1)  # type: ignore[arg-type]
+    for day, run in enumerate(("old", "new"), start=1):
+        make_run("s3://tables", run, published_at=f"2026-01-0{day}T00:00:00+00:00")
+    whole = file_sizes("s3://tables/training")
+    keep = KeepBestAndLast("s3://tables/training/new")
+    report: list[dict[str, Any]] = [{"step": 3, "keep": [3]}]
+    for refused in ({"GET"}, {"POST", "DELETE"}):
+        faulty_s3.plan = lambda request, refused=refused: Fault(status=403) if request.method in refused else None
+        num_faults = faulty_s3.num_faults
+        remove("s3://tables", 1)
+        keep.after_report(None, report, None)
+        assert faulty_s3.num_faults >= num_faults + 2
+    faulty_s3.plan = lambda _: None
+    assert file_sizes("s3://tables/training") == whole
+    keep.after_report(None, report, None)
+    remove("s3://tables", 1)
+    assert {path for path in file_sizes("s3://tables/training") if "step_" in path} == {"new/step_0000001/model.json"}
+
+
+def test_the_best_checkpoint_stays_whole_though_it_is_older_than_the_newest_ones(tmp_path: Path) -> None:
+    run = str(tmp_path)
+    for step in (1, 2, 3, 4):
+        for file in FILES:
+            write_bytes(f"{run}/{step_folder(step)}/{file}", b"x")
+    KeepBestAndLast(run).after_report(None, [{"step": 4, "keep": [1, 3, 4]}], None)
+    assert {step: len(os.listdir(f"{run}/{step_folder(step)}")) for step in (1, 2, 3, 4)} == {1: 4, 2: 1, 3: 4, 4: 4}
+
+
+def test_a_damaged_record_names_the_whole_checkpoints_or_goes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = str(tmp_path)
+    write_bytes(f"{run}/{RECORD}", b'{"checkpoint_results": [{')
+    write_bytes(f"{run}/{step_folder(1)}/model.json", b"x")
+    mend_record(run)
+    assert not (tmp_path / RECORD).exists()
+    assert "starts anew" in capsys.readouterr().err
+    for step in (2, 3, 4):
+        for file in FILES[:2]:
+            write_bytes(f"{run}/{step_folder(step)}/{file}", b"x")
+        save_trainer(f"{run}/{step_folder(step)}", {}, TrainerState(Position(0, step), checkpoints=[{"step": step}]))
+    os.truncate(f"{run}/{step_folder(4)}/trainer.json", 9)
+    write_bytes(f"{run}/{RECORD}", b"{}")
+    mend_record(run)
+    record = json.loads(read_bytes(f"{run}/{RECORD}"))
+    assert [r["checkpoint_dir_name"] for r in record["checkpoint_results"]] == [step_folder(2), step_folder(3)]
+    assert (
+        record["latest_checkpoint_result"]["metrics"] == read_trainer_state(f"{run}/{step_folder(3)}").checkpoints[-1]
+    )
+    before = (tmp_path / RECORD).read_bytes()
+    mend_record(run)
+    assert (tmp_path / RECORD).read_bytes() == before
