@@ -1,10 +1,10 @@
 """What keeping user states in fewer bits costs in AUC and in scores: python -m benchmarks.state_precision [--root runs/quickstart]
 
-The quickstart's served checkpoint answers its test split from states, as serving does: each household's state is encoded at the
-first request, and appended to before each later one, in float32, bf16, int8 (a scale for each head of each vector) and fp8.
-Besides, the forward pass over every request's whole window, which keeps nothing. On a GPU all but the float32 states are computed
-in bf16 too, as serving does there, and the forward pass once more in bf16, which tells what of a cost is the arithmetic's; kernels
-are launched one by one, since compiling them would take longer than all that. Needs the pipeline's tables and checkpoint:
+The quickstart's served checkpoint answers its test split from states, by serving's own engine: each household's state is encoded at
+the first request, and appended to before each later one, in float32, bf16, int8 (a scale for each head of each vector) and fp8.
+Besides, the forward pass over every request's whole window, which keeps nothing. On a GPU states are grown and scored as by a
+replica, compiled and captured, all but the float32 ones with products in bf16 and GELU in its tanh form; and the forward pass is
+made once more in bf16, which tells what of a cost is the arithmetic's. Needs the pipeline's tables and checkpoint:
 `python -m jobs.pipeline --config configs/quickstart.yaml` (of the requests only the folders `split=test`). Prints a Markdown page;
 last, one JSON line.
 """
@@ -26,17 +26,18 @@ from benchmarks.quickstart import cpu_model
 from longer.arrays import Float32, Int64, RequestBatch
 from longer.config import Settings, load_settings
 from longer.data.tables import RequestTable, SequenceTable
+from longer.model.engine import StateEngine
 from longer.model.fuse import plainly
 from longer.model.inputs import to_tensors
 from longer.model.longer import Longer
 from longer.model.pool import Precision, StateLayout, StatePool
-from longer.model.states import UserState, append, encode, score
+from longer.model.states import UserState
+from longer.serving.store import BATCH_USERS
 from longer.training.checkpoints import load_appendable
 from longer.training.inputs import Inputs
 from longer.training.loader import SplitData, read_split, score_split
 from longer.training.metrics import auc, gauc
 
-BATCH_USERS = 256 if ON_CUDA else 32
 PRECISIONS: tuple[Precision, ...] = ("float32", "bf16", "int8", "fp8")
 
 
@@ -71,6 +72,7 @@ def from_states(model: Longer, data: SplitData, precision: Precision) -> Arm:
     layout = StateLayout.of(model, precision)
     state_bytes = layout.largest_rows * layout.row_bytes
     pool = StatePool(layout, BATCH_USERS * state_bytes, DEVICE)
+    engine = StateEngine(model, pool)
     requests, windows = data.requests, model.windows
     output_C = np.empty(len(requests.item_id_C), np.float32)
     for batch in waves(data):
@@ -80,13 +82,13 @@ def from_states(model: Longer, data: SplitData, precision: Precision) -> Arm:
             end, row, slots_now = requests.history_end_R[rows_R], data.row_R[rows_R], slots[: len(rows_R)]
             if not states:
                 start = windows.history_start(end) * windows.merge_size
-                states = encode(model, pool, data.histories.slice_events(row, start, end), slots_now)
+                states = engine.encode(data.histories.slice_events(row, start, end), slots_now)
             else:
                 held = states[: len(rows_R)]
                 begin = np.array([state.num_events for state in held])
-                states = append(model, pool, held, data.histories.slice_events(row, begin, end), slots_now)
+                states = engine.append(held, data.histories.slice_events(row, begin, end), slots_now)
             asked = requests.take(rows_R)
-            scored_CT = score(model, pool, states, asked.request_ts_R, asked.candidates)
+            scored_CT = engine.score(states, asked.request_ts_R, asked.candidates)
             first, last = (requests.candidates.offsets_R1[rows_R + n] for n in (0, 1))
             output_C[np.concatenate([np.arange(a, b) for a, b in zip(first, last, strict=True)])] = scored_CT[:, 0]
         for slot in slots:
@@ -97,7 +99,7 @@ def from_states(model: Longer, data: SplitData, precision: Precision) -> Arm:
 def by_forward(model: Longer, data: SplitData, in_bf16: bool = False) -> Arm:
     @torch.inference_mode()
     def outputs(batch: RequestBatch) -> Float32:
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=in_bf16, cache_enabled=False):
+        with plainly(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=in_bf16, cache_enabled=False):
             return model(to_tensors(batch, DEVICE)).float().cpu().numpy()
 
     name = f"forward pass{' in bf16' * in_bf16}, no states"
@@ -153,11 +155,10 @@ def main() -> None:
     model, info = load_appendable(inputs.checkpoint.path, DEVICE.type)
     data = test_split(settings, model, inputs, args.buckets)
     rows, exact = list[dict[str, Any]](), None
-    with plainly():
-        for arm in arms(model, data):
-            exact = exact or arm
-            rows.append(measured(arm, exact, data))
-            print(f"state_precision: {arm.name}, {time.perf_counter() - started:.0f} s so far", file=sys.stderr)
+    for arm in arms(model, data):
+        exact = exact or arm
+        rows.append(measured(arm, exact, data))
+        print(f"state_precision: {arm.name}, {time.perf_counter() - started:.0f} s so far", file=sys.stderr)
     assert exact is not None
     print("# User states in fewer bits: what that costs in AUC and in scores\n")
     hardware = torch.cuda.get_device_name() if ON_CUDA else f"one thread of {cpu_model()}, shared machine"

@@ -4,13 +4,15 @@ One device, CUDA where there is a card; on a CPU a tiny size. First the scores o
 float64 forward pass over the whole histories; then, for each width, history length, number of users in a batch and of candidates
 a user:
 
-    recompute     the forward pass with the history encoded anew for every candidate, in blocks that fit
+    recompute     the forward pass with the history encoded anew for every candidate, in blocks that fit, which are laid out
+                  and sent before the clock starts
     encode        each user's history encoded once: sharing within a request, the paper's cache
     hit           the state is in the pool on the device: scored, from NumPy to NumPy
     host hit      the state is in pinned host memory: brought to the device, scored, and gone again without a copy, as it came
     host hit, grown   the same, copied back too, as a state must be that has been appended to
     pinned copy   64 MiB of pinned memory to the device in one piece: what the link allows host hits
     append n      n new events of each user, in place: the mean over a stride, the windows' move included
+    append n, mixed   the same of users who stand anywhere in their strides, so that a few windows move in most batches
     read          one history from the published sequence table on the local disk
     replay        whole requests through serving's scorer, with the cache at several budgets and without it
 

@@ -74,8 +74,8 @@ class ScoringArgs(BaseModel):
     )
     state_precision: Precision = Field(
         "float32",
-        description="What states are kept in: float32, bf16, int8 or fp8; on a GPU all but the first compute in bf16, "
-        "and the last two without CUDA graphs, from a decoded copy: slower.",
+        description="What states are kept in: float32, bf16, int8 or fp8 (on a GPU of compute capability 8.9 on); there all but "
+        "the first compute in bf16.",
     )
     max_candidates: int = Field(2_000, ge=1, description="Most candidates of one request.")
     max_users: int = Field(100, ge=1, description="Most requests of one call to /v1/score:batch.")

@@ -1,6 +1,6 @@
 """What a batch of states costs: recomputed, encoded, appended to, hit on the device, hit in host memory."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -12,7 +12,10 @@ import torch
 from benchmarks.model_arms.sizes import DEVICE, ON_CUDA, per_impression, seconds
 from benchmarks.state_arms.users import NUM_ROUNDS, Users, Way, rounds_ms, spread, ways
 from longer.arrays import Candidates, RequestBatch
-from longer.model.inputs import to_tensors
+from longer.model.flat import flat_outputs
+from longer.model.inputs import tensors_of, to_tensors
+from longer.model.layout import flatten
+from longer.model.longer import Longer
 from longer.model.pinned import pinned_words
 from longer.serving.cache import Entry, Known, StateVersion
 from longer.serving.fingerprint import EventPrint
@@ -28,6 +31,7 @@ HOST_ARMS = ("host hit", "host hit, grown")
 _COPIED_BYTES = 64 << 20
 _BLOCK_CANDIDATES = 64
 _MOST_STEPS_INSIDE = 8
+_MOST_STEPS_MIXED = 16
 _NUM_APPEND_ROUNDS = 7
 _VERSION = StateVersion("benchmark", "schema", "appendable")
 _NO_EVENTS = EventPrint(0, 0, np.zeros(1, np.uint64), np.uint64(0))
@@ -45,13 +49,16 @@ def rows_of(users: Users, num_users: Sequence[int], num_candidates: Sequence[int
         yield size | {"users": 1, "arm": "pinned copy", "bytes": _COPIED_BYTES} | pinned_copy()
     asked = {(u, c): users.asked(u, c) for u in num_users for c in num_candidates}
     for candidates in num_candidates:
-        yield size | {"users": 1, "candidates": candidates, "arm": "recompute"} | recompute(users, asked[1, candidates])
+        for name, times in recompute(users, asked[1, candidates]):
+            yield size | {"users": 1, "candidates": candidates, "arm": "recompute", "way": name} | times
     for count in num_users:
         for way in users.ways:
             what = size | {"users": count, "way": way.name}
             yield what | {"arm": "encode"} | encode(users, way, count)
             for num_new in [n for n in NUM_NEW if n < users.model.windows.stride_events]:
                 yield what | {"arm": f"append {num_new}"} | append(users, way, count, num_new)
+                if count > 1:
+                    yield what | {"arm": f"append {num_new}, mixed"} | append_mixed(users, way, count, num_new)
             for arm, candidates, times in hits(users, way, count, {c: asked[count, c] for c in num_candidates}):
                 yield what | {"arm": arm, "candidates": candidates} | times
 
@@ -63,16 +70,38 @@ def pinned_copy() -> dict[str, float]:
     return rounds_ms(lambda: there.copy_(host, non_blocking=True), 10)
 
 
-def recompute(users: Users, asked: RequestBatch) -> dict[str, float]:
-    """One user, every candidate with a history of its own, in blocks that fit, which lie on the device before the clock starts."""
-    blocks = [to_tensors(block, DEVICE) for block in blocks_of(users, asked)]
+def recompute(users: Users, asked: RequestBatch) -> Iterator[tuple[str, dict[str, float]]]:
+    """One user, every candidate with a history of its own, in blocks that fit: by each way, as hits are run.
 
-    def step() -> None:
-        for block in blocks:
-            users.model(block)
-
+    Laid out, and on the device, before the clock starts: what a CPU needs to put 64 x 10,000 events together is not recomputation.
+    """
+    blocks = blocks_of(users, asked)
     with torch.inference_mode(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=ON_CUDA, cache_enabled=False):
-        return rounds_ms(step, 1, 3)
+        step = partial(_forward, passes_of(users.model, blocks))
+        yield "eager", rounds_ms(step, 1, 3)
+        if ON_CUDA:
+            yield "graph", rounds_ms(_captured(step), 1, 3)
+
+
+def passes_of(model: Longer, blocks: Sequence[RequestBatch]) -> list[Callable[[], torch.Tensor]]:
+    """The forward pass over each block, from what lies on the device already."""
+    if not ON_CUDA:
+        return [partial(model, to_tensors(block, DEVICE)) for block in blocks]
+    flat = [flatten(block, model.windows, model.embedding.num_globals + 1) for block in blocks]
+    return [partial(flat_outputs, model, one, tensors_of(one.arrays, DEVICE)) for one in flat]
+
+
+def _forward(passes: Sequence[Callable[[], torch.Tensor]]) -> None:
+    for one in passes:
+        one()
+
+
+def _captured(step: Callable[[], None]) -> Callable[[], None]:
+    """The same kernels in one replay; they have been launched before, and are compiled."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def blocks_of(users: Users, asked: RequestBatch) -> list[RequestBatch]:
@@ -122,6 +151,30 @@ def append(users: Users, way: Way, num_users: int, num_new: int) -> dict[str, fl
     share = min(1.0, num_new / windows.stride_events)
     means_ms = [(1 - share) * a + share * b for a, b in zip(inside_ms[1:], move_ms[1:], strict=True)]
     return spread(means_ms) | {"inside_ms": float(np.median(inside_ms[1:])), "move_ms": float(np.median(move_ms[1:]))}
+
+
+def append_mixed(users: Users, way: Way, num_users: int, num_new: int) -> dict[str, float]:
+    """The same of users who stand anywhere in their strides, as traffic's do: in most batches a few windows move, never all.
+
+    They begin evenly over one stride, so that as many move in a round as in a part of a stride so long.
+    """
+    stride = users.model.windows.stride_events
+    num_steps = min(_MOST_STEPS_MIXED, stride // num_new)
+    rows, slots, all_ms = np.arange(num_users), users.slots(num_users), []
+    for _ in range(_NUM_APPEND_ROUNDS + 1):
+        phase_B = users.rng.permutation(rows) * stride // num_users + users.rng.integers(stride // num_users)
+        first_B = users.num_events + phase_B
+        states = way.encode(users.histories.slice_events(rows, rows * 0, first_B), slots)
+        ends = [first_B + n * num_new for n in range(num_steps + 1)]
+        steps = iter([users.histories.slice_events(rows, *span) for span in pairwise(ends)])
+
+        def step() -> None:
+            nonlocal states
+            states = way.append(states, next(steps), slots)  # noqa: B023  (called in this round only)
+
+        all_ms.append(1e3 * seconds(step, num_steps, 0))
+    users.free(slots)
+    return spread(all_ms[1:])
 
 
 def hits(

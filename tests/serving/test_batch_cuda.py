@@ -1,4 +1,7 @@
-"""On a GPU an offline run answers as on a CPU, and as the serving path's captured graphs do, in float32 and in bf16."""
+"""On a GPU an offline run answers as on a CPU, and as the serving path does kernel by kernel, in float32 and in bf16.
+
+That a replica, whose kernels are compiled and captured, answers so too is tested by test_replica.py.
+"""
 
 import pickle
 import subprocess

@@ -200,6 +200,6 @@ def test_no_mixture_of_what_happens_to_a_replica_changes_a_score(
 def test_no_mixture_of_what_happens_to_a_replica_on_a_gpu_changes_a_score(
     seed: int, checkpoints: list[str], tmp_path: Path
 ) -> None:
-    """Slow: each engine captures its graphs anew; that they are compiled too is tested elsewhere."""
+    """Slow: each engine captures its graphs anew; compiled, as replicas run them, they are tested by test_replica.py."""
     with torch.compiler.set_stance("force_eager"):
         live(seed, checkpoints, tmp_path, "cuda")

@@ -322,6 +322,20 @@ def test_a_forgotten_user_has_no_state_and_no_events_here(world: Settings) -> No
     assert ask(scorer, 5, LATER + 1).num_events == 25
 
 
+def test_events_of_a_user_who_was_asked_about_once_are_no_second_request(world: Settings) -> None:
+    """What has been asked for again is protected from eviction: visitors who click would take all the room for it."""
+    scorer = scorer_of(world)
+    ask(scorer, 5, LATER)
+    for hour in range(3):
+        scorer.add_events([EventsRequest(5, columns_of([event(LATER + hour, 0)]))])
+    held = scorer.cache._index.find(scorer.user_key(5))
+    assert held is not None
+    assert not held.asked_again
+    assert held.entry.state.num_events == 28
+    ask(scorer, 5, LATER + 3)
+    assert held.asked_again
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [

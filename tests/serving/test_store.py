@@ -155,7 +155,7 @@ def live(
             world.restart()
         for user, num_new in batch:
             world.end_U[user] = min(MOST_EVENTS, world.end_U[user] + num_new)
-        with torch.compiler.set_stance("force_eager"):  # compiling takes minutes and is tested with the model
+        with torch.compiler.set_stance("force_eager"):  # compiled, it is tested by test_replica.py
             world.ask(list(dict.fromkeys(user for user, _ in batch)))
         world.store.release()
         check_bytes(world.store)

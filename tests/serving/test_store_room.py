@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from longer.errors import UserError
 from longer.model.pool import StateLayout, StatePool
 from longer.model.states import encode, rows_for
 from longer.serving.cache import Entry, Known, StateVersion
 from longer.serving.fingerprint import EventPrint
-from longer.serving.store import StateStore
+from longer.serving.store import StateStore, check_card
 from tests.model.generate import random_histories, small_model
 
 NO_EVENTS = EventPrint(0, 0, np.zeros(1, np.uint64), np.uint64(0))
@@ -53,6 +54,17 @@ class Room:
         self.store.release()
         return True
 
+    def act(self, user: int) -> None:
+        """Events of the user come in: what is held grows, in its slot or in another."""
+        if (held := self.store.hold(user, self.version)) is None:
+            return
+        self.store.bring([held])
+        if user % 2:
+            self.store.update(user, replace(held.entry, state=replace(held.entry.state)))
+            self.store.release()
+        else:
+            self.put(user, LARGEST)
+
     def num_hits(self, users: Iterable[int]) -> int:
         return sum([self.ask(user) for user in users])
 
@@ -72,6 +84,21 @@ def test_one_scan_of_cold_users_does_not_push_out_the_hot_ones_of_either_tier(
         room.num_hits(hot)
     assert room.num_hits(range(10_000, 10_300)) == 0
     assert room.num_held(hot) == num_hot
+    assert room.num_hits(hot) == num_hot
+
+
+@pytest.mark.parametrize(("num_device", "num_host", "num_hot"), [(10, 0, 8), (10, 40, 30), (4, 100, 82)])
+def test_visitors_who_are_asked_about_once_and_then_act_do_not_push_out_the_hot_ones(
+    num_device: int, num_host: int, num_hot: int
+) -> None:
+    """A visitor's clicks are no sign that anyone will ask for the visitor again."""
+    room, hot = Room(num_device, num_host), range(num_hot)
+    for _ in range(2):
+        room.num_hits(hot)
+    for visitor in range(10_000, 10_300):
+        assert not room.ask(visitor)
+        for _ in range(3):
+            room.act(visitor)
     assert room.num_hits(hot) == num_hot
 
 
@@ -97,6 +124,18 @@ def test_the_cache_does_not_stay_at_no_hits_after_a_roll_out(num_device: int, nu
     assert (
         room.store.counters.evict == num_evicted
     )  # or autoscaling would take a roll-out for a cache that is too small
+
+
+def test_a_card_without_fp8_is_told_at_load_and_not_by_its_first_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "an A100")
+    for capability in ((8, 0), (8, 9), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        check_card("int8", torch.device("cuda"))
+        if capability >= (8, 9):
+            check_card("fp8", torch.device("cuda"))
+        else:
+            with pytest.raises(UserError, match=r"state_precision: an A100 has no fp8 .*: set int8 or bf16"):
+                check_card("fp8", torch.device("cuda"))
 
 
 def test_states_of_a_model_that_is_not_served_are_free_room_for_warm_up_and_dumps() -> None:

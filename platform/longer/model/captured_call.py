@@ -21,8 +21,8 @@ Arrays = dict[str, npt.NDArray]
 class CapturedCall:
     """`function` of tensors of these names, types and sizes; what it returns is valid until the next call of any graph.
 
-    It is called with `example` before it is captured, and must do no harm with it. `memory` is shared by graphs that are replayed
-    one after the other (`torch.cuda.graph_pool_handle`).
+    It is called with `example` before it is captured, and whenever it has to forget: it must do no harm with that, which is
+    nobody's. `memory` is shared by graphs that are replayed one after the other (`torch.cuda.graph_pool_handle`).
     """
 
     def __init__(
@@ -31,6 +31,8 @@ class CapturedCall:
         self._host, self._views = _buffer(example)
         self._device = torch.empty_like(self._host, device=device)
         self._copied = torch.cuda.Event()
+        self._example = {name: array.copy() for name, array in example.items() if array.any()}  # the rest is zero
+        self._holds_given = False
         tensors = {
             name: self._device[begin:end].view(torch.from_numpy(example[name].reshape(-1)[:0]).dtype)
             for name, (begin, end) in self._views.items()
@@ -50,13 +52,25 @@ class CapturedCall:
         """The function of these arrays; behind a shorter one stands what stood there before."""
         self._send(arrays)
         self._graph.replay()
+        self._holds_given = True
         return self._output
+
+    @torch.inference_mode()  # in which the buffers were made
+    def forget(self) -> None:
+        """Overwrites what it was given since the last time, in host memory and on the device, and what it has made of that."""
+        if not self._holds_given:
+            return
+        self._copied.synchronize()
+        self._host.zero_()
+        self._send(self._example)
+        self._graph.replay()
+        self._holds_given = False
 
     def _send(self, arrays: Arrays) -> None:
         self._copied.synchronize()  # the copy before may still read the buffer
         host = self._host.numpy()
-        for name, (begin, _) in self._views.items():
-            array = arrays[name]
+        for name, array in arrays.items():
+            begin, _ = self._views[name]
             host[begin : begin + array.nbytes] = array.reshape(-1).view(np.uint8)
         self._device.copy_(self._host, non_blocking=True)
         self._copied.record()
@@ -79,6 +93,11 @@ class Graphs:
                 self._calls.popitem(last=False)
         self._calls.move_to_end(size)
         return self._calls[size]
+
+    def forget(self) -> None:
+        """Overwrites what any of them was given, and what it has made of that: one copy and replay each, of those used since."""
+        for call in self._calls.values():
+            call.forget()
 
 
 def _buffer(arrays: Arrays) -> tuple[Tensor, dict[str, tuple[int, int]]]:

@@ -9,18 +9,23 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from longer.model.captured_call import Graphs, power_of_two, rounded
+from longer.model.captured_call import Graphs, power_of_two
 from longer.model.grow import carry_out
 from longer.model.growth import Growth, Room
 from longer.model.inputs import under
 from longer.model.longer import Longer
-from longer.model.pool import StatePool
+from longer.model.pool import StateLayout, StatePool
 from longer.model.pool_context import StagedContext
 from longer.model.states import computing
 
-_MOST_COARSE = 4_096
-_EVENTS_A_USER = 32
-"""Room that there is at least: most appends are smaller, and then need no other graph than that of so many users."""
+_EVENTS_A_USER, _EVENTS_OF_ONE = 32, 64
+"""Room that there is at least, and what one user may have of it: most appends need no other graph than that of so many users."""
+
+_STEP = 4
+"""From one room for events to the next."""
+
+_USERS_A_MOVER = 8
+"""One of so many moves in most batches at most: with 8 new events a user and a stride of 400, one in 50 does."""
 
 
 class CapturedGrowth:
@@ -46,6 +51,10 @@ class CapturedGrowth:
         numbers_AU[:, : len(growth.events)] = list(numbers.values())
         graph({"numbers": numbers_AU, **events})
 
+    def forget(self) -> None:
+        """Nothing of anyone's events is left in the graphs."""
+        self._graphs.forget()
+
     def _carry_out(self, names: list[str], tensors: dict[str, Tensor], room: Room) -> None:
         at = dict(zip(names, tensors["numbers"].view(len(names), -1).unbind(), strict=True))
         with computing(self._model, self._pool):
@@ -55,11 +64,15 @@ class CapturedGrowth:
 def room_for(growth: Growth, num_users: int) -> Room:
     """Room for the growth of at most so many users, of one of a few sizes."""
     layout = growth.pool.layout
-    is_moving = bool((growth.has_moved_B | growth.is_elsewhere_B).any())
-    num_moving = num_users * is_moving  # all of them: how many do would be one more size
-    events = max(_coarsely(growth.num_events), num_users * _EVENTS_A_USER)
+    num_moving = _room_for_movers(int((growth.has_moved_B | growth.is_elsewhere_B).sum()), num_users)
+    most_events, (*larger, little) = _most_events(layout), rooms_for_events(layout, num_users)
+    if growth.num_events <= little and growth.most_newest <= _EVENTS_OF_ONE:
+        events, newest = little, _EVENTS_OF_ONE
+    else:
+        enough = [room for room in larger if room >= growth.num_events]
+        events = enough[-1] if enough else power_of_two(growth.num_events)  # some leave the window at once
+        newest = min(events, most_events)
     groups = events // layout.windows.merge_size
-    most_events = int(layout.event_words(np.array(layout.most_groups)))
     return Room(
         events=events,
         groups=groups,
@@ -67,11 +80,26 @@ def room_for(growth: Growth, num_users: int) -> Room:
         copied_rows=num_moving * (layout.most_groups + (layout.num_layers - 1) * layout.most_query_groups),
         copied_vectors=num_moving * layout.most_query_groups,
         kept=most_events if growth.most_kept else 0,
-        newest=_coarsely(growth.most_newest),
-        moves=is_moving,
+        newest=newest,
+        moves=num_moving > 0,
     )
 
 
-def _coarsely(n: int) -> int:
-    """Appends are small, and every size is one more graph to capture; whole windows would waste too much by powers of two."""
-    return max(64, power_of_two(n)) if n <= _MOST_COARSE else rounded(n)
+def rooms_for_events(layout: StateLayout, num_users: int) -> list[int]:
+    """Whole windows of all users, a quarter of that, and so on; last, a little of each: every size is one more graph to capture."""
+    little = num_users * _EVENTS_A_USER
+    rooms = [num_users * _most_events(layout)]
+    while rooms[-1] // _STEP >= little:
+        rooms.append(rooms[-1] // _STEP)
+    return [*rooms, little]
+
+
+def _most_events(layout: StateLayout) -> int:
+    """Of one window, and a partial group."""
+    return int(layout.event_words(np.array(layout.most_groups)))
+
+
+def _room_for_movers(num_moving: int, num_users: int) -> int:
+    """How many users' windows or slots change: none, the few who do in a batch of users anywhere in their strides, or all."""
+    few = -(-num_users // _USERS_A_MOVER)
+    return 0 if not num_moving else few if num_moving <= few else num_users

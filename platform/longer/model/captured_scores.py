@@ -43,14 +43,21 @@ class CapturedScores:
         offsets_U1 = np.append(candidates.offsets_R1, np.full(num_users - len(states), num_candidates))
         offsets_U1[-1] = room
         features = {f"candidate.{name}": values for name, values in candidates.features.items()}
-        names, given = list(numbers), {"numbers": numbers_AU, "offsets": offsets_U1}
+        names, of_filling = list(numbers), np.append(np.zeros_like(offsets_U1[1:]), room)
         graph = self._graphs.of(
             size,
             lambda tensors: self._outputs(names, tensors),
-            lambda: given | {name: np.zeros(room, values.dtype) for name, values in features.items()},
+            lambda: (
+                {"numbers": np.zeros_like(numbers_AU), "offsets": of_filling}
+                | {name: np.zeros(room, values.dtype) for name, values in features.items()}
+            ),
         )
-        output_CT: Tensor = graph(given | features)
+        output_CT: Tensor = graph({"numbers": numbers_AU, "offsets": offsets_U1} | features)
         return output_CT[:num_candidates].cpu().numpy()
+
+    def forget(self) -> None:
+        """Nothing of anyone's requests is left in the graphs."""
+        self._graphs.forget()
 
     def _outputs(self, names: list[str], tensors: dict[str, Tensor]) -> Tensor:
         model, pool = self._model, self._pool

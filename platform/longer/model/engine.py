@@ -24,29 +24,41 @@ Score = Callable[[Sequence[UserState], Int64, Candidates], npt.NDArray]
 class StateEngine:
     """Encodes, appends and scores as `states` does; captured on CUDA, where kernels read what the pool keeps.
 
-    `is_plain`: neither captured nor compiled, for the few calls of whom that would take longer than all that they ask.
+    Each call is one copy to the device and one replay there: three of a batch that has states to encode and to append to. One for
+    all would take a graph for each combination of their sizes, to save two copies and launches and no kernel.
+
+    `is_plain`: neither captured nor compiled, for the few calls of whom that would take longer than all that they ask; the same
+    products in the same types, GELU in the same form.
     """
 
     def __init__(self, model: Longer, pool: StatePool, is_plain: bool = False) -> None:
         self.model, self.pool, self._is_plain = model, pool, is_plain
+        is_on_kernels = has_kernels(model.norm_head.weight)
+        self._served = _with_products_in(computing_dtype(model, pool), model) if is_on_kernels else model
         self._grow: Grow | None = None
-        self._score: Score = partial(score, model, pool)
-        if not is_plain and has_kernels(model.norm_head.weight):
-            twin, memory = _with_products_in(computing_dtype(model, pool), model), torch.cuda.graph_pool_handle()
-            self._grow = CapturedGrowth(twin, pool, memory).grow
-            self._score = CapturedScores(twin, pool, memory).score
+        self._score: Score = partial(score, self._served, pool)
+        self._captured: tuple[CapturedGrowth | CapturedScores, ...] = ()
+        if is_on_kernels and not is_plain:
+            memory = torch.cuda.graph_pool_handle()
+            growth, scores = CapturedGrowth(self._served, pool, memory), CapturedScores(self._served, pool, memory)
+            self._grow, self._score, self._captured = growth.grow, scores.score, (growth, scores)
 
     def encode(self, histories: Histories, slots: Sequence[Slot]) -> list[UserState]:
         with self._how():
-            return encode(self.model, self.pool, histories, slots, self._grow)
+            return encode(self._served, self.pool, histories, slots, self._grow)
 
     def append(self, states: Sequence[UserState], new: Histories, slots: Sequence[Slot]) -> list[UserState]:
         with self._how():
-            return append(self.model, self.pool, states, new, slots, self._grow)
+            return append(self._served, self.pool, states, new, slots, self._grow)
 
     def score(self, states: Sequence[UserState], request_ts_R: Int64, candidates: Candidates) -> npt.NDArray:
         with self._how():
             return self._score(states, request_ts_R, candidates)
+
+    def forget_inputs(self) -> None:
+        """Overwrites what graphs keep of the calls before, events among it; what states keep is the pool's."""
+        for captured in self._captured:
+            captured.forget()
 
     def _how(self) -> AbstractContextManager:
         return plainly() if self._is_plain else nullcontext()

@@ -106,7 +106,7 @@ class StateResolver:
     def add_events(self, wave: Sequence[Pending]) -> None:
         """Takes in the events of different users, and appends them to the states that are here and need no read for it."""
         self._take_in(wave)
-        found = [(request, self._store.take(request.user_key, self._version)) for request in wave]
+        found = [(request, self._store.hold(request.user_key, self._version)) for request in wave]
         due = [(r, h) for r, h in found if h and h.entry.next_event_ts < r.request_ts and self._goes_on_in_memory(r, h)]
         self._carry_out(self._from_memory(due))
 

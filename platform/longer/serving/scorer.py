@@ -128,9 +128,11 @@ class Scorer:
     def warm_ups(self, max_requests: int, num_candidates: int) -> Iterator[Callable[[], None]]:
         """Calls that do beforehand what batches of up to `max_requests` requests of so many candidates need once.
 
-        On CUDA, whose scores are captured by size, one for each number of requests; each takes no longer than the first such batch.
+        On CUDA, whose scores are captured by size, one for each number of requests that a wave can have; each captures about ten
+        graphs at most.
         """
-        for num_requests in range(1, max_requests + 1 if self.cache.pool.device.type == "cuda" else 2):
+        most = min(max_requests, BATCH_USERS)
+        for num_requests in range(1, most + 1 if self.cache.pool.device.type == "cuda" else 2):
             yield partial(self._warm_up, num_requests, num_candidates)
 
     def _warm_up(self, num_requests: int, num_candidates: int) -> None:
@@ -247,6 +249,7 @@ class Scorer:
     def forget(self, user_id: int | str) -> bool:
         """Drops the user's state, from all tiers, and online events; whether there was any. A UserError if it is no user id."""
         user_key = self.user_key(user_id)
+        self._engine.forget_inputs()  # which may be of this user; before the store, whose last row replays write to
         had_events, had_state = self.online.forget(user_key), self.cache.forget(user_key)
         return had_events or had_state
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from longer.errors import UserError
 from longer.model.longer import Longer
 from longer.model.pool import Precision, StateLayout, StatePool
 from longer.model.states import UserState
@@ -24,6 +25,9 @@ BATCH_USERS = 32
 
 _ENTRY_BYTES = 4_000
 """Of a state's Python objects, its partial group's arrays and its fingerprint's sums, as measured over thousands of states."""
+
+_FP8_CAPABILITY = 8, 9
+"""Of the first cards that compute with float8."""
 
 HeldState = Held[UserState]
 StateEntry = Entry[UserState]
@@ -44,6 +48,7 @@ class StateStore:
         self._copied_from: dict[
             HeldState, Slot
         ] = {}  # in host memory: the very same as on the device; the oldest first
+        check_card(precision, model.norm_head.weight.device)
         self._allocate(StateLayout.of(model, precision), model.norm_head.weight.device)
 
     def _allocate(self, layout: StateLayout, device: torch.device) -> None:
@@ -126,14 +131,15 @@ class StateStore:
         return held.entry if held and held.version == version else None
 
     def take(self, user_key: int, version: StateVersion) -> HeldState | None:
-        """What is held of the user, pinned until `release`; None, counted stale, if it is another version's."""
+        """What is held of the user, now asked for, pinned until `release`; None, counted stale, if it is another version's."""
         held = self._index.get(user_key, version)
         if held is not None:
             self._pin(held)
         return held
 
     def hold(self, user_key: int, version: StateVersion) -> HeldState | None:
-        """What is held of the user, pinned until `release`, which does not count as a use."""
+        """What is held of the user, pinned until `release`, which does not count as a use: who is asked about once, and then acts,
+        has not come back."""
         held = self._index.find(user_key)
         if held is None or held.version != version:
             return None
@@ -313,6 +319,18 @@ class StateStore:
         pool = self.pool if held.tier == Tier.DEVICE else self._host
         assert pool is not None
         return pool
+
+
+def check_card(precision: Precision, device: torch.device) -> None:
+    """A UserError if the device cannot compute with states of this precision."""
+    if precision != "fp8" or device.type != "cuda":
+        return
+    found = torch.cuda.get_device_capability(device)
+    if found < _FP8_CAPABILITY:
+        name, (major, minor) = torch.cuda.get_device_name(device), found
+        raise UserError(
+            f"state_precision: {name} has no fp8 (compute capability {major}.{minor}, it takes 8.9): set int8 or bf16"
+        )
 
 
 def _lies_in(held: HeldState, slot: Slot) -> None:

@@ -7,6 +7,7 @@ import pyarrow as pa
 
 from longer.arrays import NO_EVENT_TS, Candidates, Histories
 from longer.model.captured_call import power_of_two
+from longer.model.captured_growth import rooms_for_events
 from longer.model.engine import StateEngine
 from longer.model.states import rows_for
 from longer.schema import EventSchema
@@ -19,8 +20,9 @@ def warm_up(
 ) -> None:
     """Users are encoded, appended to and asked by `num_requests` requests of `num_candidates` each.
 
-    As many users as requests, where growth has another size for so many; one, where it has not. Windows have their least length and
-    their longest; appends are many events or one, inside a stride, and one over its end into another slot.
+    As many users as requests, where growth has another size for so many; one, where it has not. Histories have every length that
+    growth has a room for; appends are many events or one, inside a stride, and one over its end into another slot, of all users and
+    of one among others.
     """
     model, num_users = engine.model, num_requests if power_of_two(num_requests) == num_requests else 1
     windows = model.windows
@@ -33,11 +35,15 @@ def warm_up(
 
     try:
         rows = [rows_for(store.layout, np.full(num_users, end)) for end in ends]
-        slots = store.slots(rows[2])
-        for end in (ends[2], ends[0]):
-            states = engine.encode(events(0, end), slots)
-        for (begin, end), into in zip(pairwise(ends), (slots, slots, store.slots(rows[3])), strict=True):
-            states = engine.append(states, events(begin, end), into)
+        slots, others = store.slots(rows[2]), store.slots(rows[3])
+        for room in rooms_for_events(store.layout, num_users):
+            engine.encode(events(0, min(room // num_users, ends[2])), slots)
+        before = states = engine.encode(events(0, ends[0]), slots)
+        for (begin, end), into in zip(pairwise(ends), (slots, slots, others), strict=True):
+            before, states = states, engine.append(states, events(begin, end), into)
+        if num_users > 1:
+            one = [known.events(*ends[2:])] + [known.events(ends[2], ends[2])] * (num_users - 1)
+            engine.append(before, Histories.concatenate(one), [others[0], *slots[1:]])
         asked = [states[r % num_users] for r in range(num_requests)]
         offsets = np.arange(num_requests + 1) * num_candidates
         engine.score(asked, np.full(num_requests, ends[-1]), _candidates(model.schema, offsets))
