@@ -100,7 +100,7 @@ def test_users_who_are_here_are_scored_while_the_table_cannot_be_read_and_the_ot
     assert set(away.refused) == {
         f"{service.url}: the sequence table cannot be read at the moment: try again later (503)"
     }
-    assert refused_per_s > 2 * NUM_CLIENTS  # at once, but for one a second
+    assert refused_per_s > NUM_CLIENTS  # where each waits for its own silence, there are no more
     usual_ms, ms = (np.percentile(answers.latencies_ms[NUM_CLIENTS:], 99) for answers in (undisturbed, here))
     print(f"p99 of hits: {ms:.0f} ms, undisturbed {usual_ms:.0f} ms; {refused_per_s:.0f} refused a second")
     assert ms < max(100, 3 * usual_ms)  # the machine of the tests has two cores, for the clients too
