@@ -21,7 +21,7 @@ def test_each_mode_runs_to_its_last_line_and_keeps_what_it_has(mode: str, goal: 
     command += ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "page")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    summary = json.loads(done.stdout.splitlines()[-1])
-    assert summary["scores_per_s"] > 0
-    assert goal in done.stdout
-    assert (tmp_path / "page").read_text() == done.stdout
+    page = (tmp_path / "page").read_text().splitlines()
+    assert json.loads(page[-1])["scores_per_s"] > 0
+    assert any(goal in line for line in page)
+    assert set(page) <= set(done.stdout.splitlines()), "Ray's warnings may stand among them"
