@@ -6,10 +6,9 @@ interrupted run keeps its finished buckets, a dead actor or node costs its bucke
 
 import json
 import re
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Generator
+from contextlib import closing, nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,9 +21,9 @@ from longer.data.id_lists import spool, spread
 from longer.data.layout import bucket_files
 from longer.data.records import Record, scratch
 from longer.data.tables import RequestTable
-from longer.errors import StorageError, UserError
+from longer.errors import UserError
 from longer.progress import say, track
-from longer.serving.batch_alive import marked_alive
+from longer.serving.batch_alive import marked_alive, meanwhile
 from longer.serving.batch_output import Run, done_buckets, remove_unnamed
 from longer.serving.batch_plan import Plan, check_model, plan_scores, plan_vectors
 from longer.serving.batch_roll import roll
@@ -215,28 +214,13 @@ def _score_buckets(
             half_done = (run.begun.keys() - done) & buckets.keys()
             return (sum(buckets[b] for b in done) + sum(buckets[b] for b in half_done) / 2) / sum(buckets.values())
 
+        def tell_of_the_first() -> None:
+            if not records:
+                say(job, f"{len(run.begun)} buckets begun, none done yet")
+
         say(job, f"waiting for {fewest} {'actor' if fewest == 1 else 'actors'} to start")
         with (
-            _told_of_the_first(run, records, job),
+            meanwhile(tell_of_the_first, _FIRST_TOLD_EVERY_S),
             closing(finished()) as fresh,
         ):  # else, of an error here, Ray Data's own end would wait for a Ray that is gone
             return list(track(fresh, len(buckets), job.replace("_", " "), "buckets", note, seconds, part_done))
-
-
-@contextmanager
-def _told_of_the_first(run: Run, records: list[Record], job: str) -> Iterator[None]:
-    """Says now and then how many buckets are begun, until one is done."""
-    over = threading.Event()
-
-    def tell() -> None:
-        while not over.wait(_FIRST_TOLD_EVERY_S) and not records:
-            with suppress(StorageError):  # the run itself will meet it
-                say(job, f"{len(run.begun)} buckets begun, none done yet")
-
-    thread = threading.Thread(target=tell, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()

@@ -6,7 +6,7 @@ No clock is asked: a run that is alive renews its mark, one that is dead does no
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from longer.errors import StorageError
@@ -21,15 +21,27 @@ use what is published."""
 @contextmanager
 def marked_alive(mark: str) -> Iterator[None]:
     """Renews the file `mark` all the while."""
-    over = threading.Event()
 
     def renew() -> None:
-        while not over.is_set():
-            with suppress(StorageError):  # the run itself will meet it
-                write_bytes(mark, uuid.uuid4().hex.encode())
-            over.wait(_RENEWED_AFTER_S)
+        write_bytes(mark, uuid.uuid4().hex.encode())
 
-    thread = threading.Thread(target=renew, daemon=True)
+    with suppress(StorageError):  # the run itself will meet it
+        renew()
+    with meanwhile(renew, _RENEWED_AFTER_S):
+        yield
+
+
+@contextmanager
+def meanwhile(work: Callable[[], None], every_s: float) -> Iterator[None]:
+    """Calls `work` every so many seconds, in a thread; what storage has against it, the run itself will meet."""
+    over = threading.Event()
+
+    def repeat() -> None:
+        while not over.wait(every_s):
+            with suppress(StorageError):
+                work()
+
+    thread = threading.Thread(target=repeat, daemon=True)
     thread.start()
     try:
         yield

@@ -1,6 +1,6 @@
 """Rows of the sequence table, read beside the scorer's thread: buckets in parallel, and none asked that has just kept silent.
 
-No torch, no Ray, no HTTP.
+No Ray, no HTTP.
 """
 
 import time
