@@ -14,12 +14,8 @@ class NoHistory(Longer):
         return False
 
     def forward(self, batch: BatchTensors) -> Tensor:
-        request_C = batch.request_of_candidate_C
-        last_ts_R = batch.histories.last_ts_R(batch.row_R, batch.history_end_R)
-        request_RD = self.embedding.requests(batch.request_ts_R, last_ts_R)
-        features_CF = self.batch_interactions(batch, request_C, request_RD.dtype)
-        x_CD = self.enter(request_RD, request_C, features_CF, batch.candidates)
+        x_CD, features_CF = self.entered(batch)
         for block in self.layers:  # attention over one key is its value, wherever it is
-            _, value_CHZ = block.keys_values(x_CD, request_C * 0)
+            _, value_CHZ = block.keys_values(x_CD, batch.request_of_candidate_C * 0)
             x_CD = block.finish(x_CD, value_CHZ.flatten(1))
         return self.leave(x_CD, features_CF, batch.candidates["item_id"])

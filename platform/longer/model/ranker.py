@@ -156,6 +156,14 @@ class Ranker(nn.Module):
         begin_R = self.windows.history_start(history_end_R) * self.windows.merge_size
         return begin_R[request_C], history_end_R[request_C], request_ts_R[request_C], torch.stack(keys, dim=-1)
 
+    def entered(self, batch: BatchTensors) -> tuple[Tensor, Tensor | None]:
+        """`enter` for all candidates of a whole batch, [C, D], and their interaction features."""
+        request_C = batch.request_of_candidate_C
+        last_ts_R = batch.histories.last_ts_R(batch.row_R, batch.history_end_R)
+        request_RD = self.embedding.requests(batch.request_ts_R, last_ts_R)
+        features_CF = self.batch_interactions(batch, request_C, request_RD.dtype)
+        return self.enter(request_RD, request_C, features_CF, batch.candidates), features_CF
+
     def batch_interactions(self, batch: BatchTensors, request_C: Tensor, dtype: torch.dtype) -> Tensor | None:
         """The same for a whole batch; None where they are switched off."""
         if not self.settings.interactions:

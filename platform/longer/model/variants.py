@@ -80,11 +80,7 @@ def chosen_groups(queries: str, windows: WindowRule, group_RG: Int64, history_en
 def variant_forward(model: "Longer", batch: BatchTensors) -> Tensor:
     """[C, tasks]: what `Longer.forward` returns."""
     source, windows = batch.source, model.windows
-    request_C = batch.request_of_candidate_C
-    last_ts_R = batch.histories.last_ts_R(batch.row_R, batch.history_end_R)
-    request_RD = model.embedding.requests(batch.request_ts_R, last_ts_R)
-    features_CF = model.batch_interactions(batch, request_C, request_RD.dtype)
-    x_CD = model.enter(request_RD, request_C, features_CF, batch.candidates)
+    x_CD, features_CF = model.entered(batch)
     x_Ed = model.embedding.events(batch.histories)
     num_groups_R = windows.num_groups(source.history_end_R) - windows.history_start(source.history_end_R)
     parts, order = [x_CD[:0]], [np.zeros(0, np.int64)]

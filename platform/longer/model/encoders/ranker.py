@@ -71,13 +71,9 @@ class EncoderRanker(Ranker):
 
     def forward(self, batch: BatchTensors) -> Tensor:
         """[C, tasks]: logits of binary tasks, values of regression tasks, for every candidate of every request."""
-        request_C = batch.request_of_candidate_C
-        last_ts_R = batch.histories.last_ts_R(batch.row_R, batch.history_end_R)
-        request_RD = self.embedding.requests(batch.request_ts_R, last_ts_R)
-        features_CF = self.batch_interactions(batch, request_C, request_RD.dtype)
-        x_CD = self.enter(request_RD, request_C, features_CF, batch.candidates)
+        x_CD, features_CF = self.entered(batch)
         globals_RMD = self.embedding.user_globals(batch.histories.user_key_B[batch.row_R])
-        y_CD = x_CD + take_rows(globals_RMD.sum(1).to(x_CD.dtype), request_C)
+        y_CD = x_CD + take_rows(globals_RMD.sum(1).to(x_CD.dtype), batch.request_of_candidate_C)
         beside = [] if features_CF is None else [features_CF]
         if self.encoder is not None:
             read_CD = self.read(self.encode(self.encoder, batch, x_CD))
