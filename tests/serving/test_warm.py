@@ -1,5 +1,6 @@
 """What a replica captures before it is ready is what its first requests need: a graph that is captured later stalls a batch."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from longer.model.captured_call import power_of_two
 from longer.model.captured_growth import room_for
 from longer.model.engine import StateEngine
 from longer.model.grow import grow
-from longer.model.growth import Growth
+from longer.model.growth import Growth, Room
+from longer.model.longer import Longer
 from longer.model.states import rows_for
 from longer.serving import warm
 from longer.serving.history import HistorySource, UserHistory
@@ -20,26 +22,33 @@ from tests.model.generate import random_histories, small_model
 from tests.serving.tables import build_world, checkpoint_path
 
 
-@pytest.mark.parametrize("num_users", [1, 4])
-def test_users_who_do_a_little_need_no_graph_that_warm_up_did_not_capture(
-    num_users: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = small_model(0, torch.float32, history_events=300, query_groups=50, stride_groups=50)
-    store, rng, sizes = StateStore(model, 0), np.random.default_rng(0), set()
+def warmed_up(
+    model: Longer, num_users: int, grown: Callable[[Growth], None], monkeypatch: pytest.MonkeyPatch
+) -> tuple[StateStore, StateEngine, set[tuple[int, Room]], np.random.Generator]:
+    """A store and an engine after warm-up; the set holds the size of every growth, those to come too."""
+    store, rng, sizes = StateStore(model, 0), np.random.default_rng(0), set[tuple[int, Room]]()
     engine = StateEngine(model, store.pool)
 
     def noted(growth: Growth) -> None:
         users = power_of_two(len(growth.events))
         sizes.add((users, room_for(growth, users)))
-        grow(model, growth)
-
-    engine._grow = noted
+        grown(growth)
 
     def user(history: HistorySource, schema: object, num_events: int) -> UserHistory:
         return UserHistory(random_histories(rng, [num_events]), 0)
 
+    engine._grow = noted
     monkeypatch.setattr(warm, "_user", user)
     warm.warm_up(engine, store, None, num_users, 5)  # type: ignore[arg-type]  (the user is made up above)
+    return store, engine, sizes, rng
+
+
+@pytest.mark.parametrize("num_users", [1, 4])
+def test_users_who_do_a_little_need_no_graph_that_warm_up_did_not_capture(
+    num_users: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_model(0, torch.float32, history_events=300, query_groups=50, stride_groups=50)
+    store, engine, sizes, rng = warmed_up(model, num_users, lambda growth: grow(model, growth), monkeypatch)
     warmed = set(sizes)
     whole, rows = random_histories(rng, [500] * num_users), np.arange(num_users)
     for begin in (300, 440):
@@ -64,19 +73,7 @@ def test_users_who_stand_anywhere_need_no_graph_that_warm_up_did_not_capture(
 ) -> None:
     """Histories of any lengths are encoded together, and windows of one or another user move."""
     model = small_model(0, torch.float32, history_events=1_200, query_groups=50, stride_groups=50)
-    store, rng, sizes = StateStore(model, 0), np.random.default_rng(0), set()
-    engine = StateEngine(model, store.pool)
-
-    def noted(growth: Growth) -> None:
-        users = power_of_two(len(growth.events))
-        sizes.add((users, room_for(growth, users)))
-
-    def user(history: HistorySource, schema: object, num_events: int) -> UserHistory:
-        return UserHistory(random_histories(rng, [num_events]), 0)
-
-    engine._grow = noted
-    monkeypatch.setattr(warm, "_user", user)
-    warm.warm_up(engine, store, None, num_users, 5)  # type: ignore[arg-type]  (the user is made up above)
+    store, engine, sizes, rng = warmed_up(model, num_users, lambda _: None, monkeypatch)
     warmed, num_moved, rows = set(sizes), list[int](), np.arange(num_users)
     whole = random_histories(rng, [1_800] * num_users)
     for _ in range(30):
