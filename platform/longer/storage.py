@@ -313,7 +313,9 @@ class CheckedOutput:
 def file_sizes(folder: str) -> dict[str, int]:
     """The size of each file below a folder, by its path in it; none if there is no such folder."""
     fs, bare = filesystem(folder)
-    return {path.removeprefix(f"{bare}/"): info["size"] for path, info in fs.find(bare, detail=True).items()}
+    within = f"{bare}/"  # S3's listing of an empty folder names the folder if a file is written into it meanwhile
+    found = fs.find(bare, detail=True).items()
+    return {path.removeprefix(within): info["size"] for path, info in found if path.startswith(within)}
 
 
 def make_parents(path: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from longer import s3 as longer_s3
 from longer.datasets.source import find_files
 from longer.errors import StorageError
-from longer.storage import Table, checked_output, checksum, exists, open_input, read_bytes, write_bytes
+from longer.storage import Table, checked_output, checksum, exists, file_sizes, open_input, read_bytes, write_bytes
 from tests.s3.proxy import Fault, Plan, Proxy, Request
 
 DATA = bytes(range(256)) * 4096
@@ -134,6 +134,21 @@ def test_an_object_that_is_not_there_is_no_failure_of_the_store(faulty: Proxy) -
     assert Table("s3://tables/none").current() is None
     with pytest.raises(FileNotFoundError):
         read_bytes("s3://tables/none")
+
+
+def test_a_file_written_while_an_empty_folder_is_listed_makes_no_file_of_the_folder(faulty: Proxy) -> None:
+    asked: list[str] = []
+
+    def written_after_the_first_answer(request: Request) -> None:
+        if request.method in ("GET", "HEAD"):
+            asked.append(request.path)
+            if len(asked) == 2:
+                write_bytes("s3://tables/run/marks/0001/actor", b"")
+
+    faulty.plan = written_after_the_first_answer
+    assert file_sizes("s3://tables/run/marks") == {}
+    assert len(asked) > 1, "the listing was one request: nothing could come between"
+    assert file_sizes("s3://tables/run/marks") == {"0001/actor": 0}
 
 
 def test_an_endpoint_that_is_down_is_one_line_and_exit_code_2(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
