@@ -11,7 +11,15 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from longer.arrays import Candidates, Histories, Int64, RequestBatch
-from longer.data.batches import Packs, Requests, assemble, concat_histories, plan_packs, rows_of_requests
+from longer.data.batches import (
+    Packs,
+    Requests,
+    assemble,
+    concat_histories,
+    plan_packs,
+    rows_of_requests,
+    with_all_users,
+)
 from longer.data.requests import SPLITS
 from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import UserError
@@ -174,6 +182,7 @@ def _split(
     sequences: SequenceTable, histories: Histories, by_bucket: list[Requests], windows: WindowRule, which: str
 ) -> SplitData:
     requests = concat_requests(by_bucket)
+    histories = with_all_users(histories, requests)
     row_R = rows_of_requests(histories, requests)
     start_R = windows.history_start(requests.history_end_R) * windows.merge_size
     if num_cut := int((start_R < histories.first_index_B[row_R]).sum()):
