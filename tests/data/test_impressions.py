@@ -98,7 +98,7 @@ def test_a_user_who_has_done_nothing_has_an_empty_history_and_not_another_user_s
     requests = requests_of(
         pa.Table.from_pylist(rows).select(SHOP.requests_arrow().names).cast(SHOP.requests_arrow()), SHOP
     )
-    histories = with_all_users(histories_of(sequences, SHOP), requests)
+    histories = with_all_users(histories_of(sequences, SHOP), requests.user_key_R)
     row_R = rows_of_requests(histories, requests)
     np.testing.assert_array_equal(histories.user_key_B[row_R], stable_keys(pa.array([1, 2, 3, 4])))
     assert np.diff(histories.offsets_B1)[row_R].tolist() == [1, 0, 1, 0]

@@ -73,9 +73,9 @@ def plan_packs(row_R: Int64, history_end_R: Int64, windows: WindowRule, max_requ
     return Packs(order_R, np.append(first, len(row)))
 
 
-def with_all_users(histories: Histories, requests: Requests) -> Histories:
-    """The histories, and an empty one of every user who asks and has done nothing."""
-    new_U = np.setdiff1d(requests.user_key_R, histories.user_key_B)
+def with_all_users(histories: Histories, user_key_R: Int64) -> Histories:
+    """The histories, and behind them an empty one of every user who asks and has done nothing."""
+    new_U = np.setdiff1d(user_key_R, histories.user_key_B)
     if not len(new_U):
         return histories
     none_U, nothing = np.zeros(len(new_U), np.int64), {name: x[:0] for name, x in histories.features.items()}
