@@ -174,6 +174,7 @@ class ScoringService:
             "encoding": info.model.encoding,
             "tasks": [task.model_dump(include={"name", "kind"}) for task in info.tasks],
             "item_features": list(info.schema.features_of("item")),
+            "request_features": list(info.schema.features_of("request")),
             "event_fields": [field.name for field in info.schema.event_fields()],
             "history_events": info.model.history_events,
             "sequences_version": self._scorer.history.version_id,

@@ -24,7 +24,7 @@ from longer.training.checkpoints import load_model, save_model
 from longer.training.content import tally
 from longer.training.continuous import _milliseconds
 from longer.training.cursor import Position
-from longer.training.loader import MS_PER_DAY, read_since, score_split
+from longer.training.loader import MS_PER_DAY, joined, read_part_since, score_split
 from longer.training.loop import Run, train_worker
 from longer.training.metrics import defined
 from longer.training.run import finished, past_of
@@ -109,7 +109,8 @@ def test_a_day_is_tested_before_it_is_trained(continued: tuple[Settings, Version
     since_ms = _milliseconds(base.manifest["trained_until"])
     sequences = SequenceTable(settings.path("tables", "sequences"), schema)
     requests = RequestTable(settings.path("tables", "requests"), schema)
-    data = read_since(sequences, requests, since_ms, settings.model.windows)
+    part = read_part_since(sequences, requests, since_ms, range(requests.num_buckets))
+    (data,) = joined([part], settings.model.windows, sequences.version.path, ["new"])
     first_day = data.take(np.flatnonzero(data.requests.request_ts_R < since_ms + MS_PER_DAY))
     model = load_model(base.path)[0]
     outputs = score_split(first_day, lambda batch: model(to_tensors(batch)).detach().numpy(), len(tasks))

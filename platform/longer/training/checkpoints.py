@@ -214,7 +214,7 @@ def every_row(_: str) -> slice:
 
 @torch.no_grad()
 def load_own_weights(directory: str, model: Ranker, own_rows: OwnRows = every_row) -> None:
-    """Puts this worker's rows of a run's checkpoint into the run's model, of whose tables it may hold those rows only.
+    """Puts this worker's rows of a checkpoint of the same weights into a run's model, of whose tables it may hold those rows only.
 
     Memory holds one of them at a time beside the model, and nothing of the others' rows.
     """
@@ -236,7 +236,13 @@ def load_trainer(directory: str, model: Ranker, optimizer: HasMoments, own_rows:
 
 def _own_tensors(path: str, own_rows: OwnRows) -> Iterator[tuple[str, torch.Tensor]]:
     """This worker's rows of each tensor in a local file, of which nothing else is read."""
-    with safetensors.safe_open(path, "pt") as file:
+    try:
+        opened = safetensors.safe_open(path, "pt")
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file on the node of this worker: start from s3://, or from a path that every node sees"
+        ) from None
+    with opened as file:
         for name in file.keys():  # noqa: SIM118  (it is no dictionary)
             rows = file.get_slice(name)
             yield name, rows[own_rows(name)] if rows.get_shape() else file.get_tensor(name)
@@ -252,9 +258,9 @@ _CHANGEABLE = {"history_events", "query_groups", "stride_groups", "dropout"}
 """Model settings under which weights keep their meaning."""
 
 
-def load_weights(path: str, settings: Settings) -> tuple[Tensors, CheckpointInfo]:
-    """The weights of a checkpoint to start training with these settings from; a UserError names what does not fit."""
-    model, info = load_model(path, expected_schema=settings.event_schema)
+def check_start(path: str, settings: Settings) -> CheckpointInfo:
+    """The checkpoint to start training with these settings from, read to the last byte; a UserError names what does not fit."""
+    _, info = load_model(path, expected_schema=settings.event_schema)
     asked = settings.model.model_dump(mode="json")
     for name, value in info.model.model_dump(mode="json").items():
         if name not in _CHANGEABLE and asked[name] != value:
@@ -266,7 +272,7 @@ def load_weights(path: str, settings: Settings) -> tuple[Tensors, CheckpointInfo
         raise UserError(
             f"{path}/model.json: its tasks are {heads}, train.tasks of the settings {asked_heads}: use the checkpoint's"
         )
-    return dict(model.state_dict()), info
+    return info
 
 
 def _info(path: str, about: dict[str, Any]) -> CheckpointInfo:

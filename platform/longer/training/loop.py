@@ -28,7 +28,6 @@ from longer.training.checkpoints import (
     load_own_weights,
     load_trainer,
     load_upstream,
-    load_weights,
     moments_of,
     save_trainer,
     save_weights,
@@ -53,12 +52,13 @@ _ITS_END = 1 << 30
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """Ray Train's `train_loop_per_worker`; `config` holds the job, its requests in Ray's memory and where to tell."""
+    """Ray Train's `train_loop_per_worker`; `config` holds the job, its requests in Ray's memory, its start and where to tell."""
     context = ray.train.get_context()
     workers_here = context.get_local_world_size()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers_here))
     content = Content(config["job"], *ray.get(config["requests"]))  # workers of a node share one copy
-    Run(config["job"], content, config["lines"], context.get_world_rank(), context.get_world_size()).train()
+    rank, num_workers = context.get_world_rank(), context.get_world_size()
+    Run(config["job"], content, config["start"], config["lines"], rank, num_workers).train()
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,10 @@ class Work:
 class Run:
     """A worker's model, data and place in the run."""
 
-    def __init__(self, job: Job, content: Content, lines: Any, rank: int, num_workers: int) -> None:
-        self.job, self.settings = job, job.settings
+    def __init__(
+        self, job: Job, content: Content, start: Checkpoint | None, lines: Any, rank: int, num_workers: int
+    ) -> None:
+        self.job, self.settings, self.start = job, job.settings, start
         self.lines, self.rank, self.num_workers = lines, rank, num_workers
         self.content, self.cursor = content, content.cursor
         asked = self.settings.train
@@ -155,10 +157,9 @@ class Run:
             stepper.optimizer.scaling.restore(self.state.scaling)
             if self.rank == 0:
                 self.trained.restore(self.state.epochs)
-        elif self.job.weights:
-            weights, _ = load_weights(self.job.weights, settings)
-            own = {name: tensor[stepper.own_rows(name)] if tensor.dim() else tensor for name, tensor in weights.items()}
-            model.load_state_dict(own)
+        elif self.start:
+            with self.start.as_directory() as directory:
+                load_own_weights(directory, model, stepper.own_rows)
         return stepper
 
     def _work(self) -> Iterator[Work]:

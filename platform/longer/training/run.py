@@ -8,6 +8,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.train import (
+    Checkpoint,
     ControllerError,
     FailureConfig,
     LoggingConfig,
@@ -36,8 +37,8 @@ from longer.training.checkpoints import (
     TRAINER_VERSION,
     TrainerState,
     best_of_epochs,
+    check_start,
     load_model,
-    load_weights,
     read_trainer_state,
 )
 from longer.training.content import Job
@@ -66,7 +67,7 @@ def train(settings: Settings, start_from: str | None = None) -> Version:
     _check_split(requests, "train", "lower requests.test_days_share and validation_days_share")
     _check_split(requests, "valid", "raise requests.validation_days_share")
     chosen = chosen_settings(settings)
-    first = {"from": load_weights(start_from, settings)[1].model_version} if start_from else {}
+    first = {"from": check_start(start_from, settings).model_version} if start_from else {}
     run_id = fingerprint(
         "checkpoint", FORMAT_VERSION, TRAINER_VERSION, chosen, versions, settings.event_schema.hash(), first
     )
@@ -184,7 +185,7 @@ def fit(job: Job, run_id: str) -> str:
     with relayed_lines() as lines:
         trainer = TorchTrainer(
             train_worker,
-            train_loop_config={"job": job, "requests": requests, "lines": lines},
+            train_loop_config={"job": job, "requests": requests, "lines": lines, "start": _checkpoint(job.weights)},
             scaling_config=worker_options(settings),
             run_config=RunConfig(
                 name=run_id,
@@ -198,6 +199,14 @@ def fit(job: Job, run_id: str) -> str:
         last = trainer.fit().checkpoint
     assert last
     return f"{storage}/{run_id}/{os.path.basename(last.path)}"
+
+
+def _checkpoint(path: str | None) -> Checkpoint | None:
+    """What all workers start from; the same object for all, so that a node copies it from S3 once."""
+    if path is None:
+        return None
+    filesystem, bare = arrow_filesystem(path)
+    return Checkpoint(bare, filesystem)
 
 
 def publish(
