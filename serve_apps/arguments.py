@@ -61,7 +61,8 @@ class ScoringArgs(BaseModel):
     state_dump: str | None = Field(
         None,
         description="Folder, local or s3://, of this service alone, where replicas leave their states and the events sent to "
-        "them when they stop, and from which they fill their host memory; null: they start empty, and what was sent is lost. A local one must be seen by every node.",
+        "them when they stop, and from which they fill their host memory; null: they start empty, and what was sent is lost. "
+        "A local one must be seen by every node.",
     )
     state_dump_s: float = Field(
         30, gt=0, description="Longest time that a stopping replica takes to dump events and states, the hottest first."
