@@ -291,19 +291,19 @@ def test_of_a_batch_each_user_is_scored_once_by_the_owner_and_hits_whichever_rep
 ) -> None:
     """Else each state is made, and kept, by every replica that a batch happens to reach."""
     url, scorer = service
-    users, before = [1, 2, 5, 6], lost(url)
-    assert {owner_of(url, user) for user in users} == held_by(url).keys()
-    for user in users:
-        httpx.delete(f"{url}/v1/users/{user}", timeout=30).raise_for_status()
+    owners = {user: owner_of(url, user) for user in range(1000, 1040)}
+    users = sorted(user for one in set(owners.values()) for user in [u for u in owners if owners[u] == one][:2])
+    event, before = {**EVENT, "event_ts": END_MS - 1}, lost(url)
+    columns = {name: [value] for name, value in {**event, **event["features"]}.items() if name != "features"}
     sources, answered_by = list[list[str]](), set[str]()
     while len(answered_by) < 2 or len(sources) < 3:
-        requests = [{"user_id": user, "candidates": ITEMS, "request_ts": END_MS} for user in users]
+        requests = [{"user_id": user, "candidates": ITEMS, "request_ts": END_MS, "events": [event]} for user in users]
         answer = httpx.post(f"{url}/v1/score:batch", json={"requests": requests}, timeout=30)
         answered_by.add(answer.headers["x-replica"])
         results = answer.json()["results"]
         sources.append([result["user_state"]["source"] for result in results])
         for user, result in zip(users, results, strict=True):
-            [alone] = scorer.score([ScoreRequest(user, ITEMS, request_ts=END_MS)])
+            [alone] = scorer.score([ScoreRequest(user, ITEMS, request_ts=END_MS, events=columns)])
             assert isinstance(alone, ScoreResult)
             np.testing.assert_allclose(result["scores"]["label"], alone.scores["label"], rtol=0, atol=1e-5)
     assert sources == [["load"] * 4] + [["hit"] * 4] * (len(sources) - 1)
