@@ -60,11 +60,12 @@ class ScoringArgs(BaseModel):
     )
     state_dump: str | None = Field(
         None,
-        description="Folder, local or s3://, of this service alone, where replicas leave their states when they stop, and from "
-        "which they fill their host memory; null: they start empty. A local one must be seen by every node.",
+        description="Folder, local or s3://, of this service alone, where replicas leave their states and the events sent to "
+        "them when they stop, and from which they fill their host memory; null: they start empty, and what was sent is lost. "
+        "A local one must be seen by every node.",
     )
     state_dump_s: float = Field(
-        30, gt=0, description="Longest time that a stopping replica takes to dump its states, the hottest first."
+        30, gt=0, description="Longest time that a stopping replica takes to dump events and states, the hottest first."
     )
     warm_users: int = Field(
         0,

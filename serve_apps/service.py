@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ray.serve.schema import ReplicaRank
 
 from longer.errors import UserError
 from longer.serving.reads import TableReads
-from longer.serving.scorer import EventsRequest, EventsResult, Scorer, ScoreResult, Scoring
+from longer.serving.scorer import EventsRequest, EventsResult, Scorer, ScoreRequest, ScoreResult, Scoring
 from serve_apps.access import Gate
 from serve_apps.access_log import AccessLog, Call
 from serve_apps.account import Recent, service_status
@@ -121,26 +122,46 @@ class ScoringService:
     async def score_one(self, asked: Asked, session: str | None, call: Call) -> tuple[ScoreResult, str]:
         """The scores that the call asks for, and the version of the model that they are of."""
         call.ends("parse")
+        call.num_users, call.num_candidates = 1, len(asked.request.item_ids)
         self._affinity.count(asked.request.user_id, bool(session))
-        [(outcome, version)] = await self._scored([asked], call)
+        [(outcome, call.model_version)] = await self._scored([asked.request], call)
         if isinstance(outcome, UserError):
             raise outcome
         call.source = outcome.source
         self._recent.add(call.latency_ms, outcome.source)
-        return outcome, version
+        return outcome, call.model_version
 
     async def score_several(self, several: Sequence[Asked], call: Call) -> list[tuple[Outcome, str]]:
-        """One outcome a request, in order, with the version of the model. A call of several users has no session."""
+        """One outcome a request, in order, with the version of the model. Each is of the replica whose user it is, where that one
+        answers while there is as much time again to score its part here."""
         call.ends("parse")
-        for asked in several:
-            self._affinity.count(asked.request.user_id, has_session=True)
-        return await self._scored(several, call)
-
-    async def _scored(self, several: Sequence[Asked], call: Call) -> list[tuple[Outcome, str]]:
         call.num_users, call.num_candidates = len(several), sum(len(asked.request.item_ids) for asked in several)
-        answers = await self._scores.ask(*(Scoring(asked.request) for asked in several))
+        parts = dict[str, list[int]]()
+        for place, asked in enumerate(several):
+            parts.setdefault(self._affinity.owner(asked.request.user_id), []).append(place)
+        answers = await asyncio.gather(
+            *(self._scored_by(owner, [several[place].request for place in its], call) for owner, its in parts.items())
+        )
+        if parts.keys() - {self._replica}:
+            call.ends("owners")
+        of_place = dict(zip(chain(*parts.values()), chain(*answers), strict=True))
+        outcomes = [of_place[place] for place in range(len(several))]
+        call.model_version = outcomes[-1][1]
+        return outcomes
+
+    async def _scored_by(self, owner: str, requests: list[ScoreRequest], call: Call) -> list[tuple[Outcome, str]]:
+        """By this replica, if the owner does not answer."""
+        if owner != self._replica:
+            session, half_s = session_of(requests[0].user_id), call.timeout_s / 2
+            if told := await self._peers.ask_owner(session, self.score_here, requests, within_s=half_s):
+                return told
+            for request in requests:
+                self._affinity.count(request.user_id, has_session=True)
+        return await self._scored(requests, call)
+
+    async def _scored(self, requests: Sequence[ScoreRequest], call: Call) -> list[tuple[Outcome, str]]:
+        answers = await self._scores.ask(*map(Scoring, requests))
         call.was_in(answers[-1][1])
-        call.model_version = answers[-1][0][1]
         return [outcome for outcome, _ in answers]
 
     async def take_in(self, request: EventsRequest, session: str | None, call: Call) -> tuple[EventsResult, str]:
@@ -208,6 +229,10 @@ class ScoringService:
 
     async def served_checkpoint(self) -> str:
         return self._rollouts.checkpoint
+
+    async def score_here(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, str]]:
+        """Scores without looking whose users they are: what is sent on is not sent on again."""
+        return [outcome for outcome, _ in await self._scores.ask(*map(Scoring, requests))]
 
     async def take_in_here(self, request: EventsRequest) -> tuple[EventsResult | UserError, str]:
         """Takes in events without looking whose they are: what is sent on is not sent on again."""

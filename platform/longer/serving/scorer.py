@@ -26,6 +26,7 @@ from longer.model.outputs import to_scores
 from longer.model.pool import Precision
 from longer.serving.cache import StateVersion
 from longer.serving.history import HistorySource, check_kept
+from longer.serving.kept_states import KeptState
 from longer.serving.online import EventLimits, OnlineEvents
 from longer.serving.pending import Pending, read_rows
 from longer.serving.requests import (
@@ -242,13 +243,25 @@ class Scorer:
             self.cache.release()
         return sum(request.error is None for request in wave)
 
+    def restore(self, kept: KeptState, events_revision: int | None) -> bool:
+        """Takes a state of a replica that has stopped into host memory, if there is room and none of its user; whether it is there.
+
+        `events_revision` is that of the user's online events when they were exactly those that the replica had.
+        """
+        is_so = events_revision is not None and events_revision == self.online.revision(kept.user_key)
+        entry = kept.entry_with(events_revision if is_so else None)
+        return self.cache.restore(kept.user_key, self.version, entry, kept.words_NI, kept.is_protected)
+
     def user_key(self, user_id: int | str) -> int:
         """What the user is known by in here. A UserError if it is no user id."""
         return int(stable_keys(self._reader.user(user_id))[0])
 
     def forget(self, user_id: int | str) -> bool:
         """Drops the user's state, from all tiers, and online events; whether there was any. A UserError if it is no user id."""
-        user_key = self.user_key(user_id)
+        return self.forget_key(self.user_key(user_id))
+
+    def forget_key(self, user_key: int) -> bool:
+        """The same of who is known by this."""
         self._engine.forget_inputs()  # which may be of this user; before the store, whose last row replays write to
         had_events, had_state = self.online.forget(user_key), self.cache.forget(user_key)
         return had_events or had_state
