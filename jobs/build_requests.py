@@ -63,9 +63,8 @@ def run(settings: Settings) -> Version:
         "watermark": sequences.manifest["watermark"],
     }
     version = table.publish(version_id, manifest, files)
-    say(
-        "build_requests", f"version {version_id}: {stats['num_requests']} requests, {stats['num_cut']} cut and left out"
-    )
+    counts = ", ".join(f"{number} {split}" for split, number in stats["num_requests"].items())
+    say("build_requests", f"version {version_id}: {counts} requests, {stats['num_cut']} cut and left out")
     return version
 
 
