@@ -13,6 +13,7 @@ export PYTHONUNBUFFERED := 1
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "longer needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	@echo "installing into $(VENV): some gigabytes, which take minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,examples]'
 	@touch $(INSTALLED)

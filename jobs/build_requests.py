@@ -67,11 +67,9 @@ def run(settings: Settings) -> Version:
         "watermark": sequences.manifest["watermark"],
     }
     version = table.publish(version_id, manifest, files)
-    later = f"; {stats['num_later']} after the newest event, left for later" if stats.get("num_later") else ""
-    say(
-        "build_requests",
-        f"version {version_id}: {stats['num_requests']} requests, {stats['num_cut']} cut and left out{later}",
-    )
+    counts = ", ".join(f"{number} {split}" for split, number in stats["num_requests"].items())
+    later = f", {stats['num_later']} after the newest event left for later" if stats.get("num_later") else ""
+    say("build_requests", f"version {version_id}: {counts} requests, {stats['num_cut']} cut and left out{later}")
     return version
 
 

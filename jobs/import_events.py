@@ -97,7 +97,7 @@ def _check_rows(settings: Settings, reports: list[PartReport], num_rows: int) ->
         reason, count = reasons.most_common(1)[0]
         raise UserError(
             f"import_events.max_quarantined_share={asked.max_quarantined_share}: {reasons.total()} of {num_read} rows are "
-            f"unfit, {count} of them: {reason}; {see}, then repair the log or raise the share"
+            f"unfit, {count} of them: {reason}; {see}, then repair the log, or what import_events says of it, or raise the share"
         )
     if not num_rows:
         problem = (

@@ -11,7 +11,10 @@ from longer.errors import UserError
 ROOT = Path(__file__).parents[1]
 
 MISTAKES = {
-    "--train.learning_rat 1": ("--train.learning_rat", "--help"),
+    "--train.learning_rat 1": ("--train.learning_rat", "did you mean --train.learning_rate?", "--help"),
+    "--trian.epochs 1": ("--trian.epochs", "did you mean --train.epochs?"),
+    "--train-epochs 1": ("--train-epochs", "did you mean --train.epochs?"),
+    "--train.lr 1": ("unrecognized arguments: --train.lr 1: see --help",),
     "--train.learning_rate fast": ("train.learning_rate", "number", "'fast'"),
     "--train.learning_rate -1": ("train.learning_rate", "greater than 0"),
     "--model.history_events 1000": ("history_events=1000", "multiple of the stride", "use 896"),
@@ -74,11 +77,15 @@ def test_a_key_that_a_file_sets_twice_is_named_with_its_line(tmp_path: Path) -> 
 
 def test_an_unknown_setting_in_a_file_names_file_and_field(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("train: {learning_rat: 0.1}\nmodel: [1]\n")
+    file.write_text("train: {learning_rat: 0.1, lr: 0.1, tasks: [{nam: x}]}\nmodel: [1]\nimport_event: {}\n")
     with pytest.raises(UserError) as caught:
         load_settings(str(file))
     lines = str(caught.value).splitlines()
-    assert f"{file}: train.learning_rat: unknown setting: see --help for every setting" in lines
+    see = "see --help for every setting"
+    assert f"{file}: train.learning_rat: unknown setting: did you mean train.learning_rate? {see}" in lines
+    assert f"{file}: train.lr: unknown setting: {see}" in lines
+    assert f"{file}: train.tasks.0.nam: unknown setting: {see}" in lines
+    assert f"{file}: import_event: unknown setting: did you mean import_events? {see}" in lines
     assert any(line.startswith(f"{file}: model:") for line in lines)
     file.write_text("train: {oops\n")
     with pytest.raises(UserError, match=r"mine.yaml: not valid YAML at line 2"):
@@ -107,7 +114,7 @@ def test_help_documents_every_setting_with_its_default(capsys: pytest.CaptureFix
         fields = getattr(section.annotation, "model_fields", {})
         for field, info in fields.items():
             assert info.description, f"{name}.{field} has no description"
-            assert f"--{name}.{field} " in text
+            assert f" --{name}.{field} " in text or f" --{name}.{field}, --no-{name}.{field} " in text
     assert "(default: 0.002)" in text
 
 

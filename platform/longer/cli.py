@@ -1,6 +1,7 @@
 """The command line of every job: all settings as flags, a YAML file, and the job's own switches."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,12 +10,16 @@ from typing import Any
 from pydantic_settings import CliSettingsSource
 
 from longer.config import Settings, load_settings
-from longer.errors import UserError
+from longer.errors import UserError, meant
+
+_UNKNOWN = re.compile(r"unrecognized arguments: (--[\w.-]+)")
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
-        raise UserError(f"{message}: see --help for every setting")
+        unknown = _UNKNOWN.match(message)
+        guess = meant(unknown[1], self._option_string_actions) if unknown else ""
+        raise UserError(f"{message}: {guess}see --help for every setting")
 
 
 def parse_settings(
@@ -26,8 +31,9 @@ def parse_settings(
 
     Exits with code 0 after `--help`; raises UserError for every mistake.
     """
+    own = "".join(f" [--{name}{''.join(f' {word}' for word in metavar)}]" for name, _, *metavar in flags)
     parser = _Parser(
-        prog=Path(sys.argv[0]).stem,
+        usage=f"python -m jobs.{Path(sys.argv[0]).stem} [--config FILE]{own} [--SECTION.FIELD VALUE ...]",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

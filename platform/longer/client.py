@@ -88,7 +88,9 @@ class ScoringClient:
                 if not patience.pauses(_PAUSE_S):
                     raise
         if answer.headers.get("content-type", "").startswith("application/json") and answer.status_code >= 400:
-            raise UserError(f"{self._url}: {json.loads(content)['error']} ({answer.status_code})")
+            said = json.loads(content)
+            if "error" in said:  # another server, or this one at another path, says something else
+                raise UserError(f"{self._url}: {said['error']} ({answer.status_code})")
         answer.raise_for_status()
         return content
 

@@ -4,6 +4,7 @@ Precedence: command line, then the YAML file, then the defaults here. Each mista
 """
 
 import os
+from collections.abc import Iterator
 from typing import Any, Self
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -11,7 +12,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from longer.batch_settings import BatchSettings, ExportSettings
 from longer.encoder_settings import Sim
-from longer.errors import UserError
+from longer.errors import UserError, meant
 from longer.model_settings import ModelSettings
 from longer.schema import EventSchema
 from longer.section import Section
@@ -209,13 +210,21 @@ def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     return both
 
 
+def _names(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every setting by its dotted name, sections too."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _names(field.annotation, f"{prefix}{name}.")
+
+
 def _explain(error: ValidationError, config: str | None) -> str:
     """One line a mistake: where, what, and what is allowed."""
     lines = []
     for mistake in error.errors():
         field = ".".join(str(part) for part in mistake["loc"])
         if mistake["type"] == "extra_forbidden":
-            message = "unknown setting: see --help for every setting"
+            message = f"unknown setting: {meant(field, _names(Settings))}see --help for every setting"
         else:
             message = mistake["msg"].removeprefix("Value error, ")
             message += f" (got {mistake['input']!r})" if not isinstance(mistake["input"], dict | BaseModel) else ""

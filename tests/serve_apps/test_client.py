@@ -97,6 +97,22 @@ def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
         server.server_close()
 
 
+class Elsewhere(FullAtFirst):
+    """What the service's framework says of a path that it does not have."""
+
+    def do_POST(self) -> None:
+        self.send_response(404)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", "22")
+        self.end_headers()
+        self.wfile.write(b'{"detail":"Not Found"}')
+
+
+def test_a_wrong_url_is_told_as_what_was_not_found_there() -> None:
+    with serving(Elsewhere) as url, pytest.raises(requests.HTTPError, match=f"404 .*{url}/v1/v1/score"):
+        ScoringClient(f"{url}/v1").score(1, [1])
+
+
 class Silent(FullAtFirst):
     """Takes a call and does not answer in time."""
 

@@ -118,7 +118,8 @@ def require_columns(path: str, names: Sequence[str], columns: Mapping[str, str])
         if names.count(column) != 1:
             problem = f"no column {column!r}" if column not in names else f"two columns are named {column!r}"
             raise FileError(
-                path, f"{problem} (it has {', '.join(names)}): drop it from event_schema, or map or restore it"
+                path,
+                f"{problem} (it has {', '.join(names)}): map it in import_events.columns, or drop it from event_schema",
             )
 
 

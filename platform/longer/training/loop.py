@@ -37,7 +37,7 @@ from longer.training.content import Content, Job, Trained
 from longer.training.cursor import Position, batches_per_worker
 from longer.training.loader import SplitData, prefetch
 from longer.training.meter import Meter, Scalars
-from longer.training.metrics import Metrics, defined, shown
+from longer.training.metrics import Metrics, defined, shown_all
 from longer.training.runs import step_folder
 from longer.training.steps import StepBatch, Stepper, dropout_seed, gather, rate_share, selection_score
 from longer.training.validation import validate
@@ -213,7 +213,7 @@ class Run:
         day = self.content.expected[epoch]["day"]
         metrics = self._metrics(self.content.day(epoch))
         self._record(self.cursor.global_step(Position(epoch, 0)), day=day, tested=metrics)
-        self._say(f"{day}, before training on it: {_all(metrics)}")
+        self._say(f"{day}, before training on it: {shown_all(metrics)}")
 
     def _metrics(self, data: SplitData) -> Metrics:
         return defined(validate(data, self.stepper.outputs, self.settings.train.tasks, self.rank, self.num_workers))
@@ -248,7 +248,7 @@ class Run:
         )
         assert self.scalars
         self.scalars.save()
-        validated = f"validation {_all(metrics)}; " if metrics else ""
+        validated = f"validation {shown_all(metrics)}; " if metrics else ""
         self._say(f"step {done}: {validated}{time.perf_counter() - started:.1f} s with checkpoint")
 
     def _copies(self) -> tuple[Tensors, Tensors]:
@@ -317,7 +317,3 @@ class Run:
         self.state.history.append(record)
         if self.scalars:
             self.scalars.add(record)
-
-
-def _all(metrics: Metrics) -> str:
-    return ", ".join(map(shown, metrics.values()))

@@ -27,6 +27,11 @@ def shown(metrics: Mapping[str, float | None]) -> str:
     return ", ".join(f"{name} {'undefined' if x is None else f'{x:.4f}'}" for name, x in metrics.items())
 
 
+def shown_all(metrics: Metrics) -> str:
+    """All tasks', in their order."""
+    return ", ".join(map(shown, metrics.values()))
+
+
 @dataclass(frozen=True)
 class BinaryMetrics:
     """NaN stands for 'not defined': labels of one class only."""
