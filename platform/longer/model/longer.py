@@ -36,13 +36,19 @@ class Longer(Ranker):
             Block(settings.width, settings.num_heads, settings.feed_forward_ratio, settings.dropout)
             for _ in range(settings.num_self_layers + 1)
         )
-        self.layers[0].begin_as_search(self.embedding.request_D)
+        self.layers[0].make_search(self.embedding.request_D)
         if not settings.is_appendable:
             self.variant = Variant(settings)
 
     @property
     def layers(self) -> list[Block]:
         return cast("list[Block]", list(self.blocks))
+
+    def turns(self, position_T: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """Cosine and sine of each position's angles for each layer: the first has its own, the others share one."""
+        first, *others = self.layers
+        turns = [first.rotation.turn(position_T, dtype)]
+        return turns + [others[0].rotation.turn(position_T, dtype)] * len(others) if others else turns
 
     @property
     def has_flat_pass(self) -> bool:
@@ -173,7 +179,7 @@ class Longer(Ranker):
         first = context.first_of_layer_B(0), context.first_of_layer_B(1)
         exists_RT, seen_PT, request_P, position_P, *visible = self.tail_reads(history_end_R, row_R, *first)
         x_PD = x_RTD.flatten(0, 1)
-        turn = self.layers[0].rotation.turn(position_P, x_PD.dtype)
+        turns = self.turns(position_P, x_PD.dtype)
         if has_kernels(x_PD):
             offsets_B1 = offsets_of(row_R, num_rows) * num_tail
             readers: Readers | None = None
@@ -181,7 +187,7 @@ class Longer(Ranker):
             num_queries_B = (torch.bincount(row_R, minlength=num_rows) * num_tail).tolist()
         keys, values = [], []
         for layer, block in enumerate(self.layers[:-1]):
-            query_PHZ, *pair_PHZ = block.project(x_PD, *turn)
+            query_PHZ, *pair_PHZ = block.project(x_PD, *turns[layer])
             key_RTHZ, value_RTHZ = (x.unflatten(0, exists_RT.shape) for x in pair_PHZ)
             keys.append(key_RTHZ)
             values.append(value_RTHZ)
@@ -210,7 +216,7 @@ class Longer(Ranker):
                 )
             x_PD = block.finish(x_PD, attended_PD)
         key_RTHZ, value_RTHZ = (
-            x.unflatten(0, exists_RT.shape) for x in self.layers[-1].project_keys_values(x_PD, *turn)
+            x.unflatten(0, exists_RT.shape) for x in self.layers[-1].project_keys_values(x_PD, *turns[-1])
         )
         return Tail([*keys, key_RTHZ], [*values, value_RTHZ], exists_RT, x_PD.view_as(x_RTD))
 
@@ -257,7 +263,7 @@ class Longer(Ranker):
         request_RD = self.embedding.requests(batch.request_ts_R, last_event_ts_R)
         features_CF = None if index is None else self.interactions(index, batch, row_C, request_C, request_RD.dtype)
         x_CD = self.enter(request_RD, request_C, features_CF, batch.candidates)
-        turn = self.layers[0].rotation.turn(position_C, x_CD.dtype)
+        turns = self.turns(position_C, x_CD.dtype)
         num_rows = len(first[0])
         if has_kernels(x_CD):
             reads = {
@@ -270,7 +276,7 @@ class Longer(Ranker):
             num_queries_B = torch.bincount(row_C, minlength=num_rows).tolist()
             sees_CS = torch.cat([sees_tail_CT, sees_tail_CT.new_ones(len(row_C), 1)], dim=1)
         for layer, block in enumerate(self.layers):
-            query_CHZ, key_CHZ, value_CHZ = block.project(x_CD, *turn)
+            query_CHZ, key_CHZ, value_CHZ = block.project(x_CD, *turns[layer])
             num_visible_C = visible[min(layer, 1)]
             if has_kernels(x_CD):
                 groups = context.groups(layer, query_CHZ.dtype)

@@ -32,7 +32,7 @@ from longer.storage import read_bytes, write_bytes
 from longer.training.cursor import Position
 from longer.training_settings import TaskSettings
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Of model.json and model.safetensors."""
 
 TRAINER_VERSION = 3
