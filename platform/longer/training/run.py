@@ -21,6 +21,7 @@ from ray.train.torch import TorchTrainer
 from longer.config import Settings
 from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import StorageError, UserError
+from longer.model.flops import longer_flops, longer_parameters
 from longer.progress import say
 from longer.runner import user_error_in
 from longer.storage import (
@@ -74,6 +75,7 @@ def train(settings: Settings, start_from: str | None = None) -> Version:
     table = Table(settings.path("checkpoints"))
     if published := finished(table, run_id):
         return published
+    _say_cost(settings, requests)
     own_until = requests.manifest["valid_from"]
     past, past_until = past_of(start_from) if start_from else ([], own_until)
     table.claim()
@@ -225,6 +227,21 @@ def publish(
     version = table.publish(run_id, {**about, **of_model, "skipped": state.skipped, "history": state.history})
     remove_old_runs(settings.path("training"), table, settings.train.keep_runs)
     return version
+
+
+def _say_cost(settings: Settings, requests: Version) -> None:
+    """By the paper's formulas; other encoders' costs are counted by `benchmarks.quality`."""
+    model = settings.model
+    if model.encoder.kind != "longer":
+        return
+    num_candidates = round(requests.manifest["num_candidates"]["train"] / requests.manifest["num_requests"]["train"])
+    num_groups = model.history_events // model.merge_size
+    cost = longer_flops(model, num_groups, min(model.query_groups, num_groups), num_candidates)
+    say(
+        "train",
+        f"LONGER with {longer_parameters(model):,} weights; a request of {model.history_events:,} events and {num_candidates} "
+        f"candidates takes {cost / 1e6:,.0f} MFLOPs",
+    )
 
 
 def _check_split(requests: Version, split: str, remedy: str) -> None:
