@@ -16,21 +16,19 @@ from longer.errors import UserError
 from longer.model.longer import Longer
 from longer.schema import EventSchema
 from longer.storage import read_bytes, write_bytes
-from longer.training.checkpoints import (
+from longer.training.checkpoints import check_start, load_model, save_model
+from longer.training.cursor import Position
+from longer.training.metrics import defined
+from longer.training.steps import selection_score
+from longer.training.trainer_state import (
     TrainerState,
     best_of_epochs,
-    check_start,
-    load_model,
     load_own_weights,
     load_trainer,
     moments_of,
     read_trainer_state,
-    save_model,
     save_trainer,
 )
-from longer.training.cursor import Position
-from longer.training.metrics import defined
-from longer.training.steps import selection_score
 from longer.training_settings import TrainSettings
 from tests.model.generate import SCHEMA, TASKS, small_model
 

@@ -32,20 +32,13 @@ from longer.storage import (
     read_bytes,
     write_bytes,
 )
-from longer.training.checkpoints import (
-    FORMAT_VERSION,
-    TRAINER_VERSION,
-    TrainerState,
-    best_of_epochs,
-    check_start,
-    load_model,
-    read_trainer_state,
-)
+from longer.training.checkpoints import FORMAT_VERSION, check_start, load_model
 from longer.training.content import Job
 from longer.training.loop import train_worker
 from longer.training.reading import requests_in_memory
 from longer.training.relay import relayed_lines
 from longer.training.runs import KeepBestAndLast, mend_record, note_start, remove_old_runs, step_folder
+from longer.training.trainer_state import TRAINER_VERSION, TrainerState, best_of_epochs, read_trainer_state
 
 _KEPT = {"keep_checkpoints", "keep_runs"}
 _HOW_NOT_WHAT = {"num_workers", "use_gpu", "max_failures", "max_tokens_per_batch", "table_sharding", *_KEPT}
