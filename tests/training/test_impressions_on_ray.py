@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from ray import serve
 
 from jobs import (
     batch_score,
@@ -16,6 +17,7 @@ from jobs import (
     evaluate,
     import_events,
     import_impressions,
+    serve_check,
     train,
     verify,
 )
@@ -67,6 +69,7 @@ def settings_of(root: Path, **sections: Any) -> Settings:
         },
         "requests": {"test_days_share": 0.2, "validation_days_share": 0.1},
         "batch_score": {"concurrency": (1, 1)},
+        "serve": {"check_requests": 20},
     }
     return load_settings(overrides={**overrides, **sections})
 
@@ -111,6 +114,10 @@ def test_features_of_requests_and_labels_of_several_tasks_get_from_the_log_to_sc
     table, tasks = RequestTable(settings.path("tables", "requests"), SHOP), settings.train.tasks
     ids = np.concatenate([table.read("test", bucket).request_id_R for bucket in range(3)])
     assert check_difference(read_scores(scored, ids), read_scores(evaluated, ids), tasks)[1] == len(ids) > 0
+    try:  # over HTTP, with what was logged
+        assert serve_check.run(settings).manifest["max_abs_diff_vs_offline"] < 1e-5
+    finally:
+        serve.shutdown()
     capsys.readouterr()
     assert import_impressions.run(settings).id == import_impressions.run(settings, since_last=True).id
     assert build_requests.run(settings).id == requests.id
