@@ -178,7 +178,7 @@ def fit(job: Job, run_id: str) -> str:
     with relayed_lines() as lines:
         trainer = TorchTrainer(
             train_worker,
-            train_loop_config={"job": job, "requests": requests, "lines": lines, "start": _checkpoint(job.weights)},
+            train_loop_config={"job": job, "requests": requests, "lines": lines, "start": start_of(job.weights)},
             scaling_config=worker_options(settings),
             run_config=RunConfig(
                 name=run_id,
@@ -194,7 +194,7 @@ def fit(job: Job, run_id: str) -> str:
     return f"{storage}/{run_id}/{os.path.basename(last.path)}"
 
 
-def _checkpoint(path: str | None) -> Checkpoint | None:
+def start_of(path: str | None) -> Checkpoint | None:
     """What all workers start from; the same object for all, so that a node copies it from S3 once."""
     if path is None:
         return None
