@@ -91,7 +91,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[st
 def test_features_of_requests_and_labels_of_several_tasks_get_from_the_log_to_scores(
     logged: tuple[Path, list[dict[str, Any]]], capsys: pytest.CaptureFixture
 ) -> None:
-    """Takes long: every job is run. Who clicks on what is told by the device alone: without it, the AUC would be a half."""
+    """Takes long: every job is run. Clicks are told by the device alone, likes by the page: without them, the AUC is a half."""
     root, shown = logged
     settings = settings_of(root)
     for job in (import_events, build_sequences, import_impressions):
@@ -109,7 +109,7 @@ def test_features_of_requests_and_labels_of_several_tasks_get_from_the_log_to_sc
     assert by_task["click"]["auc"] > 0.95
     assert by_task["like"]["auc"] > 0.9
     seconds = np.array([row["watch_s"] or 0.0 for row in due])
-    assert by_task["watch_s"]["mse"] < 0.8 * seconds.var()
+    assert by_task["watch_s"]["mse"] < 0.5 * seconds.var()
     scored = batch_score.run(settings)  # which sends some of its requests through the serving path
     table, tasks = RequestTable(settings.path("tables", "requests"), SHOP), settings.train.tasks
     ids = np.concatenate([table.read("test", bucket).request_id_R for bucket in range(3)])
