@@ -15,8 +15,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from longer.model.attention import Block, attend_groups, attend_shared
+from longer.model.attention import Block, attend_groups
 from longer.model.context import Context, SharedContext, Tail, offsets_of, ranges, splice, take_rows
+from longer.model.cpu_layers import candidate_layer, tail_layer
 from longer.model.flat import flat_forward
 from longer.model.fuse import fused_on_cuda, has_kernels
 from longer.model.inputs import BatchTensors, EventTensors, RequestTensors
@@ -205,7 +206,7 @@ class Longer(Ranker):
                 x_PD = block.finish(x_PD, attended_PD)
             else:
                 shared = context, layer, num_queries_B, num_visible_P
-                x_PD = block.run(_tail_layer, block, x_PD, query_PHZ, *shared, key_RTHZ, value_RTHZ, seen_PT)
+                x_PD = block.run(tail_layer, block, x_PD, query_PHZ, *shared, key_RTHZ, value_RTHZ, seen_PT)
         key_RTHZ, value_RTHZ = (
             x.unflatten(0, exists_RT.shape) for x in self.layers[-1].project_keys_values(x_PD, *turn)
         )
@@ -284,7 +285,7 @@ class Longer(Ranker):
                 x_CD = block.finish(x_CD, attended_CD)
             else:
                 shared = context, layer, num_queries_B, num_visible_C
-                x_CD = block.run(_candidate_layer, block, x_CD, turn, *shared, tail, request_C, sees_CS)
+                x_CD = block.run(candidate_layer, block, x_CD, turn, *shared, tail, request_C, sees_CS)
         return self.leave(x_CD, features_CF, batch.candidates["item_id"])
 
     @fused_on_cuda
@@ -348,43 +349,3 @@ class Longer(Ranker):
         if not len(x_Ed):  # the empty sum keeps every weight in the graph, which data-parallel training counts on
             return x_Ed.sum() * 0 + x_Ed.new_zeros(*exists_RK.shape, x_Ed.shape[-1]), exists_RK
         return x_Ed[torch.where(exists_RK, position_RK, 0)] * exists_RK[..., None], exists_RK
-
-
-def _tail_layer(
-    block: Block,
-    x_PD: Tensor,
-    query_PHZ: Tensor,
-    context: SharedContext,
-    layer: int,
-    num_queries_B: list[int],
-    num_visible_P: Tensor,
-    key_RTHZ: Tensor,
-    value_RTHZ: Tensor,
-    sees_PT: Tensor,
-) -> Tensor:
-    """One layer over all tail tokens, on a CPU."""
-    own_key, own_value = (x_RTHZ.repeat_interleave(key_RTHZ.shape[1], dim=0) for x_RTHZ in (key_RTHZ, value_RTHZ))
-    shared = context.rows(layer, query_PHZ.dtype)
-    attended_PD = attend_shared(query_PHZ, *shared, num_queries_B, num_visible_P, own_key, own_value, sees_PT)
-    return block.finish(x_PD, attended_PD)
-
-
-def _candidate_layer(
-    block: Block,
-    x_CD: Tensor,
-    turn: tuple[Tensor, Tensor],
-    context: SharedContext,
-    layer: int,
-    num_queries_B: list[int],
-    num_visible_C: Tensor,
-    tail: Tail,
-    request_C: Tensor,
-    sees_CS: Tensor,
-) -> Tensor:
-    """One layer over all candidates, on a CPU."""
-    query_CHZ, key_CHZ, value_CHZ = block.project(x_CD, *turn)
-    own_key = torch.cat([take_rows(tail.keys[layer], request_C), key_CHZ[:, None]], dim=1)
-    own_value = torch.cat([take_rows(tail.values[layer], request_C), value_CHZ[:, None]], dim=1)
-    shared = context.rows(layer, query_CHZ.dtype)
-    attended_CD = attend_shared(query_CHZ, *shared, num_queries_B, num_visible_C, own_key, own_value, sees_CS)
-    return block.finish(x_CD, attended_CD)
