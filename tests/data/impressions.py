@@ -51,7 +51,8 @@ def impressions(rows: list[dict[str, Any]], group_id: str | None = None) -> pa.T
 def shop_log(num_users: int, num_days: int, seed: int) -> tuple[pa.Table, list[dict[str, Any]]]:
     """Events on most days, and three requests a day of four items each; a user in seven has no event at all.
 
-    Phones click on all that they are shown, desktops on nothing; who clicks watches for as many seconds as the page says.
+    Phones click on all that they are shown, desktops on nothing; who clicks watches for as many seconds as the page says. All that
+    is on a late page is liked.
     """
     rng = np.random.default_rng(seed)
     happened, shown = [], []
@@ -65,7 +66,7 @@ def shop_log(num_users: int, num_days: int, seed: int) -> tuple[pa.Table, list[d
                 click = float(device == "phone")
                 for item in rng.choice(59, 4, replace=False) + 1:
                     about = {"user": user, "time": start + int(time), "item": int(item), "device": device, "page": page}
-                    shown.append({**about, "click": click, "like": click * (page > 2), "watch_s": click * page or None})
+                    shown.append({**about, "click": click, "like": float(page > 2), "watch_s": click * page or None})
     return events(happened), shown
 
 

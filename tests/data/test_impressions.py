@@ -111,3 +111,12 @@ def test_a_column_of_impressions_that_the_schema_lacks_is_named() -> None:
     }
     with pytest.raises(UserError, match=r"import_impressions.columns.devise: .*device, page, click, like, watch_s"):
         load_settings(overrides=overrides)
+
+
+def test_a_bucket_none_of_whose_users_has_done_anything_has_requests_all_the_same() -> None:
+    nobody = sequences_of(events([(1, 1, 3)]), SHOP).slice(0, 0)
+    shown = sequences_of(impressions([SHOWN]), SHOP.of_impressions(None), KeepRule(1 << 40, 4))
+    made = requests_shown(shown, nobody["user_id"].combine_chunks(), histories_of(nobody, SHOP), SHOP, None)
+    assert made.rows.select(["user_id", "history_end", "device", "watch_s"]).to_pylist() == [
+        {"user_id": 1, "history_end": 0, "device": "phone", "watch_s": [7.0]}
+    ]

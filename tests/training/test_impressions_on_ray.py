@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from ray import serve
 
 from jobs import (
     batch_score,
@@ -16,6 +17,7 @@ from jobs import (
     evaluate,
     import_events,
     import_impressions,
+    serve_check,
     train,
     verify,
 )
@@ -67,6 +69,7 @@ def settings_of(root: Path, **sections: Any) -> Settings:
         },
         "requests": {"test_days_share": 0.2, "validation_days_share": 0.1},
         "batch_score": {"concurrency": (1, 1)},
+        "serve": {"check_requests": 20},
     }
     return load_settings(overrides={**overrides, **sections})
 
@@ -88,7 +91,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[st
 def test_features_of_requests_and_labels_of_several_tasks_get_from_the_log_to_scores(
     logged: tuple[Path, list[dict[str, Any]]], capsys: pytest.CaptureFixture
 ) -> None:
-    """Takes long: every job is run. Who clicks on what is told by the device alone: without it, the AUC would be a half."""
+    """Takes long: every job is run. Clicks are told by the device alone, likes by the page: without them, the AUC is a half."""
     root, shown = logged
     settings = settings_of(root)
     for job in (import_events, build_sequences, import_impressions):
@@ -106,11 +109,15 @@ def test_features_of_requests_and_labels_of_several_tasks_get_from_the_log_to_sc
     assert by_task["click"]["auc"] > 0.95
     assert by_task["like"]["auc"] > 0.9
     seconds = np.array([row["watch_s"] or 0.0 for row in due])
-    assert by_task["watch_s"]["mse"] < 0.8 * seconds.var()
+    assert by_task["watch_s"]["mse"] < 0.5 * seconds.var()
     scored = batch_score.run(settings)  # which sends some of its requests through the serving path
     table, tasks = RequestTable(settings.path("tables", "requests"), SHOP), settings.train.tasks
     ids = np.concatenate([table.read("test", bucket).request_id_R for bucket in range(3)])
     assert check_difference(read_scores(scored, ids), read_scores(evaluated, ids), tasks)[1] == len(ids) > 0
+    try:  # over HTTP, with what was logged
+        assert serve_check.run(settings).manifest["max_abs_diff_vs_offline"] < 1e-5
+    finally:
+        serve.shutdown()
     capsys.readouterr()
     assert import_impressions.run(settings).id == import_impressions.run(settings, since_last=True).id
     assert build_requests.run(settings).id == requests.id

@@ -1,6 +1,6 @@
 """What a run reads is the same, to an element, however many tasks read it."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longer.config import Settings
+from longer.errors import UserError
 from longer.storage import Table
 from longer.training import reading
 from longer.training.content import Job, Tables, read_requests
+from longer.training.loader import Part
 from longer.training.reading import in_groups, requests_in_memory
 from tests.serving.tables import NUM_BUCKETS, build_world, publish_requests
 
@@ -81,3 +83,14 @@ def test_a_table_is_read_by_many_tasks_and_not_by_one_node_s_single_core(
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"[{bucket}]" for bucket in range(NUM_BUCKETS))
     monkeypatch.undo()
     assert all(same(one, other) for one, other in zip(read_requests(job), found, strict=True))
+
+
+def test_seconds_are_no_labels_of_a_task_that_is_binary(job: Job) -> None:
+    """Cross-entropy of a label of 7 has no bottom: the loss falls for ever and scores are 1."""
+    tables = Tables.of(job)
+    part = tables.read(range(NUM_BUCKETS))
+    requests = [replace(asked, labels={"label": 7 * asked.labels["label"]}) for asked in part.requests]
+    with pytest.raises(
+        UserError, match="labels of label are 0 to 7, a binary task's are 0 to 1: make it kind: regression"
+    ):
+        tables.join([Part(part.histories, requests)])

@@ -23,7 +23,7 @@ from longer.errors import UserError
 from longer.runner import user_error_in
 from longer.storage import Version
 from longer.training import loop
-from longer.training.checkpoints import TrainerState, load_model, read_trainer_state
+from longer.training.checkpoints import load_model
 from longer.training.content import Job, read_requests, tally
 from longer.training.cursor import Position
 from longer.training.loop import Run, train_worker
@@ -31,6 +31,7 @@ from longer.training.metrics import auc
 from longer.training.reading import num_bytes, requests_in_memory
 from longer.training.run import pin_tables
 from longer.training.runs import RECORD, step_folder
+from longer.training.trainer_state import TrainerState, read_trainer_state
 from tests.data.test_build_on_ray import run_all, settings_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]

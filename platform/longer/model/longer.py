@@ -15,13 +15,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from longer.model.attention import Block, attend_groups, attend_shared
+from longer.model.attention import Block, attend_groups
 from longer.model.context import Context, SharedContext, Tail, offsets_of, ranges, splice, take_rows
+from longer.model.cpu_layers import candidate_layer, tail_layer
 from longer.model.flat import flat_forward
 from longer.model.fuse import fused_on_cuda, has_kernels
 from longer.model.inputs import BatchTensors, EventTensors, RequestTensors
 from longer.model.interactions import CandidateIndex, InteractionIndex
 from longer.model.ranker import Ranker
+from longer.model.recompute import run
 from longer.model.shared_attention import Readers, attend
 from longer.model.variants import Variant, variant_forward
 from longer.model.visibility import CANDIDATE, GLOBAL, GROUP, visible
@@ -62,11 +64,13 @@ class Longer(Ranker):
             return variant_forward(self, batch)
         if has_kernels(self.norm_head.weight) and len(histories.event_ts_E):
             return flat_forward(self, batch.source, histories.event_ts_E.device)
-        x_Ed = self.embedding.events(histories)
+        recompute = self.embedding.recompute
+        x_Ed = run(self.embedding.events, histories, recompute=recompute)
+        x_ND = run(self.full_groups, histories, x_Ed, recompute=recompute)
         first_B = histories.first_index_B // windows.merge_size
         end_B = (histories.first_index_B + histories.num_events_B) // windows.merge_size
         query_first_B = windows.query_start(histories.first_index_B + histories.num_events_B)
-        context = self.extend(None, self.full_groups(histories, x_Ed), end_B - first_B, first_B, query_first_B)
+        context = self.extend(None, x_ND, end_B - first_B, first_B, query_first_B)
         tail = self.tail(
             context,
             batch.row_R,
@@ -117,7 +121,8 @@ class Longer(Ranker):
                 values.append(splice(old.values[layer], value_PHZ, *keep))
             if layer < len(self.layers) - 1 and len(row_P):
                 start_B = first_B if layer == 0 else query_first_B
-                x_PD = self._group_rows(block, x_PD, row_P, group_P, computed_B, keys[layer], values[layer], start_B)
+                rows = row_P, group_P, computed_B, keys[layer], values[layer], start_B
+                x_PD = block.run(self._group_rows, block, x_PD, *rows)
         return Context(first_B, query_first_B, end_B, tokens_BQD, keys, values)
 
     def _group_rows(
@@ -204,17 +209,10 @@ class Longer(Ranker):
                     (key_RTHZ, value_RTHZ),
                     scales_NH=groups.scales_NH,
                 )
+                x_PD = block.finish(x_PD, attended_PD)
             else:
-                attended_PD = attend_shared(
-                    query_PHZ,
-                    *context.rows(layer, query_PHZ.dtype),
-                    num_queries_B,
-                    num_visible_P,
-                    key_RTHZ.repeat_interleave(num_tail, dim=0),
-                    value_RTHZ.repeat_interleave(num_tail, dim=0),
-                    seen_PT,
-                )
-            x_PD = block.finish(x_PD, attended_PD)
+                shared = context, layer, num_queries_B, num_visible_P
+                x_PD = block.run(tail_layer, block, x_PD, query_PHZ, *shared, key_RTHZ, value_RTHZ, seen_PT)
         key_RTHZ, value_RTHZ = (
             x.unflatten(0, exists_RT.shape) for x in self.layers[-1].project_keys_values(x_PD, *turns[-1])
         )
@@ -276,9 +274,9 @@ class Longer(Ranker):
             num_queries_B = torch.bincount(row_C, minlength=num_rows).tolist()
             sees_CS = torch.cat([sees_tail_CT, sees_tail_CT.new_ones(len(row_C), 1)], dim=1)
         for layer, block in enumerate(self.layers):
-            query_CHZ, key_CHZ, value_CHZ = block.project(x_CD, *turns[layer])
             num_visible_C = visible[min(layer, 1)]
             if has_kernels(x_CD):
+                query_CHZ, key_CHZ, value_CHZ = block.project(x_CD, *turns[layer])
                 groups = context.groups(layer, query_CHZ.dtype)
                 readers = groups.over(readers) if readers else groups.readers(offsets_B1, **reads)
                 attended_CD = attend(
@@ -290,17 +288,10 @@ class Longer(Ranker):
                     (key_CHZ, value_CHZ),
                     groups.scales_NH,
                 )
+                x_CD = block.finish(x_CD, attended_CD)
             else:
-                attended_CD = attend_shared(
-                    query_CHZ,
-                    *context.rows(layer, query_CHZ.dtype),
-                    num_queries_B,
-                    num_visible_C,
-                    torch.cat([take_rows(tail.keys[layer], request_C), key_CHZ[:, None]], dim=1),
-                    torch.cat([take_rows(tail.values[layer], request_C), value_CHZ[:, None]], dim=1),
-                    sees_CS,
-                )
-            x_CD = block.finish(x_CD, attended_CD)
+                shared = context, layer, num_queries_B, num_visible_C
+                x_CD = block.run(candidate_layer, block, x_CD, turns[layer], *shared, tail, request_C, sees_CS)
         return self.leave(x_CD, features_CF, batch.candidates["item_id"])
 
     @fused_on_cuda

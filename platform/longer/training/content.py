@@ -14,10 +14,12 @@ from longer.config import Settings
 from longer.data.events import iso_time
 from longer.data.layout import bucket_of_path
 from longer.data.tables import RequestTable, SequenceTable
+from longer.errors import UserError
 from longer.hashing import hash_int64
 from longer.model.layout import Sizes
 from longer.training.cursor import DataCursor
 from longer.training.loader import MS_PER_DAY, Part, SplitData, joined, largest_batch, read_part, read_part_since
+from longer.training_settings import TaskSettings
 
 MAX_PACK_REQUESTS = 16
 """Requests of one user in a pack: more share one history, but a step's requests are more alike. 8, 16 and 32 learn alike."""
@@ -79,9 +81,21 @@ class Tables:
         asked = self.job.settings.train
         names = ["new"] if self.job.trains_days else _SPLITS
         data, *valid = joined(parts, self.job.settings.model.windows, self.sequences.version.path, names)
+        _check_labels(data, asked.tasks)
         if not valid:
             return data, None
         return data.newest(asked.max_requests), valid[0].spread(asked.max_validation_requests)
+
+
+def _check_labels(data: SplitData, tasks: Sequence[TaskSettings]) -> None:
+    for task in tasks:
+        label_C = data.requests.labels[task.name]
+        lowest, highest = label_C.min(initial=0), label_C.max(initial=0)
+        if task.kind == "binary" and (lowest < 0 or highest > 1):
+            raise UserError(
+                f"train.tasks: the labels of {task.name} are {lowest:g} to {highest:g}, a binary task's are 0 to 1: make it kind: "
+                "regression, or scale the column"
+            )
 
 
 def read_requests(job: Job) -> tuple[SplitData, SplitData | None]:

@@ -19,9 +19,10 @@ from longer.errors import UserError
 from longer.progress import say
 from longer.schema import TIMESTAMP
 from longer.storage import Table, Version, fingerprint
-from longer.training.checkpoints import FORMAT_VERSION, TRAINER_VERSION, check_start, read_trainer_state
+from longer.training.checkpoints import FORMAT_VERSION, check_start
 from longer.training.content import Job
 from longer.training.run import chosen_settings, finished, fit, pin_tables, publish
+from longer.training.trainer_state import TRAINER_VERSION, read_trainer_state
 
 
 def train_new_days(settings: Settings) -> Version:

@@ -21,18 +21,7 @@ from longer.arrays import Int64
 from longer.errors import UserError
 from longer.model.encoders.factory import make_model
 from longer.storage import remove_tree
-from longer.training.checkpoints import (
-    Tensors,
-    TrainerState,
-    best_of_epochs,
-    load_own_weights,
-    load_trainer,
-    load_upstream,
-    moments_of,
-    save_trainer,
-    save_weights,
-    weights_of,
-)
+from longer.training.checkpoints import Tensors, load_upstream, save_weights, weights_of
 from longer.training.content import Content, Job, Trained
 from longer.training.cursor import Position, batches_per_worker
 from longer.training.loader import SplitData, prefetch
@@ -40,6 +29,14 @@ from longer.training.meter import Meter, Scalars
 from longer.training.metrics import Metrics, defined, shown_all
 from longer.training.runs import step_folder
 from longer.training.steps import StepBatch, Stepper, dropout_seed, gather, rate_share, selection_score
+from longer.training.trainer_state import (
+    TrainerState,
+    best_of_epochs,
+    load_own_weights,
+    load_trainer,
+    moments_of,
+    save_trainer,
+)
 from longer.training.validation import validate
 
 _STEPS_AHEAD = 2

@@ -33,20 +33,13 @@ from longer.storage import (
     read_bytes,
     write_bytes,
 )
-from longer.training.checkpoints import (
-    FORMAT_VERSION,
-    TRAINER_VERSION,
-    TrainerState,
-    best_of_epochs,
-    check_start,
-    load_model,
-    read_trainer_state,
-)
+from longer.training.checkpoints import FORMAT_VERSION, check_start, load_model
 from longer.training.content import Job
 from longer.training.loop import train_worker
 from longer.training.reading import requests_in_memory
 from longer.training.relay import relayed_lines
 from longer.training.runs import KeepBestAndLast, mend_record, note_start, remove_old_runs, step_folder
+from longer.training.trainer_state import TRAINER_VERSION, TrainerState, best_of_epochs, read_trainer_state
 
 _KEPT = {"keep_checkpoints", "keep_runs"}
 _HOW_NOT_WHAT = {"num_workers", "use_gpu", "max_failures", "max_tokens_per_batch", "table_sharding", *_KEPT}
@@ -187,7 +180,7 @@ def fit(job: Job, run_id: str) -> str:
     with relayed_lines() as lines:
         trainer = TorchTrainer(
             train_worker,
-            train_loop_config={"job": job, "requests": requests, "lines": lines, "start": _checkpoint(job.weights)},
+            train_loop_config={"job": job, "requests": requests, "lines": lines, "start": start_of(job.weights)},
             scaling_config=worker_options(settings),
             run_config=RunConfig(
                 name=run_id,
@@ -203,7 +196,7 @@ def fit(job: Job, run_id: str) -> str:
     return f"{storage}/{run_id}/{os.path.basename(last.path)}"
 
 
-def _checkpoint(path: str | None) -> Checkpoint | None:
+def start_of(path: str | None) -> Checkpoint | None:
     """What all workers start from; the same object for all, so that a node copies it from S3 once."""
     if path is None:
         return None
