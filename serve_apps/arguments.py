@@ -143,6 +143,11 @@ class ScoringArgs(BaseModel):
         return self
 
     @property
+    def max_ongoing_requests(self) -> int:
+        """Of a replica: what Serve sends it at a time."""
+        return 4 * self.max_batch_requests
+
+    @property
     def limits(self) -> Limits:
         return Limits(self.max_candidates, self.max_events, self.max_users)
 

@@ -79,7 +79,7 @@ def build_app(args: ScoringArgs) -> serve.Application:
     return ScoringReplica.options(
         name="scoring",
         ray_actor_options=replica_options(args),
-        max_ongoing_requests=4 * args.max_batch_requests,
+        max_ongoing_requests=args.max_ongoing_requests,
         max_queued_requests=args.max_queued_requests,
         backpressure_config=BackpressureConfig(retry_after_s=RETRY_AFTER_S),
         autoscaling_config=AutoscalingConfig(

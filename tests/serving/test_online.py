@@ -20,12 +20,10 @@ from longer.hashing import stable_keys
 from longer.model.outputs import to_scores
 from longer.model.states import score
 from longer.serving import online
-from longer.serving.dumps import StateDumps
 from longer.serving.online import EventLimits, beyond
 from longer.serving.scorer import EventsRequest, EventsResult, Scorer, ScoreRequest, ScoreResult
 from tests.data.tables import publish_sequences
 from tests.model.generate import encoded, pool_for
-from tests.serving.restarts import restore
 from tests.serving.tables import START_MS, build_world, checkpoint_path, publish_catalogue, random_events, tiny_settings
 
 CANDIDATES = ["item1", "item5", "never seen"]
@@ -69,7 +67,7 @@ class Recomputed:
     """What is known of a user, and its scores by encoding them from scratch."""
 
     def __init__(self, scorer: Scorer) -> None:
-        self.scorer = scorer
+        self._scorer = scorer
         self.table: Counter[Event] = Counter()
         self.sent: Counter[Event] = Counter()
 
@@ -85,12 +83,12 @@ class Recomputed:
     def score(self, user: int, request_ts: int) -> tuple[np.ndarray, int, bool]:
         events, num_cut = self.history()
         seen = [e for e in events if e[0] < request_ts]
-        model = self.scorer.model
+        model = self._scorer.model
         start = int(model.windows.history_start(len(seen))) * model.windows.merge_size
         history = histories(user, seen, start)
         items = stable_keys(pa.array(CANDIDATES))
-        assert self.scorer.items
-        features = {"item_id": items, **self.scorer.items.lookup(items)}
+        assert self._scorer.items
+        features = {"item_id": items, **self._scorer.items.lookup(items)}
         asked = Candidates(np.array([0, len(CANDIDATES)]), features)
         pool = pool_for(model, 1)
         outputs = score(model, pool, encoded(model, pool, history), np.array([request_ts]), asked)
@@ -119,7 +117,6 @@ STEPS = st.one_of(
     st.tuples(st.just("events"), WHO, EVENTS),
     st.tuples(st.just("score"), WHO, EVENTS, HOURS),
     st.tuples(st.just("newest"), WHO, st.integers(1, 3)),
-    st.tuples(st.just("restart"), WHO, st.booleans()),
 )
 
 
@@ -140,15 +137,14 @@ def publish(world: Settings, tables: dict[int, Counter[Event]], version_id: str)
     steps=st.lists(STEPS, min_size=3, max_size=14),
     cache_bytes=st.sampled_from([1 << 30, 1 << 30, 30_000]),
 )
-def test_no_interleaving_of_tables_events_requests_and_restarts_changes_a_score(
+def test_no_interleaving_of_tables_events_and_requests_changes_a_score(
     world: Settings, tmp_path_factory: pytest.TempPathFactory, starting: list[Event], steps: list[Any], cache_bytes: int
 ) -> None:
     mine = tiny_settings(tmp_path_factory.mktemp("run"))
     tables = {user: Counter(starting[user::2]) for user in USERS}
     tables[3] = Counter([event(0, 0)])  # so that the table is never empty
     publish(mine, tables, "v0")
-    tables_of = mine.path("tables", "sequences"), cache_bytes, mine.path("tables", "items")
-    scorer, dumps = Scorer(checkpoint_path(world), *tables_of, host_bytes=1 << 20), tmp_path_factory.mktemp("dumps")
+    scorer = Scorer(checkpoint_path(world), mine.path("tables", "sequences"), cache_bytes, mine.path("tables", "items"))
     known = {user: Recomputed(scorer) for user in USERS}
     for user in USERS:
         known[user].table = tables[user].copy()
@@ -167,14 +163,6 @@ def test_no_interleaving_of_tables_events_requests_and_restarts_changes_a_score(
             known[user].sent |= Counter(rest[0])
             [outcome] = scorer.add_events([EventsRequest(user, columns_of(rest[0]))])
             assert isinstance(outcome, EventsResult)
-        elif what == "restart":
-            StateDumps(str(dumps), f"{number}").write(scorer.cache, scorer.online, scorer.version, 60)
-            scorer = Scorer(checkpoint_path(world), *tables_of, host_bytes=1 << 20)
-            if rest[0]:  # she asks before what she sent is back
-                scorer.score([ScoreRequest(user, CANDIDATES, request_ts=START_MS + 50 * HOUR_MS)])
-            restore(StateDumps(str(dumps), f"{number + 1}"), scorer)
-            for one in known.values():
-                one.scorer = scorer
         else:
             events, hour = ([event(newest, n) for n in range(rest[0])], newest + 1) if what == "newest" else rest
             newest += what == "newest"
