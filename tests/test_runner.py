@@ -44,6 +44,15 @@ def test_a_mistake_is_one_line_and_exit_code_2(args: list[str], line: str) -> No
     assert done.stderr.count("\n") == 1
 
 
+def test_ctrl_c_ends_a_job_in_one_line_with_the_exit_code_that_shells_give_it() -> None:
+    stop = "lambda _: os.kill(os.getpid(), signal.SIGINT)"
+    done = run_python(
+        "-c", f"import os, signal; from longer.runner import run_job; run_job('', {stop}, needs_ray=False)"
+    )
+    assert done.returncode == 130
+    assert done.stderr == "interrupted: what is finished stays, and the same command does the rest\n"
+
+
 @pytest.mark.parametrize("root", ["", "runs/mine", "../out", "../../../../../shared/run", "configs/../../out"])
 def test_a_submitted_job_has_no_relative_root(root: str) -> None:
     done = run_python("-m", "jobs.import_events", *(["--root", root] if root else []), RAY_JOB_CONFIG_JSON_ENV_VAR="{}")
@@ -98,7 +107,6 @@ ray.shutdown()
 """
 
 
-@pytest.mark.ray
 @pytest.mark.ray
 def test_a_local_job_starts_a_ray_of_its_own_beside_a_cluster_that_runs_here() -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # sockets lie under it, whose paths must be short

@@ -1,4 +1,4 @@
-"""How every job starts: settings from the command line, a Ray to run on, and one line and exit code 2 for a user's mistake."""
+"""How every job starts and ends: settings from the command line, a Ray to run on, one line for a user's mistake or Ctrl-C."""
 
 import keyword
 import logging
@@ -17,6 +17,7 @@ from longer.errors import StorageError, UserError
 _FOLDERS_OF_JOBS = "working_dir_files"  # where Ray keeps them
 _KINDS = {"UserError": UserError, "StorageError": StorageError}
 _USER_ERROR_LINE = re.compile(rf"^longer\.errors\.({'|'.join(_KINDS)}): (.+)$", re.MULTILINE)
+_INTERRUPTED = 130
 _CAUSES = "cause", "controller_failure", "__cause__", "__context__"
 """Ray's tasks', Ray Train's, Python's own."""
 
@@ -25,6 +26,8 @@ def run_job(
     description: str, run: Callable[..., Any], flags: Sequence[tuple[str, ...]] = (), needs_ray: bool = True
 ) -> Any:
     """Runs a job and gives what it returns; exits with 2 and one line on stderr for a UserError; bugs keep their traceback.
+
+    Ctrl-C ends it with one line, too, and 130, as shells have it.
 
     `run` gets the settings, and each of its own `flags` (`parse_settings`) as a keyword argument, `from_` where Python has a
     word of its own.
@@ -41,6 +44,9 @@ def run_job(
             raise
         print(mistake, file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: what is finished stays, and the same command does the rest", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
 
 
 def _argument(flag: str) -> str:

@@ -1,6 +1,7 @@
 """Where time goes and what is shown of it: phases add up, waiting is told from work, TensorBoard gets every number."""
 
 import struct
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,8 +84,9 @@ def scalars_in(folder: str) -> dict[str, list[tuple[int, float]]]:
 
 @pytest.mark.parametrize("on_s3", [False, True])
 def test_tensorboard_has_every_number_of_the_history_once(
-    on_s3: bool, tmp_path: Path, request: pytest.FixtureRequest
+    on_s3: bool, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     folder = f"{request.getfixturevalue('s3')}/tensorboard" if on_s3 else str(tmp_path / "tensorboard")
     first = {"step": 3, "loss": 0.5, "day": "2026-01-01", "validation": {"label": {"auc": 0.75}}}
     killed = Scalars(folder, [first])
@@ -94,3 +96,4 @@ def test_tensorboard_has_every_number_of_the_history_once(
     resumed.add({"step": 4, "loss": 0.25})
     resumed.close()
     assert scalars_in(folder) == {"loss": [(3, 0.5), (4, 0.25)], "validation/label/auc": [(3, 0.75)]}
+    assert len(list(tmp_path.glob("tensorboard-*"))) == on_s3, "what the killed one left"

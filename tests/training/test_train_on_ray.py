@@ -315,6 +315,27 @@ def test_a_mistake_that_a_worker_finds_ends_the_run_at_once_in_one_line(
     assert len((tmp_path / "starts").read_text().split()) == 2, "each of two workers started once"
 
 
+def worker_whose_user_gives_up(config: dict[str, Any]) -> None:
+    """Sends Ctrl-C to the driver and waits for the end."""
+    os.kill(int((Path(config["job"].settings.root) / "driver").read_text()), signal.SIGINT)
+    time.sleep(600)
+
+
+def test_ctrl_c_ends_training_as_an_interrupt_and_whatever_comes_after_it_too(
+    tables: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Train's own handler would end the process without a word, and stay: the pipeline's next stages could not be ended."""
+    monkeypatch.setattr("longer.training.run.train_worker", worker_whose_user_gives_up)
+    (tmp_path / "driver").write_text(str(os.getpid()))
+    of_pytest = signal.signal(signal.SIGINT, signal.default_int_handler)  # which is none in a background job
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train.run(settings_for(tables, tmp_path, num_workers=1))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, of_pytest)
+
+
 def test_one_and_two_workers_have_the_same_gradient_from_the_same_checkpoint(
     trained: tuple[Settings, Version], tables: Settings, tmp_path: Path
 ) -> None:

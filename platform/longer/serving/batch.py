@@ -202,7 +202,8 @@ def _score_buckets(
 
         def note() -> str:
             rates = rates_of(records, seconds())
-            return f"{rates['rows_per_s']:.0f} scores/s, {rates['users_per_s']:.1f} users/s{cost_in_words(totals_of(records))}"
+            scores = f"{rates['rows_per_s']:.0f} scores/s, " if rates["rows_per_s"] else ""  # vectors are none
+            return f"{scores}{rates['users_per_s']:.1f} users/s{cost_in_words(totals_of(records))}"
 
         def finished() -> Generator[Record]:
             for row in written.iter_rows():

@@ -111,9 +111,11 @@ class Scalars:
         self._upload()
 
     def close(self) -> None:
-        """Writes all that was added."""
+        """Writes all that was added; nothing is left of it on this machine if it is on S3."""
         self._writer.close()
         self._upload()
+        if self._on_s3:
+            remove_tree(self._local)
 
     def _upload(self) -> None:
         if self._on_s3:

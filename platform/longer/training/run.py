@@ -2,6 +2,9 @@
 
 import math
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
@@ -36,6 +39,7 @@ from longer.storage import (
 from longer.training.checkpoints import FORMAT_VERSION, check_start, load_model
 from longer.training.content import Job
 from longer.training.loop import train_worker
+from longer.training.metrics import shown_all
 from longer.training.reading import requests_in_memory
 from longer.training.relay import relayed_lines
 from longer.training.runs import KeepBestAndLast, mend_record, note_start, remove_old_runs, step_folder
@@ -91,7 +95,7 @@ def train(settings: Settings, start_from: str | None = None) -> Version:
     version = publish(settings, table, run_id, f"{run_path}/{step_folder(best['step'])}", state, about)
     after = f"epoch {best['epochs']} of {settings.train.epochs}, step {best['step']}"
     unscored = "" if best["score"] is not None else ", the last one: no epoch's validation score is defined"
-    say("train", f"run {run_id}: published as it was after {after}{unscored}, {validation}")
+    say("train", f"run {run_id}: published as it was after {after}{unscored}: validation {shown_all(validation)}")
     return version
 
 
@@ -177,7 +181,7 @@ def fit(job: Job, run_id: str) -> str:
     requests = requests_in_memory(job)
     if isinstance(asked.num_workers, tuple):
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _WAIT_FOR_MORE_WORKERS_S)
-    with relayed_lines() as lines:
+    with relayed_lines() as lines, _interrupts_as_before():
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"job": job, "requests": requests, "lines": lines, "start": start_of(job.weights)},
@@ -202,6 +206,23 @@ def start_of(path: str | None) -> Checkpoint | None:
         return None
     filesystem, bare = arrow_filesystem(path)
     return Checkpoint(bare, filesystem)
+
+
+@contextmanager
+def _interrupts_as_before() -> Iterator[None]:
+    """Ctrl-C is a KeyboardInterrupt, here and afterwards.
+
+    Ray Train's handler ends the process without a word while workers train; it stays when they have ended, and then lets the first
+    two go by without effect.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if signal.getsignal(signal.SIGINT) is not before:
+            signal.signal(signal.SIGINT, before)
 
 
 def publish(
