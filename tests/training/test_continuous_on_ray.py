@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from longer.training.metrics import defined
 from longer.training.run import finished, past_of
 from longer.training.steps import task_metrics
 from tests.data.test_build_on_ray import run_all, settings_of
+from tests.training.commits import wait_for_commit
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
@@ -54,7 +54,7 @@ def worker_killed_in_the_second_day(config: dict[str, Any]) -> None:
 
     def step(run: Run, work: Any) -> Any:
         if first and rank == 1 and work.position == Position(1, run.cursor.steps_of(1) - 1):
-            time.sleep(3)  # longer than Ray's controller takes to take note of the last checkpoint
+            wait_for_commit(root, run.cursor.steps_of(0))
             os.kill(os.getpid(), signal.SIGKILL)
         return take_step(run, work)
 

@@ -177,6 +177,8 @@ def fit(job: Job, run_id: str) -> str:
     on_s3 = storage.startswith("s3://")
     # Workers print their own progress; Ray's copy of each line, its state machine and reports stay in the session's log files.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    if settings.ray.cluster is None:  # nobody takes this machine away
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     mend_record(f"{storage}/{run_id}")
     requests = requests_in_memory(job)
     if isinstance(asked.num_workers, tuple):
