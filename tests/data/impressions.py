@@ -51,8 +51,8 @@ def impressions(rows: list[dict[str, Any]], group_id: str | None = None) -> pa.T
 def shop_log(num_users: int, num_days: int, seed: int) -> tuple[pa.Table, list[dict[str, Any]]]:
     """Events on most days, and three requests a day of four items each; a user in seven has no event at all.
 
-    Phones click on all that they are shown, desktops on nothing; who clicks watches for as many seconds as the page says. All that
-    is on a late page is liked.
+    Phones click on all that they are shown, desktops on nothing; who clicks watches for two seconds. All on page 200 is liked,
+    nothing on page 1.
     """
     rng = np.random.default_rng(seed)
     happened, shown = [], []
@@ -62,11 +62,11 @@ def shop_log(num_users: int, num_days: int, seed: int) -> tuple[pa.Table, list[d
             if user % 7:
                 happened += [(user, start + int(rng.integers(0, DAY_MS)), int(i)) for i in rng.integers(1, 60, 2)]
             for time in rng.choice(DAY_MS, 3, replace=False):
-                device, page = ("phone", "desktop")[rng.integers(2)], float(rng.integers(1, 5))
+                device, page = ("phone", "desktop")[rng.integers(2)], float(rng.choice([1, 200]))
                 click = float(device == "phone")
                 for item in rng.choice(59, 4, replace=False) + 1:
                     about = {"user": user, "time": start + int(time), "item": int(item), "device": device, "page": page}
-                    shown.append({**about, "click": click, "like": float(page > 2), "watch_s": click * page or None})
+                    shown.append({**about, "click": click, "like": float(page > 1), "watch_s": 2 * click or None})
     return events(happened), shown
 
 

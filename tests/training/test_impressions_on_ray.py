@@ -61,7 +61,7 @@ def settings_of(root: Path, **sections: Any) -> Settings:
         "train": {
             "tasks": TASKS,
             "num_workers": 1,
-            "epochs": 4,
+            "epochs": 2,
             "tokens_per_step": 500,
             "learning_rate": 0.02,
             "embedding_learning_rate": 0.05,

@@ -40,25 +40,13 @@ def requests_shown(
     user_key_I, time_I = stable_keys(shown["user_id"]), milliseconds(single_array(shown["event_ts"]))
     group_I = milliseconds(single_array(shown[group_id])) if group_id else time_I
     request_id_I = ids_of_requests(user_key_I, group_I)
-    row_I = np.cumsum(changes(user_key_I))  # a user's impressions follow one another, in time order
-    by_request = np.lexsort((request_id_I, row_I))  # stable, so a request's first impression is its earliest
-    starts = changes(row_I[by_request], request_id_I[by_request])
-    first_R = by_request[starts]
-    by_time_R = np.lexsort((request_id_I[first_R], time_I[first_R], row_I[first_R]))
-    place_R = np.empty(len(first_R), np.int64)
-    place_R[by_time_R] = np.arange(len(first_R))
-    request_I = np.empty(len(row_I), np.int64)
-    request_I[by_request] = place_R[np.cumsum(starts) - 1]
-
-    mixed_I = hash_int64(
-        request_id_I ^ stable_keys(shown["item_id"])
-    )  # so that candidates' order says nothing of their labels
+    row_I = np.cumsum(changes(user_key_I), dtype=np.int64)  # a user's impressions follow one another, in time order
+    first_R, request_I = _grouped(row_I, time_I, request_id_I)
+    mixed_I = hash_int64(request_id_I ^ stable_keys(shown["item_id"]))  # an order that says nothing of the labels
     order_I = np.lexsort((mixed_I, request_I))
     offsets_R1 = np.searchsorted(request_I[order_I], np.arange(len(first_R) + 1))
-    first_R = first_R[by_time_R]
-    history_end_R, first_index_R = _histories_before(
-        shown["user_id"].take(pa.array(first_R)), time_I[first_R], user_id_B, histories
-    )
+    user_id_R = shown["user_id"].take(pa.array(first_R))
+    history_end_R, first_index_R = _histories_before(user_id_R, time_I[first_R], user_id_B, histories)
     candidates = shown.take(pa.array(order_I))
     labels = {task: pa.array(numbers(single_array(candidates[task]))) for task in schema.tasks}
     of_items = {name: candidates[name] for name in ("item_id", *schema.features_of("item"))}
@@ -73,6 +61,19 @@ def requests_shown(
     }
     wanted = schema.requests_arrow()
     return Shown(pa.table({name: columns[name] for name in wanted.names}).cast(wanted), first_index_R)
+
+
+def _grouped(row_I: Int64, time_I: Int64, request_id_I: Int64) -> tuple[Int64, Int64]:
+    """The first impression of each request, by user, time and request id; and the request of each impression."""
+    by_request = np.lexsort((request_id_I, row_I))  # stable, so a request's first impression is its earliest
+    starts = changes(row_I[by_request], request_id_I[by_request])
+    first_R = by_request[starts]
+    by_time_R = np.lexsort((request_id_I[first_R], time_I[first_R], row_I[first_R]))
+    place_R = np.empty(len(first_R), np.int64)
+    place_R[by_time_R] = np.arange(len(first_R))
+    request_I = np.empty(len(row_I), np.int64)
+    request_I[by_request] = place_R[np.cumsum(starts) - 1]
+    return first_R[by_time_R], request_I
 
 
 def _histories_before(

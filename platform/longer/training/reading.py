@@ -48,7 +48,8 @@ def _parts(tables: Tables, groups: list[list[int]], retries: dict[str, Any]) -> 
     """What each group's buckets hold, read on the nodes of the workers' pool in turn, on as many cores as these have."""
     settings = tables.job.settings
     nodes = _nodes_of(settings.ray.place(settings.train.use_gpu))
-    turns = [node["NodeID"] for node in nodes for _ in range(int(node["Resources"]["CPU"]))]
+    cores = [(core, node["NodeID"]) for node in nodes for core in range(int(node["Resources"]["CPU"]))]
+    turns = [node for _, node in sorted(cores)]  # every node's first core before any one's second
     parts: list[ray.ObjectRef] = []
     running: list[ray.ObjectRef] = []
     for number, group in enumerate(groups):
