@@ -33,7 +33,7 @@ _MOST_FORGOTTEN = 200_000
 _logger = logging.getLogger("ray.serve")
 
 InWorker = Callable[..., Awaitable[Any]]
-Revisions = dict[tuple[str, int], int]
+Revisions = dict[str, dict[int, int]]
 """By dump and user key, what the dump's events of the user are known by here (`OnlineEvents.restore`)."""
 
 
@@ -77,7 +77,8 @@ class StateKeeper:
                     self._brought = wanted
             except Exception:
                 _logger.exception(
-                    "states of before: not all could be brought back; they are encoded when they are asked for"
+                    "states and events of before: not all could be brought back; what is missing is tried again, and states "
+                    "are encoded when they are asked for"
                 )
 
     async def _restore(self, ring: Ring) -> None:
@@ -104,7 +105,7 @@ class StateKeeper:
             dump, events = found
             user_keys, exactly = await self._in_worker(self._take_in_events, events)
             taken |= user_keys
-            revisions |= {(dump, user_key): revision for user_key, revision in exactly.items()}
+            revisions.setdefault(dump, {}).update(exactly)
         return revisions
 
     async def _restore_states(self, dumps: StateDumps, ring: Ring, revisions: Revisions, taken: set[int]) -> None:
@@ -124,8 +125,7 @@ class StateKeeper:
         files = dumps.states(version, self._scorer.cache.layout, is_wanted)
         while found := await asyncio.to_thread(next, files, None):
             dump, states = found
-            of_dump = {key: revision for (name, key), revision in revisions.items() if name == dump}
-            taken |= (some := await self._in_worker(self._take_in, states, version, of_dump))
+            taken |= (some := await self._in_worker(self._take_in, states, version, revisions.get(dump, {})))
             dumps.counters.restored += len(some)
             self._read |= asked_for  # what could not be read is asked for again
         if num_restored := dumps.counters.restored - num_before:

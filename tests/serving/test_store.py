@@ -118,7 +118,7 @@ class World:
         old, version = self.store, StateVersion(f"m{self.version}", "s", "appendable")
         self.store = StateStore(self.model, old.budget_bytes, old.host_budget_bytes, self.precision)
         kept, tables = [(held, is_hot, old.words(held)) for held, is_hot in old.hottest(version)], list[str]()
-        states = unpack(pack(kept, tables), ["any"] * len(kept), tables) if kept else ()
+        states = unpack(pack(kept, tables, lambda _: 0), ["any"] * len(kept), tables) if kept else ()
         for (held, _, _), state in zip(kept, states, strict=True):
             self.store.restore(held.user_key, version, state.entry, state.words_NI, state.is_protected)
 
