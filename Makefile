@@ -41,6 +41,7 @@ serve: $(INSTALLED)
 	$(BIN)/python -m jobs.serve --config $(CONFIG)
 
 bench: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@for script in benchmarks/[a-z]*.py; do $(BIN)/python -m benchmarks.$$(basename $$script .py) || exit 1; done
 
 clean:

@@ -173,7 +173,7 @@ def _say(message: str) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--log", choices=[*sorted(SCHEMAS), "all"], default="journey", help="which log")
-    parser.add_argument("--root", default="", help="folder that the log is read from")
+    parser.add_argument("--root", default="runs/quickstart", help="folder that the log is read from")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--minutes", type=float, help="begin no arm that would end later than this, and print no page")
     parser.add_argument(

@@ -8,7 +8,7 @@ from ray import serve
 from longer.config import Settings
 from longer.errors import UserError
 from longer.progress import say
-from longer.runner import run_job
+from longer.runner import run_job, start_ray
 from longer.training.inputs import Inputs
 from serve_apps.scoring import ScoringArgs, build_app
 
@@ -51,6 +51,7 @@ def run(settings: Settings) -> None:
     if free_port(host, port) != port:
         raise UserError(f"serve.port={port}: another process listens there: choose another port")
     args = scoring_args(settings, Inputs.served(settings))
+    start_ray(settings.ray)  # mistakes are told before
     request_timeout_s = args.timeout_s + PROXY_MARGIN_S
     serve.start(http_options={"host": host, "port": port, "request_timeout_s": request_timeout_s})
     say("serve", f"POST http://{host}:{port}/v1/score; interrupt to stop")
@@ -59,4 +60,4 @@ def run(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_job(__doc__, run)
+    run_job(__doc__, run, needs_ray=False)

@@ -44,6 +44,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(args: list[str], line: str) -> No
     assert done.stderr.count("\n") == 1
 
 
+def test_what_is_missing_for_serving_is_told_before_a_ray_is_started_or_looked_for(tmp_path: Path) -> None:
+    done = run_python("-m", "jobs.serve", "--root", str(tmp_path), RAY_ADDRESS="127.0.0.1:1")
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        f"{tmp_path}/checkpoints: no published version of this table: run `python -m jobs.train`"
+    )
+
+
 def test_ctrl_c_ends_a_job_in_one_line_with_the_exit_code_that_shells_give_it() -> None:
     stop = "lambda _: os.kill(os.getpid(), signal.SIGINT)"
     done = run_python(

@@ -138,12 +138,14 @@ def test_a_log_of_ones_own_is_what_its_endings_say_in_any_case_and_the_rest_is_n
 
 def test_each_file_that_cannot_be_read_is_named_with_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "no.csv").write_text("u,x\n1,2\n")
+    (tmp_path / "semi.csv").write_text("u;i\n1;2\n")
     (tmp_path / "two.csv").write_text("u,i,i\n1,2,3\n")
     (tmp_path / "cr.csv").write_bytes(b"u,i\r1,2\r3,4\r")
     (tmp_path / "long.csv").write_bytes(b"u,i\n" + b"x" * (20 << 20))
     (tmp_path / "latin.csv").write_bytes("u,i\n1,caf\u00e9\n".encode("latin-1"))
     for name, problem in {
         "no.csv": "no column 'i' \\(it has u, x\\): map it in import_events.columns",
+        "semi.csv": "no column 'u' \\(it has u;i, cut at commas, or in a .tsv file at tabs\\)",
         "two.csv": "two columns are named 'i'",
         "latin.csv": "not a readable text file .*UTF8",
         "cr.csv": "its lines end in carriage returns alone",

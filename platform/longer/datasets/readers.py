@@ -117,9 +117,11 @@ def require_columns(path: str, names: Sequence[str], columns: Mapping[str, str])
     for column in columns.values():
         if names.count(column) != 1:
             problem = f"no column {column!r}" if column not in names else f"two columns are named {column!r}"
+            there = ", ".join(names)
+            if len(names) == 1 and not is_parquet(path):
+                there += ", cut at commas, or in a .tsv file at tabs"
             raise FileError(
-                path,
-                f"{problem} (it has {', '.join(names)}): map it in import_events.columns, or drop it from event_schema",
+                path, f"{problem} (it has {there}): map it in import_events.columns, or drop it from event_schema"
             )
 
 
