@@ -61,8 +61,8 @@ def settings_of(root: Path, **sections: Any) -> Settings:
         "train": {
             "tasks": TASKS,
             "num_workers": 1,
-            "epochs": 2,
-            "tokens_per_step": 500,
+            "epochs": 1,
+            "tokens_per_step": 300,
             "learning_rate": 0.02,
             "embedding_learning_rate": 0.05,
             "validate_every_steps": 100,
