@@ -70,7 +70,7 @@ def main() -> None:
     if END_TO_END in asked.arms and not _is_late(asked, END_TO_END, left_out):
         end_to_end = _end_to_end(event_width * 8 if ON_CUDA else 32, left_out)
     for longest in lengths if asked.profile else ():
-        _print_profile(event_width, longest)
+        _print_profile(Size(event_width, longest, True, asked.users))
     print(json.dumps({**summary(rows, precision, end_to_end), **({"left_out": left_out} if left_out else {})}))
 
 
@@ -80,6 +80,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--width", type=int, choices=[256, 512], action="append", help="D (default: both)")
     parser.add_argument("--length", type=int, choices=[2_000, 10_000], action="append", help="L (default: both)")
     parser.add_argument("--arm", action="append", choices=[*arms, LAUNCHED], help="default: all but launched")
+    parser.add_argument(
+        "--users", type=int, help="of a step, a request each (default: 512 at L = 2,000, 128 at 10,000)"
+    )
     parser.add_argument("--full", action="store_true", help="full histories too, not Zipf lengths only; tf32 and fp16")
     parser.add_argument("--profile", action="store_true", help="where the widest model's step goes, by kind of kernel")
     parser.add_argument(
@@ -119,7 +122,7 @@ def _rows(asked: argparse.Namespace, rate: float) -> tuple[list[dict[str, Any]],
     rows, left_out = [], list[str]()
     for event_width, longest in asked.sizes:
         for is_zipf in (True, False) if asked.full else (True,):
-            size = Size(event_width, longest, is_zipf)
+            size = Size(event_width, longest, is_zipf, asked.users)
             for arm in asked.arms:
                 if arm in (END_TO_END, PRECISION) or (arm == PER_IMPRESSION and not is_zipf):
                     continue
@@ -152,10 +155,9 @@ def _end_to_end(width: int, left_out: list[str]) -> dict[str, dict[str, Any]]:
     return {str(width): json.loads(line)}
 
 
-def _print_profile(event_width: int, longest: int) -> None:
-    size = Size(event_width, longest, True)
+def _print_profile(size: Size) -> None:
     step = size.our_step(size.stepper(), is_staged=True)
-    print(f"\n## Where a step goes: width {size.settings.width}, L = {longest}\n", flush=True)
+    print(f"\n## Where a step goes: width {size.settings.width}, L = {size.longest}\n", flush=True)
     print(kernel_table(lambda: step(0)), flush=True)
 
 

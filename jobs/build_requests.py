@@ -1,11 +1,21 @@
-"""Builds training, validation and test requests: python -m jobs.build_requests --config configs/quickstart.yaml"""
+"""Builds training, validation and test requests: python -m jobs.build_requests --config configs/quickstart.yaml
+
+With import_impressions.source they are what jobs.import_impressions has imported; else they are made from the events.
+"""
 
 from datetime import datetime
+from typing import Any
 
 from longer.config import Settings
 from longer.data.events import iso_time
 from longer.data.items import read_items
-from longer.data.ray_requests import RequestBuilder, build_catalogue, write_requests
+from longer.data.ray_requests import (
+    ImpressionBuilder,
+    RequestBuilder,
+    build_catalogue,
+    write_requests,
+    write_shown,
+)
 from longer.data.requests import SplitTimes, split_times, with_features
 from longer.data.tables import SequenceTable
 from longer.errors import UserError
@@ -20,29 +30,24 @@ def run(settings: Settings) -> Version:
     Events that the sequence table no longer keeps make no request; the manifest counts them beside the cut windows.
     """
     schema, windows = settings.event_schema, settings.model.windows
-    if len(schema.tasks) > 1:
-        raise UserError(
-            f"event_schema.tasks: {', '.join(schema.tasks)}: this job labels one task, whether the item was in the group: keep one"
-        )
     histories = SequenceTable(settings.path("tables", "sequences"), schema)
     sequences = histories.version
+    shown = _impressions(settings, histories)
     chosen = {**settings.requests.model_dump(mode="json"), "windows": vars(windows), "seed": settings.seed}
-    inputs = {"sequences": sequences.id}
+    inputs = {"sequences": sequences.id, **({"impressions": shown.version.id} if shown else {})}
     version_id = fingerprint("requests", TABLE_FORMAT, chosen, inputs, schema.hash())
     table = Table(settings.path("tables", "requests"))
     if published := table.reuse(version_id):
         say("build_requests", f"version {version_id} is already built, nothing changed")
         return published
     splits = _split_times(settings, sequences)
-    catalogue = build_catalogue(histories, splits)
-    if schema.features_of("item"):
-        items = read_items(settings.path("tables", "items"), sequences.id, schema)
-        catalogue = with_features(catalogue, items, schema)
-    builder = RequestBuilder(
-        schema, splits, windows, settings.requests.negatives_per_positive, settings.seed, table.begin(version_id)
-    )
+    path = table.begin(version_id)
     try:
-        stats = write_requests(histories, builder, catalogue)
+        if shown:
+            asked, until_ms = settings.import_impressions, _milliseconds(sequences.manifest["watermark"])
+            stats = write_shown(ImpressionBuilder(histories, shown, asked.group_id, splits, windows, until_ms, path))
+        else:
+            stats = _of_events(settings, histories, splits, path)
         num_kept = sum(stats["num_requests"].values())
         _check_cut(settings, stats["num_cut"], num_kept + stats["num_cut"])
     except BaseException:
@@ -57,22 +62,52 @@ def run(settings: Settings) -> Version:
         "num_rows": num_kept,
         **stats,
         "num_events_not_kept": sequences.manifest["num_events"] - sequences.manifest["num_events_kept"],
-        "num_items": len(catalogue.items),
         "valid_from": iso_time(splits.valid_from_ms),
         "test_from": iso_time(splits.test_from_ms),
         "watermark": sequences.manifest["watermark"],
     }
     version = table.publish(version_id, manifest, files)
     counts = ", ".join(f"{number} {split}" for split, number in stats["num_requests"].items())
-    say("build_requests", f"version {version_id}: {counts} requests, {stats['num_cut']} cut and left out")
+    later = f", {stats['num_later']} after the newest event left for later" if stats.get("num_later") else ""
+    say("build_requests", f"version {version_id}: {counts} requests, {stats['num_cut']} cut and left out{later}")
     return version
 
 
+def _impressions(settings: Settings, histories: SequenceTable) -> SequenceTable | None:
+    """The impressions to make requests of, in the buckets of the histories; None: they are made from the events."""
+    schema = settings.event_schema
+    if settings.import_impressions.source is None:
+        if beyond := [*schema.tasks[1:], *schema.features_of("request")]:
+            raise UserError(
+                f"event_schema: {', '.join(beyond)}: requests made from events have one task, whether the item was in the group, "
+                "and no features of their own: drop these, or import a log of impressions (import_impressions.source)"
+            )
+        return None
+    about = settings.of_impressions(histories.num_buckets)
+    if Table(about.path("tables", "sequences")).current() is None:
+        raise UserError(f"{about.root}: no impressions yet: run `python -m jobs.import_impressions`")
+    shown = SequenceTable(about.path("tables", "sequences"), about.event_schema)
+    if shown.num_buckets != histories.num_buckets:
+        raise UserError(
+            f"{shown.version.path}: in {shown.num_buckets} buckets, the sequences in {histories.num_buckets}: run `python -m "
+            "jobs.import_impressions`"
+        )
+    return shown
+
+
+def _of_events(settings: Settings, histories: SequenceTable, splits: SplitTimes, path: str) -> dict[str, Any]:
+    """Requests whose positives are a group's items."""
+    schema, asked = settings.event_schema, settings.requests
+    catalogue = build_catalogue(histories, splits)
+    if schema.features_of("item"):
+        items = read_items(settings.path("tables", "items"), histories.version.id, schema)
+        catalogue = with_features(catalogue, items, schema)
+    builder = RequestBuilder(schema, splits, settings.model.windows, asked.negatives_per_positive, settings.seed, path)
+    return {**write_requests(histories, builder, catalogue), "num_items": len(catalogue.items)}
+
+
 def _split_times(settings: Settings, sequences: Version) -> SplitTimes:
-    first, last = (
-        int(datetime.fromisoformat(sequences.manifest[name]).timestamp() * 1000)
-        for name in ("first_event_ts", "watermark")
-    )
+    first, last = (_milliseconds(sequences.manifest[name]) for name in ("first_event_ts", "watermark"))
     asked = settings.requests
     splits = split_times(first, last, asked.validation_days_share, asked.test_days_share)
     if splits is None:
@@ -81,6 +116,10 @@ def _split_times(settings: Settings, sequences: Version) -> SplitTimes:
             f"left to train on in a log from {iso_time(first)} to {iso_time(last)}: lower the shares or import more days"
         )
     return splits
+
+
+def _milliseconds(iso: str) -> int:
+    return round(datetime.fromisoformat(iso).timestamp() * 1000)
 
 
 def _check_cut(settings: Settings, num_cut: int, num_requests: int) -> None:

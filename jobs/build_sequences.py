@@ -21,13 +21,14 @@ def run(settings: Settings, since_last: bool = False) -> Version:
     """
     table, schema = Table(settings.path("tables", "sequences")), settings.event_schema
     base = table.current() if since_last else None
-    version = _sequences(settings, table, base)
+    version = build(settings, table, base)
     if schema.features_of("item"):
         publish_items(settings.path("tables", "items"), settings.path("tables", "events"), version, base, schema)
     return version
 
 
-def _sequences(settings: Settings, table: Table, base: Version | None) -> Version:
+def build(settings: Settings, table: Table, base: Version | None) -> Version:
+    """The sequence table alone."""
     schema, asked = settings.event_schema, settings.sequences
     events = open_version(settings.path("tables", "events"), schema, None, "jobs.import_events")
     rows_of = readable_files(events.files(), schema, True) if asked.skip_unreadable_files else None
@@ -43,15 +44,15 @@ def _sequences(settings: Settings, table: Table, base: Version | None) -> Versio
     rows_of = rows_of or readable_files(plan.files, schema, False)
     if not base and not any(sum(rows_of[path]) for path in plan.files):
         raise UserError(f"{events.path}: the event log is empty: import a log with at least one event")
-    build = Build(plan, schema, _folder(table, plan))
+    passes = Build(plan, schema, _folder(table, plan))
     try:
-        blocks, buckets = write_sequences(build, {path: rows_of[path] for path in plan.files})
+        blocks, buckets = write_sequences(passes, {path: rows_of[path] for path in plan.files})
     except Exception as error:
         if user_error_in(error):  # otherwise a rerun goes on from what is there
             table.discard(plan.version_id)
         raise
     version = table.publish(plan.version_id, *plan.content(blocks, buckets))
-    remove_tree(build.scratch)
+    remove_tree(passes.scratch)
     _tell(version, base)
     return version
 

@@ -6,7 +6,16 @@ A stage whose inputs and settings have not changed finds its result published, c
 import time
 from collections.abc import Callable
 
-from jobs import batch_score, build_requests, build_sequences, evaluate, import_events, serve_check, train
+from jobs import (
+    batch_score,
+    build_requests,
+    build_sequences,
+    evaluate,
+    import_events,
+    import_impressions,
+    serve_check,
+    train,
+)
 from longer.config import Settings
 from longer.progress import say
 from longer.report import write_report
@@ -16,6 +25,7 @@ from longer.storage import Table, Version, remove_tree
 STAGES: dict[str, Callable[[Settings], Version]] = {
     "import_events": import_events.run,
     "build_sequences": build_sequences.run,
+    "import_impressions": import_impressions.run,
     "build_requests": build_requests.run,
     "train": train.run,
     "evaluate": evaluate.run,
@@ -30,10 +40,11 @@ def run(settings: Settings, fresh: bool = False) -> None:
     if fresh:
         _remove_results(settings)
     versions: dict[str, Version] = {}
-    for number, (name, stage) in enumerate(STAGES.items(), 1):
-        say("pipeline", f"[{number}/{len(STAGES) + 1}] {name}")
-        versions[name] = stage(settings)
-    say("pipeline", f"[{len(STAGES) + 1}/{len(STAGES) + 1}] report")
+    names = [name for name in STAGES if name != "import_impressions" or settings.import_impressions.source]
+    for number, name in enumerate(names, 1):
+        say("pipeline", f"[{number}/{len(names) + 1}] {name}")
+        versions[name] = STAGES[name](settings)
+    say("pipeline", f"[{len(names) + 1}/{len(names) + 1}] report")
     write_report(settings, versions)
     say("pipeline", f"done in {time.perf_counter() - started:.0f} s")
 
@@ -41,7 +52,8 @@ def run(settings: Settings, fresh: bool = False) -> None:
 def _remove_results(settings: Settings) -> None:
     """Every table first becomes this process's own, so that nothing is removed under a run that writes it."""
     names = ("events", "quarantine", "sequences", "items", "requests")
-    paths = [*(f"tables/{name}" for name in names), "checkpoints", "evaluation", "serving_check", "batch_scores"]
+    tables_of = [f"{place}tables/{name}" for place in ("", "impressions/") for name in names]
+    paths = [*tables_of, "checkpoints", "evaluation", "serving_check", "batch_scores"]
     tables = [Table(settings.path(path)) for path in paths]
     for table in tables:
         table.claim()

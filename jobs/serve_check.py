@@ -11,7 +11,14 @@ from longer.data.tables import RequestTable
 from longer.errors import UserError
 from longer.progress import say
 from longer.runner import run_job
-from longer.serving.check import choose_requests, find_check, offline_scores, publish_check, replay
+from longer.serving.check import (
+    choose_requests,
+    find_check,
+    logged_features,
+    offline_scores,
+    publish_check,
+    replay,
+)
 from longer.storage import Table, Version
 from longer.training.inputs import Inputs
 from serve_apps.scoring import build_app
@@ -26,6 +33,7 @@ def run(settings: Settings) -> Version:
         return published
     requests = RequestTable(settings.path("tables", "requests"), settings.event_schema, inputs.requests.id)
     users = choose_requests(requests, "test", settings.serve.check_requests)
+    logged = logged_features(requests, "test", users)
     args = scoring_args(settings, inputs).model_copy(update={"sequences_version": inputs.sequences.id})
     if serve.status().applications:
         raise UserError("ray.address: this cluster serves applications already: check on a Ray of its own")
@@ -36,7 +44,7 @@ def run(settings: Settings) -> Version:
         serve.start(http_options={"host": host, "port": port}, logging_config=LoggingConfig(log_level="WARNING"))
         serve.run(build_app(args), name="scoring", route_prefix="/")
         say("serve_check", f"{sum(map(len, users))} requests of {len(users)} users to http://{host}:{port}/v1/score")
-        answers = replay(f"http://{host}:{port}", users, args.token())
+        answers = replay(f"http://{host}:{port}", users, logged, args.token())
     finally:
         _stop(settings)
     return publish_check(settings, table, inputs, offline, users, answers)

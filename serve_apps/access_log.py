@@ -8,7 +8,7 @@ Lines that the disk is too slow for are left out, and counted: {"time_ms": 17642
 
 Stages: `parse` (the body is read and understood), `queue`, `history`, `encode`, `append` and `score` as in
 `serve_apps/metrics.py`, those of the batch that the call was in, and `answer`. Where a call asks for several users, `source` is
-null, and the stages are the last one's.
+null, the stages are the last one's who was scored here, and `owners` is how much longer the other replicas took for theirs.
 """
 
 import logging
@@ -35,6 +35,7 @@ class Call:
     """What is said of one call; whoever answers it fills this in."""
 
     route: str
+    timeout_s: float = 0.0
     started_s: float = field(default_factory=time.perf_counter)
     stages_ms: dict[str, float] = field(default_factory=dict)
     num_users: int = 0

@@ -32,7 +32,7 @@ class Ring:
 
 class Affinity:
     """Counts score requests and events that came astray to the replica `own`: without a session, or of a user who is another
-    replica's, which then was full or had not been there, or could not be asked for by session. The second needs the ring, so it is
+    replica's, which then was full or had not been there, or did not answer its part of a batch. The second needs the ring, so it is
     told by the replicas last seen; the header is not believed."""
 
     def __init__(self, own: str) -> None:
@@ -43,9 +43,12 @@ class Affinity:
     def see(self, replica_ids: Iterable[str]) -> None:
         self.ring = Ring({*replica_ids, self._own})
 
+    def owner(self, user_id: int | str) -> str:
+        """The replica whose user it is; this one, as long as it knows no other."""
+        return self.ring.owner(session_of(user_id)) if self.ring else self._own
+
     def is_own(self, user_id: int | str) -> bool:
-        """As far as is known."""
-        return self.ring is None or self.ring.owner(session_of(user_id)) == self._own
+        return self.owner(user_id) == self._own
 
     def count(self, user_id: int | str, has_session: bool) -> None:
         if not has_session:

@@ -60,11 +60,12 @@ class ScoringArgs(BaseModel):
     )
     state_dump: str | None = Field(
         None,
-        description="Folder, local or s3://, of this service alone, where replicas leave their states when they stop, and from "
-        "which they fill their host memory; null: they start empty. A local one must be seen by every node.",
+        description="Folder, local or s3://, of this service alone, where replicas leave their states and the events sent to "
+        "them when they stop, and from which they fill their host memory; null: they start empty, and what was sent is lost. "
+        "A local one must be seen by every node.",
     )
     state_dump_s: float = Field(
-        30, gt=0, description="Longest time that a stopping replica takes to dump its states, the hottest first."
+        30, gt=0, description="Longest time that a stopping replica takes to dump events and states, the hottest first."
     )
     warm_users: int = Field(
         0,
@@ -140,6 +141,11 @@ class ScoringArgs(BaseModel):
         if self.max_events > self.max_user_events:
             raise ValueError(f"max_events={self.max_events} exceeds max_user_events={self.max_user_events}: lower it")
         return self
+
+    @property
+    def max_ongoing_requests(self) -> int:
+        """Of a replica: what Serve sends it at a time."""
+        return 4 * self.max_batch_requests
 
     @property
     def limits(self) -> Limits:

@@ -33,7 +33,8 @@ def parse_arrow_body(body: bytes, limits: Limits) -> Asked:
     if ids.null_count:
         raise BodyError(422, "candidates: an id is null")
     events = event_columns(about.events, limits)
-    return Asked(ScoreRequest(about.user_id, ids, columns, about.request_ts, events), about.top_k)
+    request = ScoreRequest(about.user_id, ids, columns, about.request_ts, events, about.request_features)
+    return Asked(request, about.top_k)
 
 
 def arrow_answer(asked: Asked, result: ScoreResult, model_version: str) -> bytes:

@@ -40,7 +40,8 @@ class Desk:
         outcome: T | Refusal
         try:
             self._gate.check_token(headers.get("authorization"))
-            async with asyncio.timeout(self._gate.time_left_s(headers.get(TIMEOUT_HEADER))):
+            call.timeout_s = self._gate.time_left_s(headers.get(TIMEOUT_HEADER))
+            async with asyncio.timeout(call.timeout_s):
                 outcome = await work(call)
         except asyncio.CancelledError:
             self._note(call, _HUNG_UP)

@@ -1,18 +1,20 @@
-"""States that a replica starts with: what replicas before it left in dumps, and those of the most active users of the table.
+"""What a replica starts with: states and online events that replicas before it left in dumps, and states of the most active users
+of the table.
 
 All of it in the background, once the replica answers and knows who the others are, so that it takes what is its own by the ring.
-Files and tables are read beside the worker thread, which takes in one file, or encodes a few users, between two batches of
-requests. Only free room is filled: nothing goes for it that the model could answer from. It is done again when the ring, the dumps
-or the model change.
+Files and tables are read beside the worker thread, which takes in one file's states, or some users' events, or encodes a few
+users, between two batches of requests. Events come first: nobody else has them, and states are true that hold the same. Only free
+room is filled: nothing goes for it that the model could answer from. It is done again when the ring, the dumps or the model change.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
+from longer.hashing import stable_keys
 from longer.serving.cache import StateVersion
 from longer.serving.dumps import DumpCounters, StateDumps
 from longer.serving.kept_states import KeptState
@@ -31,6 +33,8 @@ _MOST_FORGOTTEN = 200_000
 _logger = logging.getLogger("ray.serve")
 
 InWorker = Callable[..., Awaitable[Any]]
+Revisions = dict[tuple[str, int], int]
+"""By dump and user key, what the dump's events of the user are known by here (`OnlineEvents.restore`)."""
 
 
 class StateKeeper:
@@ -79,7 +83,34 @@ class StateKeeper:
     async def _restore(self, ring: Ring) -> None:
         if self._dumps is None:
             return
-        version, layout = self._scorer.version, self._scorer.cache.layout
+        dumps, taken = self._dumps, set[int]()
+        marked_s = await asyncio.to_thread(dumps.forgotten.times_s)
+        try:
+            revisions = await self._restore_events(dumps, ring, taken)
+            await self._restore_states(dumps, ring, revisions, taken)
+        finally:
+            now_marked_s = await asyncio.to_thread(dumps.forgotten.times_s)
+            since = {key for key, forgotten_s in now_marked_s.items() if marked_s.get(key) != forgotten_s}
+            await self._in_worker(self._drop, since & taken)
+
+    async def _restore_events(self, dumps: StateDumps, ring: Ring, taken: set[int]) -> Revisions:
+        """Of users of whom exactly a dump's events are known now, the revision; `taken` gets those of whom any are.
+
+        All are read each time: who has them already takes none in.
+        """
+        revisions: Revisions = {}
+        files = dumps.events(self._scorer.version.schema_hash, lambda user_id: self._is_own(user_id, ring))
+        while found := await asyncio.to_thread(next, files, None):
+            dump, events = found
+            user_keys, exactly = await self._in_worker(self._take_in_events, events)
+            taken |= user_keys
+            revisions |= {(dump, user_key): revision for user_key, revision in exactly.items()}
+        return revisions
+
+    async def _restore_states(self, dumps: StateDumps, ring: Ring, revisions: Revisions, taken: set[int]) -> None:
+        """`taken` gets the keys of the users whose states are here from now on."""
+        version = self._scorer.version
+        asked_for = set[tuple[StateVersion, str, int | str]]()
 
         def is_wanted(dump: str, user_id: int | str) -> bool:
             """Each state is read once, whatever becomes of it, though the ring may change often."""
@@ -89,38 +120,42 @@ class StateKeeper:
             asked_for.add(state)
             return True
 
-        asked_for = set[tuple[StateVersion, str, int | str]]()
-        files = self._dumps.states(version, layout, is_wanted)
-        taken = set[int]()
-        try:
-            while (states := await asyncio.to_thread(_next, files)) is not None:
-                taken |= (some := await self._in_worker(self._take_in, states, version))
-                self._dumps.counters.restored += len(some)
-                self._read |= asked_for  # what could not be read is asked for again
-        finally:
-            marked = await asyncio.to_thread(self._dumps.forgotten)  # some may be since the first file was read
-            await self._in_worker(self._drop, marked & taken)
-        if taken:
-            _logger.info("%d states of before are back, in host memory", len(taken))
+        num_before = dumps.counters.restored
+        files = dumps.states(version, self._scorer.cache.layout, is_wanted)
+        while found := await asyncio.to_thread(next, files, None):
+            dump, states = found
+            of_dump = {key: revision for (name, key), revision in revisions.items() if name == dump}
+            taken |= (some := await self._in_worker(self._take_in, states, version, of_dump))
+            dumps.counters.restored += len(some)
+            self._read |= asked_for  # what could not be read is asked for again
+        if num_restored := dumps.counters.restored - num_before:
+            _logger.info("%d states of before are back, in host memory", num_restored)
 
     def _is_own(self, user_id: int | str, ring: Ring) -> bool:
         return ring.owner(session_of(user_id)) == self._replica
 
-    def _take_in(self, states: list[KeptState], version: StateVersion) -> set[int]:
+    def _take_in_events(self, events: pa.Table) -> tuple[set[int], dict[int, int]]:
+        """Keys of the users, and the revision of those of whom exactly these are known from now on; of no forgotten user."""
+        if self._is_full:
+            return set(), {}
+        user_keys = stable_keys(events["user_id"]).tolist()
+        events = events.filter(pa.array([user_key not in self._forgotten for user_key in user_keys], pa.bool_()))
+        return set(user_keys) - self._forgotten, self._scorer.online.restore(events)
+
+    def _take_in(self, states: list[KeptState], version: StateVersion, revisions: Mapping[int, int]) -> set[int]:
         """Keys of the users whose states are here from now on; none if the model is another by now."""
-        cache = self._scorer.cache
         return {
             one.user_key
             for one in states
             if self._scorer.version == version
             and not self._is_full
             and one.user_key not in self._forgotten
-            and cache.restore(one.user_key, version, one.entry, one.words_NI, one.is_protected)
+            and self._scorer.restore(one, revisions.get(one.user_key))
         }
 
     def _drop(self, user_keys: set[int]) -> None:
         for user_key in user_keys:
-            self._scorer.cache.forget(user_key)
+            self._scorer.forget_key(user_key)
 
     async def _warm(self, ring: Ring) -> None:
         wanted = self._args.warm_users
@@ -130,13 +165,13 @@ class StateKeeper:
         active = await asyncio.to_thread(self._scorer.history.most_active, most)
         own = [n for n, user_id in enumerate(active.to_pylist()) if self._is_own(user_id, ring)][:wanted]
         users = active.take(pa.array(own, pa.int64()))
-        marked = await asyncio.to_thread(self._dumps.forgotten) if self._dumps else frozenset[int]()
+        marked = set(await asyncio.to_thread(self._dumps.forgotten.times_s)) if self._dumps else set[int]()
         for begin in range(0, len(users), _WARMED_TOGETHER):
             some = await self._in_worker(self._scorer.warmable, pending_users(users[begin : begin + _WARMED_TOGETHER]))
             await asyncio.to_thread(read_rows, self._scorer.history, some)
             self.num_warmed += await self._in_worker(self._encode, some, marked)
 
-    def _encode(self, users: Sequence[Pending], marked: frozenset[int]) -> int:
+    def _encode(self, users: Sequence[Pending], marked: set[int]) -> int:
         """How many of the users have been encoded: of those who were forgotten nothing is made before they ask."""
         if self._is_full:
             return 0
@@ -145,26 +180,23 @@ class StateKeeper:
     async def mark_forgotten(self, user_id: int | str) -> None:
         """No dump brings the user back; to be done before replicas drop what they hold."""
         if self._dumps:
-            await asyncio.to_thread(self._dumps.forget, self._scorer.user_key(user_id))
+            await asyncio.to_thread(self._dumps.forgotten.mark, self._scorer.user_key(user_id))
 
     def forget(self, user_id: int | str) -> bool:
         """Drops what the replica holds of the user, and brings nothing of hers here any more; whether it held anything."""
         user_key = self._scorer.user_key(user_id)
         if self._brings and not self._is_full:
             self._forgotten.add(user_key)
-        return self._scorer.forget(user_id)
+        return self._scorer.forget_key(user_key)
 
     async def leave(self) -> None:
-        """Dumps the replica's states for those after it."""
+        """Dumps the replica's states, and the events that were sent to it, for those after it."""
         if self._dumps is None:
             return
         try:
-            args = self._scorer.cache, self._scorer.version, self._args.state_dump_s
+            args = self._scorer.cache, self._scorer.online, self._scorer.version, self._args.state_dump_s
             num_states = await self._in_worker(self._dumps.write, *args)
-            _logger.info("%d states dumped to %s", num_states, self._args.state_dump)
+            num_users = self._dumps.counters.dumped_event_users
+            _logger.info("%d states and events of %d users dumped to %s", num_states, num_users, self._args.state_dump)
         except Exception:
-            _logger.exception("states could not be dumped to %s", self._args.state_dump)
-
-
-def _next(files: Iterator[list[KeptState]]) -> list[KeptState] | None:
-    return next(files, None)
+            _logger.exception("states and events could not be dumped to %s", self._args.state_dump)

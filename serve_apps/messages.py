@@ -25,10 +25,9 @@ def parse_score(message: pb.ScoreRequest, limits: Limits) -> Asked:
     if len(ids) > limits.max_candidates:
         raise BodyError(413, f"candidates: at most {limits.max_candidates} in a request: split them over several")
     about = validated(AboutRequest, _about(message, limits))
-    columns = _columns(message, len(ids))
-    return Asked(
-        ScoreRequest(about.user_id, ids, columns, about.request_ts, event_columns(about.events, limits)), about.top_k
-    )
+    columns, events = _columns(message, len(ids)), event_columns(about.events, limits)
+    request = ScoreRequest(about.user_id, ids, columns, about.request_ts, events, about.request_features)
+    return Asked(request, about.top_k)
 
 
 def parse_score_batch(message: pb.ScoreBatchRequest, limits: Limits) -> list[Asked]:
@@ -83,7 +82,12 @@ def _ids(message: pb.Ids) -> list[Any]:
 
 
 def _about(message: pb.ScoreRequest, limits: Limits) -> dict[str, Any]:
-    values = {"user_id": value_of(message.user_id), "events": _events(message.events, limits)}
+    of_request = {name: value_of(value) for name, value in message.request_features.items()}
+    values = {
+        "user_id": value_of(message.user_id),
+        "request_features": of_request,
+        "events": _events(message.events, limits),
+    }
     return values | {name: getattr(message, name) for name in ("request_ts", "top_k") if message.HasField(name)}
 
 

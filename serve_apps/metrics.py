@@ -47,10 +47,13 @@ class ReplicaMetrics:
         self._requests = Counter("longer_score_requests", "Requests by route and HTTP status.", ("route", "status"))
         self._counters = {
             "state": Counter("longer_user_states", "Requests by what the cache held, and states dropped.", ("event",)),
-            "online": Counter("longer_online_events", "Events received, known already, dropped, expired.", ("event",)),
+            "online": Counter(
+                "longer_online_events", "Events received, known already, dropped, expired, restored.", ("event",)
+            ),
             "kept": Counter(
                 "longer_kept_states",
-                "States dumped, restored and encoded beforehand; dumps left alone as of another model, or torn.",
+                "States dumped, restored and encoded beforehand; users whose events were dumped; dumps left alone as of "
+                "another model, or torn.",
                 ("event",),
             ),
             "lost": Counter(

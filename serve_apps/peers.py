@@ -12,7 +12,8 @@ from ray.serve.handle import DeploymentHandle
 
 from longer.errors import one_line
 
-_WITHIN_S, _OWNER_WITHIN_S = 5.0, 1.0
+OWNER_WITHIN_S = 1.0
+_WITHIN_S = 5.0
 _logger = logging.getLogger("ray.serve")
 
 
@@ -30,12 +31,15 @@ class Peers:
         except (RayServeException, TimeoutError) as error:
             return [error]
 
-    async def ask_owner(self, session: str, method: Callable[..., Any], *args: Any) -> Any:
+    async def ask_owner(
+        self, session: str, method: Callable[..., Any], *args: Any, within_s: float = OWNER_WITHIN_S
+    ) -> Any:
         """What the method returns on the replica whose session it is; None if that one is full, gone or silent."""
         call = self._deployment().options(method_name=method.__name__, session_id=session).remote(*args)
         try:
-            return await asyncio.wait_for(call, _OWNER_WITHIN_S)
+            return await asyncio.wait_for(call, within_s)
         except (RayServeException, RayError, TimeoutError) as error:
+            call.cancel()  # nobody waits for it any more
             _logger.warning("the replica whose user it is did not answer: %s", one_line(error))
             return None
 

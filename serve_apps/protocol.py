@@ -82,6 +82,7 @@ class AboutRequest(_Body):
 
     user_id: Id
     request_ts: Time | None = None
+    request_features: dict[str, Value] = Field(default_factory=dict)
     events: list[Event] = Field(default_factory=list)
     top_k: TopK | None = None
 
@@ -159,6 +160,7 @@ _EXPECTED = {
     "user_id": "expected an integer or a string",
     "candidates": "expected a list of item ids, or of objects with an id and features",
     "request_ts": "expected ISO 8601 with a time zone, or milliseconds since 1970",
+    "request_features": "expected an object with a value a feature",
     "events": "expected a list of objects with item_id, event_ts, and perhaps action and features",
     "requests": "expected a list of objects as for /v1/score",
     "top_k": "expected a positive integer",
@@ -242,7 +244,8 @@ def _asked(parsed: ScoreBody, limits: Limits) -> Asked:
         ids = [c.id if isinstance(c, Candidate) else c for c in parsed.candidates]
         features = _columns("candidates", [c.features if isinstance(c, Candidate) else {} for c in parsed.candidates])
     events = event_columns(parsed.events, limits)
-    return Asked(ScoreRequest(parsed.user_id, ids, features, parsed.request_ts, events), parsed.top_k)
+    request = ScoreRequest(parsed.user_id, ids, features, parsed.request_ts, events, parsed.request_features)
+    return Asked(request, parsed.top_k)
 
 
 def _columns(field: str, given: list[dict[str, Any]]) -> dict[str, list[Any]]:

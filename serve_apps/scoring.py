@@ -18,14 +18,15 @@ because that one is full or has just started, is answered from the table all the
 an answer is worth waiting for. The scorer is the ingress (a second hop would double the latency), and torch runs in one thread
 beside the event loop.
 
-Events sent online are known to one replica, the user's where it answers and else the one that they came to, until it stops (they
-go into no dump) or drops them for their number or age; a score request that must not miss any brings them along. The same event
-counts once however often it is sent, and wherever the table has it too (`longer/serving/online.py`). A call of several users has
-no session: any replica answers for all of them, and those who are not its own are counted as astray.
+Events sent online are known to one replica, the user's where it answers and else the one that they came to, until it drops them for
+their number or age, or is killed; where it stops, with `state_dump`, they are known to whose user she is then, some seconds later.
+A score request that must not miss any brings them along. The same event counts once however often it is sent, and wherever the
+table has it too (`longer/serving/online.py`). A call of several users
+needs no session: any replica takes it, has each part scored by the replica whose users they are, and puts the answers together.
 
 States need not go with their replica: with `state_dump` a replica that stops (for a new version, for fewer of them, with its node;
-not one that is killed) dumps them, and those that run take in what is theirs by the ring; with `warm_users` a replica encodes
-the table's most active users. Both happen in the background after it is ready (`keeping.py`).
+not one that is killed) dumps them with the events sent to it, and those that run take in what is theirs by the ring; with
+`warm_users` a replica encodes the table's most active users. Both happen in the background after it is ready (`keeping.py`).
 
 DELETE is answered with 200 when every replica has dropped the user's state and events, of those that run as far as the answering
 replica has been told; one that has started within the last moments may not be among them. Requests that are being answered
@@ -78,7 +79,7 @@ def build_app(args: ScoringArgs) -> serve.Application:
     return ScoringReplica.options(
         name="scoring",
         ray_actor_options=replica_options(args),
-        max_ongoing_requests=4 * args.max_batch_requests,
+        max_ongoing_requests=args.max_ongoing_requests,
         max_queued_requests=args.max_queued_requests,
         backpressure_config=BackpressureConfig(retry_after_s=RETRY_AFTER_S),
         autoscaling_config=AutoscalingConfig(

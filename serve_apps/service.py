@@ -3,10 +3,7 @@ what has to be read of the sequence table for it is read in others."""
 
 import asyncio
 import gc
-import os
-import resource
 import sys
-import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -19,21 +16,23 @@ from ray.serve.schema import ReplicaRank
 
 from longer.errors import UserError
 from longer.serving.reads import TableReads
-from longer.serving.scorer import EventsRequest, EventsResult, Scorer, ScoreResult, Scoring
+from longer.serving.scorer import EventsRequest, EventsResult, Scorer, ScoreRequest, ScoreResult, Scoring
 from serve_apps.access import Gate
 from serve_apps.access_log import AccessLog, Call
-from serve_apps.account import Recent, service_status
+from serve_apps.account import service_status
 from serve_apps.affinity import Affinity, session_of
 from serve_apps.arguments import ScoringArgs
 from serve_apps.batcher import MicroBatcher
 from serve_apps.desk import Desk
 from serve_apps.holdings import Ledger
 from serve_apps.keeping import StateKeeper
-from serve_apps.metrics import Replica, ReplicaMetrics
+from serve_apps.metrics import ReplicaMetrics
 from serve_apps.newer_tables import NewerTables
+from serve_apps.parts import Parts
 from serve_apps.peers import Peers
 from serve_apps.protocol import Asked, BodyError
 from serve_apps.rollout import Rollouts
+from serve_apps.teller import Teller
 from serve_apps.upkeep import Upkeep
 
 RETRY_AFTER_S = 1
@@ -41,8 +40,6 @@ _SWITCH_S = 0.0005
 """How long the scorer's thread may hold Python while the event loop waits: by default 5 ms at each of a call's several turns."""
 _OLDEST_AFTER = 100
 """Second generations, ten times as many as usual, after which the collector looks at all: that takes tenths of a second."""
-_LOOK_WITHIN_S, _GLANCE_WITHIN_S = 2.0, 0.1
-"""How long who asks for the replica's account, or Serve's autoscaling, waits for a scorer that is busy."""
 
 Outcome = ScoreResult | UserError
 
@@ -59,15 +56,15 @@ class ScoringService:
         )
         self._scorer = self._worker.submit(self._load).result()
         self._replica = serve.get_replica_context().replica_id.unique_id
-        self._affinity, self._peers, self._recent = Affinity(self._replica), Peers(), Recent()
+        self._affinity, self._peers, metrics = Affinity(self._replica), Peers(), ReplicaMetrics()
         self._keeper = StateKeeper(args, self._scorer, self._replica, self._in_worker)
-        self._ledger, self._metrics = Ledger(self._scorer, self._in_worker), ReplicaMetrics()
-        self._access_log = AccessLog(get_serve_logs_dir(), self._replica) if args.access_log else None
-        self._desk = Desk(self._gate, self._metrics, self._access_log)
+        access_log = AccessLog(get_serve_logs_dir(), self._replica) if args.access_log else None
+        self._desk = Desk(self._gate, metrics, access_log)
         size = args.max_batch_requests
+        self._parts = Parts(self._affinity, self._peers, most_waiting=args.max_ongoing_requests // 2)
         self._reads = TableReads(self._scorer.history, 2 * size)
         self._scores = MicroBatcher(
-            self._worker, self._score, size, self._metrics.record_batch, key=lambda one: one.request.user_id
+            self._worker, self._score, size, metrics.record_batch, key=lambda one: one.request.user_id
         )
         self._events = MicroBatcher(self._worker, self._scorer.add_events, size, lambda _: None)
         self._rollouts = Rollouts(
@@ -77,6 +74,18 @@ class ScoringService:
             self._warm_ups,
             ask_peers=partial(self._of_peers, self.served_checkpoint),
         )
+        self._teller = Teller(
+            args,
+            self._replica,
+            self._scorer,
+            Ledger(self._scorer, self._in_worker),
+            metrics,
+            access_log,
+            self._affinity,
+            self._keeper,
+            self._rollouts,
+            num_queued=lambda: len(self._scores),
+        )
         self._upkeep = Upkeep(
             NewerTables(self._scorer, self._in_worker),
             self._affinity,
@@ -85,8 +94,7 @@ class ScoringService:
             ask_names=partial(self._of_peers, self.replica_id),
             refresh_s=args.refresh_s,
         )
-        self._evicted, self._gpu_memory_share = (time.monotonic(), 0), 0.0
-        self._tell()
+        self._teller.tell()
         gc.set_threshold(*gc.get_threshold()[:2], _OLDEST_AFTER)
         gc.freeze()
 
@@ -121,26 +129,29 @@ class ScoringService:
     async def score_one(self, asked: Asked, session: str | None, call: Call) -> tuple[ScoreResult, str]:
         """The scores that the call asks for, and the version of the model that they are of."""
         call.ends("parse")
+        call.num_users, call.num_candidates = 1, len(asked.request.item_ids)
         self._affinity.count(asked.request.user_id, bool(session))
-        [(outcome, version)] = await self._scored([asked], call)
+        [(outcome, call.model_version)] = await self._scored([asked.request], call)
         if isinstance(outcome, UserError):
             raise outcome
         call.source = outcome.source
-        self._recent.add(call.latency_ms, outcome.source)
-        return outcome, version
+        self._teller.recent.add(call.latency_ms, outcome.source)
+        return outcome, call.model_version
 
     async def score_several(self, several: Sequence[Asked], call: Call) -> list[tuple[Outcome, str]]:
-        """One outcome a request, in order, with the version of the model. A call of several users has no session."""
+        """One outcome a request, in order, with the version of the model. Each is of the replica whose user it is, where that one
+        answers while there is as much time again to score its part here."""
         call.ends("parse")
-        for asked in several:
-            self._affinity.count(asked.request.user_id, has_session=True)
-        return await self._scored(several, call)
-
-    async def _scored(self, several: Sequence[Asked], call: Call) -> list[tuple[Outcome, str]]:
         call.num_users, call.num_candidates = len(several), sum(len(asked.request.item_ids) for asked in several)
-        answers = await self._scores.ask(*(Scoring(asked.request) for asked in several))
+        requests, scored = [asked.request for asked in several], partial(self._scored, call=call)
+        outcomes = await self._parts.score(requests, scored, self.score_here, call.timeout_s / 2)
+        call.ends("owners")
+        call.model_version = outcomes[-1][1]
+        return outcomes
+
+    async def _scored(self, requests: Sequence[ScoreRequest], call: Call) -> list[tuple[Outcome, str]]:
+        answers = await self._scores.ask(*map(Scoring, requests))
         call.was_in(answers[-1][1])
-        call.model_version = answers[-1][0][1]
         return [outcome for outcome, _ in answers]
 
     async def take_in(self, request: EventsRequest, session: str | None, call: Call) -> tuple[EventsResult, str]:
@@ -166,18 +177,7 @@ class ScoringService:
 
     def about_model(self) -> dict[str, Any]:
         """The model that answers, and what it reads."""
-        info = self._scorer.info
-        return {
-            "model_version": info.model_version,
-            "refused_rollout": self._rollouts.is_refused,
-            "schema_hash": info.schema.hash(),
-            "encoding": info.model.encoding,
-            "tasks": [task.model_dump(include={"name", "kind"}) for task in info.tasks],
-            "item_features": list(info.schema.features_of("item")),
-            "event_fields": [field.name for field in info.schema.event_fields()],
-            "history_events": info.model.history_events,
-            "sequences_version": self._scorer.history.version_id,
-        }
+        return self._teller.about_model()
 
     async def status(self) -> dict[str, Any]:
         """What all replicas hold and have done lately."""
@@ -208,6 +208,10 @@ class ScoringService:
     async def served_checkpoint(self) -> str:
         return self._rollouts.checkpoint
 
+    async def score_here(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, str]]:
+        """Scores without looking whose users they are: what is sent on is not sent on again."""
+        return [outcome for outcome, _ in await self._scores.ask(*map(Scoring, requests))]
+
     async def take_in_here(self, request: EventsRequest) -> tuple[EventsResult | UserError, str]:
         """Takes in events without looking whose they are: what is sent on is not sent on again."""
         [(outcome, _)] = await self._events.ask(request)
@@ -219,32 +223,7 @@ class ScoringService:
 
     async def account(self) -> dict[str, Any]:
         """What this replica holds, and what it has done since it started and lately."""
-        held = await self._ledger.look(_LOOK_WITHIN_S)
-        states = {
-            "states": held.num_states,
-            "bytes": held.tier_bytes["device"],
-            "budget_bytes": held.tier_budget_bytes["device"],
-        }
-        events = {
-            "users": held.num_online_users,
-            "bytes": held.memory_bytes["host"]["events"],
-            "budget_bytes": self._args.events_bytes,
-        }
-        return {
-            "replica": self._replica,
-            "process_id": os.getpid(),
-            "model_version": self._scorer.info.model_version,
-            "sequences_version": self._scorer.history.version_id,
-            "refused_rollout": self._rollouts.is_refused,
-            "cache": {**held.cache_counters, **states},
-            "kept_states": self._keeper.counters,
-            "online_events": {**held.online_counters, **events},
-            "lost_affinity": dict(self._affinity.lost),
-            "queued_requests": len(self._scores),
-            "recent": self._recent.account(),
-            "memory_bytes": held.memory_bytes,
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        }
+        return await self._teller.account()
 
     # -- called by Serve ----------------------------------------------------------------------------------------------
 
@@ -255,7 +234,7 @@ class ScoringService:
         A checkpoint that cannot serve is refused: the model that serves goes on, and /v1/model says so.
         """
         await self._rollouts.ask(user_config)
-        self._tell()
+        self._teller.tell()
 
     async def check_health(self) -> None:
         """Fails where the device no longer computes, or the worker hangs; then this replica is replaced.
@@ -264,52 +243,15 @@ class ScoringService:
         """
         self._upkeep.begin()
         await self._in_worker(self._touch_device)
-        self._tell()
+        self._teller.tell()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What `longer/autoscaling.py` goes by, twice a second: a `ReplicaLoad` since the last call.
-
-        Of the event loop as all that tells: Serve runs what is not async in threads.
-        """
-        held, now_s = await self._ledger.look(_GLANCE_WITHIN_S), time.monotonic()
-        num_evicted = held.cache_counters["evict"]
-        (since_s, before), self._evicted = self._evicted, (now_s, num_evicted)
-        self._gpu_memory_share = self._gpu_memory()
-        self._tell()
-        return {
-            "num_states": held.num_states,
-            "cache_share": held.device_share,
-            "evictions_per_s": (num_evicted - before) / max(now_s - since_s, 1e-3),
-            "gpu_memory_share": self._gpu_memory_share,
-        }
-
-    def _gpu_memory(self) -> float:
-        """Share in use, by whomever, but for what torch keeps here for its next tensors."""
-        if not self._args.num_gpus:
-            return 0.0
-        free_bytes, total_bytes = torch.cuda.mem_get_info()
-        idle_bytes = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return 1 - (free_bytes + idle_bytes) / total_bytes
+        """What `longer/autoscaling.py` goes by, twice a second. Async, as Serve runs in threads what is not."""
+        return await self._teller.load()
 
     def _touch_device(self) -> None:
         """An error where the device no longer computes: a CUDA context does not recover from some."""
         torch.zeros(1, device=self._scorer.cache.pool.device).item()
-
-    def _tell(self) -> None:
-        """Brings metrics and the access log up to date."""
-        self._metrics.export(
-            Replica(
-                self._ledger.last,
-                self._scorer.info.model_version,
-                self._rollouts.is_refused,
-                self._keeper.counters,
-                self._affinity.lost,
-                len(self._scores),
-                self._gpu_memory_share,
-            )
-        )
-        if self._access_log:
-            self._access_log.flush()
 
     async def _of_peers(self, method: Callable[[], Awaitable[str]]) -> list[str]:
         return [one for one in await self._peers.ask(method) if isinstance(one, str)]

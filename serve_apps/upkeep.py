@@ -1,4 +1,5 @@
-"""What a replica looks for now and then, beside its calls: who the others are, newer tables, and a checkpoint that was refused."""
+"""What a replica looks for now and then, beside its calls: who the others are, what those who have stopped left, newer tables, and
+a checkpoint that was refused."""
 
 import asyncio
 import time
@@ -12,8 +13,8 @@ from serve_apps.rollout import Rollouts
 
 
 class Upkeep:
-    """Looks at the ring each time that it is told to, and for the rest every `refresh_s` seconds. Nothing is begun again before it
-    has ended, and nobody waits for it."""
+    """Looks for replicas that have come or gone each time that it is told to, and for the rest every `refresh_s` seconds. Nothing
+    is begun again before it has ended, and nobody waits for it."""
 
     def __init__(
         self,
@@ -34,7 +35,7 @@ class Upkeep:
         works = [self._look_at_ring]
         if time.monotonic() - self._refreshed_s >= self._refresh_s:
             self._refreshed_s = time.monotonic()
-            works += [self._bring_states, self._refresh_tables, self._rollouts.retry]
+            works += [self._refresh_tables, self._rollouts.retry]
         for work in works:
             self._begin(work)
 
@@ -43,13 +44,9 @@ class Upkeep:
             self._under_way[work.__name__] = asyncio.ensure_future(work())
 
     async def _look_at_ring(self) -> None:
-        before, names = self._affinity.ring, await self._ask_names()
+        names = await self._ask_names()
         if names:  # else the ring stays what it was
             self._affinity.see(names)
-        if self._affinity.ring and (before is None or before.replica_ids != self._affinity.ring.replica_ids):
-            await self._bring_states()
-
-    async def _bring_states(self) -> None:
         if self._affinity.ring:
             await self._keeper.bring(self._affinity.ring)
 

@@ -58,10 +58,10 @@ def autocast() -> torch.autocast:
 class Size:
     """Three batches of one size, and a step of each arm on them."""
 
-    def __init__(self, event_width: int, longest: int, is_zipf: bool) -> None:
+    def __init__(self, event_width: int, longest: int, is_zipf: bool, num_users: int | None = None) -> None:
         rng, self.longest, self.is_zipf = np.random.default_rng(1), longest, is_zipf
         self.settings = model_settings(event_width, longest, small=not ON_CUDA)
-        self.num_users = (512 if longest <= 2_000 else 128) if ON_CUDA else 8
+        self.num_users = num_users or ((512 if longest <= 2_000 else 128) if ON_CUDA else 8)
         self.num_impressions = self.num_users * NUM_CANDIDATES
         self.lengths = [
             zipf_lengths(rng, self.num_users, longest) if is_zipf else np.full(self.num_users, longest)

@@ -29,6 +29,8 @@ UNDO = (
     "merge not concatenation",
     "loud numbers",
     "quiet items",
+    "values without the mark",
+    "first layer turns",
     "all pairs turn",
     "none of it",
 )

@@ -20,6 +20,7 @@ from benchmarks.quality_study.control import NoHistory
 from benchmarks.quality_study.data import Log
 from longer.arrays import Candidates, Int64
 from longer.data.batches import Packs, plan_packs
+from longer.model.attention import Rotation
 from longer.model.encoders.factory import make_model, upstream_settings
 from longer.model.encoders.ranker import EncoderRanker
 from longer.model.inputs import to_tensors
@@ -126,6 +127,8 @@ def undo(model: Ranker, what: str) -> None:
     assert isinstance(model, Longer)
     own, block = model.embedding, model.layers[0]
     every = what == UNDO[-1]
+    if every or what == "values without the mark":
+        block.key_value.weight[len(own.request_D) :] -= own.request_D / own.request_D.square().sum()
     if every or what == "first layer not a search":
         block.query.reset_parameters()
         block.key_value.reset_parameters()
@@ -137,6 +140,8 @@ def undo(model: Ranker, what: str) -> None:
     if every or what == "quiet items":
         for table in (own.item, *own.item_categories.children()):
             torch.nn.init.normal_(table.embedding.weight, std=0.05)
+    if every or what == "first layer turns":
+        block.rotation.num_turned = Rotation(block.rotation.head_width).num_turned
     if every or what == "all pairs turn":
         for layer in model.layers:
             layer.rotation.num_turned = layer.rotation.head_width // 2

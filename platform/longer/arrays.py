@@ -120,8 +120,8 @@ class Histories:
 
 @dataclass(frozen=True)
 class Candidates:
-    """C candidates of R requests, by offsets. `features` holds keys of "item_id" and of the item's categorical features, and
-    float32 values of its numeric ones; each is [C]."""
+    """C candidates of R requests, by offsets. `features` holds keys of "item_id" and of the categorical features of items and
+    requests, and float32 values of their numeric ones; each is [C]: what is known of a request each of its candidates has."""
 
     offsets_R1: Int64
     features: dict[str, npt.NDArray]

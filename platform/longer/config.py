@@ -17,8 +17,18 @@ from longer.model_settings import ModelSettings
 from longer.schema import EventSchema
 from longer.section import Section
 from longer.settings_file import read_yaml
-from longer.table_settings import GenerateSettings, ImportSettings, RequestSettings, SequenceSettings, VerifySettings
+from longer.table_settings import (
+    GenerateSettings,
+    ImportSettings,
+    ImpressionSettings,
+    RequestSettings,
+    SequenceSettings,
+    VerifySettings,
+)
 from longer.training_settings import EvaluateSettings, TrainSettings
+
+_ALL = 1 << 40
+"""More events than a user has."""
 
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Name of an environment variable that `ray job submit` sets for a job."""
@@ -96,6 +106,7 @@ class Settings(BaseSettings):
     )
     event_schema: EventSchema = Field(EventSchema(), description="Columns of the event log and which are features.")
     import_events: ImportSettings = Field(ImportSettings(), description="jobs.import_events")
+    import_impressions: ImpressionSettings = Field(ImpressionSettings(), description="jobs.import_impressions")
     generate: GenerateSettings = Field(GenerateSettings(), description="jobs.generate_events")
     sequences: SequenceSettings = Field(SequenceSettings(), description="jobs.build_sequences")
     requests: RequestSettings = Field(RequestSettings(), description="jobs.build_requests")
@@ -124,6 +135,9 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         self.import_events.check_columns(self.event_schema.events_arrow().names)
+        if self.import_impressions.source:
+            shown = self.event_schema.of_impressions(self.import_impressions.group_id)
+            self.import_impressions.as_import().check_columns(shown.events_arrow().names, "import_impressions")
         names = [task.name for task in self.train.tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"train.tasks={names} names a task twice: name each once")
@@ -158,6 +172,22 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings,)
+
+    def of_impressions(self, num_buckets: int) -> "Settings":
+        """Settings with which the jobs that import events and build sequences do the same with impressions, under an own root.
+
+        All of a user's impressions are kept, in as many buckets as the histories.
+        """
+        asked = self.import_impressions
+        kept = {"num_buckets": num_buckets, "keep_events": _ALL}
+        return self.model_copy(
+            update={
+                "root": self.path("impressions"),
+                "event_schema": self.event_schema.of_impressions(asked.group_id),
+                "import_events": asked.as_import(),
+                "sequences": self.sequences.model_copy(update=kept),
+            }
+        )
 
     def path(self, *parts: str) -> str:
         """A path under `root`, local or s3://."""

@@ -25,6 +25,8 @@ _PAUSES_S = {
 }
 """Before a call is repeated: a service that is full, or not there, needs longer than one of whose replicas one has just died."""
 
+_NOTHING: Mapping[str, Any] = {}
+
 
 class GrpcScoringClient:
     """Every call is safe to repeat, so one that finds no connection, a full service or a replica that dies with it is, after a
@@ -62,9 +64,10 @@ class GrpcScoringClient:
         request_ts: int | None = None,
         events: Sequence[Mapping[str, Any]] = (),
         top_k: int | None = None,
+        request_features: Mapping[str, Any] = _NOTHING,
     ) -> dict[str, Any]:
         """What the HTTP client answers; candidates are ids, or objects with `id` and `features`, times milliseconds since 1970."""
-        request = _score_request(user_id, candidates, request_ts, events, top_k)
+        request = _score_request(user_id, candidates, request_ts, events, top_k, request_features)
         return _score_answer(self._call(self._stub.Score, request, user_id))
 
     def score_batch(self, asked: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -115,6 +118,7 @@ def _score_request(
     request_ts: int | None = None,
     events: Sequence[Mapping[str, Any]] = (),
     top_k: int | None = None,
+    request_features: Mapping[str, Any] = _NOTHING,
 ) -> pb.ScoreRequest:
     objects = [c if isinstance(c, Mapping) else {"id": c} for c in candidates]
     given = [one.get("features", {}) for one in objects]
@@ -126,6 +130,7 @@ def _score_request(
         request_ts=request_ts,
         events=list(map(_event, events)),
         top_k=top_k,
+        request_features={name: _value(value) for name, value in request_features.items()},
     )
 
 

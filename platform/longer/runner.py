@@ -77,6 +77,8 @@ def start_ray(settings: RaySettings) -> None:
     if ray.is_initialized():
         return
     if settings.cluster is None:
+        # All workers share the cores: threads that spin while they wait would keep others from theirs.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         os.environ["PYTHONPATH"] = _worker_path()  # inherited; a runtime_env would waste the workers that Ray prestarts
         ray.init(
             address="local",  # without it, Ray would connect to one that `ray start` has started here

@@ -3,6 +3,8 @@
 events     one row an event, as users bring it          -> `EventSchema.events_arrow()`
 sequences  one row a user, one list column a field      -> `EventSchema.sequences_arrow()`
 requests   one row a request, one list column a field   -> `EventSchema.requests_arrow()`
+
+A log of impressions has the columns of an event log with other features -> `EventSchema.of_impressions()`.
 """
 
 import hashlib
@@ -20,7 +22,7 @@ _RESERVED = {
 
 
 class Feature(BaseModel):
-    """A side feature: a column of the event log that the model reads."""
+    """A side feature: a column of the event log, or of the log of impressions, that the model reads."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -28,8 +30,9 @@ class Feature(BaseModel):
     kind: Literal["categorical", "numeric"] = Field(
         description="Categorical values are hashed; numeric ones are floats."
     )
-    of: Literal["item", "event"] = Field(
-        description="'item' features belong to the item and are known for candidates too; 'event' features only happen."
+    of: Literal["item", "event", "request"] = Field(
+        description="'item' features belong to the item and are known for candidates too; 'event' features only happen; 'request' "
+        "features (device, page) are known when a request is scored: they are columns of a log of impressions, not of events."
     )
 
     @property
@@ -64,12 +67,29 @@ class EventSchema(BaseModel):
         return self
 
     def features_of(self, of: str, kind: str | None = None) -> tuple[str, ...]:
-        """Names of the features of an 'item' or of an 'event' (its item's are not repeated), of one kind or both."""
+        """Names of the features of an 'item', an 'event' (its item's are not repeated) or a 'request', of one kind or both."""
         return tuple(f.name for f in self.features if f.of == of and kind in (None, f.kind))
 
-    def of_kind(self, kind: str) -> tuple[str, ...]:
-        """Names of all features of one kind: item features first is not promised, the settings' order is kept."""
-        return tuple(f.name for f in self.features if f.kind == kind)
+    def of_history(self, kind: str) -> tuple[str, ...]:
+        """Names of the features of one kind that a history's events have, their items' included; the settings' order is kept."""
+        return tuple(f.name for f in self.features if f.of != "request" and f.kind == kind)
+
+    def of_candidates(self, kind: str) -> tuple[str, ...]:
+        """Names of the features of one kind that a candidate has: its item's, then its request's."""
+        return self.features_of("item", kind) + self.features_of("request", kind)
+
+    def of_impressions(self, group_id: str | None) -> "EventSchema":
+        """The schema of a log of impressions, one row an item shown: features of items and of requests, and the labels.
+
+        An impression has the time of its request as `event_ts`; `group_id` is the column of its request's id, if it has one.
+        """
+        shown = [f.model_copy(update={"of": "event"}) for f in self.features if f.of == "request"]
+        labels = [Feature(name=task, kind="numeric", of="event") for task in self.tasks]
+        features = [f for f in self.features if f.of == "item"] + shown + labels
+        no_task = ("*",)  # nothing is learned from it but through requests
+        return EventSchema(
+            user_id=self.user_id, item_id=self.item_id, group_id=group_id, features=tuple(features), tasks=no_task
+        )
 
     @property
     def id_types(self) -> tuple[pa.DataType, pa.DataType]:
@@ -84,7 +104,7 @@ class EventSchema(BaseModel):
             *group,
             pa.field("item_id", self.id_types[1]),
             pa.field("action", pa.string()),
-            *(pa.field(f.name, f.arrow_type) for f in self.features),
+            *(pa.field(f.name, f.arrow_type) for f in self.features if f.of != "request"),
         ]
 
     def events_arrow(self) -> pa.Schema:
@@ -104,7 +124,6 @@ class EventSchema(BaseModel):
 
     def requests_arrow(self) -> pa.Schema:
         """One row a request; the history is the user's events before absolute index `history_end`."""
-        item_features = [f for f in self.features if f.of == "item"]
         return pa.schema(
             [
                 pa.field("request_id", pa.int64()),
@@ -112,7 +131,8 @@ class EventSchema(BaseModel):
                 pa.field("request_ts", TIMESTAMP),
                 pa.field("history_end", pa.int64()),
                 pa.field("item_id", pa.list_(self.id_types[1])),
-                *(pa.field(f.name, pa.list_(f.arrow_type)) for f in item_features),
+                *(pa.field(f.name, f.arrow_type) for f in self.features if f.of == "request"),
+                *(pa.field(f.name, pa.list_(f.arrow_type)) for f in self.features if f.of == "item"),
                 *(pa.field(task, pa.list_(pa.float32())) for task in self.tasks),
             ]
         )

@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from longer.section import Section, WorkersPath
 
+TimeUnit = Literal["s", "ms", "us", "ns", "relative_s", "relative_ms", "relative_us", "relative_ns"]
+"""Of times that are numbers: since 1970, or since a moment that the log does not tell."""
+
 
 class ImportSettings(Section):
     """From a public or own log to the events table."""
@@ -26,7 +29,7 @@ class ImportSettings(Section):
         description="generic: the file's column for each name of event_schema that differs there; "
         "'action: null' for a log without actions.",
     )
-    time_unit: Literal["s", "ms", "us", "ns", "relative_s", "relative_ms", "relative_us", "relative_ns"] | None = Field(
+    time_unit: TimeUnit | None = Field(
         None,
         description="generic: unit of times that are numbers since 1970, or (relative_) since a moment that is not told, taken as "
         "they are; null means ms.",
@@ -50,11 +53,11 @@ class ImportSettings(Section):
             raise ValueError(f"columns.{unmapped[0]} is null: name the file's column; only 'action' can be left out")
         return self
 
-    def check_columns(self, names: Sequence[str]) -> None:
+    def check_columns(self, names: Sequence[str], section: str = "import_events") -> None:
         """Raises ValueError if the mapping names a column that the schema lacks, or one column of the file twice."""
         if unknown := sorted(set(self.columns) - set(names)):
             raise ValueError(
-                f"import_events.columns.{unknown[0]}: event_schema has no such column (it has {', '.join(names)}): "
+                f"{section}.columns.{unknown[0]}: event_schema has no such column (it has {', '.join(names)}): "
                 "rename it or add the feature"
             )
         taken: dict[str, str] = {}
@@ -62,8 +65,40 @@ class ImportSettings(Section):
             column = self.columns.get(name, name)
             if column is not None and (other := taken.setdefault(column, name)) != name:
                 raise ValueError(
-                    f"import_events.columns: the file's column {column!r} would be both {other!r} and {name!r}: map each to its own"
+                    f"{section}.columns: the file's column {column!r} would be both {other!r} and {name!r}: map each to its own"
                 )
+
+
+class ImpressionSettings(Section):
+    """From a log of impressions, one row an item shown, to labelled requests in the place of those that are made from events."""
+
+    source: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder, s3:// prefix, file or glob of the log, Parquet or CSV; null: requests are made from events.",
+    )
+    columns: dict[str, str] = Field(
+        {},
+        description="The file's column for each name that differs there: user_id, item_id, event_ts (the time of the request), "
+        "group_id's, features of items and of requests, and event_schema.tasks, the labels.",
+    )
+    group_id: str | None = Field(
+        None,
+        pattern=r"^[a-z][a-z0-9_]*$",
+        description="Column of an int64 id shared by the impressions of one request; without it, impressions of one user at one "
+        "time are one request.",
+    )
+    time_unit: TimeUnit | None = Field(None, description="As import_events.time_unit.")
+    max_quarantined_share: float = Field(0.01, ge=0, le=1, description="As import_events.max_quarantined_share.")
+    skip_unreadable_files: bool = Field(False, description="As import_events.skip_unreadable_files.")
+
+    def as_import(self) -> ImportSettings:
+        """How the log is read: impressions have no actions."""
+        return ImportSettings(
+            dataset="generic",
+            columns={**self.columns, "action": None},
+            **self.model_dump(exclude={"columns", "group_id"}),
+        )
 
 
 class GenerateSettings(Section):

@@ -57,7 +57,8 @@ class TrainSettings(Section):
     )
     recompute: bool = Field(
         False,
-        description="Compute each layer again for its gradient instead of keeping what it made: less memory, more time.",
+        description="Compute each layer, and the events and groups before it, again for their gradients instead of keeping what "
+        "they made: less memory, more time.",
     )
     validate_every_steps: int = Field(
         100, ge=1, description="Steps between validations, each with a checkpoint; an epoch ends with one, too."

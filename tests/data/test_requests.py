@@ -155,7 +155,7 @@ def test_a_request_whose_window_the_table_cut_is_found() -> None:
     windows = WindowRule(merge_size=2, history_groups=2, query_groups=2, stride_groups=2)
     assert histories.first_index_B.tolist() == [8]
     expected = [windows.history_start(end) * 2 < 8 for end in range(8, 12)]
-    assert is_cut(groups, histories.first_index_B, windows).tolist() == expected
+    assert is_cut(groups.history_end_R, histories.first_index_B[groups.user_row_R], windows).tolist() == expected
     assert True in expected
 
 

@@ -8,7 +8,7 @@ from longer.arrays import NO_EVENT_TS, Candidates, Histories, RequestBatch
 from longer.hashing import stable_keys
 from longer.model.longer import Longer
 from longer.model.pool import Precision, StateLayout, StatePool
-from longer.model.states import UserState, encode, new_slots
+from longer.model.states import UserState, encode, rows_for
 from longer.model_settings import ModelSettings
 from longer.schema import EventSchema, Feature
 from longer.slots import Slot
@@ -131,9 +131,12 @@ def pool_for(model: Longer, num_users: int, precision: Precision | None = None) 
 
 def slots_for(pool: StatePool, end_index_B: np.ndarray) -> list[Slot]:
     """Slots that hold states of users with so many events, full of what an earlier state might have left there."""
-    slots = new_slots(pool, end_index_B)
-    for slot in slots:
+    slots = []
+    for num_rows in rows_for(pool.layout, end_index_B):
+        slot = pool.slots.allocate(int(num_rows))
+        assert slot
         pool.words_NI[slot.start : slot.start + slot.size] = -1
+        slots.append(slot)
     return slots
 
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longer.model.attention import Rotation, attend_shared
+from longer.model.attention import SEARCH_SCALE, Block, Rotation, attend_shared
 
 
 @given(st.integers(0, 2**31), st.lists(st.integers(0, 4), min_size=1, max_size=3), st.integers(0, 5))
@@ -47,3 +47,25 @@ def test_rotation_depends_on_differences_only_even_after_a_billion_groups() -> N
     torch.testing.assert_close(near, far, rtol=1e-6, atol=1e-6)
     other = (rotation(query, torch.tensor(13)) * rotation(key, torch.tensor(5))).sum()
     assert not torch.allclose(near, other)
+
+
+def test_search_finds_an_equal_token_at_any_distance() -> None:
+    """Where pairs of channels turned in it, an item bought a year ago scored like any other."""
+    torch.manual_seed(0)
+    block = Block(64, 4, 2, 0.0)
+    block.make_search(torch.randn(64))
+    token = torch.randn(64)
+    query = block.queries(token, torch.tensor(10_000))
+    keys, _ = block.keys_values(token.expand(2, -1), torch.tensor([3, 9_999]))
+    far, near = torch.einsum("hz,khz->kh", query, keys) / 16**0.5
+    torch.testing.assert_close(far, near)
+    assert 0.9 * SEARCH_SCALE < far.mean() <= SEARCH_SCALE
+
+
+def test_values_of_a_search_begin_to_tell_marked_tokens_alike_in_all_heads() -> None:
+    """Where each head told of what it had found in directions of its own, a linear layer hardly read it off."""
+    torch.manual_seed(0)
+    block, mark_D = Block(64, 4, 2, 0.0), torch.randn(64)
+    at_random = block.key_value.weight[64:].detach().clone()
+    block.make_search(mark_D)
+    torch.testing.assert_close((block.key_value.weight[64:] - at_random) @ mark_D, torch.ones(64))

@@ -133,21 +133,30 @@ class Answers:
 
 @contextmanager
 def load(
-    url: str, users: Sequence[int] = range(1, NUM_USERS + 1), timeout_s: float = 20, max_retries: int = 2
+    url: str,
+    users: Sequence[int] = range(1, NUM_USERS + 1),
+    timeout_s: float = 20,
+    max_retries: int = 2,
+    together: bool = False,
 ) -> Iterator[Answers]:
-    """Clients that ask for these users over and over while the block runs; the answers are whole when it has ended."""
+    """Clients that ask for these users over and over while the block runs, one after the other or all `together`; the answers are
+    whole when it has ended."""
     ended, answers = Event(), Answers()
 
     def ask_on(number: int) -> None:
         client, asked = ScoringClient(url, timeout_s=timeout_s, max_retries=max_retries), number
         while not ended.is_set():
-            user = users[asked % len(users)]
+            some = users if together else [users[asked % len(users)]]
             asked += 1
             began_s = time.perf_counter()
             try:
-                answer = client.score(user, CANDIDATES, request_ts=END_MS)
+                if together:
+                    bodies = [{"user_id": user, "candidates": CANDIDATES, "request_ts": END_MS} for user in some]
+                    told = client.score_batch(bodies)
+                else:
+                    told = [client.score(user, CANDIDATES, request_ts=END_MS) for user in some]
                 answers.latencies_ms.append((time.perf_counter() - began_s) * 1000)
-                answers.answered.append((user, answer))
+                answers.answered += zip(some, told, strict=True)
             except UserError as refusal:
                 answers.refused[str(refusal)] += 1
                 time.sleep(_REFUSED_PAUSE_S)

@@ -161,6 +161,7 @@ def test_the_model_is_told_as_over_http_and_several_requests_have_their_bounds(
     told = json_format.MessageToDict(stub.Model(pb.ModelRequest(), metadata=METADATA), preserving_proto_field_name=True)
     expected = httpx.get(f"{url}/v1/model", headers={"authorization": f"Bearer {TOKEN}"}, timeout=30).json()
     assert not expected.pop("refused_rollout")  # nor is it in `told`, as false
+    assert not expected.pop("request_features")
     assert told == {**expected, "history_events": str(expected["history_events"])}
     for requests, code in (
         ([], "INVALID_ARGUMENT"),

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from longer.serving.scorer import ScoreRequest
+from longer.config import Settings
+from longer.serving.scorer import EventsRequest, Scorer, ScoreRequest
 from serve_apps import keeping
-from serve_apps.affinity import Ring
+from serve_apps.affinity import Ring, session_of
 from serve_apps.arguments import ScoringArgs
 from serve_apps.keeping import StateKeeper
 from tests.serving.tables import START_MS, build_world, checkpoint_path
@@ -68,20 +69,47 @@ def test_what_is_remembered_of_forgotten_users_is_bounded_and_past_it_nobody_is_
         assert (len(scorer.cache), keeper.num_warmed) == (0, 0)
 
 
-def test_what_was_read_of_dumps_and_models_that_are_gone_is_not_remembered(tmp_path: Path) -> None:
-    world, folder = build_world(tmp_path / "world"), tmp_path / "dumps"
+def keeper_of(world: Settings, folder: Path, name: str) -> tuple[StateKeeper, Scorer]:
     args = ScoringArgs(
         checkpoint=checkpoint_path(world),
         sequences=world.path("tables", "sequences"),
         host_cache_bytes=1 << 20,
         state_dump=str(folder),
     )
-    before, scorer = scorer_of(world, device_states=9), scorer_of(world, device_states=9)
+    scorer = scorer_of(world, device_states=9)
+    return StateKeeper(args, scorer, name, in_worker), scorer
+
+
+def test_what_was_sent_to_a_replica_that_stopped_is_known_to_the_one_whose_users_they_are(tmp_path: Path) -> None:
+    """But for a user who was forgotten there by a call that left no mark yet."""
+    world, folder, users = build_world(tmp_path / "world"), tmp_path / "dumps", range(1, 10)
+    before, sender = keeper_of(world, folder, "before")
+    (keeper, scorer), (other, others) = keeper_of(world, folder, "me"), keeper_of(world, folder, "other")
+    sender.add_events([EventsRequest(user, {"item_id": ["item2"], "event_ts": [START_MS]}) for user in users])
+    ring = Ring(["me", "other"])
+    own = {user for user in users if ring.owner(session_of(user)) == "me"}
+
+    async def run() -> None:
+        await before.leave()
+        await keeper.bring(ring)
+        assert {user for user in users if scorer.online.revision(scorer.user_key(user))} == own
+        other.forget(7)
+        other.forget(8)
+        await other.bring(Ring(["other"]))
+
+    asyncio.run(run())
+    assert 0 < len(own) < 9
+    assert before.counters["dumped_event_users"] == 9
+    assert others.online.counters.restored == 7
+
+
+def test_what_was_read_of_dumps_and_models_that_are_gone_is_not_remembered(tmp_path: Path) -> None:
+    world, folder = build_world(tmp_path / "world"), tmp_path / "dumps"
+    (leaving, before), (keeper, _) = keeper_of(world, folder, "before"), keeper_of(world, folder, "me")
     before.score([ScoreRequest(user, ["item1"], request_ts=START_MS + 10**10) for user in (4, 5, 6)])
 
     async def run() -> None:
-        await StateKeeper(args, before, "before", in_worker).leave()
-        keeper = StateKeeper(args, scorer, "me", in_worker)
+        await leaving.leave()
         await keeper.bring(Ring(["me"]))
         assert (len(keeper._read), keeper.counters["restored"]) == (3, 3)
         shutil.rmtree(folder / "before")

@@ -4,9 +4,13 @@ import json
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from longer.grpc_client import _score_request as score_message
 from longer.serving.scorer import ScoreRequest, ScoreResult
+from serve_apps.arrow_body import parse_arrow_body
+from serve_apps.messages import parse_score
 from serve_apps.protocol import (
     Asked,
     BodyError,
@@ -28,6 +32,24 @@ def test_ids_and_objects_mix() -> None:
     asked = parse({"user_id": 7, "candidates": [1, {"id": 2, "features": {"price": 3, "brand": "b"}}]})
     assert asked.request == ScoreRequest(7, [1, 2], {"price": [None, 3], "brand": [None, "b"]})
     assert asked.top_k is None
+
+
+def test_features_of_the_request_come_with_it_whatever_the_protocol() -> None:
+    features = {"device": "phone", "page": 2, "ratio": 0.5, "unknown": None}
+    json_body = {"user_id": 7, "candidates": [1], "request_features": features}
+    arrow = pa.table({"id": [1]}).replace_schema_metadata(
+        {"request": json.dumps({"user_id": 7, "request_features": features})}
+    )
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, arrow.schema) as writer:
+        writer.write_table(arrow)
+    message = score_message(7, [1], request_features=features)
+    for asked in (
+        parse(json_body),
+        parse_arrow_body(sink.getvalue().to_pybytes(), LIMITS),
+        parse_score(message, LIMITS),
+    ):
+        assert asked.request.request_features == features
 
 
 @pytest.mark.parametrize("when", ["2024-01-01T00:00:00Z", "2024-01-01T02:00:00+02:00", 1_704_067_200_000])

@@ -13,6 +13,7 @@ from tests.serve_apps.services import CANDIDATES, END_MS, running
 from tests.serving.tables import NUM_USERS, build_world
 
 USERS = range(1, NUM_USERS + 1)
+SENDER, EVENT = 5, {"item_id": "item2", "event_ts": END_MS - 1, "action": "buy"}
 _WITHIN_S = 60
 
 
@@ -38,14 +39,18 @@ def wait_for(url: str, is_so: Callable[[dict[str, int]], bool]) -> dict[str, int
 
 
 @pytest.mark.ray
-def test_the_first_request_after_a_restart_is_a_hit_and_a_forgotten_user_stays_forgotten(
+def test_the_first_request_after_a_restart_is_a_hit_that_knows_what_was_sent_and_a_forgotten_user_stays_forgotten(
     local_ray: None, tmp_path: Path
 ) -> None:
     """Slow: Serve starts twice."""
     world = build_world(tmp_path / "world")
     kwargs = {"host_cache_bytes": 1 << 20, "state_dump": str(tmp_path / "dumps"), "refresh_s": 1}
     with running(world, num_replicas=2, max_replicas=2, **kwargs) as url:
+        assert score(url, SENDER)["user_state"]["num_events"] == SENDER**2
+        body, session = {"user_id": SENDER, "events": [EVENT]}, {"x-session-id": str(SENDER)}
+        assert httpx.post(f"{url}/v1/events", json=body, headers=session, timeout=30).json()["new"] == 1
         before = {user: score(url, user) for user in USERS}
+        assert before[SENDER]["user_state"]["num_events"] == SENDER**2 + 1
         assert httpx.delete(f"{url}/v1/users/3", timeout=30).json()["held"] == 1
     with running(world, num_replicas=1, **kwargs) as url:
         found = wait_for(url, lambda counts: counts["restored"] >= NUM_USERS - 1)
@@ -56,6 +61,7 @@ def test_the_first_request_after_a_restart_is_a_hit_and_a_forgotten_user_stays_f
         user: "load" if user == 3 else "hit" for user in USERS
     }
     assert cache["promote"] == NUM_USERS - 1
+    assert after[SENDER]["user_state"] == {**before[SENDER]["user_state"], "source": "hit"}
     for user in USERS:
         np.testing.assert_allclose(after[user]["scores"]["label"], before[user]["scores"]["label"], rtol=0, atol=1e-6)
 

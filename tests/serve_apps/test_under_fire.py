@@ -116,24 +116,25 @@ def test_users_who_are_here_are_scored_while_the_table_cannot_be_read_and_the_ot
 def test_a_replica_that_is_killed_costs_no_wrong_answer_and_is_replaced(service: Service, world: Settings) -> None:
     service.deploy(num_replicas=2)
     service.wait_for(lambda replicas: len(replicas) == 2)
-    with load(service.url) as answers:
+    with load(service.url) as answers, load(service.url, together=True) as batches:
         before = service.wait_for(lambda replicas: sum(map(num_answered, replicas.values())) > 50)
         victim = max(before.values(), key=num_answered)  # the load is on it
         os.kill(victim["process_id"], signal.SIGKILL)
         num_before = len(answers.answered)
         after = service.wait_for(lambda replicas: len(replicas) == 2 and victim["replica"] not in replicas)
         answers.wait_for(lambda so_far: {user for user, _ in so_far.answered[num_before:]} == USERS)
-    print(len(answers.answered), answers.refused, answers.lost)
     assert len(after.keys() & before.keys()) == 1
-    answers.assert_equal(offline_scores(world, checkpoint_path(world)))
-    assert (answers.lost, answers.refused) == ({}, {})  # the client has asked again
+    for told in (answers, batches):
+        print(len(told.answered), told.refused, told.lost)
+        told.assert_equal(offline_scores(world, checkpoint_path(world)))
+        assert (told.lost, told.refused) == ({}, {})  # the client has asked again
 
 
 @pytest.mark.ray
 def test_replicas_come_and_go_without_a_request_lost(service: Service, world: Settings) -> None:
     service.deploy(num_replicas=1)
     [first] = service.wait_for(lambda replicas: len(replicas) == 1)
-    with load(service.url) as answers:
+    with load(service.url) as answers, load(service.url, together=True) as batches:
         service.deploy(num_replicas=3)
         three = service.wait_for(lambda replicas: len(replicas) == 3 and sum(map(num_answered, replicas.values())) > 50)
         assert first in three
@@ -146,9 +147,10 @@ def test_replicas_come_and_go_without_a_request_lost(service: Service, world: Se
         service.wait_for(lambda replicas: len(replicas) == 1)
         num_before = len(answers.answered)
         answers.wait_for(lambda so_far: {user for user, _ in so_far.answered[num_before:]} == USERS)
-    print(len(answers.answered), answers.refused, answers.lost)
-    assert (answers.lost, answers.refused) == ({}, {})
-    answers.assert_equal(offline_scores(world, checkpoint_path(world)))
+    for told in (answers, batches):
+        print(len(told.answered), told.refused, told.lost)
+        assert (told.lost, told.refused) == ({}, {})
+        told.assert_equal(offline_scores(world, checkpoint_path(world)))
 
 
 @pytest.mark.ray

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ import pytest
 from longer.config import Settings
 from longer.model.pool import Precision
 from longer.serving.dumps import StateDumps
+from longer.serving.online import EventLimits
 from longer.serving.pending import pending_users
-from longer.serving.scorer import Scorer, ScoreRequest, ScoreResult
+from longer.serving.scorer import EventsRequest, Scorer, ScoreRequest, ScoreResult
+from tests.serving.restarts import restore
 from tests.serving.tables import (
     DAY_MS,
     NUM_USERS,
@@ -58,23 +60,11 @@ def ask(scorer: Scorer, user: int, **more: Any) -> ScoreResult:
     return result
 
 
-def restore(
-    dumps: StateDumps, scorer: Scorer, is_wanted: Callable[[int | str], bool] = lambda _: True
-) -> list[int | str]:
-    """Ids of the users taken in."""
-    return [
-        state.user_id
-        for states in dumps.states(scorer.version, scorer.cache.layout, lambda _, user_id: is_wanted(user_id))
-        for state in states
-        if scorer.cache.restore(state.user_key, scorer.version, state.entry, state.words_NI, state.is_protected)
-    ]
-
-
 def leave(world: Settings, folder: Path, precision: Precision = "float32") -> dict[int, ScoreResult]:
     """What a replica answered all users before it left its states in the folder."""
     scorer = scorer_of(world, precision=precision)
     answers = {user: ask(scorer, user) for user in USERS}
-    assert StateDumps(str(folder), "before").write(scorer.cache, scorer.version, 60) == NUM_USERS
+    assert StateDumps(str(folder), "before").write(scorer.cache, scorer.online, scorer.version, 60) == NUM_USERS
     return answers
 
 
@@ -107,12 +97,10 @@ def test_restored_states_hit_and_score_as_they_did(world: Settings, tmp_path: Pa
 def test_restored_states_grow_as_those_that_never_left(world: Settings, dumped: Path) -> None:
     restored, other = scorer_of(world), scorer_of(world)
     restore(StateDumps(str(dumped), "after"), restored)
-    events = {"item_id": ["item2"] * 9, "event_ts": [END_MS + n for n in range(9)], "action": ["buy"] * 9}
-    events |= {"category": ["category2"] * 9, "price": [2.0] * 9, "quantity": [1.0] * 9}
     for user in USERS:
-        grown = ask(restored, user, request_ts=END_MS + 20, events=events)
+        grown = ask(restored, user, request_ts=END_MS + 20, events=sent(END_MS, 9))
         assert grown.source == "append"
-        anew = ask(other, user, request_ts=END_MS + 20, events=events)
+        anew = ask(other, user, request_ts=END_MS + 20, events=sent(END_MS, 9))
         np.testing.assert_allclose(grown.scores["label"], anew.scores["label"], rtol=0, atol=1e-6)
 
 
@@ -120,7 +108,7 @@ def test_each_replica_takes_what_is_its_own_the_hottest_where_room_is_short(worl
     scorer = scorer_of(world)
     for user in [*USERS, 4, 2]:  # both protected, and 2 used last
         ask(scorer, user)
-    StateDumps(str(tmp_path), "before").write(scorer.cache, scorer.version, 60)
+    StateDumps(str(tmp_path), "before").write(scorer.cache, scorer.online, scorer.version, 60)
     dumps = StateDumps(str(tmp_path), "after")
     assert sorted(map(int, restore(dumps, scorer_of(world), lambda user: int(user) % 2 == 1))) == [1, 3, 5, 7, 9]
     small = scorer_of(world)
@@ -128,15 +116,134 @@ def test_each_replica_takes_what_is_its_own_the_hottest_where_room_is_short(worl
     assert restore(dumps, small)[:2] == [2, 4]
 
 
-def test_a_state_with_events_that_the_table_never_got_is_made_anew(world: Settings, tmp_path: Path) -> None:
-    """They were sent to the replica that is gone: what they left must not pass for the history that is known now."""
-    scorer = scorer_of(world)
-    event = {"item_id": ["item2"], "event_ts": [END_MS], "action": ["buy"], "category": ["category2"]}
-    event |= {"price": [2.0], "quantity": [1.0]}
-    assert ask(scorer, 5, request_ts=END_MS + 5, events=event).num_events == 26
-    StateDumps(str(tmp_path), "before").write(scorer.cache, scorer.version, 60)
+def sent(first_ts: int, num_events: int, item: str = "item2") -> dict[str, list[Any]]:
+    """Columns of events to send, one a millisecond."""
+    return {
+        "item_id": [item] * num_events,
+        "event_ts": [first_ts + n for n in range(num_events)],
+        "action": ["buy"] * num_events,
+        "category": ["category2"] * num_events,
+        "price": [2.0] * num_events,
+        "quantity": [1.0] * num_events,
+    }
+
+
+def stop(scorer: Scorer, folder: Path) -> None:
+    StateDumps(str(folder), "before").write(scorer.cache, scorer.online, scorer.version, 60)
+
+
+def publish_with_online(world: Settings, scorer: Scorer) -> None:
+    """The tables catch up with what was sent to the scorer."""
+    online = scorer.online.of([scorer.user_key(user) for user in USERS])
+    events = pa.concat_tables([random_events(world.event_schema, seed=0), online])
+    publish_catalogue(world, publish_sequences(world, events))
+
+
+def test_a_restored_replica_answers_as_one_that_never_stopped_and_counts_what_was_sent_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Events were sent with a request, after it, late, for a user who was not asked about, and for one whose state has gone."""
+    world = build_world(tmp_path / "world")
+    before = scorer_of(world)
+    for user in (5, 6, 7, 9):
+        ask(before, user)
+    ask(before, 4, request_ts=END_MS + 5, events=sent(END_MS, 2))
+    posted = {5: sent(END_MS, 3), 6: sent(END_MS - 40 * DAY_MS, 1), 8: sent(END_MS, 9), 9: sent(END_MS, 1)}
+    before.add_events([EventsRequest(user, events) for user, events in posted.items()])
+    before.cache.forget(before.user_key(9))
+    stop(before, tmp_path / "dumps")
     after = scorer_of(world)
-    ask(after, 6, events={name: values * 2 for name, values in event.items()})  # a revision as high as the other's was
+    assert sorted(map(int, restore(StateDumps(str(tmp_path / "dumps"), "after"), after))) == [4, 5, 6, 7]
+    assert after.online.counters.as_dict() == {**dict.fromkeys(after.online.counters.as_dict(), 0), "restored": 16}
+    with monkeypatch.context() as patched:
+        patched.setattr(after.history, "read", lambda *_: pytest.fail("read the table"))
+        assert {ask(after, user, request_ts=END_MS + 5).source for user in (4, 5, 7)} == {"hit"}
+    told = {user: ask(before, user, request_ts=END_MS + 20) for user in USERS}
+    for user in USERS:
+        answer = ask(after, user, request_ts=END_MS + 20)
+        assert answer.num_events == told[user].num_events == user * user + {4: 2, 5: 3, 6: 1, 8: 9, 9: 1}.get(user, 0)
+        np.testing.assert_allclose(answer.scores["label"], told[user].scores["label"], rtol=0, atol=1e-6)
+    assert (after.cache.counters.stale, before.cache.counters.stale) == (1, 1)  # of the user whose event was late
+    publish_with_online(world, before)
+    newer = after.newer_tables()
+    assert newer
+    after.move_to(newer)
+    for user in USERS:
+        again = ask(after, user, request_ts=END_MS + 20)
+        assert (again.source, again.num_events) == ("hit", told[user].num_events)
+        np.testing.assert_allclose(again.scores["label"], told[user].scores["label"], rtol=0, atol=1e-6)
+
+
+def test_events_come_back_where_some_have_come_meanwhile_each_once(world: Settings, tmp_path: Path) -> None:
+    """Two replicas before had some of the same; the one that runs had a state made without any, and has had one sent again."""
+    neighbours = [StateDumps(str(tmp_path), name) for name in ("first", "second")]
+    for dumps, events in zip(neighbours, (sent(END_MS, 3), sent(END_MS + 2, 3)), strict=True):
+        scorer = scorer_of(world)
+        ask(scorer, 5, request_ts=END_MS + 9, events=events)
+        dumps.write(scorer.cache, scorer.online, scorer.version, 60)
+    scorer = scorer_of(world)
+    assert ask(scorer, 5, request_ts=END_MS + 20, events=sent(END_MS + 4, 4)).num_events == 29
+    restore(StateDumps(str(tmp_path), "after"), scorer)
+    restore(StateDumps(str(tmp_path), "after"), scorer)
+    assert (ask(scorer, 5, request_ts=END_MS + 20).num_events, scorer.online.counters.restored) == (33, 4)
+    stop(scorer, tmp_path)
+    last = scorer_of(world)
+    restore(StateDumps(str(tmp_path), "last"), last)
+    answer = ask(last, 5, request_ts=END_MS + 20)
+    assert (answer.source, answer.num_events) == ("hit", 33)
+
+
+def test_events_come_back_to_another_model_and_not_to_another_schema(tmp_path: Path) -> None:
+    world = build_world(tmp_path / "world")
+    before = scorer_of(world)
+    before.add_events([EventsRequest(5, sent(END_MS, 3))])
+    stop(before, tmp_path / "dumps")
+    publish_random_model(world, seed=1)
+    after, dumps = scorer_of(world), StateDumps(str(tmp_path / "dumps"), "after")
+    assert list(dumps.events("another schema", lambda _: True)) == []
+    assert restore(dumps, after) == []
+    assert ask(after, 5, request_ts=END_MS + 9).num_events == 28
+
+
+def test_old_events_do_not_come_back_and_others_are_as_old_as_they_were(
+    world: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, now_s, keep_s = scorer_of(world), time.time(), EventLimits().keep_s
+    monkeypatch.setattr(time, "time", lambda: now_s)
+    for n in range(3):
+        before.add_events([EventsRequest(5, sent(END_MS + n, 1))])
+        now_s += 100
+    stop(before, tmp_path)
+    after = scorer_of(world)
+    now_s += keep_s - 250
+    restore(StateDumps(str(tmp_path), "after"), after)
+    assert ask(after, 5, request_ts=END_MS + 9).num_events == 27
+    now_s += 100
+    assert (ask(after, 5, request_ts=END_MS + 9).num_events, after.online.counters.expired) == (26, 1)
+
+
+def test_events_of_before_take_only_free_room_those_who_sent_last_first(world: Settings, tmp_path: Path) -> None:
+    before, after = scorer_of(world), scorer_of(world)
+    before.add_events([EventsRequest(user, sent(END_MS, 1)) for user in (1, 2, 3)])
+    for user in (3, 1):
+        before.add_events([EventsRequest(user, sent(END_MS + 1, 1))])
+    stop(before, tmp_path)
+    after.add_events([EventsRequest(9, sent(END_MS, 1))])
+    after.online._limits = EventLimits(max_bytes=3 * after.online.num_bytes + 200)
+    restore(StateDumps(str(tmp_path), "after"), after)
+    held = [user for user in USERS if after.online.revision(after.user_key(user))]
+    assert held == [1, 3, 9]
+    assert ask(after, 1, request_ts=END_MS + 9).num_events == 3
+
+
+def test_a_state_whose_events_did_not_come_back_is_made_anew(world: Settings, tmp_path: Path) -> None:
+    """What they left must not pass for the history that is known now."""
+    scorer = scorer_of(world)
+    assert ask(scorer, 5, request_ts=END_MS + 5, events=sent(END_MS, 1)).num_events == 26
+    stop(scorer, tmp_path)
+    after = scorer_of(world)
+    ask(after, 6, events=sent(END_MS, 2))  # a revision as high as the other's was
+    after.online._limits = EventLimits(keep_s=0)
     assert restore(StateDumps(str(tmp_path), "after"), after) == [5]
     answer = ask(after, 5, request_ts=END_MS + 5)
     assert (answer.source, answer.num_events, after.cache.counters.stale) == ("load", 25, 1)
@@ -203,23 +310,32 @@ def test_a_torn_dump_is_left_alone_told_once_and_counted(
 
 def test_a_forgotten_user_does_not_come_back_by_a_dump(world: Settings, dumped: Path) -> None:
     scorer = scorer_of(world)
-    StateDumps(str(dumped), "another").forget(scorer.user_key(3))
+    StateDumps(str(dumped), "another").forgotten.mark(scorer.user_key(3))
     (dumped / "forgotten" / ".tmp-of-one-that-was-killed").touch()
     dumps = StateDumps(str(dumped), "after")
     assert sorted(map(int, restore(dumps, scorer))) == [user for user in USERS if user != 3]
-    dumps.write(scorer.cache, scorer.version, 60)
+    dumps.write(scorer.cache, scorer.online, scorer.version, 60)
     assert 3 not in restore(StateDumps(str(dumped), "the next"), scorer_of(world))
+
+
+def test_what_a_forgotten_user_sent_does_not_come_back_by_a_dump(world: Settings, tmp_path: Path) -> None:
+    before, after = scorer_of(world), scorer_of(world)
+    before.add_events([EventsRequest(user, sent(END_MS, 1)) for user in (3, 4)])
+    stop(before, tmp_path)
+    StateDumps(str(tmp_path), "another").forgotten.mark(before.user_key(3))
+    assert restore(StateDumps(str(tmp_path), "after"), after) == []
+    assert [user for user in USERS if after.online.revision(after.user_key(user))] == [4]
 
 
 def test_the_mark_of_a_forgotten_user_goes_when_no_dump_can_hold_the_user(world: Settings, dumped: Path) -> None:
     scorer, dumps = scorer_of(world), StateDumps(str(dumped), "after")
     for user, age_s in ((3, 10_000), (4, 0)):
-        dumps.forget(scorer.user_key(user))
+        dumps.forgotten.mark(scorer.user_key(user))
         mark = dumped / "forgotten" / f"{scorer.user_key(user)}.json"
         mark.write_text(json.dumps({"forgotten_s": json.loads(mark.read_text())["forgotten_s"] - age_s}))
     restore(dumps, scorer)
-    dumps.write(scorer.cache, scorer.version, 60)
-    assert dumps.forgotten() == {scorer.user_key(4)}
+    dumps.write(scorer.cache, scorer.online, scorer.version, 60)
+    assert set(dumps.forgotten.times_s()) == {scorer.user_key(4)}
 
 
 def test_a_dump_goes_when_a_replica_that_had_it_leaves_its_own(world: Settings, dumped: Path) -> None:
@@ -230,22 +346,22 @@ def test_a_dump_goes_when_a_replica_that_had_it_leaves_its_own(world: Settings, 
     (dumped / "killed while it wrote" / "states-00000.safetensors").write_bytes(b"half")
     assert dumps.names() == {"before"}
     restore(dumps, scorer)
-    neighbour.write(scorer.cache, scorer.version, 60)
+    neighbour.write(scorer.cache, scorer.online, scorer.version, 60)
     (dumped / "writes just now").mkdir()
     (dumped / "writes just now" / "states-00000.safetensors").write_bytes(b"half")
-    dumps.write(scorer.cache, scorer.version, 60)
+    dumps.write(scorer.cache, scorer.online, scorer.version, 60)
     assert sorted(path.name for path in dumped.iterdir()) == ["after", "neighbour", "writes just now"]
 
 
 def test_a_dump_in_s3_is_one_too(world: Settings, s3: str) -> None:
     scorer = scorer_of(world)
     before = {user: ask(scorer, user) for user in USERS}
-    StateDumps(f"{s3}/dumps", "before").write(scorer.cache, scorer.version, 60)
+    StateDumps(f"{s3}/dumps", "before").write(scorer.cache, scorer.online, scorer.version, 60)
     after, dumps = scorer_of(world), StateDumps(f"{s3}/dumps", "after")
     assert len(restore(dumps, after)) == NUM_USERS
     np.testing.assert_array_equal(ask(after, 7).scores["label"], before[7].scores["label"])
-    dumps.forget(after.user_key(7))
-    dumps.write(after.cache, after.version, 60)
+    dumps.forgotten.mark(after.user_key(7))
+    dumps.write(after.cache, after.online, after.version, 60)
     assert 7 not in restore(StateDumps(f"{s3}/dumps", "the next"), scorer_of(world))
 
 

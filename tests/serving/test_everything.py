@@ -18,6 +18,7 @@ from longer.errors import UserError
 from longer.serving.dumps import StateDumps
 from longer.serving.pending import pending_users, read_rows
 from longer.serving.scorer import EventsRequest, Scorer, ScoreRequest, ScoreResult, Scoring
+from tests.serving.restarts import restore
 from tests.serving.tables import START_MS, build_world, checkpoint_path, publish_random_model, tiny_settings
 from tests.serving.test_online import CANDIDATES, HOUR_MS, Event, Recomputed, columns_of, event, in_order, publish
 
@@ -96,18 +97,26 @@ class Life:
         self.scorer.adopt(*self.scorer.load_checkpoint(self.checkpoints[0]))
 
     def restart(self) -> None:
-        """Events sent online are gone, states of the dump are not; some events may be there before them."""
+        """What was sent comes back with the states, or is lost though they come back; some may be sent anew before."""
         folder = str(self.root / f"dump{self.num_versions}_{self.rng.random()}")
-        StateDumps(folder, "before").write(self.scorer.cache, self.scorer.version, 60)
-        self.scorer = self.started()
+        StateDumps(folder, "before").write(self.scorer.cache, self.scorer.online, self.scorer.version, 60)
+        self.scorer, is_lost = self.started(), self.rng.random() < 0.3
         for known in self.known.values():
-            known._scorer, known.sent = self.scorer, Counter()
+            known._scorer, known.sent = self.scorer, Counter() if is_lost else known.sent
         if self.rng.random() < 0.5:
-            self.events()
-        version, layout = self.scorer.version, self.scorer.cache.layout
-        for states in StateDumps(folder, "after").states(version, layout, lambda *_: True):
+            self.rng.choice((self.events, self.ask_now))()
+        dumps, version, layout = StateDumps(folder, "after"), self.scorer.version, self.scorer.cache.layout
+        if not is_lost:
+            restore(dumps, self.scorer)
+            return
+        for _, states in dumps.states(version, layout, lambda *_: True):
             for one in states:
-                self.scorer.cache.restore(one.user_key, version, one.entry, one.words_NI, one.is_protected)
+                self.scorer.restore(one, None)
+
+    def ask_now(self) -> None:
+        """Before what was sent is back: the answer lacks it."""
+        request = Request(self.rng.choice(USERS), START_MS + self.newest_hour * HOUR_MS, [])
+        self.scorer.score([request.as_sent()])
 
     def warm(self) -> None:
         self.scorer.warm(pending_users(pa.array(USERS)))

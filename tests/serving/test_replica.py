@@ -113,3 +113,17 @@ def test_nothing_of_a_user_who_is_forgotten_is_left_in_what_graphs_were_given(tm
         assert num_found() == 0
         for _, difference in replica.differences(2, 3):
             assert difference <= MOST_DIFFERENCE["cuda"]["float32"]
+
+
+@ON_GPU
+def test_a_batch_of_a_new_size_is_scored_by_a_larger_graph_as_the_reference_does(tmp_path: Path) -> None:
+    """To capture one while it waits would take many times as long."""
+    with torch.compiler.set_stance("force_eager"):
+        replica = Replica(tmp_path, "float32", "cuda")
+        list(replica.differences(1, 2))
+        _, scores = replica.scorer._engine._captured
+        captured = set(scores._graphs.sizes)
+        for user in (3, 4, 1):
+            [(_, difference)] = replica.differences(user)
+            assert difference <= MOST_DIFFERENCE["cuda"]["float32"]
+        assert set(scores._graphs.sizes) == captured

@@ -15,7 +15,7 @@ from longer.arrays import Histories
 from longer.model.longer import Longer
 from longer.model.pinned import pinned_words
 from longer.model.pool import Precision, StateLayout, StatePool
-from longer.model.states import UserState, append, computing_dtype, encode, new_slots, rows_for, score
+from longer.model.states import UserState, append, computing_dtype, encode, rows_for, score
 from longer.serving.cache import Entry, Known, StateVersion, Tier
 from longer.serving.fingerprint import EventPrint
 from longer.serving.kept_states import pack, unpack
@@ -361,15 +361,6 @@ def test_a_model_of_another_shape_finds_none_of_the_old_states() -> None:
     assert (len(world.store), world.store.counters.stale) == (0, 2)
     world.models, EXACT[other] = [other], small_model(3, event_width=8)
     world.ask([0, 1])
-
-
-def test_states_that_do_not_all_fit_take_no_room() -> None:
-    pool = World("float32", 0, 1, 0).store.pool
-    longest = np.full(10_000, MOST_EVENTS)
-    with pytest.raises(MemoryError, match="of 10000 states do not fit"):
-        new_slots(pool, longest)
-    assert pool.slots.used_units == 0
-    assert new_slots(pool, longest[:2])
 
 
 def test_a_pool_that_nobody_holds_gives_its_memory_back_at_once() -> None:

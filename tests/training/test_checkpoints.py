@@ -16,21 +16,20 @@ from longer.errors import UserError
 from longer.model.longer import Longer
 from longer.schema import EventSchema
 from longer.storage import read_bytes, write_bytes
-from longer.training.checkpoints import (
-    TrainerState,
-    best_of_epochs,
-    load_model,
-    load_own_weights,
-    load_trainer,
-    load_weights,
-    moments_of,
-    read_trainer_state,
-    save_model,
-    save_trainer,
-)
+from longer.training.checkpoints import check_start, load_model, save_model
 from longer.training.cursor import Position
 from longer.training.metrics import defined
+from longer.training.run import start_of
 from longer.training.steps import selection_score
+from longer.training.trainer_state import (
+    TrainerState,
+    best_of_epochs,
+    load_own_weights,
+    load_trainer,
+    moments_of,
+    read_trainer_state,
+    save_trainer,
+)
 from longer.training_settings import TrainSettings
 from tests.model.generate import SCHEMA, TASKS, small_model
 
@@ -164,10 +163,25 @@ def settings_like(model: Longer, **changed: Any) -> Settings:
 
 def test_training_may_start_from_a_checkpoint_that_fits(saved: tuple[str, Longer]) -> None:
     directory, model = saved
-    weights, info = load_weights(directory, settings_like(model, dropout=0.5))
-    assert info.model_version
+    assert check_start(directory, settings_like(model, dropout=0.5)).model_version
+    other = small_model(seed=5, dtype=torch.float32)
+    load_own_weights(directory, other)
     for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=0)
+        torch.testing.assert_close(other.state_dict()[name], tensor, rtol=0, atol=0)
+
+
+def test_a_worker_may_start_from_a_checkpoint_on_s3_as_from_a_local_one(saved: tuple[str, Longer], s3: str) -> None:
+    directory, model = saved
+    for file in ("model.json", "model.safetensors"):
+        write_bytes(f"{s3}/checkpoint/{file}", read_bytes(f"{directory}/{file}"))
+    for path in (directory, f"{s3}/checkpoint"):
+        start = pickle.loads(pickle.dumps(start_of(path)))  # workers get it so
+        other = small_model(seed=5, dtype=torch.float32)
+        with start.as_directory() as here:
+            load_own_weights(here, other)
+        assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    with pytest.raises(UserError, match="no such file on the node of this worker: start from s3://"):
+        load_own_weights(f"{directory}/elsewhere", other)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +200,7 @@ def test_training_does_not_start_from_weights_that_mean_something_else(
     saved: tuple[str, Longer], change: Callable[[Settings], Settings], says: str
 ) -> None:
     with pytest.raises(UserError, match=says) as refused:
-        load_weights(saved[0], change(settings_like(saved[1])))
+        check_start(saved[0], change(settings_like(saved[1])))
     assert "\n" not in str(refused.value)
 
 

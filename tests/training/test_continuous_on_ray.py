@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,13 @@ from longer.training.checkpoints import load_model, save_model
 from longer.training.content import tally
 from longer.training.continuous import _milliseconds
 from longer.training.cursor import Position
-from longer.training.loader import MS_PER_DAY, read_since, score_split
+from longer.training.loader import MS_PER_DAY, joined, read_part_since, score_split
 from longer.training.loop import Run, train_worker
 from longer.training.metrics import defined
 from longer.training.run import finished, past_of
 from longer.training.steps import task_metrics
 from tests.data.test_build_on_ray import run_all, settings_of
+from tests.training.commits import wait_for_commit
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
@@ -54,7 +54,7 @@ def worker_killed_in_the_second_day(config: dict[str, Any]) -> None:
 
     def step(run: Run, work: Any) -> Any:
         if first and rank == 1 and work.position == Position(1, run.cursor.steps_of(1) - 1):
-            time.sleep(3)  # longer than Ray's controller takes to take note of the last checkpoint
+            wait_for_commit(root, run.cursor.steps_of(0))
             os.kill(os.getpid(), signal.SIGKILL)
         return take_step(run, work)
 
@@ -109,7 +109,8 @@ def test_a_day_is_tested_before_it_is_trained(continued: tuple[Settings, Version
     since_ms = _milliseconds(base.manifest["trained_until"])
     sequences = SequenceTable(settings.path("tables", "sequences"), schema)
     requests = RequestTable(settings.path("tables", "requests"), schema)
-    data = read_since(sequences, requests, since_ms, settings.model.windows)
+    part = read_part_since(sequences, requests, since_ms, range(requests.num_buckets))
+    (data,) = joined([part], settings.model.windows, sequences.version.path, ["new"])
     first_day = data.take(np.flatnonzero(data.requests.request_ts_R < since_ms + MS_PER_DAY))
     model = load_model(base.path)[0]
     outputs = score_split(first_day, lambda batch: model(to_tensors(batch)).detach().numpy(), len(tasks))

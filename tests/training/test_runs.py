@@ -9,9 +9,9 @@ import pytest
 
 from longer import s3 as longer_s3
 from longer.storage import Table, file_sizes, read_bytes, remove_tree, write_bytes
-from longer.training.checkpoints import TrainerState, read_trainer_state, save_trainer
 from longer.training.cursor import Position
 from longer.training.runs import RECORD, KeepBestAndLast, mend_record, note_start, remove_old_runs, step_folder
+from longer.training.trainer_state import TrainerState, read_trainer_state, save_trainer
 from tests.s3.proxy import Fault, Proxy
 
 FILES = ("model.json", "model.safetensors", "trainer.json", "trainer.safetensors")

@@ -20,18 +20,10 @@ import torch.multiprocessing
 from longer.arrays import RequestBatch
 from longer.data.batches import Requests
 from longer.model.longer import Longer
-from longer.training.checkpoints import (
-    Tensors,
-    TrainerState,
-    load_own_weights,
-    load_trainer,
-    moments_of,
-    save_model,
-    save_trainer,
-    weights_of,
-)
+from longer.training.checkpoints import Tensors, save_model, weights_of
 from longer.training.loader import SplitData
 from longer.training.steps import Stepper
+from longer.training.trainer_state import TrainerState, load_own_weights, load_trainer, moments_of, save_trainer
 from longer.training.validation import validate
 from longer.training_settings import TaskSettings, TrainSettings
 from tests.model.generate import SCHEMA, TASKS, random_candidates, random_histories, request_batch, small_model

@@ -23,7 +23,7 @@ from longer.errors import UserError
 from longer.runner import user_error_in
 from longer.storage import Version
 from longer.training import loop
-from longer.training.checkpoints import TrainerState, load_model, read_trainer_state
+from longer.training.checkpoints import load_model
 from longer.training.content import Job, read_requests, tally
 from longer.training.cursor import Position
 from longer.training.loop import Run, train_worker
@@ -31,7 +31,9 @@ from longer.training.metrics import auc
 from longer.training.reading import num_bytes, requests_in_memory
 from longer.training.run import pin_tables
 from longer.training.runs import RECORD, step_folder
+from longer.training.trainer_state import TrainerState, read_trainer_state
 from tests.data.test_build_on_ray import run_all, settings_of
+from tests.training.commits import wait_for_commit
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
@@ -75,7 +77,7 @@ def worker_that_is_killed(config: dict[str, Any]) -> None:
     def step(run: Run, work: Any) -> Any:
         within = start == 0 and rank == 1 and work.position == Position(0, DIES_AT_STEP)
         if within or (start == 3 and rank == 1 and work.position == Position(1, 0)):
-            time.sleep(3)  # longer than Ray's controller takes to take note of the last checkpoint
+            wait_for_commit(root, EVERY if within else 2 * EVERY)
             os.kill(os.getpid(), signal.SIGKILL)
         return take_step(run, work)
 
@@ -84,7 +86,7 @@ def worker_that_is_killed(config: dict[str, Any]) -> None:
             assert (Path(directory) / "model.json").exists()
             os.kill(os.getpid(), signal.SIGKILL)
         save(directory, moments, state)
-        if start == 2 and state.position == Position(1, 0):  # Ray looks every two seconds
+        if start == 2 and state.position == Position(1, 0):  # which Ray hears of only after the upload
             os.kill(os.getpid(), signal.SIGKILL)
 
     Run._step, loop.save_trainer = step, save_trainer  # type: ignore[method-assign]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from longer.arrays import Candidates, Float32, Histories, Int64, RequestBatch
+from longer.arrays import NO_EVENT_TS, Candidates, Float32, Histories, Int64, RequestBatch
 from longer.windows import WindowRule
 
 
@@ -71,6 +71,16 @@ def plan_packs(row_R: Int64, history_end_R: Int64, windows: WindowRule, max_requ
     place_in_run = place - np.maximum.accumulate(np.where(new_run, place, 0))
     first = np.flatnonzero(place_in_run % max_requests == 0)
     return Packs(order_R, np.append(first, len(row)))
+
+
+def with_all_users(histories: Histories, user_key_R: Int64) -> Histories:
+    """The histories, and behind them an empty one of every user who asks and has done nothing."""
+    new_U = np.setdiff1d(user_key_R, histories.user_key_B)
+    if not len(new_U):
+        return histories
+    none_U, nothing = np.zeros(len(new_U), np.int64), {name: x[:0] for name, x in histories.features.items()}
+    empty = Histories(new_U, np.append(none_U, 0), none_U, np.full(len(new_U), NO_EVENT_TS), none_U[:0], nothing)
+    return Histories.concatenate([histories, empty])
 
 
 def rows_of_requests(histories: Histories, requests: Requests) -> Int64:

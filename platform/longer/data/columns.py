@@ -57,24 +57,45 @@ def histories_of(table: pa.Table, schema: EventSchema) -> Histories:
         first_index_B=table["first_index"].to_numpy(),
         prev_event_ts_B=milliseconds(single_array(table["prev_event_ts"]), missing=int(NO_EVENT_TS)),
         event_ts_E=milliseconds(event_ts),
-        features=_features(table, ["item_id", "action", *schema.of_kind("categorical")], schema.of_kind("numeric")),
+        features=_features(
+            table, ["item_id", "action", *schema.of_history("categorical")], schema.of_history("numeric")
+        ),
     )
 
 
 def requests_of(table: pa.Table, schema: EventSchema) -> Requests:
     """The rows of a request table (`requests_arrow`) as arrays."""
     offsets_R1, item_id_C = flat_list(table["item_id"])
-    keys = ["item_id", *schema.features_of("item", "categorical")]
+    length_R = np.diff(offsets_R1)
+    of_items = _features(
+        table, ["item_id", *schema.features_of("item", "categorical")], schema.features_of("item", "numeric")
+    )
+    of_requests = feature_arrays(schema, {name: single_array(table[name]) for name in schema.features_of("request")})
     return Requests(
         request_id_R=table["request_id"].to_numpy(),
         user_id_R=single_array(table["user_id"]),
         user_key_R=stable_keys(table["user_id"]),
         request_ts_R=milliseconds(single_array(table["request_ts"])),
         history_end_R=table["history_end"].to_numpy(),
-        candidates=Candidates(offsets_R1, _features(table, keys, schema.features_of("item", "numeric"))),
+        candidates=Candidates(
+            offsets_R1, of_items | {name: np.repeat(values_R, length_R) for name, values_R in of_requests.items()}
+        ),
         item_id_C=item_id_C,
         labels={task: numbers(flat_list(table[task])[1]) for task in schema.tasks},
     )
+
+
+def feature_arrays(schema: EventSchema, given: dict[str, pa.Array]) -> dict[str, npt.NDArray]:
+    """Values of features as the model reads them: keys of categories, numbers as float32."""
+    categorical = {f.name for f in schema.features if f.kind == "categorical"}
+    return {name: stable_keys(values) if name in categorical else numbers(values) for name, values in given.items()}
+
+
+def missing_features(schema: EventSchema, of: str, size: int) -> dict[str, npt.NDArray]:
+    """The features of an 'item' or 'request' of which none is known."""
+    return {name: np.zeros(size, np.int64) for name in schema.features_of(of, "categorical")} | {
+        name: np.zeros(size, np.float32) for name in schema.features_of(of, "numeric")
+    }
 
 
 def _features(table: pa.Table, keys: list[str], numeric: tuple[str, ...]) -> dict[str, npt.NDArray]:

@@ -7,9 +7,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from longer.data.columns import single_array
-from longer.data.parse import TimeUnit, as_times, as_type
+from longer.data.parse import as_times, as_type
 from longer.errors import UserError
 from longer.schema import TIMESTAMP, EventSchema
+from longer.table_settings import TimeUnit
 
 _KINDS = {pa.int64(): "an integer", pa.string(): "text or an integer", pa.float32(): "a number"}
 

@@ -54,11 +54,3 @@ class ItemTable:
             else np.zeros(len(item_key_C), x_I.dtype)
             for name, x_I in self._features.items()
         }
-
-
-def item_features(schema: EventSchema, given: dict[str, pa.Array]) -> dict[str, npt.NDArray]:
-    """Given features of candidates as the model reads them: keys of categories, numbers as float32."""
-    return {
-        name: stable_keys(values) if name in schema.features_of("item", "categorical") else numbers(values)
-        for name, values in given.items()
-    }

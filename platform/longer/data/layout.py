@@ -29,6 +29,11 @@ def news_path(bucket: int) -> str:
     return f"news/bucket={bucket:04d}/part-0.parquet"
 
 
+def bucket_of_path(path: str) -> int:
+    """The bucket of a file of a sequence or request table."""
+    return int(path.rpartition("bucket=")[2][:4])
+
+
 def bucket_files(version: Version) -> dict[int, BucketFiles]:
     """The files of each bucket that holds users."""
     by_path = {file.path: file for file in version.data_files()}

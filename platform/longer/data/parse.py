@@ -1,7 +1,5 @@
 """Columns of any log as the types of the event schema. A value that does not convert becomes null here, never a guess."""
 
-from typing import Literal
-
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -10,9 +8,7 @@ import pyarrow.compute as pc
 
 from longer.arrays import Int64
 from longer.errors import UserError
-
-TimeUnit = Literal["s", "ms", "us", "ns", "relative_s", "relative_ms", "relative_us", "relative_ns"]
-"""Of times that are numbers: since 1970, or since a moment that the log does not tell."""
+from longer.table_settings import TimeUnit
 
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 _YEAR_1990_S = 631_152_000

@@ -121,7 +121,7 @@ def find_groups(sequences: pa.Table, histories: Histories, schema: EventSchema, 
     by_group = np.lexsort((group_E, user_row_E))  # stable, so a group's first event is its earliest
     starts_group = changes(user_row_E[by_group], group_E[by_group])
     first = by_group[starts_group]
-    request_id_R = (_mix(histories.user_key_B[user_row_E[first]], group_E[first]) >> np.uint64(1)).view(np.int64)
+    request_id_R = ids_of_requests(histories.user_key_B[user_row_E[first]], group_E[first])
     by_time = np.lexsort((request_id_R, time_E[first], user_row_E[first]))
     place_R = np.empty(len(first), np.int64)
     place_R[by_time] = np.arange(len(first))
@@ -141,9 +141,14 @@ def find_groups(sequences: pa.Table, histories: Histories, schema: EventSchema, 
     )
 
 
-def is_cut(groups: Groups, first_index_B: Int64, windows: WindowRule) -> npt.NDArray[np.bool_]:
-    """Which requests have a history window that starts before the table does."""
-    return windows.history_start(groups.history_end_R) * windows.merge_size < first_index_B[groups.user_row_R]
+def ids_of_requests(user_key_N: Int64, group_N: Int64) -> Int64:
+    """The request id of each pair of user and group."""
+    return (_mix(user_key_N, group_N) >> np.uint64(1)).view(np.int64)
+
+
+def is_cut(history_end_R: Int64, first_index_R: Int64, windows: WindowRule) -> npt.NDArray[np.bool_]:
+    """Which requests have a history window that starts before the first event that the table keeps of their user."""
+    return windows.history_start(history_end_R) * windows.merge_size < first_index_R
 
 
 def draw_negatives(

@@ -158,8 +158,12 @@ class RequestTable:
 
     def read(self, split: str, bucket: int) -> Requests:
         """All requests of a split ('train', 'valid' or 'test') in a bucket, by user and time."""
+        return requests_of(self.rows(split, bucket), self.schema)
+
+    def rows(self, split: str, bucket: int) -> pa.Table:
+        """The same as they lie."""
         files = self.version.files(f"split={split}/bucket={bucket:04d}/")
-        return requests_of(read_columns(files[0]) if files else self._arrow_schema.empty_table(), self.schema)
+        return read_columns(files[0]) if files else self._arrow_schema.empty_table()
 
 
 def histories_in_order(rows: pa.Table, wanted: pa.Array, schema: EventSchema) -> Histories:

@@ -18,12 +18,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from longer.data.parse import TimeUnit
 from longer.datasets.readers import FileError, naming
 from longer.datasets.source import Part, require_files
 from longer.errors import UserError
 from longer.progress import say
 from longer.storage import arrow_filesystem, checksum
+from longer.table_settings import TimeUnit
 
 PROVENANCE = (
     "The Complete Journey 2.0 by 84.51 deg. The R package completejourney is CC0 and describes real households; "

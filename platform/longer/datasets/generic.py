@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from longer.data.parse import TimeUnit
 from longer.datasets.readers import COMPRESSED, PARQUET, is_parquet, parquet_batches, text_batches
 from longer.datasets.source import Part, log_parts, require_parts
+from longer.table_settings import TimeUnit
 
 _ENDINGS = (*PARQUET, *(kind + codec for kind in (".csv", ".tsv") for codec in ("", *COMPRESSED)))
 _PATTERNS = ["*" + "".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in ending) for ending in _ENDINGS]

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longer.data.parse import TimeUnit
 from longer.datasets.readers import text_batches
 from longer.datasets.source import Part, log_parts, require_parts
+from longer.table_settings import TimeUnit
 
 PROVENANCE = "KuaiRand by Gao et al. (CIKM 2022), CC BY-SA 4.0: logs of the Kuaishou app, ids anonymised."
 TIME_UNIT: TimeUnit = "ms"

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 import pyarrow as pa
 from fsspec import AbstractFileSystem
 
-from longer.data.parse import TimeUnit
 from longer.datasets.readers import boundaries
 from longer.errors import UserError
 from longer.progress import say
 from longer.storage import checksum, filesystem
+from longer.table_settings import TimeUnit
 
 _NUM_THREADS = 16
 _NUM_NAMED = 5

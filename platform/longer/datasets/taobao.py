@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 
-from longer.data.parse import TimeUnit
 from longer.datasets.readers import text_batches
 from longer.datasets.source import Part, log_parts, require_parts
+from longer.table_settings import TimeUnit
 
 PROVENANCE = (
     "User Behavior Data from Taobao for Recommendation, Alibaba, through Tianchi, under the terms stated there; "

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from longer.data.parse import TimeUnit
 from longer.datasets.readers import naming, parquet_batches
 from longer.datasets.source import Part, log_parts, require_parts
 from longer.storage import arrow_filesystem
+from longer.table_settings import TimeUnit
 
 PROVENANCE = "Yambda by Yandex (arXiv 2505.22238), Apache-2.0: real behaviour, ids and the calendar are anonymised."
 TIME_UNIT: TimeUnit = "relative_s"

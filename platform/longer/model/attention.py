@@ -25,9 +25,9 @@ SEARCH_SCALE = 16.0
 class Rotation(nn.Module):
     """Rotary position (arXiv 2104.09864) of absolute group indices: scores depend on differences only.
 
-    A quarter of the pairs of channels turn. The others let a token find what is like it at any distance: where all turn, an equal
-    item a thousand groups ago scores little more than any other. Angles are taken in float64 and reduced there, so that a user's
-    billionth event is placed as exactly as the first.
+    A quarter of the pairs of channels turn, and none in a layer that searches (`Block.make_search`). The others let a token find
+    what is like it at any distance: where all turn, an equal item a thousand groups ago scores little more than any other. Angles
+    are taken in float64 and reduced there, so that a user's billionth event is placed as exactly as the first.
     """
 
     def __init__(self, head_width: int, base: float = 10_000.0):
@@ -40,7 +40,7 @@ class Rotation(nn.Module):
         return rotate(x_THZ, *self.turn(position_T, x_THZ.dtype))
 
     def turn(self, position_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of each position's angles, in float32 at least: the same for every layer."""
+        """Cosine and sine of each position's angles, in float32 at least: the same for all layers that turn alike."""
         frequencies = _frequencies(self.head_width // 2, self.num_turned, self.base, position_T.device)
         return _turn(position_T, frequencies, torch.promote_types(dtype, torch.float32))
 
@@ -93,14 +93,20 @@ class Block(nn.Module):
         return torch.cat([linear.weight for linear in both]), torch.cat([linear.bias for linear in both])
 
     @torch.no_grad()
-    def begin_as_search(self, blind_to_D: Tensor) -> None:
-        """A token's score begins as its likeness to the other, `blind_to_D`'s direction apart (`search_weight`)."""
-        width = len(blind_to_D)
-        same_DD = search_weight(width, width // self.num_heads, blind_to_D)
+    def make_search(self, mark_D: Tensor) -> None:
+        """A token's score begins as its likeness to the other (`search_weight`), at any distance: no pair turns.
+
+        The search is blind to `mark_D`, which only candidates bear. Values begin to carry it, in all channels of all heads alike:
+        what a candidate gathers of itself is the less the more its history drew, and what all heads found adds up.
+        """
+        width = len(mark_D)
+        same_DD = search_weight(width, width // self.num_heads, mark_D)
         self.query.weight.copy_(same_DD)
         self.key_value.weight[:width].copy_(same_DD)
+        self.key_value.weight[width:].add_(mark_D / mark_D.square().sum())
         nn.init.zeros_(self.query.bias)
         nn.init.zeros_(self.key_value.bias)
+        self.rotation.num_turned = 0
 
     def run(self, layer: Callable[..., Tensor], *args: Any) -> Tensor:
         """`layer(*args)`; with `recompute`, what happens inside is not kept for the gradient but computed once more."""

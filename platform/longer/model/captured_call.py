@@ -1,8 +1,8 @@
 """A function of NumPy arrays as one CUDA graph: a call costs one copy to the device and one replay."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Callable, Hashable, KeysView
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ _WARM_UP_CALLS = 2
 _STEPS_BETWEEN_POWERS = 4
 
 Arrays = dict[str, npt.NDArray]
+S = TypeVar("S", bound=Hashable)
 
 
 class CapturedCall:
@@ -76,16 +77,14 @@ class CapturedCall:
         self._copied.record()
 
 
-class Graphs:
+class Graphs(Generic[S]):
     """The graphs of one function, by size, in memory that all of them share: replay one after the other, on one stream."""
 
     def __init__(self, device: torch.device, memory: Any) -> None:
         self._device, self._memory = device, memory
-        self._calls: OrderedDict[Hashable, CapturedCall] = OrderedDict()
+        self._calls: OrderedDict[S, CapturedCall] = OrderedDict()
 
-    def of(
-        self, size: Hashable, function: Callable[[dict[str, Tensor]], Any], example: Callable[[], Arrays]
-    ) -> CapturedCall:
+    def of(self, size: S, function: Callable[[dict[str, Tensor]], Any], example: Callable[[], Arrays]) -> CapturedCall:
         """The graph of this size; captured, if there is none yet."""
         if size not in self._calls:
             self._calls[size] = CapturedCall(function, example(), self._device, self._memory)
@@ -93,6 +92,11 @@ class Graphs:
                 self._calls.popitem(last=False)
         self._calls.move_to_end(size)
         return self._calls[size]
+
+    @property
+    def sizes(self) -> KeysView[S]:
+        """Of which there is a graph."""
+        return self._calls.keys()
 
     def forget(self) -> None:
         """Overwrites what any of them was given, and what it has made of that: one copy and replay each, of those used since."""

@@ -32,7 +32,7 @@ class CapturedGrowth:
     """`grow.grow` on CUDA without a launch a kernel; the same numbers as far as equal shapes give them."""
 
     def __init__(self, model: Longer, pool: StatePool, memory: Any) -> None:
-        self._model, self._pool, self._graphs = model, pool, Graphs(pool.device, memory)
+        self._model, self._pool, self._graphs = model, pool, Graphs[tuple[int, Room]](pool.device, memory)
 
     def grow(self, growth: Growth) -> None:
         """Writes everything that the states after `growth.events` hold into their places; the device is not waited for."""

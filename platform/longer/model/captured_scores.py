@@ -1,12 +1,14 @@
 """Scores from states as CUDA graphs: a batch costs one copy to the device, one replay and one copy back.
 
 A graph serves every batch of up to U users and C candidates; sizes are rounded up to a few. What fills a batch up is a user without
-events, whom the filling asks about, whatever the batch before left there.
+events, whom the filling asks about, whatever the batch before left there. To capture a graph takes many times as long as a batch,
+and its first one waits for it: so a batch whose size is new is scored by a larger graph, where there is one (`SizeChoice`).
 
 R requests of one user each, C candidates.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,12 +24,48 @@ from longer.model.pool import StatePool
 from longer.model.pool_context import StagedContext
 from longer.model.states import UserState, computing, context_of, gathered
 
+OFTEN = 32
+"""Batches of one size that a larger graph scores before they get one of their own."""
+
+_HARDLY_MORE = 1024
+"""Candidates whose scores cost hardly more than those of fewer: most of the time goes to what all of them share."""
+
+Size = tuple[int, int]
+"""Users, one for the filling included, and candidates that a graph has room for."""
+
+
+class SizeChoice:
+    """By which graph a batch is scored, so that few batches wait for one to be captured: those larger than all that there are, and,
+    once, those of a size that comes often."""
+
+    def __init__(self) -> None:
+        self._num_lent = Counter[Size]()
+
+    def of(self, size: Size, captured: Collection[Size]) -> Size:
+        """The batch's own size, where it has a graph or is to get one, else that of another graph."""
+        if size in captured:
+            return size
+        larger = [other for other in captured if _stands_in(other, size)]
+        if larger and self._num_lent[size] < OFTEN:
+            self._num_lent[size] += 1
+            return min(larger, key=lambda other: other[::-1])
+        del self._num_lent[size]
+        return size
+
+
+def _stands_in(other: Size, size: Size) -> bool:
+    """Whether the other has the room, and not much more than twice of it."""
+    (users, room), (num_users, num_candidates) = other, size
+    most = max(2 * num_candidates, _HARDLY_MORE)
+    return num_users <= users < 2 * num_users and num_candidates <= room <= most
+
 
 class CapturedScores:
     """`states.score` on CUDA without a launch a kernel; the same numbers as far as equal shapes give them."""
 
     def __init__(self, model: Longer, pool: StatePool, memory: Any) -> None:
-        self._model, self._pool, self._graphs = model, pool, Graphs(pool.device, memory)
+        self._model, self._pool, self._graphs = model, pool, Graphs[Size](pool.device, memory)
+        self._choice = SizeChoice()
 
     @torch.inference_mode()
     def score(
@@ -35,7 +73,8 @@ class CapturedScores:
     ) -> npt.NDArray[np.float32]:
         """[C, tasks]: request r asks `states[r]` about its own candidates."""
         num_candidates = int(candidates.offsets_R1[-1])
-        num_users, room = size = power_of_two(len(states)) + 1, rounded(num_candidates)
+        own = power_of_two(len(states)) + 1, rounded(num_candidates)
+        num_users, room = size = self._choice.of(own, self._graphs.sizes)
         last_ts_R = np.array([state.last_event_ts for state in states], np.int64)
         numbers = context_of(self._pool, states).arrays | {"last_ts": last_ts_R, "request_ts": request_ts_R}
         numbers_AU = np.zeros((len(numbers), num_users), np.int64)

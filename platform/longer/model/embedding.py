@@ -222,6 +222,13 @@ class Embedding(nn.Module):
         self.request_hour = HourOfWeek(width)
         self.recompute = False
         self.request_D = nn.Parameter(torch.randn(width) * CANDIDATE_STD)
+        of_requests = schema.features_of("request", "categorical")
+        self.request_categories = nn.ModuleDict(
+            {name: HashedTable(settings.categorical_rows, width) for name in of_requests}
+        )
+        self.request_numbers = nn.ModuleDict(
+            {name: _number(width) for name in schema.features_of("request", "numeric")}
+        )
 
     def events(self, events: EventTensors) -> Tensor:
         """[E, d]: everything that was fixed when each event happened."""
@@ -308,6 +315,14 @@ class Embedding(nn.Module):
     def requests(self, request_ts_R: Tensor, last_event_ts_R: Tensor) -> Tensor:
         """[R, D]: what is known of a request when it is scored, and what tells its candidates from the groups of its history."""
         return self.request_gap(request_ts_R, last_event_ts_R) + self.request_hour(request_ts_R) + self.request_D
+
+    def with_request_features(self, x_CD: Tensor, candidates: Mapping[str, Tensor]) -> Tensor:
+        """The candidates, each with its request's own features."""
+        for name, table in self.request_categories.items():
+            x_CD = x_CD + table(candidates[name])
+        for name, linear in self.request_numbers.items():
+            x_CD = x_CD + linear(self._squash(candidates[name]))
+        return x_CD
 
     def event_number(self, name: str, values: Tensor) -> Tensor:
         """[..., d]: a numeric feature of events."""

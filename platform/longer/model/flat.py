@@ -55,10 +55,10 @@ def _outputs(
     private_PD = torch.cat([tail_PD, x_CD.to(tail_PD.dtype)])  # in bf16, a layer's inputs and outputs are bf16 too
     x_TD = torch.cat([x_ND.index_select(0, at.query), private_PD])
     all_turns = model.layers[0].rotation.turn(at.position, x_TD.dtype)
-    window_turns = all_turns[0].index_select(0, at.window), all_turns[1].index_select(0, at.window)
+    window_turns = model.turns(at.position.index_select(0, at.window), x_TD.dtype)
     for number, layer in enumerate(model.layers):
-        turns = all_turns if number == 0 else window_turns
-        x_TD = layer.run(_layer, model, flat, at, readers, number, x_TD, x_ND, private_PD, turns, window_turns)
+        turns = (all_turns if number == 0 else window_turns[number]), window_turns[number]
+        x_TD = layer.run(_layer, model, flat, at, readers, number, x_TD, x_ND, private_PD, *turns)
     return model.leave(x_TD, features_CF, candidates["item_id"])
 
 

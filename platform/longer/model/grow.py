@@ -127,7 +127,7 @@ def _through_layers(
     )
     x_AD = torch.cat([pool.read_vectors(vector_P, model.embedding.merge.weight.dtype), tail_BTD.flatten(0, 1)])
     visible_2A = torch.cat([visible_2P, torch.stack(tail_visible)], dim=1)
-    turn = layers[0].rotation.turn(torch.cat([group_P, position_P]), x_AD.dtype)
+    turns = model.turns(torch.cat([group_P, position_P]), x_AD.dtype)
     offsets_S1 = torch.cat(
         [offsets_B1[:-1], room + torch.arange(len(end_B) + 1, device=pool.device) * exists_BT.shape[1]]
     )
@@ -135,6 +135,7 @@ def _through_layers(
     tail = Tail([], [], exists_BT)
     for layer, block in enumerate(layers):
         is_last = layer == len(layers) - 1
+        turn = turns[layer]
         query, key, value = (None, *block.project_keys_values(x_AD, *turn)) if is_last else block.project(x_AD, *turn)
         if layer > 0:
             pool.write_rows(rows[layer - 1], key[:room], value[:room])

@@ -15,13 +15,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from longer.model.attention import Block, attend_groups, attend_shared
+from longer.model.attention import Block, attend_groups
 from longer.model.context import Context, SharedContext, Tail, offsets_of, ranges, splice, take_rows
+from longer.model.cpu_layers import candidate_layer, tail_layer
 from longer.model.flat import flat_forward
 from longer.model.fuse import fused_on_cuda, has_kernels
 from longer.model.inputs import BatchTensors, EventTensors, RequestTensors
 from longer.model.interactions import CandidateIndex, InteractionIndex
 from longer.model.ranker import Ranker
+from longer.model.recompute import run
 from longer.model.shared_attention import Readers, attend
 from longer.model.variants import Variant, variant_forward
 from longer.model.visibility import CANDIDATE, GLOBAL, GROUP, visible
@@ -36,13 +38,19 @@ class Longer(Ranker):
             Block(settings.width, settings.num_heads, settings.feed_forward_ratio, settings.dropout)
             for _ in range(settings.num_self_layers + 1)
         )
-        self.layers[0].begin_as_search(self.embedding.request_D)
+        self.layers[0].make_search(self.embedding.request_D)
         if not settings.is_appendable:
             self.variant = Variant(settings)
 
     @property
     def layers(self) -> list[Block]:
         return cast("list[Block]", list(self.blocks))
+
+    def turns(self, position_T: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """Cosine and sine of each position's angles for each layer: the first has its own, the others share one."""
+        first, *others = self.layers
+        turns = [first.rotation.turn(position_T, dtype)]
+        return turns + [others[0].rotation.turn(position_T, dtype)] * len(others) if others else turns
 
     @property
     def has_flat_pass(self) -> bool:
@@ -56,11 +64,13 @@ class Longer(Ranker):
             return variant_forward(self, batch)
         if has_kernels(self.norm_head.weight) and len(histories.event_ts_E):
             return flat_forward(self, batch.source, histories.event_ts_E.device)
-        x_Ed = self.embedding.events(histories)
+        recompute = self.embedding.recompute
+        x_Ed = run(self.embedding.events, histories, recompute=recompute)
+        x_ND = run(self.full_groups, histories, x_Ed, recompute=recompute)
         first_B = histories.first_index_B // windows.merge_size
         end_B = (histories.first_index_B + histories.num_events_B) // windows.merge_size
         query_first_B = windows.query_start(histories.first_index_B + histories.num_events_B)
-        context = self.extend(None, self.full_groups(histories, x_Ed), end_B - first_B, first_B, query_first_B)
+        context = self.extend(None, x_ND, end_B - first_B, first_B, query_first_B)
         tail = self.tail(
             context,
             batch.row_R,
@@ -111,7 +121,8 @@ class Longer(Ranker):
                 values.append(splice(old.values[layer], value_PHZ, *keep))
             if layer < len(self.layers) - 1 and len(row_P):
                 start_B = first_B if layer == 0 else query_first_B
-                x_PD = self._group_rows(block, x_PD, row_P, group_P, computed_B, keys[layer], values[layer], start_B)
+                rows = row_P, group_P, computed_B, keys[layer], values[layer], start_B
+                x_PD = block.run(self._group_rows, block, x_PD, *rows)
         return Context(first_B, query_first_B, end_B, tokens_BQD, keys, values)
 
     def _group_rows(
@@ -173,7 +184,7 @@ class Longer(Ranker):
         first = context.first_of_layer_B(0), context.first_of_layer_B(1)
         exists_RT, seen_PT, request_P, position_P, *visible = self.tail_reads(history_end_R, row_R, *first)
         x_PD = x_RTD.flatten(0, 1)
-        turn = self.layers[0].rotation.turn(position_P, x_PD.dtype)
+        turns = self.turns(position_P, x_PD.dtype)
         if has_kernels(x_PD):
             offsets_B1 = offsets_of(row_R, num_rows) * num_tail
             readers: Readers | None = None
@@ -181,7 +192,7 @@ class Longer(Ranker):
             num_queries_B = (torch.bincount(row_R, minlength=num_rows) * num_tail).tolist()
         keys, values = [], []
         for layer, block in enumerate(self.layers[:-1]):
-            query_PHZ, *pair_PHZ = block.project(x_PD, *turn)
+            query_PHZ, *pair_PHZ = block.project(x_PD, *turns[layer])
             key_RTHZ, value_RTHZ = (x.unflatten(0, exists_RT.shape) for x in pair_PHZ)
             keys.append(key_RTHZ)
             values.append(value_RTHZ)
@@ -198,19 +209,12 @@ class Longer(Ranker):
                     (key_RTHZ, value_RTHZ),
                     scales_NH=groups.scales_NH,
                 )
+                x_PD = block.finish(x_PD, attended_PD)
             else:
-                attended_PD = attend_shared(
-                    query_PHZ,
-                    *context.rows(layer, query_PHZ.dtype),
-                    num_queries_B,
-                    num_visible_P,
-                    key_RTHZ.repeat_interleave(num_tail, dim=0),
-                    value_RTHZ.repeat_interleave(num_tail, dim=0),
-                    seen_PT,
-                )
-            x_PD = block.finish(x_PD, attended_PD)
+                shared = context, layer, num_queries_B, num_visible_P
+                x_PD = block.run(tail_layer, block, x_PD, query_PHZ, *shared, key_RTHZ, value_RTHZ, seen_PT)
         key_RTHZ, value_RTHZ = (
-            x.unflatten(0, exists_RT.shape) for x in self.layers[-1].project_keys_values(x_PD, *turn)
+            x.unflatten(0, exists_RT.shape) for x in self.layers[-1].project_keys_values(x_PD, *turns[-1])
         )
         return Tail([*keys, key_RTHZ], [*values, value_RTHZ], exists_RT, x_PD.view_as(x_RTD))
 
@@ -257,7 +261,7 @@ class Longer(Ranker):
         request_RD = self.embedding.requests(batch.request_ts_R, last_event_ts_R)
         features_CF = None if index is None else self.interactions(index, batch, row_C, request_C, request_RD.dtype)
         x_CD = self.enter(request_RD, request_C, features_CF, batch.candidates)
-        turn = self.layers[0].rotation.turn(position_C, x_CD.dtype)
+        turns = self.turns(position_C, x_CD.dtype)
         num_rows = len(first[0])
         if has_kernels(x_CD):
             reads = {
@@ -270,9 +274,9 @@ class Longer(Ranker):
             num_queries_B = torch.bincount(row_C, minlength=num_rows).tolist()
             sees_CS = torch.cat([sees_tail_CT, sees_tail_CT.new_ones(len(row_C), 1)], dim=1)
         for layer, block in enumerate(self.layers):
-            query_CHZ, key_CHZ, value_CHZ = block.project(x_CD, *turn)
             num_visible_C = visible[min(layer, 1)]
             if has_kernels(x_CD):
+                query_CHZ, key_CHZ, value_CHZ = block.project(x_CD, *turns[layer])
                 groups = context.groups(layer, query_CHZ.dtype)
                 readers = groups.over(readers) if readers else groups.readers(offsets_B1, **reads)
                 attended_CD = attend(
@@ -284,17 +288,10 @@ class Longer(Ranker):
                     (key_CHZ, value_CHZ),
                     groups.scales_NH,
                 )
+                x_CD = block.finish(x_CD, attended_CD)
             else:
-                attended_CD = attend_shared(
-                    query_CHZ,
-                    *context.rows(layer, query_CHZ.dtype),
-                    num_queries_B,
-                    num_visible_C,
-                    torch.cat([take_rows(tail.keys[layer], request_C), key_CHZ[:, None]], dim=1),
-                    torch.cat([take_rows(tail.values[layer], request_C), value_CHZ[:, None]], dim=1),
-                    sees_CS,
-                )
-            x_CD = block.finish(x_CD, attended_CD)
+                shared = context, layer, num_queries_B, num_visible_C
+                x_CD = block.run(candidate_layer, block, x_CD, turns[layer], *shared, tail, request_C, sees_CS)
         return self.leave(x_CD, features_CF, batch.candidates["item_id"])
 
     @fused_on_cuda

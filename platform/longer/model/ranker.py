@@ -109,6 +109,7 @@ class Ranker(nn.Module):
         candidates: dict[str, Tensor],
     ) -> Tensor:
         x_CD = self.embedding.candidates(candidates, id_Cd) + take_rows(request_RD, request_C)
+        x_CD = self.embedding.with_request_features(x_CD, candidates)
         return x_CD if features_CF is None else x_CD + self.interaction_token(features_CF)
 
     def leave(self, x_CD: Tensor, features_CF: Tensor | None, item_key_C: Tensor) -> Tensor:

@@ -53,17 +53,6 @@ def rows_for(layout: StateLayout, end_index_B: Int64) -> Int64:
     return layout.num_rows(end_index_B // windows.merge_size - windows.history_start(end_index_B))
 
 
-def new_slots(pool: StatePool, end_index_B: Int64) -> list[Slot]:
-    """Slots that states of users with so many events need; a MemoryError if they do not all fit."""
-    slots = [pool.slots.allocate(int(num_rows)) for num_rows in rows_for(pool.layout, end_index_B)]
-    found = [slot for slot in slots if slot is not None]
-    if len(found) < len(slots):
-        for slot in found:
-            pool.slots.free(slot)
-        raise MemoryError(f"{len(slots) - len(found)} of {len(slots)} states do not fit into {pool.num_bytes} bytes")
-    return found
-
-
 @torch.inference_mode()
 def encode(
     model: Longer, pool: StatePool, histories: Histories, slots: Sequence[Slot], carry_out: Grow | None = None

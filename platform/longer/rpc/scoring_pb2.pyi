@@ -60,20 +60,29 @@ class Event(_message.Message):
     def __init__(self, item_id: _Optional[_Union[Id, _Mapping]] = ..., event_ts: _Optional[int] = ..., action: _Optional[str] = ..., features: _Optional[_Mapping[str, Value]] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("user_id", "candidates", "features", "request_ts", "events", "top_k")
+    __slots__ = ("user_id", "candidates", "features", "request_ts", "events", "top_k", "request_features")
+    class RequestFeaturesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: Value
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Value, _Mapping]] = ...) -> None: ...
     USER_ID_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
     REQUEST_TS_FIELD_NUMBER: _ClassVar[int]
     EVENTS_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FEATURES_FIELD_NUMBER: _ClassVar[int]
     user_id: Id
     candidates: Ids
     features: _containers.RepeatedCompositeFieldContainer[Column]
     request_ts: int
     events: _containers.RepeatedCompositeFieldContainer[Event]
     top_k: int
-    def __init__(self, user_id: _Optional[_Union[Id, _Mapping]] = ..., candidates: _Optional[_Union[Ids, _Mapping]] = ..., features: _Optional[_Iterable[_Union[Column, _Mapping]]] = ..., request_ts: _Optional[int] = ..., events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ..., top_k: _Optional[int] = ...) -> None: ...
+    request_features: _containers.MessageMap[str, Value]
+    def __init__(self, user_id: _Optional[_Union[Id, _Mapping]] = ..., candidates: _Optional[_Union[Ids, _Mapping]] = ..., features: _Optional[_Iterable[_Union[Column, _Mapping]]] = ..., request_ts: _Optional[int] = ..., events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ..., top_k: _Optional[int] = ..., request_features: _Optional[_Mapping[str, Value]] = ...) -> None: ...
 
 class TaskScores(_message.Message):
     __slots__ = ("values",)
@@ -183,7 +192,7 @@ class Task(_message.Message):
     def __init__(self, name: _Optional[str] = ..., kind: _Optional[str] = ...) -> None: ...
 
 class ModelResponse(_message.Message):
-    __slots__ = ("model_version", "refused_rollout", "schema_hash", "encoding", "tasks", "item_features", "event_fields", "history_events", "sequences_version")
+    __slots__ = ("model_version", "refused_rollout", "schema_hash", "encoding", "tasks", "item_features", "event_fields", "history_events", "sequences_version", "request_features")
     MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
     REFUSED_ROLLOUT_FIELD_NUMBER: _ClassVar[int]
     SCHEMA_HASH_FIELD_NUMBER: _ClassVar[int]
@@ -193,6 +202,7 @@ class ModelResponse(_message.Message):
     EVENT_FIELDS_FIELD_NUMBER: _ClassVar[int]
     HISTORY_EVENTS_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_VERSION_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FEATURES_FIELD_NUMBER: _ClassVar[int]
     model_version: str
     refused_rollout: bool
     schema_hash: str
@@ -202,4 +212,5 @@ class ModelResponse(_message.Message):
     event_fields: _containers.RepeatedScalarFieldContainer[str]
     history_events: int
     sequences_version: str
-    def __init__(self, model_version: _Optional[str] = ..., refused_rollout: _Optional[bool] = ..., schema_hash: _Optional[str] = ..., encoding: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[Task, _Mapping]]] = ..., item_features: _Optional[_Iterable[str]] = ..., event_fields: _Optional[_Iterable[str]] = ..., history_events: _Optional[int] = ..., sequences_version: _Optional[str] = ...) -> None: ...
+    request_features: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, model_version: _Optional[str] = ..., refused_rollout: _Optional[bool] = ..., schema_hash: _Optional[str] = ..., encoding: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[Task, _Mapping]]] = ..., item_features: _Optional[_Iterable[str]] = ..., event_fields: _Optional[_Iterable[str]] = ..., history_events: _Optional[int] = ..., sequences_version: _Optional[str] = ..., request_features: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -3,7 +3,7 @@
 Of users' vectors, the serving path's own states: the user's token once more from what a state keeps.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,8 @@ _MOST_CANDIDATES = 200
 _FEWEST_LEFT_OUT = 200
 _PART_LEFT_OUT = 0.01
 
+
+_NOTHING: Mapping[str, Any] = {}
 
 Seed = tuple[int, ...]
 """Of a run's version and a bucket: what is drawn is the same every time, and other rows with the next version."""
@@ -115,10 +117,10 @@ class OnlineCheck:
             if not ids:
                 continue
             some = chosen_numbers(len(ids), _MOST_CANDIDATES, (*self.seed, chunk.first + r))
-            features = {} if chunk.rows is None else self._features(chunk.rows.slice(r, 1), some)
+            features = ({}, {}) if chunk.rows is None else self._features(chunk.rows.slice(r, 1), some)
             offline = {task: np.array(rows[score_column(task)][r].as_py(), np.float32) for task in tasks}
             of_some = {task: scores[some] for task, scores in offline.items()}
-            self._scored.append(_Scored(_request(chunk, r, [ids[i] for i in some], features), of_some, scales))
+            self._scored.append(_Scored(_request(chunk, r, [ids[i] for i in some], *features), of_some, scales))
             if self.plan.top_k and self.items:
                 self._note_left_out(chunk, r, rows, offline[tasks[0]][-1], {tasks[0]: scales[tasks[0]]})
 
@@ -134,7 +136,7 @@ class OnlineCheck:
         for piece, begin in enumerate(range(0, len(others), size)):
             some = others.slice(begin, size)
             at_most = {task: np.full(len(some), last)}
-            self._scored.append(_Scored(_request(chunk, r, some, {}), at_most, scales, is_left_out=True, piece=piece))
+            self._scored.append(_Scored(_request(chunk, r, some), at_most, scales, is_left_out=True, piece=piece))
 
     def _batches(self) -> Iterator[list[_Scored]]:
         """Rows first, then pieces of what was left out."""
@@ -191,9 +193,12 @@ class OnlineCheck:
         assert tail.x_RTD is not None
         return tail.x_RTD[:, -1].double().cpu().numpy()
 
-    def _features(self, request: pa.Table, some: Int64) -> dict[str, list[Any]]:
-        values = {name: request[name][0].as_py() for name in self.plan.schema.features_of("item")}
-        return {name: [of_item[i] for i in some] for name, of_item in values.items()}
+    def _features(self, request: pa.Table, some: Int64) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+        """Of some of its items, and its own."""
+        of_items, own = (
+            {name: request[name][0].as_py() for name in self.plan.schema.features_of(of)} for of in ("item", "request")
+        )
+        return {name: [values[i] for i in some] for name, values in of_items.items()}, own
 
     def _kind(self, task: str) -> TaskKind:
         assert self.scorer
@@ -212,8 +217,15 @@ def _pending(chunk: Chunk, r: int) -> Pending:
     return Pending(user_id, int(stable_keys(user_id)[0]), int(chunk.questions.request_ts_R[r]), None)
 
 
-def _request(chunk: Chunk, r: int, ids: list[Any] | pa.Array, features: dict[str, list[Any]]) -> ScoreRequest:
-    return ScoreRequest(chunk.user_id_R[r].as_py(), ids, features, int(chunk.questions.request_ts_R[r]))
+def _request(
+    chunk: Chunk,
+    r: int,
+    ids: list[Any] | pa.Array,
+    item_features: Mapping[str, list[Any]] = _NOTHING,
+    request_features: Mapping[str, Any] = _NOTHING,
+) -> ScoreRequest:
+    user_id, request_ts = chunk.user_id_R[r].as_py(), int(chunk.questions.request_ts_R[r])
+    return ScoreRequest(user_id, ids, item_features, request_ts, request_features=request_features)
 
 
 def chosen_numbers(num: int, num_chosen: int, seed: Seed) -> Int64:

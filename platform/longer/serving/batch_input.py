@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from longer.arrays import Histories, Int64
 from longer.data.batches import Requests, rows_of_requests
-from longer.data.columns import changes, open_parquet, read_columns, requests_of, single_array
+from longer.data.columns import changes, missing_features, open_parquet, read_columns, requests_of, single_array
 from longer.data.id_lists import read_spool, read_spread
 from longer.data.items import ItemTable, read_items
 from longer.data.layout import bucket_files
@@ -58,12 +58,13 @@ class Items:
         ids = read_spool(run.candidates, plan.candidates.column) if plan.candidates else None
         if plan.items_path is None:
             assert ids is not None
-            return Items(ids, {"item_id": stable_keys(ids)})
+            return Items(ids, {"item_id": stable_keys(ids), **missing_features(plan.schema, "request", len(ids))})
         if ids is None:
             ids = single_array(read_items(plan.items_path, plan.sequences.id, plan.schema)["item_id"])
         keys = stable_keys(ids)
         catalogue = ItemTable(plan.items_path, plan.schema, plan.inputs["items"])
-        return Items(ids, {"item_id": keys, **catalogue.lookup(keys)})
+        unasked = missing_features(plan.schema, "request", len(ids))
+        return Items(ids, {"item_id": keys, **catalogue.lookup(keys), **unasked})
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def _questions(model: Ranker, num_users: int, num_requests: int, num_windows: in
     begins = windows.max_history_events + windows.stride_events * np.arange(1, num_windows + 1)
     ends = (begins[:, None] + np.arange(1, num_requests + 1)).ravel()
     num_events = int(ends[-1])
-    keys, numeric = ["item_id", "action", *schema.of_kind("categorical")], schema.of_kind("numeric")
+    keys, numeric = ["item_id", "action", *schema.of_history("categorical")], schema.of_history("numeric")
     histories = Histories(
         user_key_B=np.arange(1, num_users + 1),
         offsets_B1=np.arange(num_users + 1) * num_events,
@@ -112,7 +112,7 @@ def _questions(model: Ranker, num_users: int, num_requests: int, num_windows: in
 
 
 def _candidates(schema: EventSchema, num_requests: int) -> Candidates:
-    keys, numeric = ["item_id", *schema.features_of("item", "categorical")], schema.features_of("item", "numeric")
+    keys, numeric = ["item_id", *schema.of_candidates("categorical")], schema.of_candidates("numeric")
     features = _features(keys, numeric, num_requests * _NUM_CANDIDATES)
     return Candidates(np.arange(num_requests + 1) * _NUM_CANDIDATES, features)
 

@@ -14,6 +14,8 @@ from urllib.parse import quote
 
 import httpx
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from longer.config import Settings
@@ -30,6 +32,14 @@ from longer.training.loader import concat_requests
 NUM_CLIENTS = 2
 REPEAT_EVERY = 4
 _TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Logged:
+    """Features of a request, and of each of its candidates."""
+
+    own: dict[str, Any]
+    of_candidates: list[dict[str, Any]]
 
 
 def choose_requests(table: RequestTable, split: str, num_requests: int) -> list[Requests]:
@@ -51,6 +61,22 @@ def choose_requests(table: RequestTable, split: str, num_requests: int) -> list[
         chosen.append(users[u].take(np.arange(take)))
         missing -= take
     return chosen
+
+
+def logged_features(table: RequestTable, split: str, users: list[Requests]) -> dict[int, Logged]:
+    """What was logged with each of these requests, by id, where they are impressions: the catalogue may say something else."""
+    if "impressions" not in table.version.manifest["inputs"]:
+        return {}
+    schema, asked = table.schema, pa.array(np.concatenate([user.request_id_R for user in users]))
+    names = {of: schema.features_of(of) for of in ("item", "request")}
+    logged: dict[int, Logged] = {}
+    for bucket in range(table.num_buckets):
+        rows = table.rows(split, bucket)
+        for row in rows.filter(pc.is_in(rows["request_id"], asked)).to_pylist():
+            own, of_items = ({name: row[name] for name in names[of]} for of in ("request", "item"))
+            values = [dict(zip(of_items, one, strict=True)) for one in zip(*of_items.values(), strict=True)]
+            logged[row["request_id"]] = Logged(own, values or [{}] * len(row["item_id"]))
+    return logged
 
 
 @dataclass(frozen=True)
@@ -77,17 +103,17 @@ class Replay:
         return np.concatenate([np.array(by_request[r], np.float32) for r in requests.request_id_R.tolist()])
 
 
-def replay(url: str, users: list[Requests], token: str | None = None) -> Replay:
+def replay(url: str, users: list[Requests], logged: dict[int, Logged], token: str | None = None) -> Replay:
     """Sends every user's requests to the service at `url`; raises on the first that is not answered with scores."""
-    return asyncio.run(_replay(url, users, token))
+    return asyncio.run(_replay(url, users, logged, token))
 
 
-async def _replay(url: str, users: list[Requests], token: str | None) -> Replay:
+async def _replay(url: str, users: list[Requests], logged: dict[int, Logged], token: str | None) -> Replay:
     queue, answers = iter(users), list[Answer]()
     limits = httpx.Limits(max_connections=NUM_CLIENTS)
     headers = {"authorization": f"Bearer {token}"} if token else {}
     async with httpx.AsyncClient(base_url=url, timeout=_TIMEOUT_S, limits=limits, headers=headers) as http:
-        await asyncio.gather(*(_client(http, queue, answers) for _ in range(NUM_CLIENTS)))
+        await asyncio.gather(*(_client(http, queue, logged, answers) for _ in range(NUM_CLIENTS)))
         replicas = {}
         for user in users:
             stats = (await http.get("/v1/stats", headers=_session(user))).json()
@@ -97,11 +123,13 @@ async def _replay(url: str, users: list[Requests], token: str | None) -> Replay:
     )
 
 
-async def _client(http: httpx.AsyncClient, users: Iterator[Requests], answers: list[Answer]) -> None:
+async def _client(
+    http: httpx.AsyncClient, users: Iterator[Requests], logged: dict[int, Logged], answers: list[Answer]
+) -> None:
     """Takes users off the common queue until it is empty; a user's requests go one after the other."""
     for user in users:
         headers = _session(user)
-        for number, (request_id, body) in enumerate(_bodies(user)):
+        for number, (request_id, body) in enumerate(_bodies(user, logged)):
             for _ in range(2 if number % REPEAT_EVERY == 1 else 1):
                 started = time.perf_counter()
                 response = await http.post("/v1/score", content=body, headers=headers)
@@ -116,8 +144,8 @@ def _session(user: Requests) -> dict[str, str]:
     return {"x-session-id": quote(str(user.user_id_R[0].as_py()), safe="")}  # headers are ASCII, ids need not be
 
 
-def _bodies(user: Requests) -> Iterator[tuple[int, bytes]]:
-    """Each request's id and JSON body: candidates by id, so that their features come from the catalogue."""
+def _bodies(user: Requests, logged: dict[int, Logged]) -> Iterator[tuple[int, bytes]]:
+    """Each request's id and JSON body: candidates by id, with the catalogue's features, or with those that were logged."""
     offsets = user.candidates.offsets_R1.tolist()
     ids = user.item_id_C.to_pylist()
     for r, request_id in enumerate(user.request_id_R.tolist()):
@@ -126,6 +154,10 @@ def _bodies(user: Requests) -> Iterator[tuple[int, bytes]]:
             "candidates": ids[offsets[r] : offsets[r + 1]],
             "request_ts": int(user.request_ts_R[r]),
         }
+        if about := logged.get(request_id):
+            body["request_features"] = about.own
+            pairs = zip(body["candidates"], about.of_candidates, strict=True)
+            body["candidates"] = [{"id": item, "features": features} for item, features in pairs]
         yield request_id, json.dumps(body).encode()
 
 

@@ -2,7 +2,7 @@
 
 The same event is the same in every column of the log. It may be sent again: of copies, the most that one call, or the table,
 holds at once are counted. So a call may be repeated, calls may come in any order, and events may be kept after the table has
-caught up, all without counting one twice.
+caught up, all without counting one twice; and those of a replica that has stopped may be taken in, as old as they are (`restore`).
 """
 
 import time
@@ -19,6 +19,7 @@ from longer.hashing import stable_keys
 from longer.schema import EventSchema
 
 _RECEIVED_S = "received_s"
+"""Since 1970: what is kept may outlive the machine."""
 _USER_BYTES = 8_700
 """Memory of a user's Python and Arrow objects besides the values, as measured over thousands of users of two events."""
 
@@ -34,12 +35,14 @@ class EventLimits:
 
 @dataclass
 class EventCounters:
-    """Since the start: events received, how many of them were known, and kept ones that went for a bound or for their age."""
+    """Since the start: events received, how many of them were known, kept ones that went for a bound or for their age, and those of
+    replicas that have stopped, taken in."""
 
     received: int = 0
     known: int = 0
     dropped: int = 0
     expired: int = 0
+    restored: int = 0
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -103,8 +106,14 @@ class OnlineEvents:
         self.counters.known += len(events) - len(new)
         key_E = stable_keys(new["user_id"])
         news = {key: new.filter(pa.array(key_E == key)) for key in np.unique(key_E).tolist()}
+        now_s = time.time()
         for key, of_user in news.items():
-            self._add(key, of_user)
+            arrived, held = (
+                of_user.append_column(_RECEIVED_S, pa.array(np.full(len(of_user), now_s))),
+                self._users.get(key),
+            )
+            self._hold(key, pa.concat_tables([held.events, arrived]) if held else arrived)
+            self._fit()
         return {
             key: Added(
                 len(of_user),
@@ -114,9 +123,43 @@ class OnlineEvents:
             for key, of_user in news.items()
         }
 
+    def all(self) -> pa.Table:
+        """The events of all users with when they came, for `restore`: a user's together, those of who sent last first."""
+        empty = self._schema.events_arrow().empty_table().append_column(_RECEIVED_S, pa.array([], pa.float64()))
+        return pa.concat_tables([empty, *(held.events for held in reversed(self._users.values()))])
+
+    def restore(self, kept: pa.Table) -> dict[int, int]:
+        """Takes in some users' events as `all` of another replica gave them; the `revision` of those of whom exactly these are held
+        from here on. Users who are new here go before all others if there is too much."""
+        key_E, from_s, exactly = stable_keys(kept["user_id"]), time.time() - self._limits.keep_s, dict[int, int]()
+        for user_key in dict.fromkeys(key_E.tolist()):
+            sent = kept.filter(pa.array(key_E == user_key))
+            young = sent.filter(pc.greater(sent[_RECEIVED_S], from_s))
+            num_before = self._num_held(user_key)
+            num_new = self._restore_user(user_key, young)
+            if len(sent) == len(young) == num_before + num_new == self._num_held(user_key):
+                exactly[user_key] = self.revision(user_key)
+        return exactly
+
+    def _restore_user(self, user_key: int, young: pa.Table) -> int:
+        """How many of the events were not here."""
+        if (held := self._users.get(user_key)) is None:
+            new = together = young
+        else:  # which of equal ones is not here cannot be told, so the new ones are as old as the youngest
+            new = beyond(young, self.of([user_key]), self._schema)
+            new = new.append_column(_RECEIVED_S, pa.repeat(pc.max(young[_RECEIVED_S]), len(new)))
+            together = pa.concat_tables([held.events, new]).sort_by(_RECEIVED_S)
+        if len(new):
+            self._hold(user_key, together)
+            if held is None:
+                self._users.move_to_end(user_key, last=False)
+            self._fit()
+            self.counters.restored += len(new)
+        return len(new)
+
     def expire(self, user_keys: list[int]) -> None:
         """Drops what is too old of these users."""
-        from_s = time.monotonic() - self._limits.keep_s
+        from_s = time.time() - self._limits.keep_s
         for key in user_keys:
             held = self._users.get(key)
             if held and held.oldest_s <= from_s:
@@ -136,15 +179,16 @@ class OnlineEvents:
         held = self._users.get(user_key)
         return len(held.events) if held else 0
 
-    def _add(self, user_key: int, new: pa.Table) -> None:
-        arrived = new.append_column(_RECEIVED_S, pa.array(np.full(len(new), time.monotonic())))
-        held = self._users.get(user_key)
-        together = pa.concat_tables([held.events, arrived]) if held else arrived
+    def _hold(self, user_key: int, events: pa.Table) -> None:
+        """Another set of the user's events, in order of arrival, within the bound for a user."""
         excess = 0
-        if len(together) > self._limits.max_user_events:  # a quarter at once: each time costs a look at the table
-            excess = len(together) - self._limits.max_user_events * 3 // 4
-        self._put(user_key, together.slice(excess))
+        if len(events) > self._limits.max_user_events:  # a quarter at once: each time costs a look at the table
+            excess = len(events) - self._limits.max_user_events * 3 // 4
+        self._put(user_key, events.slice(excess))
         self.counters.dropped += excess
+
+    def _fit(self) -> None:
+        """Who sent last stays, within the bound for all."""
         while self.num_bytes > self._limits.max_bytes:
             first = next(iter(self._users))
             self.counters.dropped += self._num_held(first)

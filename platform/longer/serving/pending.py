@@ -30,6 +30,9 @@ class Pending:
     error: UserError | None = None
     is_taken_in: bool = False
 
+    def settle(self, source: Source, state: UserState) -> None:
+        self.source, self.state, self.error = source, state, None
+
 
 def pending_users(user_ids: pa.Array) -> list[Pending]:
     """These users as they are now."""

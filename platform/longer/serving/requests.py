@@ -14,9 +14,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longer.arrays import Int64
+from longer.data.columns import feature_arrays, missing_features
 from longer.data.events import check_rows
-from longer.data.items import ItemTable, item_features
+from longer.data.items import ItemTable
 from longer.errors import UserError
 from longer.hashing import stable_keys
 from longer.schema import EventSchema
@@ -34,13 +34,15 @@ _CLOCK_SKEW = timedelta(minutes=1)
 class ScoreRequest:
     """Candidates of one user at one time. `item_features` holds, for any of the model's item features, a value a candidate;
     what is None or not there comes from the item catalogue. `request_ts` is in milliseconds; None means now. `events` are the
-    user's newest, in columns named as in the event log; the scores see those before `request_ts`."""
+    user's newest, in columns named as in the event log; the scores see those before `request_ts`. `request_features` holds a
+    value of any of the model's features of requests; the others are missing."""
 
     user_id: int | str
     item_ids: Sequence[int] | Sequence[str] | pa.Array
     item_features: Columns = field(default_factory=dict)
     request_ts: int | None = None
     events: Columns = field(default_factory=dict)
+    request_features: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,10 @@ class RequestReader:
         return request_ts
 
     def candidates(self, request: ScoreRequest, items: ItemTable | None) -> dict[str, npt.NDArray]:
-        """Item keys and features [C] of the candidates: features as given, else from the catalogue, else missing."""
+        """Item keys and features [C] of the candidates: features as given, else from the catalogue, else missing.
+
+        With them the features of the request, the same for all.
+        """
         schema, known = self._schema, self._schema.features_of("item")
         if not request.item_features.keys() <= set(known):
             raise UserError(f"candidates: unknown item feature: this model reads {', '.join(known) or 'item ids only'}")
@@ -98,18 +103,19 @@ class RequestReader:
             name: _column(f"candidates.{name}", values, self._types[name])
             for name, values in request.item_features.items()
         }
-        found = items.lookup(item_key_C) if items else self._missing(item_key_C)
-        for name, values_C in item_features(schema, given).items():
+        found = items.lookup(item_key_C) if items else missing_features(schema, "item", len(item_key_C))
+        for name, values_C in feature_arrays(schema, given).items():
             is_given_C = given[name].is_valid().to_numpy(zero_copy_only=False)
             found[name] = np.where(is_given_C, values_C, found[name])
-        return {"item_id": item_key_C, **found}
+        return {"item_id": item_key_C, **found, **self._of_request(request.request_features, len(item_key_C))}
 
-    def _missing(self, item_key_C: Int64) -> dict[str, npt.NDArray]:
-        categorical = self._schema.features_of("item", "categorical")
-        return {
-            name: np.zeros(len(item_key_C), np.int64 if name in categorical else np.float32)
-            for name in self._schema.features_of("item")
-        }
+    def _of_request(self, given: Mapping[str, Any], num_candidates: int) -> dict[str, npt.NDArray]:
+        known = self._schema.features_of("request")
+        if not given.keys() <= set(known):
+            raise UserError(f"request_features: unknown feature: this model reads {', '.join(known) or 'none'}")
+        values = {name: _column(f"request_features.{name}", [given[name]], self._types[name]) for name in given}
+        one = missing_features(self._schema, "request", 1) | feature_arrays(self._schema, values)
+        return {name: np.repeat(value, num_candidates) for name, value in one.items()}
 
     def events(self, asked: Sequence["ScoreRequest | EventsRequest"]) -> list[pa.Table | UserError | None]:
         """The events that each request brings, as rows of the log (`events_arrow`), each as fit for it as the import job asks; or

@@ -21,37 +21,21 @@ Three steps, of which only the second waits for the table, and may run in any th
 the state may have grown or gone while they were read.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 
-from longer.arrays import Histories
 from longer.errors import UserError
 from longer.model.engine import StateEngine
-from longer.model.states import UserState, rows_for
-from longer.serving.cache import NEVER_TS, Entry, Known, StateVersion, Tier
-from longer.serving.fingerprint import EventPrint
+from longer.serving.cache import NEVER_TS, Known, StateVersion, Tier
 from longer.serving.history import HistorySource, TableRow, UserHistory
 from longer.serving.online import OnlineEvents
 from longer.serving.pending import Pending, read_rows
-from longer.serving.requests import Source
 from longer.serving.stages import stage
-from longer.serving.store import HeldState, StateEntry, StateStore
-
-
-@dataclass(frozen=True)
-class _Update:
-    """What brings a user's state to a request's time: `events` after `base`, or a whole window without one."""
-
-    request: Pending
-    base: HeldState | None
-    events: Histories
-    end: int
-    history: UserHistory
-    keep: bool
-    holds_table: bool
+from longer.serving.store import HeldState, StateStore
+from longer.serving.updates import Update, Updater
 
 
 class StateResolver:
@@ -68,7 +52,7 @@ class StateResolver:
         online: OnlineEvents,
         store: StateStore,
     ) -> None:
-        self._engine, self._version = engine, version
+        self._windows, self._version, self._updater = engine.model.windows, version, Updater(engine, version, store)
         self._history, self._online, self._store = history, online, store
 
     def resolve(self, wave: Sequence[Pending]) -> None:
@@ -99,8 +83,8 @@ class StateResolver:
                 unread.append(request)
         self._store.bring(held for _, held in hits)
         for request, held in hits:
-            _settle(request, "hit", held.entry.state)
-        self._carry_out([*self._from_memory(in_memory), *self._from_table(with_row)])
+            request.settle("hit", held.entry.state)
+        self._updater.carry_out([*self._from_memory(in_memory), *self._from_table(with_row)])
         return unread
 
     def add_events(self, wave: Sequence[Pending]) -> None:
@@ -108,7 +92,7 @@ class StateResolver:
         self._take_in(wave)
         found = [(request, self._store.hold(request.user_key, self._version)) for request in wave]
         due = [(r, h) for r, h in found if h and h.entry.next_event_ts < r.request_ts and self._goes_on_in_memory(r, h)]
-        self._carry_out(self._from_memory(due))
+        self._updater.carry_out(self._from_memory(due))
 
     def bring_up_to_date(self, users: Sequence[Pending]) -> None:
         """The held states of these users, whose rows have been read, are as the table has them now; does not count as a use.
@@ -132,14 +116,13 @@ class StateResolver:
                 continue
             if entry.next_event_ts == NEVER_TS:
                 end = max(end, history.end_before(user.request_ts))
-            update = _Update(
-                user, held, history.events(entry.state.num_events, end), end, history, True, end == history.end_index
-            )
+            events, holds_table = history.events(entry.state.num_events, end), end == history.end_index
+            update = Update(user, held, events, end, history, self._known(user.user_key), True, holds_table)
             if end == entry.state.num_events:
-                self._store.update(user.user_key, self._brought_up_to_date(entry, update))
+                self._store.update(user.user_key, update.brought_up_to_date(entry))
             elif held.tier == Tier.DEVICE and self._reaches(held, history, end):
                 due.append((update, held))
-        self._append(due)
+        self._updater.append(due)
 
     # -- what is known ------------------------------------------------------------------------------------------------
 
@@ -176,7 +159,7 @@ class StateResolver:
 
     # -- how to get there ---------------------------------------------------------------------------------------------
 
-    def _from_memory(self, requests: Sequence[tuple[Pending, HeldState]]) -> list[_Update]:
+    def _from_memory(self, requests: Sequence[tuple[Pending, HeldState]]) -> list[Update]:
         if not requests:
             return []
         events = self._online.of([request.user_key for request, _ in requests])
@@ -188,10 +171,11 @@ class StateResolver:
         for (request, held), tail in zip(requests, tails, strict=True):
             end = tail.end_before(request.request_ts)
             new = tail.events(held.entry.state.num_events, end)
-            updates.append(_Update(request, held, new, end, tail, keep=True, holds_table=True))
+            known = self._known(request.user_key)
+            updates.append(Update(request, held, new, end, tail, known, keep=True, holds_table=True))
         return updates
 
-    def _from_table(self, requests: Sequence[tuple[Pending, TableRow, HeldState | None]]) -> list[_Update]:
+    def _from_table(self, requests: Sequence[tuple[Pending, TableRow, HeldState | None]]) -> list[Update]:
         """Updates of the requests that the table's rows can answer; the others have their error."""
         planned = [
             self._plan(request, held, history)
@@ -204,113 +188,26 @@ class StateResolver:
         user_ids = [request.user_id for request, _, _ in requests]
         return self._history.with_online(user_ids, [row for _, row, _ in requests], online)
 
-    def _plan(self, request: Pending, held: HeldState | None, history: UserHistory) -> _Update | None:
+    def _plan(self, request: Pending, held: HeldState | None, history: UserHistory) -> Update | None:
         """How to bring the user's state to the request's time; None, and the request's error, if the table cannot tell."""
-        end, windows = history.end_before(request.request_ts), self._engine.model.windows
-        if held and held.entry.known != self._known(request.user_key) and not history.holds(held.entry.events):
+        end, known = history.end_before(request.request_ts), self._known(request.user_key)
+        if held and held.entry.known != known and not history.holds(held.entry.events):
             self._store.drop_stale(request.user_key)
             held = None
         holds_table = end == history.end_index
         in_the_past = held is not None and request.request_ts <= held.entry.last_event_ts
         if held and not in_the_past and self._reaches(held, history, end):
             events = history.events(held.entry.state.num_events, end)
-            return _Update(request, held, events, end, history, keep=True, holds_table=holds_table)
+            return Update(request, held, events, end, history, known, keep=True, holds_table=holds_table)
         try:
-            window = history.window(end, windows)
+            window = history.window(end, self._windows)
         except UserError as error:
             request.error = error
             return None
         keep = not in_the_past and history.num_events > 0
-        return _Update(request, None, window, end, history, keep, holds_table)
+        return Update(request, None, window, end, history, known, keep, holds_table)
 
     def _reaches(self, held: HeldState, history: UserHistory, end: int) -> bool:
         """Whether it can be appended to: it ends where the window before `end` has begun, and what is between is there."""
-        windows = self._engine.model.windows
-        window_start = windows.history_start(end) * windows.merge_size
+        window_start = self._windows.history_start(end) * self._windows.merge_size
         return held.entry.state.num_events >= max(window_start, history.first_index)
-
-    # -- doing it -----------------------------------------------------------------------------------------------------
-
-    def _carry_out(self, updates: Sequence[_Update]) -> None:
-        self._encode([update for update in updates if update.base is None])
-        with_base = [(update, update.base) for update in updates if update.base is not None]
-        self._confirm([(u, base) for u, base in with_base if u.end == base.entry.state.num_events])
-        self._append([(u, base) for u, base in with_base if u.end != base.entry.state.num_events])
-
-    def _confirm(self, updates: Sequence[tuple[_Update, HeldState]]) -> None:
-        """The states are as they should be; what is known of them is brought up to date."""
-        self._store.bring(held for _, held in updates)
-        for update, held in updates:
-            _settle(update.request, "hit", held.entry.state)
-            self._store.update(update.request.user_key, self._brought_up_to_date(held.entry, update))
-
-    def _brought_up_to_date(self, entry: StateEntry, update: _Update) -> StateEntry:
-        known, next_ts = self._known(update.request.user_key), update.history.next_ts(update.end)
-        return replace(entry, known=known, next_event_ts=next_ts, holds_table=update.holds_table)
-
-    def _encode(self, updates: Sequence[_Update]) -> None:
-        if not updates:
-            return
-        store, histories = self._store, _events(updates)
-        slots = store.slots(rows_for(store.layout, histories.end_index_B))
-        with stage("encode"):
-            states = self._engine.encode(histories, slots)
-        for update, state in zip(updates, states, strict=True):
-            self._finish(update, "load" if update.end else "cold", state)
-
-    def _append(self, updates: Sequence[tuple[_Update, HeldState]]) -> None:
-        """Where a state has outgrown its slot, it gets another; else it grows in place."""
-        if not updates:
-            return
-        store, new = self._store, _events(update for update, _ in updates)
-        store.bring(held for _, held in updates)
-        bases = [held.entry.state for _, held in updates]
-        slots = [
-            base.slot if num_rows <= base.slot.size else store.slots([num_rows])[0]
-            for base, num_rows in zip(bases, rows_for(store.layout, new.end_index_B), strict=True)
-        ]
-        try:
-            with stage("append"):
-                states = self._engine.append(bases, new, slots)
-            for (update, _), state in zip(updates, states, strict=True):
-                self._finish(update, "append", state)
-        except BaseException:
-            for update, _ in updates:  # half-written, or longer than what is known of them
-                store.drop_stale(update.request.user_key)
-            raise
-
-    def _finish(self, update: _Update, source: Source, state: UserState) -> None:
-        """Gives the request its state, and the store too unless it has a newer one."""
-        request, base = update.request, update.base
-        _settle(request, source, state)
-        if not update.keep:
-            return
-        entry = Entry(
-            state,
-            state.last_event_ts,
-            update.history.next_ts(update.end),
-            self._known(request.user_key),
-            _print(update, state, self._engine.model.windows.stride_events),
-            update.holds_table,
-            request.user_id[0].as_py(),
-        )
-        if base is not None and base.entry.state.slot is state.slot:
-            self._store.update(request.user_key, entry)
-        else:
-            self._store.put(request.user_key, self._version, entry)
-
-
-def _settle(request: Pending, source: Source, state: UserState) -> None:
-    request.source, request.state, request.error = source, state, None
-
-
-def _print(update: _Update, state: UserState, stride_events: int) -> EventPrint:
-    """Of the events in the state's window: the base's that are still in it, and the new ones."""
-    if update.base is None:
-        return EventPrint.of(update.events, stride_events)
-    grown = update.base.entry.events.followed_by(update.events, stride_events)
-    return grown.from_index(state.first_index, stride_events)
-
-
-def _events(updates: Iterable[_Update]) -> Histories:
-    return Histories.concatenate([update.events for update in updates])

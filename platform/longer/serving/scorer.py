@@ -7,12 +7,10 @@ R requests, C candidates in all of them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from longer.arrays import NO_EVENT_TS, Candidates
@@ -26,6 +24,7 @@ from longer.model.outputs import to_scores
 from longer.model.pool import Precision
 from longer.serving.cache import StateVersion
 from longer.serving.history import HistorySource, check_kept
+from longer.serving.kept_states import KeptState
 from longer.serving.online import EventLimits, OnlineEvents
 from longer.serving.pending import Pending, read_rows
 from longer.serving.requests import (
@@ -34,43 +33,15 @@ from longer.serving.requests import (
     RequestReader,
     ScoreRequest,
     ScoreResult,
-    now_ms,
 )
 from longer.serving.resolver import StateResolver
+from longer.serving.scorings import Asked, Scoring, prepare, prepared_events, waves
 from longer.serving.stages import stage
 from longer.serving.store import BATCH_USERS, StateStore
 from longer.serving.warm import warm_up
 from longer.training.checkpoints import CheckpointInfo, load_appendable
 
-P = TypeVar("P", bound=Pending)
-
 __all__ = ["EventsRequest", "EventsResult", "ScoreRequest", "ScoreResult", "Scorer", "Scoring"]
-
-
-@dataclass
-class _Asked(Pending):
-    """A score request whose candidates are keys and numbers."""
-
-    candidates: dict[str, npt.NDArray] = field(default_factory=dict)
-    items: ItemTable | None = None
-    result: ScoreResult | None = None
-
-    @property
-    def outcome(self) -> ScoreResult | UserError | None:
-        return self.result or self.error
-
-
-@dataclass(eq=False)
-class Scoring:
-    """A score request on its way to its outcome; `asked` is what `Scorer.attempt` has made of it."""
-
-    request: ScoreRequest
-    asked: _Asked | UserError | None = None
-
-    @property
-    def outcome(self) -> ScoreResult | UserError | None:
-        """None as long as it has to be attempted again."""
-        return self.asked.outcome if isinstance(self.asked, _Asked) else self.asked
 
 
 @dataclass(frozen=True)
@@ -198,10 +169,10 @@ class Scorer:
 
         Whoever asks keeps the order of a user's requests until they have their outcomes.
         """
-        self._prepare_all(scorings)
+        prepare(scorings, self._reader, self.items)
         waiting = set[int]()
         unread: list[Pending] = []
-        for wave in _waves([one.asked for one in scorings if isinstance(one.asked, _Asked) and one.outcome is None]):
+        for wave in waves([one.asked for one in scorings if isinstance(one.asked, Asked) and one.outcome is None]):
             behind = [request for request in wave if request.user_key in waiting]
             ready = [request for request in wave if request.user_key not in waiting]
             try:
@@ -215,9 +186,8 @@ class Scorer:
 
     def add_events(self, requests: Sequence[EventsRequest]) -> list[EventsResult | UserError]:
         """Takes in events, one outcome a request, in order; a state that is here, and ends before them, is appended to."""
-        events = self._reader.events(requests)
-        outcomes = [self._prepare_events(request, own) for request, own in zip(requests, events, strict=True)]
-        for wave in _waves([outcome for outcome in outcomes if isinstance(outcome, Pending)]):
+        outcomes = prepared_events(requests, self._reader)
+        for wave in waves([outcome for outcome in outcomes if isinstance(outcome, Pending)]):
             try:
                 self.states.add_events(wave)
             finally:
@@ -242,50 +212,30 @@ class Scorer:
             self.cache.release()
         return sum(request.error is None for request in wave)
 
+    def restore(self, kept: KeptState, events_revision: int | None) -> bool:
+        """Takes a state of a replica that has stopped into host memory, if there is room and none of its user; whether it is there.
+
+        `events_revision` is that of the user's online events when they were exactly those that the replica had.
+        """
+        is_so = events_revision is not None and events_revision == self.online.revision(kept.user_key)
+        entry = kept.entry_with(events_revision if is_so else None)
+        return self.cache.restore(kept.user_key, self.version, entry, kept.words_NI, kept.is_protected)
+
     def user_key(self, user_id: int | str) -> int:
         """What the user is known by in here. A UserError if it is no user id."""
         return int(stable_keys(self._reader.user(user_id))[0])
 
     def forget(self, user_id: int | str) -> bool:
         """Drops the user's state, from all tiers, and online events; whether there was any. A UserError if it is no user id."""
-        user_key = self.user_key(user_id)
+        return self.forget_key(self.user_key(user_id))
+
+    def forget_key(self, user_key: int) -> bool:
+        """The same of who is known by this."""
         self._engine.forget_inputs()  # which may be of this user; before the store, whose last row replays write to
         had_events, had_state = self.online.forget(user_key), self.cache.forget(user_key)
         return had_events or had_state
 
-    def _prepare_all(self, scorings: Sequence[Scoring]) -> None:
-        new = [one for one in scorings if one.asked is None]
-        events = self._reader.events([one.request for one in new])
-        for one, own in zip(new, events, strict=True):
-            one.asked = self._prepare(one.request, own)
-        for one in scorings:
-            if isinstance(one.asked, _Asked) and one.asked.items is not self.items:  # the tables have moved meanwhile
-                one.asked.items, one.asked.candidates = self.items, self._reader.candidates(one.request, self.items)
-
-    def _prepare(self, request: ScoreRequest, events: pa.Table | UserError | None) -> _Asked | UserError:
-        try:
-            user_id, request_ts = self._reader.user(request.user_id), self._reader.time(request.request_ts)
-            candidates = self._reader.candidates(request, self.items)
-        except UserError as error:
-            return error
-        if isinstance(events, UserError):
-            return events
-        return _Asked(
-            user_id, int(stable_keys(user_id)[0]), request_ts, events, candidates=candidates, items=self.items
-        )
-
-    def _prepare_events(self, request: EventsRequest, events: pa.Table | UserError | None) -> Pending | UserError:
-        try:
-            user_id = self._reader.user(request.user_id)
-        except UserError as error:
-            return error
-        return (
-            events
-            if isinstance(events, UserError)
-            else Pending(user_id, int(stable_keys(user_id)[0]), now_ms(), events)
-        )
-
-    def _answer(self, requests: Sequence[_Asked]) -> None:
+    def _answer(self, requests: Sequence[Asked]) -> None:
         if not requests:
             return
         offsets_R1 = np.cumsum([0, *(len(request.candidates["item_id"]) for request in requests)])
@@ -301,16 +251,3 @@ class Scorer:
             last = None if state.last_event_ts == NO_EVENT_TS else state.last_event_ts
             request.result = ScoreResult(scores, request.request_ts, request.source, state.num_events, last)
             self.cache.counters.count(request.source)
-
-
-def _waves(requests: Sequence[P]) -> list[list[P]]:
-    """The requests in waves of different users, at most `BATCH_USERS`; what a user asks later comes in a later wave."""
-    waves: list[list[P]] = []
-    asked: dict[int, int] = {}
-    for request in requests:
-        number = asked.get(request.user_key, 0)
-        asked[request.user_key] = number + 1
-        if number == len(waves):
-            waves.append([])
-        waves[number].append(request)
-    return [wave[n : n + BATCH_USERS] for wave in waves for n in range(0, len(wave), BATCH_USERS)]

@@ -69,7 +69,6 @@ def _user(history: HistorySource, schema: EventSchema, num_events: int) -> UserH
 
 def _candidates(schema: EventSchema, offsets_R1: np.ndarray) -> Candidates:
     num_candidates = offsets_R1[-1]
-    keys = {name: np.ones(num_candidates, np.int64) for name in ("item_id", *schema.features_of("item", "categorical"))}
-    numbers = {name: np.zeros(num_candidates, np.float32) for name in schema.features_of("item", "numeric")}
-    known = {name: (keys | numbers)[name] for name in ("item_id", *schema.features_of("item"))}
-    return Candidates(offsets_R1, known)
+    keys = {name: np.ones(num_candidates, np.int64) for name in ("item_id", *schema.of_candidates("categorical"))}
+    numbers = {name: np.zeros(num_candidates, np.float32) for name in schema.of_candidates("numeric")}
+    return Candidates(offsets_R1, keys | numbers)

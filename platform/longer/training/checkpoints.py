@@ -2,17 +2,15 @@
 
 model.safetensors      weights
 model.json             format, model version, schema, model settings, tasks: all that serving needs
-trainer.safetensors    the optimizer's moments, float32
-trainer.json           the position in the data, the history so far, what has been trained in each epoch, checkpoints before
 
-Random numbers need no state: those of a step are a function of seed, step and worker.
+What only a run that goes on needs lies beside them (`longer.training.trainer_state`).
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
 
 import safetensors
 import safetensors.torch
@@ -29,14 +27,10 @@ from longer.model.ranker import Ranker
 from longer.model_settings import ModelSettings
 from longer.schema import EventSchema
 from longer.storage import read_bytes, write_bytes
-from longer.training.cursor import Position
 from longer.training_settings import TaskSettings
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Of model.json and model.safetensors."""
-
-TRAINER_VERSION = 3
-"""Of trainer.json and trainer.safetensors. Part of a run's id: a run of another format is another run."""
 
 _TASKS: TypeAdapter[tuple[TaskSettings, ...]] = TypeAdapter(tuple[TaskSettings, ...])
 
@@ -52,40 +46,6 @@ class CheckpointInfo:
     tasks: tuple[TaskSettings, ...]
 
 
-class HasMoments(Protocol):
-    """An optimizer: its `state` holds tensors by name under each parameter."""
-
-    state: Any
-
-
-@dataclass
-class TrainerState:
-    """Where a training run stands.
-
-    `history` holds one record a logged step and one a validation, `epochs` what has been trained of each epoch (`Trained`),
-    `checkpoints` the step and score of every checkpoint so far, this one included, and where it ends an epoch how many there were
-    (`epochs`), `scaling` what `Scaling.state` gave, `skipped` the steps whose gradients were not finite and the requests of those
-    steps: they count as trained and changed nothing.
-    """
-
-    position: Position = field(default_factory=Position)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    epochs: list[dict[str, Any]] = field(default_factory=list)
-    checkpoints: list[dict[str, Any]] = field(default_factory=list)
-    scaling: dict[str, float] = field(default_factory=dict)
-    skipped: dict[str, int] = field(default_factory=lambda: {"steps": 0, "requests": 0})
-
-
-def best_of_epochs(checkpoints: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The checkpoint with the best score of those at an epoch's end, the first of equals; none if no epoch has ended.
-
-    Where no score is defined, the last one, which has trained most.
-    """
-    ends = [checkpoint for checkpoint in checkpoints if checkpoint["epochs"]]
-    scored = [checkpoint for checkpoint in ends if checkpoint["score"] is not None]
-    return [max(scored, key=lambda checkpoint: checkpoint["score"])] if scored else ends[-1:]
-
-
 Tensors = dict[str, torch.Tensor]
 
 
@@ -97,17 +57,6 @@ def copied(_: str, tensor: torch.Tensor) -> torch.Tensor:
 def weights_of(model: Ranker, whole: Callable[[str, torch.Tensor], torch.Tensor] = copied) -> Tensors:
     """A copy of the weights on the CPU; `whole` copies one, where other workers have parts of it."""
     return {name: whole(name, tensor) for name, tensor in model.state_dict().items()}
-
-
-def moments_of(
-    model: Ranker, optimizer: HasMoments, whole: Callable[[str, torch.Tensor], torch.Tensor] = copied
-) -> Tensors:
-    """The same of the optimizer's moments, under their parameters' names, a slash and their own."""
-    return {
-        f"{name}/{key}": whole(f"{name}/{key}", value)
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-    }
 
 
 def save_model(
@@ -129,7 +78,9 @@ def save_weights(
     }
     version = _model_version(weights, about)
     write_bytes(f"{directory}/model.safetensors", safetensors.torch.save(weights))
-    write_bytes(f"{directory}/model.json", _json({"format_version": FORMAT_VERSION, "model_version": version, **about}))
+    write_bytes(
+        f"{directory}/model.json", as_json({"format_version": FORMAT_VERSION, "model_version": version, **about})
+    )
     return version
 
 
@@ -140,7 +91,7 @@ def load_model(
 
     A UserError names what is missing, changed, not finite or does not fit.
     """
-    about = _read_json(path, "model.json")
+    about = read_json(path, "model.json")
     info = _info(path, about)
     if expected_schema and expected_schema.hash() != info.schema.hash():
         raise UserError(
@@ -197,64 +148,13 @@ def load_upstream(model: Ranker, settings: ModelSettings) -> None:
     cast(EncoderRanker, model).upstream.load_state_dict(tower.state_dict())
 
 
-def save_trainer(directory: str, moments: Tensors, state: TrainerState) -> None:
-    """Writes the optimizer's moments, then the state."""
-    write_bytes(f"{directory}/trainer.safetensors", safetensors.torch.save(moments))
-    about = {"format_version": TRAINER_VERSION, **asdict(state)}
-    write_bytes(f"{directory}/trainer.json", _json(about))
-
-
-OwnRows = Callable[[str], slice]
-"""The rows that this worker holds of a weight or moment, by the name of its parameter, alone or with a slash and more behind."""
-
-
-def every_row(_: str) -> slice:
-    return slice(None)
-
-
-@torch.no_grad()
-def load_own_weights(directory: str, model: Ranker, own_rows: OwnRows = every_row) -> None:
-    """Puts this worker's rows of a run's checkpoint into the run's model, of whose tables it may hold those rows only.
-
-    Memory holds one of them at a time beside the model, and nothing of the others' rows.
-    """
-    weights = model.state_dict()
-    for name, tensor in _own_tensors(f"{directory}/model.safetensors", own_rows):
-        weights[name].copy_(tensor)
-
-
-def load_trainer(directory: str, model: Ranker, optimizer: HasMoments, own_rows: OwnRows = every_row) -> TrainerState:
-    """Puts this worker's rows of the moments back into `optimizer`, as `load_own_weights`; returns the state saved with them."""
-    for name, tensor in _own_tensors(f"{directory}/trainer.safetensors", own_rows):
-        parameter_name, key = name.rsplit("/", 1)
-        parameter = model.get_parameter(parameter_name)
-        optimizer.state[parameter][key] = tensor.to(
-            parameter.device, copy=True
-        )  # what was read lies in the file's pages
-    return read_trainer_state(directory)
-
-
-def _own_tensors(path: str, own_rows: OwnRows) -> Iterator[tuple[str, torch.Tensor]]:
-    """This worker's rows of each tensor in a local file, of which nothing else is read."""
-    with safetensors.safe_open(path, "pt") as file:
-        for name in file.keys():  # noqa: SIM118  (it is no dictionary)
-            rows = file.get_slice(name)
-            yield name, rows[own_rows(name)] if rows.get_shape() else file.get_tensor(name)
-
-
-def read_trainer_state(path: str) -> TrainerState:
-    about = _read_json(path, "trainer.json", TRAINER_VERSION)
-    others = {name: about[name] for name in ("history", "epochs", "checkpoints", "scaling", "skipped")}
-    return TrainerState(Position(**about["position"]), **others)
-
-
 _CHANGEABLE = {"history_events", "query_groups", "stride_groups", "dropout"}
 """Model settings under which weights keep their meaning."""
 
 
-def load_weights(path: str, settings: Settings) -> tuple[Tensors, CheckpointInfo]:
-    """The weights of a checkpoint to start training with these settings from; a UserError names what does not fit."""
-    model, info = load_model(path, expected_schema=settings.event_schema)
+def check_start(path: str, settings: Settings) -> CheckpointInfo:
+    """The checkpoint to start training with these settings from, read to the last byte; a UserError names what does not fit."""
+    _, info = load_model(path, expected_schema=settings.event_schema)
     asked = settings.model.model_dump(mode="json")
     for name, value in info.model.model_dump(mode="json").items():
         if name not in _CHANGEABLE and asked[name] != value:
@@ -266,7 +166,7 @@ def load_weights(path: str, settings: Settings) -> tuple[Tensors, CheckpointInfo
         raise UserError(
             f"{path}/model.json: its tasks are {heads}, train.tasks of the settings {asked_heads}: use the checkpoint's"
         )
-    return dict(model.state_dict()), info
+    return info
 
 
 def _info(path: str, about: dict[str, Any]) -> CheckpointInfo:
@@ -312,7 +212,8 @@ def _read_tensors(path: str, name: str) -> dict[str, torch.Tensor]:
         raise UserError(f"{path}/{name}: not a safetensors file ({error}): copy it again") from None
 
 
-def _read_json(path: str, name: str, version: int = FORMAT_VERSION) -> dict[str, Any]:
+def read_json(path: str, name: str, version: int = FORMAT_VERSION) -> dict[str, Any]:
+    """The JSON file `name` of the checkpoint at `path`; a UserError if it is not there, damaged or of another format."""
     try:
         about = json.loads(read_bytes(f"{path}/{name}"))
     except FileNotFoundError:
@@ -327,5 +228,5 @@ def _read_json(path: str, name: str, version: int = FORMAT_VERSION) -> dict[str,
     return about
 
 
-def _json(about: dict[str, Any]) -> bytes:
+def as_json(about: dict[str, Any]) -> bytes:
     return json.dumps(about, indent=1).encode()

@@ -3,6 +3,7 @@
 R requests, P packs, E epochs.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +12,20 @@ import numpy as np
 from longer.arrays import Int64
 from longer.config import Settings
 from longer.data.events import iso_time
+from longer.data.layout import bucket_of_path
 from longer.data.tables import RequestTable, SequenceTable
+from longer.errors import UserError
 from longer.hashing import hash_int64
 from longer.model.layout import Sizes
 from longer.training.cursor import DataCursor
-from longer.training.loader import MS_PER_DAY, SplitData, largest_batch, read_since, read_splits
+from longer.training.loader import MS_PER_DAY, Part, SplitData, joined, largest_batch, read_part, read_part_since
+from longer.training_settings import TaskSettings
 
 MAX_PACK_REQUESTS = 16
 """Requests of one user in a pack: more share one history, but a step's requests are more alike. 8, 16 and 32 learn alike."""
+
+
+_SPLITS = ["train", "valid"]
 
 
 @dataclass(frozen=True)
@@ -38,16 +45,63 @@ class Job:
         return self.since_ms is not None
 
 
+@dataclass(frozen=True)
+class Tables:
+    """The tables of a job, whose requests are read from them in parts, on any machine, and then joined."""
+
+    job: Job
+    sequences: SequenceTable
+    requests: RequestTable
+
+    @staticmethod
+    def of(job: Job) -> "Tables":
+        settings, schema, versions = job.settings, job.settings.event_schema, job.versions
+        return Tables(
+            job,
+            SequenceTable(settings.path("tables", "sequences"), schema, versions["sequences"]),
+            RequestTable(settings.path("tables", "requests"), schema, versions["requests"]),
+        )
+
+    def bucket_bytes(self) -> Int64:
+        """What each bucket takes in the tables' files, of which some are of splits that are not read."""
+        num_bytes_K = np.zeros(self.requests.num_buckets, np.int64)
+        for version in (self.sequences.version, self.requests.version):
+            for file in version.data_files():
+                num_bytes_K[bucket_of_path(file.path)] += file.num_bytes
+        return num_bytes_K
+
+    def read(self, buckets: Sequence[int]) -> Part:
+        """All that the job may need of some buckets."""
+        if self.job.since_ms is not None:
+            return read_part_since(self.sequences, self.requests, self.job.since_ms, buckets)
+        return read_part(self.sequences, self.requests, _SPLITS, buckets)
+
+    def join(self, parts: Sequence[Part]) -> tuple[SplitData, SplitData | None]:
+        """What is trained, and what validates: nothing where days are tested instead."""
+        asked = self.job.settings.train
+        names = ["new"] if self.job.trains_days else _SPLITS
+        data, *valid = joined(parts, self.job.settings.model.windows, self.sequences.version.path, names)
+        _check_labels(data, asked.tasks)
+        if not valid:
+            return data, None
+        return data.newest(asked.max_requests), valid[0].spread(asked.max_validation_requests)
+
+
+def _check_labels(data: SplitData, tasks: Sequence[TaskSettings]) -> None:
+    for task in tasks:
+        label_C = data.requests.labels[task.name]
+        lowest, highest = label_C.min(initial=0), label_C.max(initial=0)
+        if task.kind == "binary" and (lowest < 0 or highest > 1):
+            raise UserError(
+                f"train.tasks: the labels of {task.name} are {lowest:g} to {highest:g}, a binary task's are 0 to 1: make it kind: "
+                "regression, or scale the column"
+            )
+
+
 def read_requests(job: Job) -> tuple[SplitData, SplitData | None]:
-    """What is trained, and what validates: nothing where days are tested instead."""
-    settings, versions = job.settings, job.versions
-    windows, schema, asked = settings.model.windows, settings.event_schema, settings.train
-    sequences = SequenceTable(settings.path("tables", "sequences"), schema, versions["sequences"])
-    requests = RequestTable(settings.path("tables", "requests"), schema, versions["requests"])
-    if job.since_ms is not None:
-        return read_since(sequences, requests, job.since_ms, windows), None
-    train, valid = read_splits(sequences, requests, ["train", "valid"], windows)
-    return train.newest(asked.max_requests), valid.spread(asked.max_validation_requests)
+    """The requests of a job, read right here."""
+    tables = Tables.of(job)
+    return tables.join([tables.read(range(tables.requests.num_buckets))])
 
 
 class Content:

@@ -19,9 +19,10 @@ from longer.errors import UserError
 from longer.progress import say
 from longer.schema import TIMESTAMP
 from longer.storage import Table, Version, fingerprint
-from longer.training.checkpoints import FORMAT_VERSION, TRAINER_VERSION, load_weights, read_trainer_state
+from longer.training.checkpoints import FORMAT_VERSION, check_start
 from longer.training.content import Job
 from longer.training.run import chosen_settings, finished, fit, pin_tables, publish
+from longer.training.trainer_state import TRAINER_VERSION, read_trainer_state
 
 
 def train_new_days(settings: Settings) -> Version:
@@ -44,7 +45,7 @@ def train_new_days(settings: Settings) -> Version:
     if not _num_requests_since(requests, since):
         say("train", f"no requests since {since} in {requests.path}: {base.id} has seen all, nothing changed")
         return base
-    load_weights(base.path, settings)  # a mistake is told here once, not by every worker
+    check_start(base.path, settings)  # a mistake is told here once, not by every worker
     table.claim()
     last = fit(Job(settings, versions, base.path, _milliseconds(since)), run_id)
     state = read_trainer_state(last)

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -11,7 +11,15 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from longer.arrays import Candidates, Histories, Int64, RequestBatch
-from longer.data.batches import Packs, Requests, assemble, concat_histories, plan_packs, rows_of_requests
+from longer.data.batches import (
+    Packs,
+    Requests,
+    assemble,
+    concat_histories,
+    plan_packs,
+    rows_of_requests,
+    with_all_users,
+)
 from longer.data.requests import SPLITS
 from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import UserError
@@ -129,6 +137,51 @@ def score_split(
     return output_CT
 
 
+@dataclass(frozen=True)
+class Part:
+    """Histories of some buckets, and the requests of their users in each of some splits. Parts in order, joined, are the whole."""
+
+    histories: Histories
+    requests: list[Requests]
+
+
+def read_part(sequences: SequenceTable, requests: RequestTable, splits: Sequence[str], buckets: Iterable[int]) -> Part:
+    """The splits' requests in some buckets; users who have done nothing are there too, behind the others of their bucket."""
+    return _in_buckets(sequences, buckets, lambda bucket: [requests.read(split, bucket) for split in splits])
+
+
+def read_part_since(sequences: SequenceTable, requests: RequestTable, since_ms: int, buckets: Iterable[int]) -> Part:
+    """The requests of all splits from a time on, as if of one split."""
+
+    def since(bucket: int) -> list[Requests]:
+        every = concat_requests([requests.read(split, bucket) for split in SPLITS])
+        return [every.take(np.flatnonzero(every.request_ts_R >= since_ms))]
+
+    return _in_buckets(sequences, buckets, since)
+
+
+def _in_buckets(sequences: SequenceTable, buckets: Iterable[int], read: Callable[[int], list[Requests]]) -> Part:
+    histories, asked = [], []
+    for bucket in buckets:
+        asked.append(read(bucket))
+        user_key_R = np.concatenate([requests.user_key_R for requests in asked[-1]])
+        histories.append(with_all_users(sequences.read_bucket(bucket)[1], user_key_R))
+    return Part(concat_histories(histories), [concat_requests(list(split)) for split in zip(*asked, strict=True)])
+
+
+def joined(parts: Sequence[Part], windows: WindowRule, path: str, names: Sequence[str]) -> list[SplitData]:
+    """The splits of all parts, in turn named so; their histories are held once.
+
+    A UserError if the sequence table at `path` has cut a history window.
+    """
+    histories = parts[0].histories if len(parts) == 1 else concat_histories([part.histories for part in parts])
+    by_split = zip(*(part.requests for part in parts), strict=True)
+    return [
+        _split(histories, concat_requests(list(of_parts)), windows, path, name)
+        for of_parts, name in zip(by_split, names, strict=True)
+    ]
+
+
 def read_split(
     sequences: SequenceTable,
     requests: RequestTable,
@@ -137,50 +190,19 @@ def read_split(
     buckets: Iterable[int] | None = None,
 ) -> SplitData:
     """A split, or some buckets of it, in memory."""
-    (data,) = read_splits(sequences, requests, [split], windows, buckets)
+    wanted = range(requests.num_buckets) if buckets is None else buckets
+    (data,) = joined([read_part(sequences, requests, [split], wanted)], windows, sequences.version.path, [split])
     return data
 
 
-def read_splits(
-    sequences: SequenceTable,
-    requests: RequestTable,
-    splits: Iterable[str],
-    windows: WindowRule,
-    buckets: Iterable[int] | None = None,
-) -> list[SplitData]:
-    """Several splits whose histories are read once and held once."""
-    wanted = [*(range(requests.num_buckets) if buckets is None else buckets)]
-    histories = _histories(sequences, wanted)
-    return [
-        _split(sequences, histories, [requests.read(split, bucket) for bucket in wanted], windows, f"{split} requests")
-        for split in splits
-    ]
-
-
-def read_since(sequences: SequenceTable, requests: RequestTable, since_ms: int, windows: WindowRule) -> SplitData:
-    """The requests of all splits from a time on, in memory."""
-    asked = []
-    for bucket in range(requests.num_buckets):
-        every = concat_requests([requests.read(split, bucket) for split in SPLITS])
-        asked.append(every.take(np.flatnonzero(every.request_ts_R >= since_ms)))
-    return _split(sequences, _histories(sequences, range(requests.num_buckets)), asked, windows, "requests")
-
-
-def _histories(sequences: SequenceTable, buckets: Iterable[int]) -> Histories:
-    return concat_histories([sequences.read_bucket(bucket)[1] for bucket in buckets])
-
-
-def _split(
-    sequences: SequenceTable, histories: Histories, by_bucket: list[Requests], windows: WindowRule, which: str
-) -> SplitData:
-    requests = concat_requests(by_bucket)
+def _split(histories: Histories, requests: Requests, windows: WindowRule, path: str, name: str) -> SplitData:
     row_R = rows_of_requests(histories, requests)
     start_R = windows.history_start(requests.history_end_R) * windows.merge_size
     if num_cut := int((start_R < histories.first_index_B[row_R]).sum()):
         raise UserError(
-            f"model.history_events={windows.history_groups * windows.merge_size}: the history windows of {num_cut} {which} "
-            f"start before the events that {sequences.version.path} keeps: build sequences and requests again with "
-            "these settings, or lower history_events"
+            f"model.history_events={windows.history_groups * windows.merge_size}: the history windows of {num_cut} {name} "
+            f"requests start before the events that {path} keeps: build sequences and requests again with these settings, or lower "
+            "history_events"
         )
     return SplitData(histories, requests, row_R, windows)
 

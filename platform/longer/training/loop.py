@@ -21,19 +21,7 @@ from longer.arrays import Int64
 from longer.errors import UserError
 from longer.model.encoders.factory import make_model
 from longer.storage import remove_tree
-from longer.training.checkpoints import (
-    Tensors,
-    TrainerState,
-    best_of_epochs,
-    load_own_weights,
-    load_trainer,
-    load_upstream,
-    load_weights,
-    moments_of,
-    save_trainer,
-    save_weights,
-    weights_of,
-)
+from longer.training.checkpoints import Tensors, load_upstream, save_weights, weights_of
 from longer.training.content import Content, Job, Trained
 from longer.training.cursor import Position, batches_per_worker
 from longer.training.loader import SplitData, prefetch
@@ -41,6 +29,14 @@ from longer.training.meter import Meter, Scalars
 from longer.training.metrics import Metrics, defined, shown_all
 from longer.training.runs import step_folder
 from longer.training.steps import StepBatch, Stepper, dropout_seed, gather, rate_share, selection_score
+from longer.training.trainer_state import (
+    TrainerState,
+    best_of_epochs,
+    load_own_weights,
+    load_trainer,
+    moments_of,
+    save_trainer,
+)
 from longer.training.validation import validate
 
 _STEPS_AHEAD = 2
@@ -53,12 +49,13 @@ _ITS_END = 1 << 30
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """Ray Train's `train_loop_per_worker`; `config` holds the job, its requests in Ray's memory and where to tell."""
+    """Ray Train's `train_loop_per_worker`; `config` holds the job, its requests in Ray's memory, its start and where to tell."""
     context = ray.train.get_context()
     workers_here = context.get_local_world_size()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers_here))
     content = Content(config["job"], *ray.get(config["requests"]))  # workers of a node share one copy
-    Run(config["job"], content, config["lines"], context.get_world_rank(), context.get_world_size()).train()
+    rank, num_workers = context.get_world_rank(), context.get_world_size()
+    Run(config["job"], content, config["start"], config["lines"], rank, num_workers).train()
 
 
 @dataclass(frozen=True)
@@ -79,8 +76,10 @@ class Work:
 class Run:
     """A worker's model, data and place in the run."""
 
-    def __init__(self, job: Job, content: Content, lines: Any, rank: int, num_workers: int) -> None:
-        self.job, self.settings = job, job.settings
+    def __init__(
+        self, job: Job, content: Content, start: Checkpoint | None, lines: Any, rank: int, num_workers: int
+    ) -> None:
+        self.job, self.settings, self.start = job, job.settings, start
         self.lines, self.rank, self.num_workers = lines, rank, num_workers
         self.content, self.cursor = content, content.cursor
         asked = self.settings.train
@@ -155,10 +154,9 @@ class Run:
             stepper.optimizer.scaling.restore(self.state.scaling)
             if self.rank == 0:
                 self.trained.restore(self.state.epochs)
-        elif self.job.weights:
-            weights, _ = load_weights(self.job.weights, settings)
-            own = {name: tensor[stepper.own_rows(name)] if tensor.dim() else tensor for name, tensor in weights.items()}
-            model.load_state_dict(own)
+        elif self.start:
+            with self.start.as_directory() as directory:
+                load_own_weights(directory, model, stepper.own_rows)
         return stepper
 
     def _work(self) -> Iterator[Work]:

@@ -1,15 +1,21 @@
-"""The requests of a run in Ray's memory: read by one task, where workers can be, and lent to all workers of a node."""
+"""The requests of a run in Ray's memory: read in parts by many tasks, where workers can be, and lent to all workers of a node."""
 
 import pickle
 from typing import Any
 
+import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from longer.arrays import Int64
 from longer.config import Settings
 from longer.errors import StorageError, UserError
 from longer.progress import say
-from longer.training.content import Job, read_requests
+from longer.training.content import Job, Tables
+from longer.training.loader import Part
+
+_PART_BYTES = 64 << 20
+"""Of the tables' files that one task reads: they take several times as much in memory."""
 
 _WAIT_IS_TOLD_AFTER_S = 30.0
 _WAIT_ENDS_AFTER_S = 900.0
@@ -17,18 +23,46 @@ _WAIT_ENDS_AFTER_S = 900.0
 
 
 def requests_in_memory(job: Job) -> ray.ObjectRef:
-    """The requests of a job, read once however often workers start; they are there, or an error is raised here."""
-    settings = job.settings
+    """The requests of a job, read once however often workers start; they are there, or an error is raised here.
+
+    Parts are contiguous buckets and joined in their order, so that what they make does not depend on how many there are. A task
+    that reads holds one part; the one that joins them, on a node where workers can be, holds what every node with workers holds.
+    """
+    settings, tables = job.settings, Tables.of(job)
     node = _node_with_a_core(settings)
     retries: dict[str, Any] = {"max_retries": settings.train.max_failures, "retry_exceptions": [StorageError]}
-    task: Any = ray.remote(**task_options(settings, node), **retries, num_returns=2)(_read)
-    requests, size = task.remote(job)
+    groups = in_groups(tables.bucket_bytes(), _PART_BYTES)
+    join: Any = ray.remote(**task_options(settings, node), **retries, num_returns=2)(_joined)
+    requests, size = join.remote(tables, *_parts(tables, groups, retries))
     _tell_if_too_large(ray.get(size), settings)
     return requests
 
 
-def _read(job: Job) -> tuple[Any, int]:
-    read = read_requests(job)
+def in_groups(num_bytes_K: Int64, most_bytes: int) -> list[list[int]]:
+    """All buckets in order, in groups of about so many bytes, or of one bucket that has more."""
+    group_K = (np.cumsum(num_bytes_K) - num_bytes_K) // most_bytes
+    return [group.tolist() for group in np.split(np.arange(len(group_K)), np.flatnonzero(np.diff(group_K)) + 1)]
+
+
+def _parts(tables: Tables, groups: list[list[int]], retries: dict[str, Any]) -> list[ray.ObjectRef]:
+    """What each group's buckets hold, read on the nodes of the workers' pool in turn, on as many cores as these have."""
+    settings = tables.job.settings
+    nodes = _nodes_of(settings.ray.place(settings.train.use_gpu))
+    turns = [node["NodeID"] for node in nodes for _ in range(int(node["Resources"]["CPU"]))]
+    parts: list[ray.ObjectRef] = []
+    running: list[ray.ObjectRef] = []
+    for number, group in enumerate(groups):
+        if len(running) >= len(turns):
+            _, running = ray.wait(running, fetch_local=False)
+        options = task_options(settings, turns[number % len(turns)])
+        read: Any = ray.remote(**options, **retries)(Tables.read)
+        running.append(read.remote(tables, group))
+        parts.append(running[-1])
+    return parts
+
+
+def _joined(tables: Tables, *parts: Part) -> tuple[Any, int]:
+    read = tables.join(parts)
     return read, num_bytes(read)
 
 

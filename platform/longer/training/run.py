@@ -11,6 +11,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.train import (
+    Checkpoint,
     ControllerError,
     FailureConfig,
     LoggingConfig,
@@ -23,6 +24,7 @@ from ray.train.torch import TorchTrainer
 from longer.config import Settings
 from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import StorageError, UserError
+from longer.model.flops import longer_flops, longer_parameters
 from longer.progress import say
 from longer.runner import user_error_in
 from longer.storage import (
@@ -34,21 +36,14 @@ from longer.storage import (
     read_bytes,
     write_bytes,
 )
-from longer.training.checkpoints import (
-    FORMAT_VERSION,
-    TRAINER_VERSION,
-    TrainerState,
-    best_of_epochs,
-    load_model,
-    load_weights,
-    read_trainer_state,
-)
+from longer.training.checkpoints import FORMAT_VERSION, check_start, load_model
 from longer.training.content import Job
 from longer.training.loop import train_worker
 from longer.training.metrics import shown_all
 from longer.training.reading import requests_in_memory
 from longer.training.relay import relayed_lines
 from longer.training.runs import KeepBestAndLast, mend_record, note_start, remove_old_runs, step_folder
+from longer.training.trainer_state import TRAINER_VERSION, TrainerState, best_of_epochs, read_trainer_state
 
 _KEPT = {"keep_checkpoints", "keep_runs"}
 _HOW_NOT_WHAT = {"num_workers", "use_gpu", "max_failures", "max_tokens_per_batch", "table_sharding", *_KEPT}
@@ -70,13 +65,14 @@ def train(settings: Settings, start_from: str | None = None) -> Version:
     _check_split(requests, "train", "lower requests.test_days_share and validation_days_share")
     _check_split(requests, "valid", "raise requests.validation_days_share")
     chosen = chosen_settings(settings)
-    first = {"from": load_weights(start_from, settings)[1].model_version} if start_from else {}
+    first = {"from": check_start(start_from, settings).model_version} if start_from else {}
     run_id = fingerprint(
         "checkpoint", FORMAT_VERSION, TRAINER_VERSION, chosen, versions, settings.event_schema.hash(), first
     )
     table = Table(settings.path("checkpoints"))
     if published := finished(table, run_id):
         return published
+    _say_cost(settings, requests)
     own_until = requests.manifest["valid_from"]
     past, past_until = past_of(start_from) if start_from else ([], own_until)
     table.claim()
@@ -181,6 +177,8 @@ def fit(job: Job, run_id: str) -> str:
     on_s3 = storage.startswith("s3://")
     # Workers print their own progress; Ray's copy of each line, its state machine and reports stay in the session's log files.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    if settings.ray.cluster is None:  # nobody takes this machine away
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     mend_record(f"{storage}/{run_id}")
     requests = requests_in_memory(job)
     if isinstance(asked.num_workers, tuple):
@@ -188,7 +186,7 @@ def fit(job: Job, run_id: str) -> str:
     with relayed_lines() as lines, _interrupts_as_before():
         trainer = TorchTrainer(
             train_worker,
-            train_loop_config={"job": job, "requests": requests, "lines": lines},
+            train_loop_config={"job": job, "requests": requests, "lines": lines, "start": start_of(job.weights)},
             scaling_config=worker_options(settings),
             run_config=RunConfig(
                 name=run_id,
@@ -202,6 +200,14 @@ def fit(job: Job, run_id: str) -> str:
         last = trainer.fit().checkpoint
     assert last
     return f"{storage}/{run_id}/{os.path.basename(last.path)}"
+
+
+def start_of(path: str | None) -> Checkpoint | None:
+    """What all workers start from; the same object for all, so that a node copies it from S3 once."""
+    if path is None:
+        return None
+    filesystem, bare = arrow_filesystem(path)
+    return Checkpoint(bare, filesystem)
 
 
 @contextmanager
@@ -237,6 +243,21 @@ def publish(
     version = table.publish(run_id, {**about, **of_model, "skipped": state.skipped, "history": state.history})
     remove_old_runs(settings.path("training"), table, settings.train.keep_runs)
     return version
+
+
+def _say_cost(settings: Settings, requests: Version) -> None:
+    """By the paper's formulas; other encoders' costs are counted by `benchmarks.quality`."""
+    model = settings.model
+    if model.encoder.kind != "longer":
+        return
+    num_candidates = round(requests.manifest["num_candidates"]["train"] / requests.manifest["num_requests"]["train"])
+    num_groups = model.history_events // model.merge_size
+    cost = longer_flops(model, num_groups, min(model.query_groups, num_groups), num_candidates)
+    say(
+        "train",
+        f"LONGER with {longer_parameters(model):,} weights; a request of {model.history_events:,} events and {num_candidates} "
+        f"candidates takes {cost / 1e6:,.0f} MFLOPs",
+    )
 
 
 def _check_split(requests: Version, split: str, remedy: str) -> None:

@@ -16,7 +16,7 @@ from ray.train import Checkpoint, UserCallback
 from longer.errors import StorageError, UserError
 from longer.progress import say
 from longer.storage import Table, file_sizes, read_bytes, remove_tree, write_bytes
-from longer.training.checkpoints import read_trainer_state
+from longer.training.trainer_state import read_trainer_state
 
 RECORD = "checkpoint_manager_snapshot.json"
 _STARTED_FROM = "started_from.json"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -368,15 +368,18 @@ def test_encoders_that_attend_begin_as_a_search_for_the_candidates_own_item(enco
 
 
 @pytest.mark.parametrize("encoder", ENCODERS, ids=name_of)
-@given(seed=st.integers(0, 2**32 - 1), length=st.integers(0, 60))
+@given(seed=st.integers(0, 2**32 - 1), length=st.integers(0, 60), num_candidates=st.sampled_from([0, 1, 150]))
+@example(seed=0, length=0, num_candidates=0)
 @settings(max_examples=10, deadline=None)
-def test_requests_that_share_a_history_equal_requests_alone(encoder: dict[str, Any], seed: int, length: int) -> None:
+def test_requests_that_share_a_history_equal_requests_alone(
+    encoder: dict[str, Any], seed: int, length: int, num_candidates: int
+) -> None:
     model, rng = small_ranker(encoder, stride_groups=2), np.random.default_rng(seed)
     histories = random_histories(rng, [length])
     windows = model.windows
     alike = [e for e in range(length + 1) if windows.history_start(e) == windows.history_start(length)]
     ends = np.sort(rng.choice(alike, size=min(3, len(alike)), replace=False))
-    counts = rng.integers(0, 150, len(ends))  # some more than a tile
+    counts = rng.integers(0, num_candidates + 1, len(ends))  # some more than a tile
     candidates = random_candidates(rng, counts.tolist())
     start, row = np.array([windows.history_start(length)]), np.zeros(len(ends), np.int64)
     ts = np.full(len(ends), 2_000_000_000_000)

@@ -147,7 +147,7 @@ def _parts(
     for rows in length_classes(length_B, _MAX_CELLS) if on_cpu else [np.argsort(length_B, kind="stable")]:
         while len(rows):
             longest = max(1, int(length_B[rows[-1]]))
-            cells = longest * cells_per_slot(longest, int(num_candidates_B[rows].max()))
+            cells = longest * cells_per_slot(longest, max(1, int(num_candidates_B[rows].max())))
             size = max(1, _MAX_CELLS // cells)
             yield rows[-size:]
             rows = rows[:-size]

@@ -66,7 +66,7 @@ class TransformerEncoder(SequenceEncoder):
         self.output_width, self.num_heads = settings.width, settings.num_heads
         self.layers = CausalLayers(settings, num_layers)
         self.norm = nn.LayerNorm(settings.width)
-        next(iter(self.layers)).begin_as_search(request_D)
+        next(iter(self.layers)).make_search(request_D)
 
     def cells_per_slot(self, longest: int, num_candidates: int) -> int:
         return self.layers.cells_per_slot() + 2 * self.num_heads * num_candidates

@@ -1,0 +1,45 @@
+"""Batches in parts: each request is scored by the replica whose user it is, where her state is, or is looked for the next time."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from itertools import chain
+from typing import TypeVar
+
+from longer.serving.requests import ScoreRequest
+from serve_apps.affinity import Affinity, session_of
+from serve_apps.peers import Peers
+
+T = TypeVar("T")
+Score = Callable[[list[ScoreRequest]], Awaitable[list[T]]]
+
+
+class Parts:
+    """Has parts scored by other replicas, `most_waiting` at a time: a call that waits for one has a place on its own replica, and
+    were all places taken by such, replicas would wait for each other."""
+
+    def __init__(self, affinity: Affinity, peers: Peers, most_waiting: int) -> None:
+        self._affinity, self._peers, self._waiting = affinity, peers, asyncio.Semaphore(most_waiting)
+
+    async def score(
+        self, requests: Sequence[ScoreRequest], here: Score[T], there: Score[T], within_s: float
+    ) -> list[T]:
+        """One outcome a request, in order: of `there`, a method of the replica whose user it is, if she is not this one's and it
+        answers in time; else of `here`, and then she is counted as astray."""
+        places = dict[str, list[int]]()
+        for place, request in enumerate(requests):
+            places.setdefault(self._affinity.owner(request.user_id), []).append(place)
+        parts = [[requests[place] for place in its] for its in places.values()]
+        outcomes = await asyncio.gather(*(self._score_part(part, here, there, within_s) for part in parts))
+        of_place = dict(zip(chain(*places.values()), chain(*outcomes), strict=True))
+        return [of_place[place] for place in range(len(requests))]
+
+    async def _score_part(self, part: list[ScoreRequest], here: Score[T], there: Score[T], within_s: float) -> list[T]:
+        user_id = part[0].user_id
+        if not self._affinity.is_own(user_id) and not self._waiting.locked():
+            async with self._waiting:
+                told = await self._peers.ask_owner(session_of(user_id), there, part, within_s=within_s)
+            if told is not None:
+                return told
+        for request in part:
+            self._affinity.count(request.user_id, has_session=True)
+        return await here(part)

@@ -1,0 +1,122 @@
+"""Requests of impressions are what their definition says, computed one impression at a time in plain Python."""
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longer.config import load_settings
+from longer.data.batches import rows_of_requests, with_all_users
+from longer.data.columns import histories_of, requests_of
+from longer.data.impressions import requests_shown
+from longer.data.sequences import KeepRule
+from longer.errors import UserError
+from longer.hashing import stable_keys
+from tests.data.impressions import FIRST_MS, SHOP, events, impressions
+from tests.data.tables import KEEP_ALL, sequences_of
+
+SHOWN = {"user": 1, "time": 10, "item": 5, "device": "phone", "page": 2.0, "click": 1.0, "like": 0.0, "watch_s": 7.0}
+
+
+def rows_of(
+    log: pa.Table, shown: list[dict[str, Any]], rule: KeepRule = KEEP_ALL, group_id: str | None = None
+) -> list[dict]:
+    sequences = sequences_of(log, SHOP, rule)
+    asked = sequences_of(impressions(shown, group_id), SHOP.of_impressions(group_id), KeepRule(1 << 40, 4))
+    made = requests_shown(asked, sequences["user_id"].combine_chunks(), histories_of(sequences, SHOP), SHOP, group_id)
+    assert made.rows.schema == SHOP.requests_arrow()
+    return made.rows.append_column("first_index", pa.array(made.first_index_R)).to_pylist()
+
+
+@st.composite
+def logs(draw: st.DrawFn) -> tuple[list[tuple[int, int, int]], list[dict[str, Any]]]:
+    """Few users, times and items, so that all of them meet; users without events, and requests at an event's very time."""
+    users, times, items = st.integers(1, 4), st.integers(0, 6), st.integers(1, 5)
+    happened = draw(st.lists(st.tuples(users, times, items), min_size=1, max_size=12))
+    asked = draw(st.lists(st.tuples(users, times), min_size=1, max_size=5, unique=True))
+    shown = []
+    for user, time in asked:
+        device = draw(st.sampled_from(["phone", "desktop", None]))
+        for item in draw(st.lists(items, min_size=1, max_size=4)):
+            labels = {task: draw(st.sampled_from([0.0, 1.0, None])) for task in SHOP.tasks}
+            shown.append({"user": user, "time": time, "item": item, "device": device, "page": float(time), **labels})
+    return happened, draw(st.permutations(shown))
+
+
+@settings(deadline=None, max_examples=50)
+@given(logs())
+def test_a_history_ends_strictly_before_its_request_and_what_was_logged_comes_with_it(
+    log: tuple[list[tuple[int, int, int]], list[dict[str, Any]]],
+) -> None:
+    happened, shown = log
+    expected = defaultdict(list)
+    for row in shown:
+        expected[row["user"], row["time"]].append(row)
+    found = rows_of(events(happened), shown)
+    assert [(row["user_id"], row["request_ts"].timestamp() * 1000 - FIRST_MS) for row in found] == sorted(expected)
+    for row in found:
+        user, time = row["user_id"], int(row["request_ts"].timestamp() * 1000) - FIRST_MS
+        assert row["history_end"] == sum(u == user and t < time for u, t, _ in happened)
+        rows = expected[user, time]
+        assert (row["device"], row["page"]) == (rows[0]["device"], rows[0]["page"])
+        candidates = zip(row["item_id"], row["category"], *(row[task] for task in SHOP.tasks), strict=True)
+        due = [(r["item"], f"c{r['item'] % 3}", *(r[task] or 0.0 for task in SHOP.tasks)) for r in rows]
+        assert sorted(candidates) == sorted(due)
+
+
+def test_impressions_of_one_group_are_one_request_of_its_earliest_time_and_that_ones_features() -> None:
+    later = {**SHOWN, "time": 30, "item": 6, "page": 9.0}
+    groups = [{**SHOWN, "group": 1}, {**later, "group": 1}, {**SHOWN, "item": 8, "group": 2}]
+    found = rows_of(events([(1, 20, 3)]), groups, group_id="view")
+    assert sorted((sorted(row["item_id"]), row["page"], row["history_end"]) for row in found) == [
+        ([5, 6], 2.0, 0),
+        ([8], 2.0, 0),
+    ]
+
+
+def test_a_request_before_all_events_that_the_table_keeps_is_known_to_be_cut() -> None:
+    """What came before the first event kept is not known: its place among those may be after the request."""
+    log = events([(1, time, 3) for time in range(20)])
+    (found,) = rows_of(log, [{**SHOWN, "time": 2}], KeepRule(4, 4))
+    assert found["first_index"] == found["history_end"] == 16
+
+
+def test_the_order_of_candidates_says_nothing_of_the_log_s_order() -> None:
+    shown = [{**SHOWN, "item": item} for item in range(1, 30)]
+    (found,), (back,) = (rows_of(events([(1, 1, 3)]), rows) for rows in (shown, shown[::-1]))
+    assert found["item_id"] == back["item_id"] != sorted(found["item_id"])
+
+
+def test_a_user_who_has_done_nothing_has_an_empty_history_and_not_another_user_s() -> None:
+    log = events([(1, 1, 3), (3, 1, 4)])
+    sequences = sequences_of(log, SHOP)
+    rows = rows_of(log, [{**SHOWN, "user": user} for user in (1, 2, 3, 4)])
+    requests = requests_of(
+        pa.Table.from_pylist(rows).select(SHOP.requests_arrow().names).cast(SHOP.requests_arrow()), SHOP
+    )
+    histories = with_all_users(histories_of(sequences, SHOP), requests.user_key_R)
+    row_R = rows_of_requests(histories, requests)
+    np.testing.assert_array_equal(histories.user_key_B[row_R], stable_keys(pa.array([1, 2, 3, 4])))
+    assert np.diff(histories.offsets_B1)[row_R].tolist() == [1, 0, 1, 0]
+
+
+def test_a_column_of_impressions_that_the_schema_lacks_is_named() -> None:
+    overrides = {
+        "event_schema": SHOP.model_dump(mode="json"),
+        "import_impressions": {"source": "log", "columns": {"devise": "d"}},
+    }
+    with pytest.raises(UserError, match=r"import_impressions.columns.devise: .*device, page, click, like, watch_s"):
+        load_settings(overrides=overrides)
+
+
+def test_a_bucket_none_of_whose_users_has_done_anything_has_requests_all_the_same() -> None:
+    nobody = sequences_of(events([(1, 1, 3)]), SHOP).slice(0, 0)
+    shown = sequences_of(impressions([SHOWN]), SHOP.of_impressions(None), KeepRule(1 << 40, 4))
+    made = requests_shown(shown, nobody["user_id"].combine_chunks(), histories_of(nobody, SHOP), SHOP, None)
+    assert made.rows.select(["user_id", "history_end", "device", "watch_s"]).to_pylist() == [
+        {"user_id": 1, "history_end": 0, "device": "phone", "watch_s": [7.0]}
+    ]

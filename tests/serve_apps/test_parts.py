@@ -1,0 +1,88 @@
+"""Parts of a batch come back in order, wherever they were scored, and replicas do not wait for each other in a ring."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from longer.serving.requests import ScoreRequest
+from serve_apps.affinity import Affinity, session_of
+from serve_apps.parts import Parts
+
+USERS = range(40)
+
+
+class Others:
+    """Peers that answer when they are told to, if they do."""
+
+    def __init__(self, answers: bool = True) -> None:
+        self.answers, self.goes_on, self.num_asked, self.asked = (
+            answers,
+            asyncio.Event(),
+            0,
+            list[tuple[str, list[int]]](),
+        )
+
+    async def ask_owner(
+        self, session: str, method: Callable[..., Any], part: list[ScoreRequest], within_s: float
+    ) -> list[str] | None:
+        self.num_asked += 1
+        self.asked.append((session, [int(request.user_id) for request in part]))
+        await self.goes_on.wait()
+        return await method(part) if self.answers else None
+
+
+async def here(part: list[ScoreRequest]) -> list[str]:
+    return [f"{request.user_id} here" for request in part]
+
+
+async def there(part: list[ScoreRequest]) -> list[str]:
+    return [f"{request.user_id} there" for request in part]
+
+
+def affinity_of(*others: str) -> Affinity:
+    affinity = Affinity("me")
+    affinity.see(others)
+    return affinity
+
+
+REQUESTS = [ScoreRequest(user, ["item1"]) for user in USERS]
+
+
+def test_each_owner_is_asked_once_for_all_its_users_and_answers_are_in_order() -> None:
+    affinity, others = affinity_of("you", "they"), Others()
+    others.goes_on.set()
+    told = asyncio.run(Parts(affinity, others, 4).score(REQUESTS, here, there, 1))  # type: ignore[arg-type]
+    own = [affinity.is_own(user) for user in USERS]
+    assert told == [f"{user} {'here' if is_own else 'there'}" for user, is_own in zip(USERS, own, strict=True)]
+    assert len(others.asked) == 2
+    for session, users in others.asked:
+        assert session == session_of(users[0])
+        assert len({affinity.owner(user) for user in users}) == 1
+    assert affinity.lost["other_replica"] == 0
+
+
+def test_what_an_owner_does_not_answer_is_scored_here_and_counted() -> None:
+    affinity, others = affinity_of("you"), Others(answers=False)
+    others.goes_on.set()
+    told = asyncio.run(Parts(affinity, others, 4).score(REQUESTS, here, there, 1))  # type: ignore[arg-type]
+    assert told == [f"{user} here" for user in USERS]
+    assert affinity.lost["other_replica"] == sum(not affinity.is_own(user) for user in USERS) > 0
+
+
+def test_calls_that_wait_for_others_leave_places_to_what_others_ask_of_this_one() -> None:
+    """Were all places of two replicas taken by calls that wait for the other one, none would end before its time is over."""
+    affinity, others = affinity_of("you"), Others()
+    parts = Parts(affinity, others, 2)  # type: ignore[arg-type]
+
+    async def run() -> list[str]:
+        calls = [asyncio.ensure_future(parts.score(REQUESTS, here, there, 1)) for _ in range(5)]
+        while sum(call.done() for call in calls) < 3:
+            await asyncio.sleep(0)
+        assert others.num_asked == 2
+        others.goes_on.set()
+        return [outcome for call in calls for outcome in await call]
+
+    told = asyncio.run(run())
+    num_others = sum(not affinity.is_own(user) for user in USERS)
+    assert sum(outcome.endswith("there") for outcome in told) == 2 * num_others
+    assert affinity.lost["other_replica"] == 3 * num_others

@@ -1,0 +1,161 @@
+"""From logs of events and of impressions to scores of three tasks, by the jobs alone, on a real local Ray."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from ray import serve
+
+from jobs import (
+    batch_score,
+    build_requests,
+    build_sequences,
+    evaluate,
+    import_events,
+    import_impressions,
+    serve_check,
+    train,
+    verify,
+)
+from longer.config import Settings, load_settings
+from longer.data.scores import check_difference, read_scores
+from longer.data.tables import RequestTable
+from longer.errors import UserError
+from tests.data.impressions import FIRST_MS, SHOP, impressions, shop_log
+from tests.data.logs import DAY_MS
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+
+NUM_USERS, NUM_DAYS = 40, 12
+TASKS = [{"name": "click"}, {"name": "like", "weight": 0.5}, {"name": "watch_s", "kind": "regression", "weight": 0.1}]
+
+
+def write(folder: Path, name: str, table: pa.Table, renamed: dict[str, str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = [renamed.get(column, column) for column in table.column_names]
+    pq.write_table(table.rename_columns(columns), folder / name)
+
+
+def settings_of(root: Path, **sections: Any) -> Settings:
+    overrides = {
+        "root": str(root / "run"),
+        "event_schema": SHOP.model_dump(mode="json"),
+        "import_events": {"dataset": "generic", "source": str(root / "events")},
+        "import_impressions": {
+            "source": str(root / "shown"),
+            "columns": {"event_ts": "shown_at", "watch_s": "seconds"},
+        },
+        "sequences": {"num_buckets": 3},
+        "model": {
+            "history_events": 16,
+            "merge_size": 2,
+            "query_groups": 4,
+            "stride_groups": 2,
+            "num_heads": 2,
+            "event_width": 8,
+        },
+        "train": {
+            "tasks": TASKS,
+            "num_workers": 1,
+            "epochs": 4,
+            "tokens_per_step": 500,
+            "learning_rate": 0.02,
+            "embedding_learning_rate": 0.05,
+            "validate_every_steps": 100,
+        },
+        "requests": {"test_days_share": 0.2, "validation_days_share": 0.1},
+        "batch_score": {"concurrency": (1, 1)},
+        "serve": {"check_requests": 20},
+    }
+    return load_settings(overrides={**overrides, **sections})
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    root = tmp_path_factory.mktemp("shop")
+    happened, shown = shop_log(NUM_USERS, NUM_DAYS, seed=1)
+    write(root / "events", "all.parquet", happened, {})
+    write(
+        root / "shown",
+        "all.parquet",
+        impressions(shown).drop_columns("action"),
+        {"event_ts": "shown_at", "watch_s": "seconds"},
+    )
+    return root, shown
+
+
+def test_features_of_requests_and_labels_of_several_tasks_get_from_the_log_to_scores(
+    logged: tuple[Path, list[dict[str, Any]]], capsys: pytest.CaptureFixture
+) -> None:
+    """Takes long: every job is run. Clicks are told by the device alone, likes by the page: without them, the AUC is a half."""
+    root, shown = logged
+    settings = settings_of(root)
+    for job in (import_events, build_sequences, import_impressions):
+        job.run(settings)
+    requests = build_requests.run(settings)
+    assert not verify.run(settings).found.counts
+    last_ms = pc.max(pq.read_table(root / "events")["event_ts"].cast(pa.int64())).as_py()
+    due = [row for row in shown if FIRST_MS + row["time"] <= last_ms]
+    assert requests.manifest["num_later"] == (len(shown) - len(due)) / 4
+    assert sum(requests.manifest["num_candidates"].values()) == len(due)
+    checkpoint = train.run(settings)
+    assert {"auc", "logloss"} <= checkpoint.manifest["validation"]["like"].keys()
+    evaluated = evaluate.run(settings)
+    by_task = evaluated.manifest["test_by_task"]
+    assert by_task["click"]["auc"] > 0.95
+    assert by_task["like"]["auc"] > 0.9
+    seconds = np.array([row["watch_s"] or 0.0 for row in due])
+    assert by_task["watch_s"]["mse"] < 0.5 * seconds.var()
+    scored = batch_score.run(settings)  # which sends some of its requests through the serving path
+    table, tasks = RequestTable(settings.path("tables", "requests"), SHOP), settings.train.tasks
+    ids = np.concatenate([table.read("test", bucket).request_id_R for bucket in range(3)])
+    assert check_difference(read_scores(scored, ids), read_scores(evaluated, ids), tasks)[1] == len(ids) > 0
+    try:  # over HTTP, with what was logged
+        assert serve_check.run(settings).manifest["max_abs_diff_vs_offline"] < 1e-5
+    finally:
+        serve.shutdown()
+    capsys.readouterr()
+    assert import_impressions.run(settings).id == import_impressions.run(settings, since_last=True).id
+    assert build_requests.run(settings).id == requests.id
+
+
+def test_impressions_of_a_new_day_become_requests_and_the_old_ones_stay_the_same(tmp_path: Path) -> None:
+    happened, shown = shop_log(9, 4, seed=2)
+    settings = settings_of(tmp_path)
+    is_new = pc.greater_equal(happened["event_ts"].cast(pa.int64()), FIRST_MS + 3 * DAY_MS)
+    logs = {day: [row for row in shown if (row["time"] >= 3 * DAY_MS) == day] for day in (False, True)}
+    built = []
+    for day, days_events in ((False, happened.filter(pc.invert(is_new))), (True, happened.filter(is_new))):
+        write(tmp_path / "events", f"{day}.parquet", days_events, {})
+        names = {"event_ts": "shown_at", "watch_s": "seconds"}
+        write(tmp_path / "shown", f"{day}.parquet", impressions(logs[day]).drop_columns("action"), names)
+        for job in (import_events, build_sequences, import_impressions):
+            job.run(settings, since_last=day)
+        build_requests.run(settings)
+        table = RequestTable(settings.path("tables", "requests"), SHOP)
+        rows = [table.rows(split, bucket) for split in ("train", "valid", "test") for bucket in range(3)]
+        built.append({row["request_id"]: row for row in pa.concat_tables(rows).to_pylist()})
+    first, both = built
+    assert {request_id: both[request_id] for request_id in first} == first
+    assert sum(len(row["item_id"]) for row in both.values()) > sum(len(row["item_id"]) for row in first.values())
+
+
+def test_a_table_with_more_than_events_can_tell_asks_for_a_log_of_impressions(
+    logged: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    root, _ = logged
+    settings = settings_of(root, root=str(tmp_path), import_impressions={})
+    for job in (import_events, build_sequences):
+        job.run(settings)
+    with pytest.raises(UserError, match=r"like, watch_s, device, page: .*import_impressions\.source"):
+        build_requests.run(settings)
+    unread = settings_of(root, root=str(tmp_path))
+    with pytest.raises(UserError, match=r"no impressions yet: run `python -m jobs.import_impressions`"):
+        build_requests.run(unread)
+    lost = settings_of(root, root=str(tmp_path), import_impressions={"source": str(tmp_path / "nowhere")})
+    with pytest.raises(UserError, match=r"import_impressions\.source: .*nowhere"):
+        import_impressions.run(lost)

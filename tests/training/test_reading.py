@@ -1,0 +1,96 @@
+"""What a run reads is the same, to an element, however many tasks read it."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longer.config import Settings
+from longer.errors import UserError
+from longer.storage import Table
+from longer.training import reading
+from longer.training.content import Job, Tables, read_requests
+from longer.training.loader import Part
+from longer.training.reading import in_groups, requests_in_memory
+from tests.serving.tables import NUM_BUCKETS, build_world, publish_requests
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    world = build_world(tmp_path_factory.mktemp("reading"))
+    sequences = Table(world.path("tables", "sequences")).require("")
+    requests = publish_requests(world, sequences)
+    return Job(with_few_requests(world), {"sequences": sequences.id, "requests": requests.id})
+
+
+def with_few_requests(world: Settings) -> Settings:
+    """So that a part's choice of them must not be the whole's."""
+    few = {"max_requests": 50, "max_validation_requests": 20}
+    return world.model_copy(update={"train": world.train.model_copy(update=few)})
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, np.ndarray):
+        return one.dtype == other.dtype and np.array_equal(one, other)
+    if isinstance(one, pa.Array):
+        return one.equals(other)
+    if isinstance(one, dict):
+        return [*one] == [*other] and all(same(value, other[name]) for name, value in one.items())
+    if hasattr(one, "__dataclass_fields__"):
+        return all(same(getattr(one, field.name), getattr(other, field.name)) for field in fields(one))
+    return one == other
+
+
+@pytest.mark.parametrize("since_ms", [None, 0])
+@pytest.mark.parametrize("cuts", [[[0], [*range(1, NUM_BUCKETS)]], [[bucket] for bucket in range(NUM_BUCKETS)]])
+def test_the_order_of_training_does_not_depend_on_how_many_tasks_read(
+    job: Job, cuts: list[list[int]], since_ms: int | None
+) -> None:
+    job = Job(job.settings, job.versions, since_ms=since_ms)
+    tables = Tables.of(job)
+    whole, in_parts = read_requests(job), tables.join([tables.read(buckets) for buckets in cuts])
+    assert len(whole[0].requests) > 40
+    assert all(same(one, other) for one, other in zip(whole, in_parts, strict=True))
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=30), st.integers(1, 60))
+def test_no_task_reads_more_than_it_may_but_of_one_bucket(num_bytes: list[int], most: int) -> None:
+    groups = in_groups(np.array(num_bytes), most)
+    assert [bucket for group in groups for bucket in group] == [*range(len(num_bytes))]
+    assert all(sum(num_bytes[bucket] for bucket in group[:-1]) <= most for group in groups)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_a_table_is_read_by_many_tasks_and_not_by_one_node_s_single_core(
+    job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(reading, "_PART_BYTES", 1)
+    read_by = Tables.read
+
+    def read(tables: Tables, buckets: list[int]) -> Any:
+        (tmp_path / f"{buckets}").touch()
+        return read_by(tables, buckets)
+
+    monkeypatch.setattr(Tables, "read", read)
+    found = ray.get(requests_in_memory(job))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"[{bucket}]" for bucket in range(NUM_BUCKETS))
+    monkeypatch.undo()
+    assert all(same(one, other) for one, other in zip(read_requests(job), found, strict=True))
+
+
+def test_seconds_are_no_labels_of_a_task_that_is_binary(job: Job) -> None:
+    """Cross-entropy of a label of 7 has no bottom: the loss falls for ever and scores are 1."""
+    tables = Tables.of(job)
+    part = tables.read(range(NUM_BUCKETS))
+    requests = [replace(asked, labels={"label": 7 * asked.labels["label"]}) for asked in part.requests]
+    with pytest.raises(
+        UserError, match="labels of label are 0 to 7, a binary task's are 0 to 1: make it kind: regression"
+    ):
+        tables.join([Part(part.histories, requests)])
