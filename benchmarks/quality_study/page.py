@@ -27,9 +27,10 @@ _HEADER = (
     "|---|---|---|---|---|---|---|---|---|---|",
 )
 _STARTS = """\
-- every encoder that attends begins as a search for the candidate's own item, as LONGER does: queries and keys of the Transformer,
-  SIM's units and TWIN are equal identities; HSTU's too, with a bias that puts unlike events below 0; one unit of DIN's weighs by
-  the product. All are given the candidate with what is known of its request; the head reads [candidate, read, candidate * read]
+- every encoder that attends begins as a search for the candidate's own item, as LONGER does: the Transformer's first layer is made
+  as LONGER's; queries and keys of SIM's units and TWIN are equal identities; HSTU's too, with a bias that puts unlike events below
+  0; one unit of DIN's weighs by the product. All are given the candidate with what is known of its request; the head reads
+  [candidate, read, candidate * read]
 - SIM's short-term branch is attention over the newest 50 events where the paper has DIEN. The user tower is trained on the same
   rows and labels as all others, not by sampled softmax, and its frozen vector is one more input
 - "longer, no history" is LONGER's layers with candidates that see themselves alone, trained as LONGER is; K = 1 keeps its merge
