@@ -7,6 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jobs import batch_score, export_embeddings
+from longer.config import load_settings
 from longer.data.columns import read_columns
 from longer.storage import Table, read_bytes, write_bytes
 from tests.s3.test_jobs import finish, start
@@ -15,7 +17,7 @@ from tests.serving.tables import NUM_USERS, build_world, publish_requests
 pytestmark = pytest.mark.ray
 
 
-def test_users_and_candidates_on_s3_give_the_scores_of_a_local_disk(s3: str, tmp_path: Path) -> None:
+def test_users_and_candidates_on_s3_give_the_scores_of_a_local_disk(local_ray: None, s3: str, tmp_path: Path) -> None:
     world = build_world(tmp_path / "run")
     publish_requests(world, Table(world.path("tables", "sequences")).require("jobs.build_sequences"))
     pq.write_table(pa.table({"user_id": list(range(1, NUM_USERS + 1))}), tmp_path / "run/users.parquet")
@@ -28,8 +30,12 @@ def test_users_and_candidates_on_s3_give_the_scores_of_a_local_disk(s3: str, tmp
         chosen = world.model_dump(mode="json", exclude={"ray"}) | {"root": root}
         chosen |= {"ray": {"num_cpus": 2, "object_store_bytes": 100 << 20}}
         chosen["batch_score"] |= {"users": f"{root}/users.parquet", "candidates": f"{root}/candidates.parquet"}
-        (tmp_path / f"{place}.json").write_text(json.dumps(chosen))
-        finish(start("batch_score,export_embeddings", str(tmp_path / f"{place}.json")))
+        if place == "local":
+            for job in (batch_score, export_embeddings):
+                job.run(load_settings(overrides=chosen))
+        else:
+            (tmp_path / "s3.json").write_text(json.dumps(chosen))
+            finish(start("batch_score,export_embeddings", str(tmp_path / "s3.json")))
         for table in ("candidate_scores", "user_vectors"):
             version = Table(f"{root}/{table}").require("jobs.batch_score")
             rows = pa.concat_tables([read_columns(file) for file in version.files()])

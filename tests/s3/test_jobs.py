@@ -27,13 +27,13 @@ EVENTS = generated_log(num_users=40, num_days=12, seed=4)
 
 def on_s3(settings: Settings, folder: Path, **sections: dict) -> str:
     """A settings file for the same log and tables under s3://tables, with the log uploaded."""
-    for file in (folder / "source").iterdir():
+    for file in Path(settings.import_events.source).iterdir():
         write_bytes(f"s3://tables/source/{file.name}", file.read_bytes())
     chosen = settings.model_dump(mode="json", exclude={"ray"})
     chosen["import_events"]["source"] = "s3://tables/source"
     for section, values in sections.items():
         chosen[section].update(values)
-    path = folder / f"s3-{len(list(folder.glob('s3-*')))}.json"
+    path = folder / "s3.json"
     path.write_text(
         json.dumps({**chosen, "root": "s3://tables/run", "ray": {"num_cpus": 4, "object_store_bytes": 100 << 20}})
     )
@@ -70,10 +70,10 @@ def served(root: str, table: str) -> Version:
     return version
 
 
-@pytest.fixture
-def local(tmp_path: Path, local_ray: None) -> Settings:
+@pytest.fixture(scope="module")
+def local(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """Settings of tables that are already built on the local disk, from the same log."""
-    settings = settings_of(tmp_path, EVENTS)
+    settings = settings_of(tmp_path_factory.mktemp("local"), EVENTS)
     run_all(settings)
     return settings
 

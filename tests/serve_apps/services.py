@@ -1,4 +1,4 @@
-"""Running services for tests, each on a port of its own, and clients that load them."""
+"""Running services for tests, one after the other behind one Serve, and clients that load them."""
 
 import time
 from collections import Counter
@@ -17,7 +17,6 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
-from jobs.serve import free_port
 from longer.client import ScoringClient
 from longer.config import Settings
 from longer.errors import UserError
@@ -28,13 +27,35 @@ from tests.serving.tables import DAY_MS, NUM_USERS, START_MS, checkpoint_path
 ROOT = Path(__file__).parents[2]
 CANDIDATES = ["item1", "item5", "never seen"]
 END_MS = START_MS + 31 * DAY_MS
+HOST = "127.0.0.1"
 NUM_CLIENTS = 3
 _WITHIN_S = 60
 _REFUSED_PAUSE_S = 0.02
 
 
+@dataclass(frozen=True)
+class Front:
+    """Where the tests' Serve listens, for HTTP and for gRPC."""
+
+    port: int
+    rpc_port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.port}"
+
+    @contextmanager
+    def running(self, args: ScoringArgs) -> Iterator[None]:
+        """A service while the block runs."""
+        try:
+            serve.run(build_app(args), name="scoring", route_prefix="/")
+            yield
+        finally:
+            serve.delete("scoring")
+
+
 @contextmanager
-def running(world: Settings, **arguments: Any) -> Iterator[str]:
+def running(front: Front, world: Settings, **arguments: Any) -> Iterator[str]:
     """The URL of a service of this world's tables; it ends with the block."""
     args = ScoringArgs(
         checkpoint=world.path("checkpoints"),
@@ -43,20 +64,15 @@ def running(world: Settings, **arguments: Any) -> Iterator[str]:
         num_cpus=0.5,
         **arguments,
     )
-    port = free_port("127.0.0.1", 8399)
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(build_app(args), name="scoring", route_prefix="/")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        serve.shutdown()
+    with front.running(args):
+        yield front.url
 
 
 class Service:
     """A service deployed from a Serve config, as on a cluster; `deploy` it again to change it."""
 
-    def __init__(self, world: Settings, port: int, sequences: str, environment: dict[str, str]) -> None:
-        self.url = f"http://127.0.0.1:{port}"
+    def __init__(self, front: Front, world: Settings, sequences: str, environment: dict[str, str]) -> None:
+        self.url = front.url
         self._arguments = {"checkpoint": checkpoint_path(world), "sequences": sequences, "num_cpus": 0.5}
         self._arguments |= {"items": world.path("tables", "items"), "table_silence_s": 0.5, "refresh_s": 1}
         self._environment = {**environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ray.serve.config import AutoscalingConfig
 
 from longer.autoscaling import ReplicaLoad, ReplicaPolicy, Rule, eviction_age_s, wanted_replicas
-from tests.serve_apps.services import END_MS, running
+from tests.serve_apps.services import END_MS, Front, running
 from tests.serving.tables import build_world
 
 RULE = Rule(warm_s=600, gpu_memory_share=0.9)
@@ -88,9 +88,9 @@ def test_a_replica_that_has_told_nothing_yet_is_left_out() -> None:
 
 
 @pytest.mark.ray
-def test_states_that_do_not_fit_bring_a_replica_though_there_are_few_requests(local_ray: None, tmp_path: Path) -> None:
+def test_states_that_do_not_fit_bring_a_replica_though_there_are_few_requests(front: Front, tmp_path: Path) -> None:
     sizes = {"cache_bytes": 16_000, "max_replicas": 2, "upscale_delay_s": 0, "warm_states_s": 1e6}
-    with running(build_world(tmp_path), **sizes) as url:
+    with running(front, build_world(tmp_path), **sizes) as url:
         deadline, asked = time.monotonic() + 60, 0
         while len(httpx.get(f"{url}/v1/status", timeout=30).json()["replicas"]) < 2:
             assert time.monotonic() < deadline, httpx.get(f"{url}/v1/stats").json()

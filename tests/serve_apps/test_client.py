@@ -17,7 +17,7 @@ import requests
 from longer.client import ScoringClient
 from longer.errors import UserError
 from longer.patience import Patience
-from tests.serve_apps.services import running
+from tests.serve_apps.services import Front, running
 from tests.serving.tables import DAY_MS, START_MS, build_world
 
 END_MS = START_MS + 31 * DAY_MS
@@ -25,8 +25,8 @@ EVENT = {"item_id": "item2", "event_ts": END_MS, "action": "buy", "features": {"
 
 
 @pytest.mark.ray
-def test_the_client_does_all_that_the_service_does(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> None:
-    with running(build_world(tmp_path_factory.mktemp("client")), num_replicas=2, max_replicas=2) as url:
+def test_the_client_does_all_that_the_service_does(front: Front, tmp_path_factory: pytest.TempPathFactory) -> None:
+    with running(front, build_world(tmp_path_factory.mktemp("client")), num_replicas=2, max_replicas=2) as url:
         client = ScoringClient(url, timeout_s=30)
         about = {"request_ts": END_MS + 1, "events": [EVENT]}
         by_json = client.score(5, ["item1", {"id": "item5", "features": {"price": 2.5}}], **about)

@@ -11,17 +11,14 @@ import httpx
 import numpy as np
 import pytest
 from google.protobuf import json_format
-from ray import serve
-from ray.serve.config import gRPCOptions
 
-from jobs.serve import free_port
 from longer.client import ScoringClient
 from longer.errors import UserError
 from longer.grpc_client import GrpcScoringClient
 from longer.rpc import scoring_pb2 as pb
 from longer.rpc.scoring_pb2_grpc import ScoringServicer, ScoringStub, add_ScoringServicer_to_server
-from serve_apps.scoring import ScoringArgs, build_app
-from tests.serve_apps.services import END_MS
+from serve_apps.scoring import ScoringArgs
+from tests.serve_apps.services import END_MS, HOST, Front
 from tests.serving.tables import build_world
 
 ROOT = Path(__file__).parents[2]
@@ -41,25 +38,16 @@ def test_the_generated_code_is_what_the_proto_file_makes(tmp_path: Path) -> None
 
 
 @pytest.fixture(scope="module")
-def service(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ScoringStub, str, str]]:
+def service(front: Front, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ScoringStub, str, str]]:
     """A stub, the URL of the same service over HTTP, and its gRPC address."""
     world = build_world(tmp_path_factory.mktemp("grpc"))
     token = Path(world.path("token"))
     token.write_text(TOKEN)
     limits = {"max_candidates": 3, "max_events": 2, "max_body_bytes": 2000, "max_users": 3}
     args = ScoringArgs(checkpoint=world.path("checkpoints"), token_file=str(token), num_cpus=0.5, **limits)
-    port, rpc_port = free_port("127.0.0.1", 8399), free_port("127.0.0.1", 8398)
-    servicer = "serve_apps.grpc_proxy.add_scoring"
-    try:
-        serve.start(
-            http_options={"host": "127.0.0.1", "port": port},
-            grpc_options=gRPCOptions(port=rpc_port, grpc_servicer_functions=[servicer]),
-        )
-        serve.run(build_app(args), name="scoring", route_prefix="/")
-        with grpc.insecure_channel(f"127.0.0.1:{rpc_port}") as channel:
-            yield ScoringStub(channel), f"http://127.0.0.1:{port}", f"127.0.0.1:{rpc_port}"
-    finally:
-        serve.shutdown()
+    address = f"{HOST}:{front.rpc_port}"
+    with front.running(args), grpc.insecure_channel(address) as channel:
+        yield ScoringStub(channel), front.url, address
 
 
 @pytest.mark.ray

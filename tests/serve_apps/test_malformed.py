@@ -29,7 +29,7 @@ from schemathesis.specs.openapi import checks
 
 from longer.config import Settings
 from serve_apps.arrow_body import ARROW
-from tests.serve_apps.services import CANDIDATES, END_MS, offline_scores, running
+from tests.serve_apps.services import CANDIDATES, END_MS, Front, offline_scores, running
 from tests.serve_apps.test_arrow_body import stream
 from tests.serving.tables import START_MS, build_world, checkpoint_path
 
@@ -53,9 +53,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def url(local_ray: None, world: Settings) -> Iterator[str]:
+def url(front: Front, world: Settings) -> Iterator[str]:
     limits = {"cache_bytes": 4 << 20, "events_bytes": 4 << 20, "max_body_bytes": 1 << 16}
-    with running(world, **limits) as service:
+    with running(front, world, **limits) as service:
         yield service
 
 

@@ -9,7 +9,7 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.serve_apps.services import CANDIDATES, END_MS, running
+from tests.serve_apps.services import CANDIDATES, END_MS, Front, running
 from tests.serving.tables import NUM_USERS, build_world
 
 USERS = range(1, NUM_USERS + 1)
@@ -40,19 +40,19 @@ def wait_for(url: str, is_so: Callable[[dict[str, int]], bool]) -> dict[str, int
 
 @pytest.mark.ray
 def test_the_first_request_after_a_restart_is_a_hit_that_knows_what_was_sent_and_a_forgotten_user_stays_forgotten(
-    local_ray: None, tmp_path: Path
+    front: Front, tmp_path: Path
 ) -> None:
-    """Slow: Serve starts twice."""
+    """Slow: a service starts twice."""
     world = build_world(tmp_path / "world")
     kwargs = {"host_cache_bytes": 1 << 20, "state_dump": str(tmp_path / "dumps"), "refresh_s": 1}
-    with running(world, num_replicas=2, max_replicas=2, **kwargs) as url:
+    with running(front, world, num_replicas=2, max_replicas=2, **kwargs) as url:
         assert score(url, SENDER)["user_state"]["num_events"] == SENDER**2
         body, session = {"user_id": SENDER, "events": [EVENT]}, {"x-session-id": str(SENDER)}
         assert httpx.post(f"{url}/v1/events", json=body, headers=session, timeout=30).json()["new"] == 1
         before = {user: score(url, user) for user in USERS}
         assert before[SENDER]["user_state"]["num_events"] == SENDER**2 + 1
         assert httpx.delete(f"{url}/v1/users/3", timeout=30).json()["held"] == 1
-    with running(world, num_replicas=1, **kwargs) as url:
+    with running(front, world, num_replicas=1, **kwargs) as url:
         found = wait_for(url, lambda counts: counts["restored"] >= NUM_USERS - 1)
         assert (found["restored"], found["torn"], found["disagreeing"]) == (NUM_USERS - 1, 0, 0)
         after = {user: score(url, user) for user in USERS}
@@ -67,8 +67,8 @@ def test_the_first_request_after_a_restart_is_a_hit_that_knows_what_was_sent_and
 
 
 @pytest.mark.ray
-def test_replicas_warm_their_own_most_active_users_and_those_hit_at_once(local_ray: None, tmp_path: Path) -> None:
+def test_replicas_warm_their_own_most_active_users_and_those_hit_at_once(front: Front, tmp_path: Path) -> None:
     world = build_world(tmp_path)
-    with running(world, num_replicas=2, max_replicas=2, warm_users=NUM_USERS, refresh_s=1) as url:
+    with running(front, world, num_replicas=2, max_replicas=2, warm_users=NUM_USERS, refresh_s=1) as url:
         wait_for(url, lambda counts: counts["warmed"] >= NUM_USERS)
         assert {score(url, user)["user_state"]["source"] for user in USERS} == {"hit"}

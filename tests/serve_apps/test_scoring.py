@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import ray
 import yaml
-from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
-from jobs.serve import PROXY_MARGIN_S, free_port
+from jobs.serve import PROXY_MARGIN_S
 from longer.errors import UserError
 from longer.serving.scorer import Scorer, ScoreRequest, ScoreResult
 from serve_apps.arguments import resolved
 from serve_apps.scoring import ScoringArgs, build_app
+from tests.serve_apps.services import Front
 from tests.serving.tables import DAY_MS, START_MS, build_world, checkpoint_path
 
 CONFIG = Path(__file__).parents[2] / "serve_apps" / "scoring.yaml"
@@ -64,7 +64,7 @@ def test_tables_beside_the_checkpoints_are_found_so_that_no_candidate_loses_its_
 
 
 @pytest.fixture(scope="module")
-def service(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Scorer]]:
+def service(front: Front, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Scorer]]:
     """The URL of a running app with two replicas, and a scorer without a cache to compare with."""
     world = build_world(tmp_path_factory.mktemp("service"))
     tables = {"sequences": world.path("tables", "sequences"), "items": world.path("tables", "items")}
@@ -81,14 +81,9 @@ def service(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         access_log=False,
         refresh_s=1,
     )
-    port = free_port("127.0.0.1", 8399)
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(build_app(args), name="scoring", route_prefix="/")
+    with front.running(args):
         time.sleep(AFFINITY_S)
-        yield f"http://127.0.0.1:{port}", Scorer(checkpoint_path(world), args.sequences, 0, args.items)
-    finally:
-        serve.shutdown()
+        yield front.url, Scorer(checkpoint_path(world), args.sequences, 0, args.items)
 
 
 def post(url: str, user: int, body: dict, session: str | None = None) -> httpx.Response:

@@ -14,7 +14,7 @@ import ray
 from playwright.sync_api import Page, expect, sync_playwright
 
 from serve_apps.account import Recent, service_status
-from tests.serve_apps.services import running
+from tests.serve_apps.services import Front, running
 from tests.serving.tables import DAY_MS, START_MS, build_world
 
 DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana" / "scoring.json"
@@ -27,12 +27,12 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.w
 
 
 @pytest.fixture(scope="module")
-def url(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(front: Front, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Two replicas that have loaded, appended to and hit states."""
     folder = tmp_path_factory.mktemp("seeing")
     (folder / "token").write_text(TOKEN)
     sizes = {"num_replicas": 2, "max_replicas": 2, "token_file": str(folder / "token"), "refresh_s": 2, "warm_users": 1}
-    with running(build_world(folder), **sizes) as service:
+    with running(front, build_world(folder), **sizes) as service:
         event = {"item_id": HTML, "event_ts": END_MS, "action": "buy", "features": {"quantity": 1}}
         for events in ([], [], [event]):
             for user in range(9, 0, -1):  # the most active, whom replicas warm, first

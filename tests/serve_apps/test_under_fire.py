@@ -14,13 +14,13 @@ import pyarrow as pa
 import pytest
 from ray import serve
 
-from jobs.serve import free_port
 from longer.config import Settings
 from tests.s3.proxy import Fault, Proxy, proxy_before
 from tests.s3.server import running_bucket
 from tests.serve_apps.services import (
     END_MS,
     NUM_CLIENTS,
+    Front,
     Service,
     load,
     num_answered,
@@ -65,16 +65,14 @@ def store(world: Settings) -> Iterator[Proxy]:
 
 
 @pytest.fixture(scope="module")
-def service(local_ray: None, world: Settings, store: Proxy) -> Iterator[Service]:
+def service(front: Front, world: Settings, store: Proxy) -> Iterator[Service]:
     keys = {name: os.environ[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")}
-    port = free_port("127.0.0.1", 8399)
+    started = Service(front, world, "s3://tables/sequences", {**keys, "AWS_ENDPOINT_URL": store.url})
     try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        started = Service(world, port, "s3://tables/sequences", {**keys, "AWS_ENDPOINT_URL": store.url})
         started.deploy(num_replicas=1)
         yield started
     finally:
-        serve.shutdown()
+        serve.delete("scoring")
 
 
 @pytest.mark.ray

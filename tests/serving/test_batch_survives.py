@@ -44,10 +44,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     return settings
 
 
-def asking(world: Settings, request_ts: str) -> Settings:
-    """The same world at another moment is another version, so that each test has its own."""
-    asked = BatchSettings(candidates=f"{world.root}/candidates.parquet", request_ts=request_ts)
-    return world.model_copy(update={"batch_score": asked})
+def asking(world: Settings, root: Path) -> Settings:
+    """The same question each time, under a root of the test's own."""
+    for name in ("tables", "checkpoints"):
+        (root / name).symlink_to(Path(world.root, name))
+    asked = BatchSettings(candidates=f"{world.root}/candidates.parquet", request_ts="2030-01-01T00:00:00Z")
+    return world.model_copy(update={"root": str(root), "batch_score": asked})
 
 
 def records(root: str) -> dict[Path, int]:
@@ -55,24 +57,21 @@ def records(root: str) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in Path(root).glob("candidate_scores/*/_scratch/bucket-*.json")}
 
 
-def undisturbed(asked: Settings) -> Version:
-    """The same run in a table of its own."""
-    plan_path = Path(asked.root, "candidate_scores")
-    plan_path.rename(aside := plan_path.with_name(f"disturbed-{time.monotonic_ns()}"))
-    try:
-        return batch_score.run(asked)
-    finally:
-        plan_path.rename(plan_path.with_name(f"undisturbed-{time.monotonic_ns()}"))
-        aside.rename(plan_path)
-
-
 def checksums(version: Version) -> dict[str, str]:
     return {file.path.partition("/")[0]: file.sha256 for file in version.data_files()}
 
 
-def test_a_run_killed_half_way_does_the_missing_buckets_only(world: Settings, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def undisturbed(world: Settings, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Checksums of a run to which nothing happens."""
+    return checksums(batch_score.run(asking(world, tmp_path_factory.mktemp("undisturbed"))))
+
+
+def test_a_run_killed_half_way_does_the_missing_buckets_only(
+    world: Settings, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
     """Starts a job of its own, on a Ray of its own, and kills both: some twenty seconds."""
-    asked = asking(world, "2030-01-01T00:00:00Z")
+    asked = asking(world, tmp_path)
     config = tmp_path / "settings.yaml"
     config.write_text(asked.model_dump_json(exclude={"ray"}))
     command = [sys.executable, "-m", "jobs.batch_score", "--config", str(config), "--ray.num_cpus", "2"]
@@ -94,7 +93,7 @@ def test_a_run_killed_half_way_does_the_missing_buckets_only(world: Settings, tm
     }
     assert len(kept) >= 20
     assert kept == {path: files[path] for path in kept}, "a bucket that was done was scored again"
-    assert checksums(version) == checksums(undisturbed(asked))
+    assert checksums(version) == undisturbed
 
 
 class Dying(BucketScorer):
@@ -114,8 +113,10 @@ class Dying(BucketScorer):
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_actor_costs_its_bucket_only(world: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = asking(world, "2030-01-02T00:00:00Z")
+def test_a_killed_actor_costs_its_bucket_only(
+    world: Settings, undisturbed: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = asking(world, tmp_path)
     monkeypatch.setattr(batch, "BucketScorer", Dying)
     version = batch_score.run(asked)
     monkeypatch.undo()
@@ -124,18 +125,18 @@ def test_a_killed_actor_costs_its_bucket_only(world: Settings, monkeypatch: pyte
     assert len(attempts) == len(version.data_files()) + 1, "buckets of other actors were done twice"
     assert version.manifest["lost_attempts"] == 1
     assert version.manifest["held_device_s"] > version.manifest["device_s"] / 2
-    assert checksums(version) == checksums(undisturbed(asked))
+    assert checksums(version) == undisturbed
 
 
 def test_buckets_side_by_side_in_an_actor_are_the_same_and_no_second_is_charged_twice(
-    world: Settings, monkeypatch: pytest.MonkeyPatch
+    world: Settings, undisturbed: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = asking(world, "2030-01-08T00:00:00Z")
+    asked = asking(world, tmp_path)
     monkeypatch.setattr(batch, "_BUCKETS_AT_ONCE", {"cpu": 2})
     version = batch_score.run(asked)
     monkeypatch.undo()
     assert version.manifest["device_s"] <= 2 * version.manifest["seconds"]  # by two actors
-    assert checksums(version) == checksums(undisturbed(asked))
+    assert checksums(version) == undisturbed
 
 
 class Poisoned(BucketScorer):
@@ -148,10 +149,10 @@ class Poisoned(BucketScorer):
 
 
 def test_a_bucket_that_kills_every_actor_ends_the_run_in_one_line(
-    world: Settings, monkeypatch: pytest.MonkeyPatch
+    world: Settings, undisturbed: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some twenty seconds: an actor is started anew each time."""
-    asked = asking(world, "2030-01-04T00:00:00Z")
+    asked = asking(world, tmp_path)
     monkeypatch.setattr(batch, "BucketScorer", Poisoned)
     with pytest.raises(Exception) as raised:  # noqa: PT011  (Ray wraps it)
         batch_score.run(asked)
@@ -160,7 +161,7 @@ def test_a_bucket_that_kills_every_actor_ends_the_run_in_one_line(
         str(user_error_in(raised.value)),
     )
     monkeypatch.undo()
-    assert checksums(batch_score.run(asked)) == checksums(undisturbed(asked))
+    assert checksums(batch_score.run(asked)) == undisturbed
 
 
 def test_a_bucket_that_dies_beside_another_each_time_is_not_blamed_alone(tmp_path: Path) -> None:
@@ -193,10 +194,10 @@ class Stillborn(BucketScorer):
 
 
 def test_actors_that_all_die_while_they_start_end_the_run_in_one_line(
-    world: Settings, monkeypatch: pytest.MonkeyPatch
+    world: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some ten seconds: an actor is started anew four times. Ray alone would go on for ever."""
-    asked = asking(world, "2030-01-05T00:00:00Z")
+    asked = asking(world, tmp_path)
     one = asked.batch_score.model_copy(update={"concurrency": (1, 1)})
     asked = asked.model_copy(update={"batch_score": one})
     monkeypatch.setattr(batch, "BucketScorer", Stillborn)
@@ -220,9 +221,9 @@ class Broken(Misled):
 
 
 def test_an_error_while_actors_start_ends_the_run_and_says_whose_it_is(
-    world: Settings, monkeypatch: pytest.MonkeyPatch
+    world: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = asking(world, "2030-01-06T00:00:00Z")
+    asked = asking(world, tmp_path)
     for scorer, told in ((Misled, "tables/items: gone"), (Broken, "None")):
         monkeypatch.setattr(batch, "BucketScorer", scorer)
         with pytest.raises(Exception, match=str(scorer.error.args[0])) as raised:
@@ -230,8 +231,8 @@ def test_an_error_while_actors_start_ends_the_run_and_says_whose_it_is(
         assert str(user_error_in(raised.value)) == told
 
 
-def test_gpus_that_this_machine_does_not_have_are_refused_not_waited_for(world: Settings) -> None:
-    asked = asking(world, "2030-01-07T00:00:00Z")
+def test_gpus_that_this_machine_does_not_have_are_refused_not_waited_for(world: Settings, tmp_path: Path) -> None:
+    asked = asking(world, tmp_path)
     on_gpus = asked.batch_score.model_copy(update={"num_gpus_per_scorer": 64.0})
     with pytest.raises(UserError, match=r"batch_score.num_gpus_per_scorer=64.0: this machine has no such GPUs"):
         batch_score.run(asked.model_copy(update={"batch_score": on_gpus}))
@@ -252,8 +253,10 @@ class Failing(BucketScorer):
         return super()._parts(bucket, check, record)
 
 
-def test_a_difference_from_the_serving_path_publishes_nothing(world: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = asking(world, "2030-01-03T00:00:00Z")
+def test_a_difference_from_the_serving_path_publishes_nothing(
+    world: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = asking(world, tmp_path)
     monkeypatch.setattr(batch, "BucketScorer", Failing)
     with pytest.raises(Exception, match="scores of one request differ") as raised:
         batch_score.run(asked)

@@ -95,18 +95,15 @@ def worker_that_is_killed(config: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tables: Settings, tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, Version]:
-    """A finished run of two workers, then one, then three; each time, some worker was killed."""
+    """A finished run of three workers, then one, then two; each time, some worker was killed."""
     root = tmp_path_factory.mktemp("trained")
+    chosen = {"table_sharding": "rows", "max_tokens_per_batch": 150}  # two batches each of two workers, or four of one
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("longer.training.run.train_worker", worker_that_is_killed)
-        for num_workers in (2, 1):
-            accumulating = {
-                "max_tokens_per_batch": 150,
-                "table_sharding": "rows",
-            }  # two batches each of two, or four of one
+        for num_workers in (3, 1):
             with pytest.raises(TrainingFailedError):
-                train.run(settings_for(tables, root, num_workers=num_workers, max_failures=0, **accumulating))
-        settings = settings_for(tables, root, num_workers=3, max_failures=2, table_sharding="rows")
+                train.run(settings_for(tables, root, num_workers=num_workers, max_failures=0, **chosen))
+        settings = settings_for(tables, root, num_workers=2, max_failures=2, **chosen)
         return settings, train.run(settings)
 
 
