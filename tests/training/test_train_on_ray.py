@@ -390,3 +390,5 @@ def test_the_histories_of_both_splits_are_held_once(tables: Settings) -> None:
 def test_more_workers_than_a_local_ray_holds_are_refused(tables: Settings, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="num_workers=99: this Ray has"):
         train.run(settings_for(tables, tmp_path, num_workers=99))
+    with pytest.raises(UserError, match=r"this Ray has \d+ GPUs, .* leave out train.use_gpu"):
+        train.run(settings_for(tables, tmp_path, num_workers=99, use_gpu=True))

@@ -274,5 +274,5 @@ def _check_cluster(settings: Settings) -> None:
     if settings.ray.cluster is None and settings.train.min_workers > there:
         raise UserError(
             f"train.num_workers={settings.train.num_workers}: this Ray has {there} {kind}s, one is needed a worker: "
-            f"lower num_workers{' or raise ray.num_cpus' if kind == 'CPU' else ''}"
+            f"lower num_workers or {'leave out train.use_gpu' if settings.train.use_gpu else 'raise ray.num_cpus'}"
         )
