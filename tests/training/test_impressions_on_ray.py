@@ -109,8 +109,7 @@ def test_features_of_requests_and_labels_of_several_tasks_get_from_the_log_to_sc
     assert by_task["like"]["auc"] > 0.9
     seconds = np.array([row["watch_s"] or 0.0 for row in due])
     assert by_task["watch_s"]["mse"] < 0.5 * seconds.var()
-    scored = batch_score.run(settings)  # which sends some of its requests through the serving path
-    assert scored.manifest["online_check"]["max_abs_diff"] < 1e-5
+    batch_score.run(settings)  # which sends some of its requests through the serving path, and fails if scores differ
     try:  # over HTTP, with what was logged
         assert serve_check.run(settings).manifest["max_abs_diff_vs_offline"] < 1e-5
     finally:
