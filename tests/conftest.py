@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Before torch is imported, here and in what tests start: with tensors this small, threads that wait for each other cost fifty
 # times what they compute once other processes want the cores.
@@ -18,6 +19,10 @@ from longer.config import RaySettings
 from longer.runner import start_ray
 from tests.s3.proxy import Proxy, proxy_before
 from tests.s3.server import running_bucket
+
+# How long an example takes says more of what else the machine does.
+settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy machine")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

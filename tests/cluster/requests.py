@@ -26,7 +26,11 @@ _PROCESS_BYTES = (
 _OF_ONE_MACHINE = {"pipeline", "serve", "serve_check"}
 JOBS = sorted(f"jobs.{path.stem}" for path in (ROOT / "jobs").glob("[a-z]*.py") if path.stem not in _OF_ONE_MACHINE)
 _OF_TABLES = {
-    f"jobs.{name}" for name in ("generate_events", "import_events", "build_sequences", "build_requests", "verify")
+    f"jobs.{name}"
+    for name in (
+        *("generate_events", "import_events", "import_impressions"),
+        *("build_sequences", "build_requests", "verify"),
+    )
 }
 
 

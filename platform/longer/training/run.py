@@ -255,7 +255,7 @@ def _say_cost(settings: Settings, requests: Version) -> None:
     cost = longer_flops(model, num_groups, min(model.query_groups, num_groups), num_candidates)
     say(
         "train",
-        f"LONGER with {longer_parameters(model):,} weights; a request of {model.history_events:,} events and {num_candidates} "
+        f"layers of {longer_parameters(model):,} weights; a request of {model.history_events:,} events and {num_candidates} "
         f"candidates takes {cost / 1e6:,.0f} MFLOPs",
     )
 
