@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from longer.hashing import stable_keys
 from longer.serving.cache import StateVersion
-from longer.serving.dumps import DumpCounters, StateDumps
+from longer.serving.dumps import DumpCounters, Listing, StateDumps
 from longer.serving.kept_states import KeptState
 from longer.serving.pending import Pending, pending_users, read_rows
 from longer.serving.scorer import Scorer
@@ -47,6 +47,8 @@ class StateKeeper:
         self._lock = asyncio.Lock()
         self._read: set[tuple[StateVersion, str, int | str]] = set()
         self._forgotten: set[int] = set()
+        self._taken: set[int] = set()
+        self._marked_s: dict[int, float] = {}
         self.num_warmed = 0
 
     @property
@@ -64,52 +66,57 @@ class StateKeeper:
 
     async def bring(self, ring: Ring) -> None:
         """Restores and warms this replica's users, unless that is under way or done for what is there now."""
-        if self._lock.locked() or not self._brings or self._is_full:
+        if self._lock.locked() or not self._brings:
             return
         async with self._lock:
             try:
-                dumps = await asyncio.to_thread(self._dumps.names) if self._dumps else frozenset()
-                wanted = (ring.replica_ids, dumps, self._scorer.version)
-                self._read = {one for one in self._read if one[0] == self._scorer.version and one[1] in dumps}
-                if wanted != self._brought:
-                    await self._restore(ring)
+                listing = await asyncio.to_thread(self._dumps.listed) if self._dumps else Listing({}, {})
+                await self._drop_forgotten(listing.forgotten_s)
+                wanted = (ring.replica_ids, listing.names, self._scorer.version)
+                self._read = {one for one in self._read if one[0] == self._scorer.version and one[1] in listing.names}
+                if wanted != self._brought and not self._is_full:
+                    await self._restore(listing, ring)
                     await self._warm(ring)
                     self._brought = wanted
+                if self._dumps and wanted == self._brought:
+                    self._dumps.done(listing)
             except Exception:
                 _logger.exception(
                     "states and events of before: not all could be brought back; what is missing is tried again, and states "
                     "are encoded when they are asked for"
                 )
 
-    async def _restore(self, ring: Ring) -> None:
+    async def _restore(self, listing: Listing, ring: Ring) -> None:
         if self._dumps is None:
             return
-        dumps, taken = self._dumps, set[int]()
-        marked_s = await asyncio.to_thread(dumps.forgotten.times_s)
         try:
-            revisions = await self._restore_events(dumps, ring, taken)
-            await self._restore_states(dumps, ring, revisions, taken)
+            revisions = await self._restore_events(self._dumps, listing, ring)
+            await self._restore_states(self._dumps, listing, ring, revisions)
         finally:
-            now_marked_s = await asyncio.to_thread(dumps.forgotten.times_s)
-            since = {key for key, forgotten_s in now_marked_s.items() if marked_s.get(key) != forgotten_s}
-            await self._in_worker(self._drop, since & taken)
+            await self._drop_forgotten(await asyncio.to_thread(self._dumps.forgotten.times_s))
 
-    async def _restore_events(self, dumps: StateDumps, ring: Ring, taken: set[int]) -> Revisions:
-        """Of users of whom exactly a dump's events are known now, the revision; `taken` gets those of whom any are.
+    async def _drop_forgotten(self, marked_s: dict[int, float]) -> None:
+        """Drops who was forgotten while she was taken in. Whoever was taken in stays known until then, so that an error only
+        puts it off."""
+        since = {key for key, forgotten_s in marked_s.items() if self._marked_s.get(key) != forgotten_s}
+        if forgotten := since & self._taken:
+            await self._in_worker(self._drop, forgotten)
+        self._taken, self._marked_s = set(), marked_s
+
+    async def _restore_events(self, dumps: StateDumps, listing: Listing, ring: Ring) -> Revisions:
+        """Of users of whom exactly a dump's events are known now, the revision.
 
         All are read each time: who has them already takes none in.
         """
         revisions: Revisions = {}
-        files = dumps.events(self._scorer.version.schema_hash, lambda user_id: self._is_own(user_id, ring))
+        files = dumps.events(listing, self._scorer.version.schema_hash, lambda user_id: self._is_own(user_id, ring))
         while found := await asyncio.to_thread(next, files, None):
             dump, events = found
-            user_keys, exactly = await self._in_worker(self._take_in_events, events)
-            taken |= user_keys
+            exactly = await self._in_worker(self._take_in_events, events)
             revisions.setdefault(dump, {}).update(exactly)
         return revisions
 
-    async def _restore_states(self, dumps: StateDumps, ring: Ring, revisions: Revisions, taken: set[int]) -> None:
-        """`taken` gets the keys of the users whose states are here from now on."""
+    async def _restore_states(self, dumps: StateDumps, listing: Listing, ring: Ring, revisions: Revisions) -> None:
         version = self._scorer.version
         asked_for = set[tuple[StateVersion, str, int | str]]()
 
@@ -122,11 +129,10 @@ class StateKeeper:
             return True
 
         num_before = dumps.counters.restored
-        files = dumps.states(version, self._scorer.cache.layout, is_wanted)
+        files = dumps.states(listing, version, self._scorer.cache.layout, is_wanted)
         while found := await asyncio.to_thread(next, files, None):
             dump, states = found
-            taken |= (some := await self._in_worker(self._take_in, states, version, revisions.get(dump, {})))
-            dumps.counters.restored += len(some)
+            dumps.counters.restored += await self._in_worker(self._take_in, states, version, revisions.get(dump, {}))
             self._read |= asked_for  # what could not be read is asked for again
         if num_restored := dumps.counters.restored - num_before:
             _logger.info("%d states of before are back, in host memory", num_restored)
@@ -134,17 +140,18 @@ class StateKeeper:
     def _is_own(self, user_id: int | str, ring: Ring) -> bool:
         return ring.owner(session_of(user_id)) == self._replica
 
-    def _take_in_events(self, events: pa.Table) -> tuple[set[int], dict[int, int]]:
-        """Keys of the users, and the revision of those of whom exactly these are known from now on; of no forgotten user."""
+    def _take_in_events(self, events: pa.Table) -> dict[int, int]:
+        """The revision of the users of whom exactly these are known from now on; of no forgotten user."""
         if self._is_full:
-            return set(), {}
+            return {}
         user_keys = stable_keys(events["user_id"]).tolist()
         events = events.filter(pa.array([user_key not in self._forgotten for user_key in user_keys], pa.bool_()))
-        return set(user_keys) - self._forgotten, self._scorer.online.restore(events)
+        self._taken |= set(user_keys) - self._forgotten
+        return self._scorer.online.restore(events)
 
-    def _take_in(self, states: list[KeptState], version: StateVersion, revisions: Mapping[int, int]) -> set[int]:
-        """Keys of the users whose states are here from now on; none if the model is another by now."""
-        return {
+    def _take_in(self, states: list[KeptState], version: StateVersion, revisions: Mapping[int, int]) -> int:
+        """How many users' states are here from now on; none if the model is another by now."""
+        taken = {
             one.user_key
             for one in states
             if self._scorer.version == version
@@ -152,6 +159,8 @@ class StateKeeper:
             and one.user_key not in self._forgotten
             and self._scorer.restore(one, revisions.get(one.user_key))
         }
+        self._taken |= taken
+        return len(taken)
 
     def _drop(self, user_keys: set[int]) -> None:
         for user_key in user_keys:
@@ -165,11 +174,10 @@ class StateKeeper:
         active = await asyncio.to_thread(self._scorer.history.most_active, most)
         own = [n for n, user_id in enumerate(active.to_pylist()) if self._is_own(user_id, ring)][:wanted]
         users = active.take(pa.array(own, pa.int64()))
-        marked = set(await asyncio.to_thread(self._dumps.forgotten.times_s)) if self._dumps else set[int]()
         for begin in range(0, len(users), _WARMED_TOGETHER):
             some = await self._in_worker(self._scorer.warmable, pending_users(users[begin : begin + _WARMED_TOGETHER]))
             await asyncio.to_thread(read_rows, self._scorer.history, some)
-            self.num_warmed += await self._in_worker(self._encode, some, marked)
+            self.num_warmed += await self._in_worker(self._encode, some, set(self._marked_s))
 
     def _encode(self, users: Sequence[Pending], marked: set[int]) -> int:
         """How many of the users have been encoded: of those who were forgotten nothing is made before they ask."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from longer.config import Settings
+from longer.serving import dumps, forgotten
 from longer.serving.scorer import EventsRequest, Scorer, ScoreRequest
 from serve_apps import keeping
 from serve_apps.affinity import Ring, session_of
@@ -33,10 +34,10 @@ def test_warm_up_makes_no_state_of_a_forgotten_user_before_she_asks(has_dumps: b
         host_cache_bytes=1 << 20,
         state_dump=str(tmp_path / "dumps") if has_dumps else None,
     )
-    keeper, forgotten = StateKeeper(args, scorer, "me", in_worker), scorer.user_key(9)
+    keeper, gone = StateKeeper(args, scorer, "me", in_worker), scorer.user_key(9)
 
     def is_held() -> bool:
-        return scorer.cache.peek(forgotten, scorer.version) is not None
+        return scorer.cache.peek(gone, scorer.version) is not None
 
     async def come_and_go() -> None:
         await keeper.bring(Ring(["me"]))
@@ -115,5 +116,92 @@ def test_what_was_read_of_dumps_and_models_that_are_gone_is_not_remembered(tmp_p
         shutil.rmtree(folder / "before")
         await keeper.bring(Ring(["me"]))
         assert keeper._read == set()
+
+    asyncio.run(run())
+
+
+def answered(before: Scorer, *users: int) -> None:
+    before.score([ScoreRequest(user, ["item1"], request_ts=START_MS + 10**10) for user in users])
+    before.add_events([EventsRequest(user, {"item_id": ["item2"], "event_ts": [START_MS]}) for user in users])
+
+
+def test_a_user_forgotten_while_she_was_brought_back_goes_although_the_marks_could_not_be_read_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, folder = build_world(tmp_path / "world"), tmp_path / "dumps"
+    (leaving, before), (keeper, scorer) = keeper_of(world, folder, "before"), keeper_of(world, folder, "me")
+    answered(before, 4, 5)
+    user_keys = [scorer.user_key(user) for user in (4, 5)]
+
+    def held() -> list[bool]:
+        return [bool(scorer.cache.peek(key, scorer.version) and scorer.online.revision(key)) for key in user_keys]
+
+    def fail() -> None:
+        assert keeper._dumps
+        keeper._dumps.forgotten.mark(user_keys[0])
+        raise OSError("the bucket is away")
+
+    async def run() -> None:
+        await leaving.leave()
+        with monkeypatch.context() as patched:
+            assert keeper._dumps
+            patched.setattr(keeper._dumps.forgotten, "times_s", fail)
+            await keeper.bring(Ring(["me"]))
+        assert held() == [True, True]
+        await keeper.bring(Ring(["me"]))
+        assert held() == [False, True]
+
+    asyncio.run(run())
+
+
+def test_a_file_that_went_between_listing_and_reading_is_looked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, folder = build_world(tmp_path / "world"), tmp_path / "dumps"
+    (leaving, before), (keeper, scorer) = keeper_of(world, folder, "before"), keeper_of(world, folder, "me")
+    answered(before, 4, 5)
+
+    def fail(path: str) -> bytes:
+        if path.endswith("parquet"):
+            raise FileNotFoundError(path)
+        return Path(path).read_bytes()
+
+    async def run() -> None:
+        await leaving.leave()
+        with monkeypatch.context() as patched:
+            patched.setattr(dumps, "read_bytes", fail)
+            await keeper.bring(Ring(["me"]))
+        assert len(scorer.online) == 0
+        await keeper.bring(Ring(["me"]))
+        assert len(scorer.online) == 2
+        shutil.rmtree(folder / "before")
+        await keeper.bring(Ring(["me"]))
+        assert keeper._brought[1] == frozenset()
+
+    asyncio.run(run())
+
+
+def test_marks_cost_a_listing_before_and_one_after_and_no_read_however_many_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, folder = build_world(tmp_path / "world"), tmp_path / "dumps"
+    (leaving, before), (keeper, _) = keeper_of(world, folder, "before"), keeper_of(world, folder, "me")
+    answered(before, 4, 5)
+    asked = list[str]()
+
+    def counted(name: str, function: Callable[[str], Any]) -> Callable[[str], Any]:
+        return lambda path: asked.append(name) or function(path)  # type: ignore[func-returns-value]
+
+    async def run() -> None:
+        await leaving.leave()
+        for user in range(100, 120):
+            await keeper.mark_forgotten(user)
+        for module in (dumps, forgotten):
+            monkeypatch.setattr(module, "file_sizes", counted("list", module.file_sizes))
+        monkeypatch.setattr(dumps, "read_bytes", counted("read", dumps.read_bytes))
+        await keeper.bring(Ring(["me"]))
+        assert (asked.count("list"), asked.count("read")) == (2, 4)  # the JSON twice, events, states
+        await keeper.bring(Ring(["me"]))
+        assert (asked.count("list"), asked.count("read")) == (3, 4)
 
     asyncio.run(run())

@@ -10,14 +10,19 @@ def restore(
     dumps: StateDumps, scorer: Scorer, is_wanted: Callable[[int | str], bool] = lambda _: True
 ) -> list[int | str]:
     """Ids of the users whose states were taken in, after the events that were sent to the replica."""
+    listing = dumps.listed()
     revisions = {
         (dump, user_key): revision
-        for dump, events in dumps.events(scorer.version.schema_hash, is_wanted)
+        for dump, events in dumps.events(listing, scorer.version.schema_hash, is_wanted)
         for user_key, revision in scorer.online.restore(events).items()
     }
-    return [
+    taken = [
         state.user_id
-        for dump, states in dumps.states(scorer.version, scorer.cache.layout, lambda _, user_id: is_wanted(user_id))
+        for dump, states in dumps.states(
+            listing, scorer.version, scorer.cache.layout, lambda _, user_id: is_wanted(user_id)
+        )
         for state in states
         if scorer.restore(state, revisions.get((dump, state.user_key)))
     ]
+    dumps.done(listing)
+    return taken

@@ -200,7 +200,7 @@ def test_events_come_back_to_another_model_and_not_to_another_schema(tmp_path: P
     stop(before, tmp_path / "dumps")
     publish_random_model(world, seed=1)
     after, dumps = scorer_of(world), StateDumps(str(tmp_path / "dumps"), "after")
-    assert list(dumps.events("another schema", lambda _: True)) == []
+    assert list(dumps.events(dumps.listed(), "another schema", lambda _: True)) == []
     assert restore(dumps, after) == []
     assert ask(after, 5, request_ts=END_MS + 9).num_events == 28
 
@@ -331,26 +331,66 @@ def test_the_mark_of_a_forgotten_user_goes_when_no_dump_can_hold_the_user(world:
     scorer, dumps = scorer_of(world), StateDumps(str(dumped), "after")
     for user, age_s in ((3, 10_000), (4, 0)):
         dumps.forgotten.mark(scorer.user_key(user))
-        mark = dumped / "forgotten" / f"{scorer.user_key(user)}.json"
-        mark.write_text(json.dumps({"forgotten_s": json.loads(mark.read_text())["forgotten_s"] - age_s}))
+        [mark] = (dumped / "forgotten").glob(f"{scorer.user_key(user)}-*")
+        mark.rename(mark.with_name(f"{scorer.user_key(user)}-{int(mark.name.rpartition('-')[2]) - age_s * 1000}"))
     restore(dumps, scorer)
     dumps.write(scorer.cache, scorer.online, scorer.version, 60)
     assert set(dumps.forgotten.times_s()) == {scorer.user_key(4)}
 
 
-def test_a_dump_goes_when_a_replica_that_had_it_leaves_its_own(world: Settings, dumped: Path) -> None:
-    """So that dumps do not pile up; one of a neighbour that stops at the same time stays."""
+def test_a_dump_goes_when_a_replica_that_had_it_leaves_its_own(
+    world: Settings, dumped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that dumps do not pile up; one that other replicas may be reading, or that is being written, stays."""
     neighbour, scorer = StateDumps(str(dumped), "neighbour"), scorer_of(world)
-    dumps = StateDumps(str(dumped), "after")
+    dumps, now_s = StateDumps(str(dumped), "after"), time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
     (dumped / "killed while it wrote").mkdir()
     (dumped / "killed while it wrote" / "states-00000.safetensors").write_bytes(b"half")
-    assert dumps.names() == {"before"}
-    restore(dumps, scorer)
-    neighbour.write(scorer.cache, scorer.online, scorer.version, 60)
+    assert dumps.listed().names == {"before"}
+    now_s += 700
+    leave_as(neighbour, world)
     (dumped / "writes just now").mkdir()
     (dumped / "writes just now" / "states-00000.safetensors").write_bytes(b"half")
-    dumps.write(scorer.cache, scorer.online, scorer.version, 60)
+    restore(dumps, scorer)
+    leave_as(dumps, world)
     assert sorted(path.name for path in dumped.iterdir()) == ["after", "neighbour", "writes just now"]
+
+
+def leave_as(dumps: StateDumps, world: Settings) -> None:
+    scorer = scorer_of(world)
+    ask(scorer, 5)
+    assert dumps.write(scorer.cache, scorer.online, scorer.version, 60) == 1
+
+
+def test_a_dump_that_a_replica_has_not_brought_back_stays_when_it_leaves_its_own(
+    world: Settings, dumped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The events in it are nowhere else: it had not begun, or one was written to the end after it looked."""
+    dumps, now_s = StateDumps(str(dumped), "after"), time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    (dumped / "before" / "_DUMP.json").rename(dumped / "whole later")
+    restore(dumps, scorer_of(world))
+    (dumped / "whole later").rename(dumped / "before" / "_DUMP.json")
+    (dumped / "unread").mkdir()
+    shutil.copytree(dumped / "before", dumped / "unread", dirs_exist_ok=True)
+    dumps.listed()
+    now_s += 700
+    leave_as(dumps, world)
+    assert sorted(path.name for path in dumped.iterdir()) == ["after", "before", "unread"]
+
+
+def test_events_come_back_of_a_dump_whose_states_are_cut(world: Settings, tmp_path: Path) -> None:
+    """States can be made anew, events are nowhere else; and the other way round."""
+    before = scorer_of(world)
+    ask(before, 4, request_ts=END_MS + 5, events=sent(END_MS, 2))
+    for name in ("states-00000.safetensors", "events.parquet"):
+        stop(before, tmp_path)
+        (tmp_path / "before" / name).write_bytes(b"cut")
+        dumps, after = StateDumps(str(tmp_path), "after"), scorer_of(world)
+        is_of_states = name.startswith("states")
+        assert restore(dumps, after) == ([] if is_of_states else [4])
+        assert (len(after.online), dumps.counters.torn) == (1 if is_of_states else 0, 1)
 
 
 def test_a_dump_in_s3_is_one_too(world: Settings, s3: str) -> None:
@@ -392,5 +432,5 @@ def test_after_a_roll_out_warm_up_has_the_room_of_states_that_no_one_can_be_answ
 def test_a_state_kept_of_another_model_shape_does_not_fit(world: Settings, dumped: Path) -> None:
     scorer, dumps = scorer_of(world), StateDumps(str(dumped), "after")
     other = replace(scorer.cache.layout, num_layers=9)
-    assert list(dumps.states(scorer.version, other, lambda *_: True)) == []
+    assert list(dumps.states(dumps.listed(), scorer.version, other, lambda *_: True)) == []
     assert dumps.counters.disagreeing == 1

@@ -109,7 +109,7 @@ class Life:
         if not is_lost:
             restore(dumps, self.scorer)
             return
-        for _, states in dumps.states(version, layout, lambda *_: True):
+        for _, states in dumps.states(dumps.listed(), version, layout, lambda *_: True):
             for one in states:
                 self.scorer.restore(one, None)
 

@@ -64,9 +64,10 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True)
 class Dump:
-    """What is found under a name; without `manifest` it is torn, as `problem` says."""
+    """What is found under a name: files with their sizes; without `manifest` it is torn, as `problem` says."""
 
     name: str
+    sizes: dict[str, int]
     manifest: Manifest | None
     problem: str = ""
 

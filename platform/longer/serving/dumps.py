@@ -4,15 +4,15 @@ else has before the table does. No Ray, no HTTP.
     FOLDER/REPLICA/events.parquet             all events sent online (`OnlineEvents.all`), of any model
     FOLDER/REPLICA/states-00000.safetensors   states (`kept_states`), the hottest in the first files
     FOLDER/REPLICA/_DUMP.json                 written last: what they are states of, and each file's users, size and checksum
-    FOLDER/forgotten/USER_KEY.json            a user of whom no dump may bring anything back (`forgotten`)
+    FOLDER/forgotten/USER_KEY-MILLISECONDS    a user of whom no dump may bring anything back (`forgotten`)
 
-A dump without its JSON is unfinished, and one whose files are not as it says is torn; both are left alone, told once and counted.
+A dump without its JSON is unfinished, and a file that is not as the JSON says is torn; both are left alone, told once and counted.
 So are the states of another model, schema, encoding or precision, and the events of another schema. Nothing in a dump is trusted
 beyond that: a state that disagrees with the user's history is found out by its fingerprint when it is asked for (`resolver`). One
 that was true is so where the very events that go with it are known (`KeptState.knows_events`), and needs no look at the table.
 
-A forgotten user stays out of every dump that had begun by then; their bytes go with the dump, which is removed when a replica that
-started after it writes its own.
+A forgotten user stays out of every dump that had begun by then; their bytes go with the dump. That is removed by a replica that
+stops, has taken in what was its own of it, and has known it for so long that the others have too: their events are nowhere else.
 """
 
 import hashlib
@@ -40,13 +40,16 @@ from longer.serving.dump_files import (
     states_contents,
     states_in,
 )
-from longer.serving.forgotten import FORGOTTEN, ForgottenUsers, may_hold
+from longer.serving.forgotten import FORGOTTEN, ForgottenUsers, marked_s, may_hold
 from longer.serving.kept_states import KeptState
 from longer.serving.online import OnlineEvents
 from longer.serving.store import StateStore
 from longer.storage import file_sizes, read_bytes, remove_tree, write_bytes
 
 _NUM_WRITERS, _WRITES_AHEAD = 4, 8
+_READ_BY_ALL_S = 600.0
+"""By when all replicas have read a dump, or its replica has written it to the end."""
+
 _DUMP, _EVENTS = "_DUMP.json", "events.parquet"
 _logger = logging.getLogger("ray.serve")
 
@@ -66,13 +69,27 @@ class DumpCounters:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Listing:
+    """What lay in the folder at one moment: by dump of another replica, its files with their sizes; by key of a forgotten user,
+    when that was."""
+
+    dumps: dict[str, dict[str, int]]
+    forgotten_s: dict[int, float]
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The dumps that are whole as far as their JSON says."""
+        return frozenset(name for name, sizes in self.dumps.items() if _DUMP in sizes)
+
+
 class StateDumps:
     """The dumps under one folder, which belongs to one service; `replica` names this one's own."""
 
     def __init__(self, folder: str, replica: str) -> None:
         self._folder, self._replica = folder.rstrip("/"), replica
-        self._started_s = time.time()
-        self._there_before: frozenset[str] | None = None
+        self._seen_s: dict[str, float] = {}
+        self._done = Listing({}, {})
         self._told: set[tuple[str, StateVersion]] = set()
         self.counters, self.forgotten = DumpCounters(), ForgottenUsers(self._folder)
 
@@ -82,7 +99,7 @@ class StateDumps:
         """Dumps all online events, and this version's states, the hottest first, as far as the time and the next host tier go; how
         many states.
 
-        Dumps from before this replica's start go: whoever wanted what they hold has had it since.
+        Dumps that nobody needs any more go.
         """
         began_s, deadline_s = time.time(), time.monotonic() + within_s
         tables, pool = list[str](), ThreadPoolExecutor(_NUM_WRITERS)
@@ -127,57 +144,67 @@ class StateDumps:
         return DumpFile(path=name, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), user_ids=user_ids)
 
     def _remove_old(self) -> None:
-        """Dumps that were there when this replica started, and marks of users whom no dump can hold any more."""
-        first_s = time.time()
-        for name, sizes in self._listed().items():
-            dump = self._read(name, sizes)
-            if dump.began_s < self._started_s and (dump.manifest or name in (self._there_before or ())):
+        """Dumps that are as they were when all of them had been brought, and marks of users whom no dump can hold any more."""
+        first_s, known_since_s = time.time(), time.monotonic() - _READ_BY_ALL_S
+        for name, sizes in self.listed().dumps.items():
+            if self._done.dumps.get(name) == sizes and self._seen_s[name] <= known_since_s:
                 with suppress(FileNotFoundError):  # others stop at the same time
+                    remove_tree(
+                        f"{self._folder}/{name}/{_DUMP}"
+                    )  # first, so that it is never there with half its files
                     remove_tree(f"{self._folder}/{name}")
-            elif dump.manifest:
-                first_s = min(first_s, dump.began_s)
+            elif manifest := self._read(name, sizes).manifest:
+                first_s = min(first_s, manifest.began_s)
         self.forgotten.remove_before(first_s)
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
-    def names(self) -> frozenset[str]:
-        """The dumps that are there and whole as far as their JSON says."""
-        there = self._listed()
-        whole = frozenset(name for name, sizes in there.items() if _DUMP in sizes and name != self._replica)
-        if self._there_before is None:
-            self._there_before = frozenset(there) - {self._replica}
-        return whole
+    def listed(self) -> Listing:
+        """What is there now."""
+        dumps: dict[str, dict[str, int]] = {}
+        for path, num_bytes in file_sizes(self._folder).items():
+            name, _, file = path.partition("/")
+            if file and name != self._replica:
+                dumps.setdefault(name, {})[file] = num_bytes
+        listing = Listing(dumps, marked_s(dumps.pop(FORGOTTEN, {})))
+        self._seen_s = {name: self._seen_s.get(name, time.monotonic()) for name in listing.dumps}
+        return listing
 
-    def events(self, schema_hash: str, is_wanted: Callable[[int | str], bool]) -> Iterator[tuple[str, pa.Table]]:
+    def done(self, listing: Listing) -> None:
+        """Of all that was listed, this replica has what is its own: it needs none of it any more."""
+        self._done = listing
+
+    def events(
+        self, listing: Listing, schema_hash: str, is_wanted: Callable[[int | str], bool]
+    ) -> Iterator[tuple[str, pa.Table]]:
         """By dump, the last one first, the online events (`OnlineEvents.all`) of users who are wanted, some users' at a time; of no
-        forgotten user."""
-        for dump, gone in self._last_first():
+        forgotten user. A FileNotFoundError is of a dump that has gone, or is going: another listing tells."""
+        for dump, gone in self._last_first(listing):
             of = dump.manifest
             if of and of.events and (of.format, of.version.schema_hash) == (DUMP_FORMAT, schema_hash):
                 wanted = [user_id for user_id in of.events.user_ids if is_wanted(user_id)]
-                if wanted and (data := self._bytes_of(dump.name, of, of.events)):
+                if wanted and (data := self._bytes_of(dump, of, of.events)):
                     yield from ((dump.name, events) for events in events_in(data, wanted, gone))
 
     def states(
-        self, version: StateVersion, layout: StateLayout, is_wanted: Callable[[str, int | str], bool]
+        self, listing: Listing, version: StateVersion, layout: StateLayout, is_wanted: Callable[[str, int | str], bool]
     ) -> Iterator[tuple[str, list[KeptState]]]:
         """By dump, the last one first, states that are wanted by dump and user, a file's at a time, the hottest first; of no
-        forgotten user."""
-        for dump, gone in self._last_first():
+        forgotten user. A FileNotFoundError as of `events`."""
+        for dump, gone in self._last_first(listing):
             if not self._is_usable(dump, version, layout):
                 continue
             assert dump.manifest
             for file in dump.manifest.states:
                 wanted = {user_id for user_id in file.user_ids if is_wanted(dump.name, user_id)}
-                if wanted and (data := self._bytes_of(dump.name, dump.manifest, file)):
+                if wanted and (data := self._bytes_of(dump, dump.manifest, file)):
                     yield dump.name, states_in(data, file, dump.manifest.tables, wanted, gone)
 
-    def _last_first(self) -> list[tuple[Dump, set[int]]]:
+    def _last_first(self, listing: Listing) -> list[tuple[Dump, set[int]]]:
         """The dumps of others, each with the keys of the users of whom it may bring nothing back."""
-        forgotten_s = self.forgotten.times_s()
-        dumps = [self._read(name, sizes) for name, sizes in self._listed().items() if name != self._replica]
+        dumps = [self._read(name, sizes) for name, sizes in listing.dumps.items()]
         return [
-            (dump, {key for key, since_s in forgotten_s.items() if may_hold(dump.began_s, since_s)})
+            (dump, {key for key, since_s in listing.forgotten_s.items() if may_hold(dump.began_s, since_s)})
             for dump in sorted(dumps, key=lambda dump: -dump.began_s)
         ]
 
@@ -191,14 +218,14 @@ class StateDumps:
             return False
         return True
 
-    def _bytes_of(self, name: str, manifest: Manifest, file: DumpFile) -> bytes | None:
+    def _bytes_of(self, dump: Dump, manifest: Manifest, file: DumpFile) -> bytes | None:
         """None of a file that is not as the dump says."""
-        try:
-            data = read_bytes(f"{self._folder}/{name}/{file.path}")
-        except FileNotFoundError:  # a successor has just removed the dump
+        if dump.sizes.get(file.path) != file.num_bytes:
+            self._leave(dump.name, manifest.version, "torn", f"{file.path} is missing or cut")
             return None
+        data = read_bytes(f"{self._folder}/{dump.name}/{file.path}")
         if hashlib.sha256(data).hexdigest() != file.sha256:
-            self._leave(name, manifest.version, "torn", f"{file.path} is not what it was")
+            self._leave(dump.name, manifest.version, "torn", f"{file.path} is not what it was")
             return None
         return data
 
@@ -210,22 +237,10 @@ class StateDumps:
         setattr(self.counters, what, getattr(self.counters, what) + 1)
         _logger.warning("state dump %s/%s is left alone: %s", self._folder, name, why)
 
-    def _listed(self) -> dict[str, dict[str, int]]:
-        """The files of each dump with their sizes."""
-        dumps: dict[str, dict[str, int]] = {}
-        for path, num_bytes in file_sizes(self._folder).items():
-            name, _, file = path.partition("/")
-            if file and name != FORGOTTEN:
-                dumps.setdefault(name, {})[file] = num_bytes
-        return dumps
-
     def _read(self, name: str, sizes: dict[str, int]) -> Dump:
+        if _DUMP not in sizes:
+            return Dump(name, sizes, None, f"unfinished, without {_DUMP}")
         try:
-            manifest = Manifest.model_validate_json(read_bytes(f"{self._folder}/{name}/{_DUMP}"))
-        except FileNotFoundError:
-            return Dump(name, None, f"unfinished, without {_DUMP}")
+            return Dump(name, sizes, Manifest.model_validate_json(read_bytes(f"{self._folder}/{name}/{_DUMP}")))
         except ValidationError:
-            return Dump(name, None, f"{_DUMP} cannot be read")
-        files = manifest.states + ([manifest.events] if manifest.events else [])
-        missing = [file.path for file in files if sizes.get(file.path) != file.num_bytes]
-        return Dump(name, None, f"{missing[0]} is missing or cut") if missing else Dump(name, manifest)
+            return Dump(name, sizes, None, f"{_DUMP} cannot be read")
