@@ -257,6 +257,43 @@ def test_a_users_oldest_arrivals_go_first_and_the_answer_is_that_of_what_is_left
     )
 
 
+def held_hours(scorer: Scorer, user: int = 5) -> list[int]:
+    times = scorer.online.of([scorer.user_key(user)])["event_ts"].cast(pa.int64()).to_pylist()
+    return sorted((time_ms - START_MS) // HOUR_MS - LATER for time_ms in times)
+
+
+def test_taking_in_the_same_kept_events_again_changes_nothing_where_a_bound_is_reached(world: Settings) -> None:
+    """Of a user the last arrivals stay, without a hole; what all users' bound has no room for does not come and go."""
+    before, scorer = scorer_of(world), scorer_of(world, max_user_events=8)
+    for hour in range(12):
+        ask(before, 5, LATER + 30, [event(LATER + hour, 0)])
+        if hour == 6:
+            ask(scorer, 5, LATER + 30, [event(LATER + 20, 0)])
+    kept = before.online.all()
+    for sent in range(21, 26):
+        scorer.online.restore(kept)
+        hours, revision = held_hours(scorer), scorer.online.revision(scorer.user_key(5))
+        assert len(hours) == 8
+        of_kept = [hour for hour in hours if hour < 12]
+        assert of_kept == list(range(12 - len(of_kept), 12))
+        assert scorer.online.restore(kept) == {}
+        assert scorer.online.revision(scorer.user_key(5)) == revision
+        ask(scorer, 5, LATER + 30, [event(LATER + sent, 0)])
+
+
+def test_kept_events_that_the_bound_of_all_users_has_no_room_for_drop_nothing(world: Settings) -> None:
+    before, scorer = scorer_of(world), scorer_of(world)
+    for user in (1, 5, 7):
+        ask(before, user, LATER + 30, [event(LATER + hour, 0) for hour in range(20)])
+    for user in (7, 9):
+        ask(scorer, user, LATER + 30, [event(LATER + 20, 0)])
+    scorer.online._limits = EventLimits(max_bytes=scorer.online.num_bytes + 100)
+    revisions = [scorer.online.revision(scorer.user_key(user)) for user in (1, 5, 7, 9)]
+    assert scorer.online.restore(before.online.all()) == {}
+    assert [scorer.online.revision(scorer.user_key(user)) for user in (1, 5, 7, 9)] == revisions
+    assert (scorer.online.counters.dropped, scorer.online.counters.restored) == (0, 0)
+
+
 def test_the_memory_of_all_users_events_is_bounded_and_who_was_dropped_is_answered_without_them(
     world: Settings,
 ) -> None:

@@ -130,7 +130,8 @@ class OnlineEvents:
 
     def restore(self, kept: pa.Table) -> dict[int, int]:
         """Takes in some users' events as `all` of another replica gave them; the `revision` of those of whom exactly these are held
-        from here on. Users who are new here go before all others if there is too much."""
+        from here on. Of too many events of a user those stay that arrived last, wherever; what all users' bound has no room for is
+        left out. So who has taken them in once takes nothing in again."""
         key_E, from_s, exactly = stable_keys(kept["user_id"]), time.time() - self._limits.keep_s, dict[int, int]()
         for user_key in dict.fromkeys(key_E.tolist()):
             sent = kept.filter(pa.array(key_E == user_key))
@@ -142,19 +143,22 @@ class OnlineEvents:
         return exactly
 
     def _restore_user(self, user_key: int, young: pa.Table) -> int:
-        """How many of the events were not here."""
-        if (held := self._users.get(user_key)) is None:
-            new = together = young
-        else:  # which of equal ones is not here cannot be told, so the new ones are as old as the youngest
-            new = beyond(young, self.of([user_key]), self._schema)
-            new = new.append_column(_RECEIVED_S, pa.repeat(pc.max(young[_RECEIVED_S]), len(new)))
-            together = pa.concat_tables([held.events, new]).sort_by(_RECEIVED_S)
-        if len(new):
-            self._hold(user_key, together)
-            if held is None:
-                self._users.move_to_end(user_key, last=False)
-            self._fit()
-            self.counters.restored += len(new)
+        """How many of the events were not here, whether or not there was room for them."""
+        held = self._users.get(user_key)
+        new = beyond(young, self.of([user_key]), self._schema) if held else young
+        new = new.sort_by([(_RECEIVED_S, "ascending"), ("event_ts", "ascending")])
+        together = pa.concat_tables([new, held.events]) if held else new
+        received_s = together[_RECEIVED_S].to_numpy()
+        last = np.argsort(received_s, kind="stable")[-self._limits.max_user_events :]  # held ones, of equally old ones
+        num_taken = int(np.count_nonzero(last < len(new)))
+        if num_taken:
+            restored = _Held(_compact(together.take(pa.array(last))), next(self._revisions))
+            if self.num_bytes + restored.num_bytes - (held.num_bytes if held else 0) <= self._limits.max_bytes:
+                self._keep(user_key, restored)
+                if held is None:
+                    self._users.move_to_end(user_key, last=False)
+                self.counters.restored += num_taken
+                self.counters.dropped += len(together) - len(new) - (len(last) - num_taken)
         return len(new)
 
     def expire(self, user_keys: list[int]) -> None:
@@ -195,26 +199,42 @@ class OnlineEvents:
             self.forget(first)
 
     def _put(self, user_key: int, events: pa.Table) -> None:
-        """Another set of events, copied so that nothing else is held on to."""
-        self.forget(user_key)
+        """Another set of events."""
         if len(events):
-            whole = events.take(pa.array(np.arange(len(events)))).combine_chunks()
-            self._users[user_key] = held = _Held(whole, next(self._revisions))
-            self.num_bytes += held.num_bytes
+            self._keep(user_key, _Held(_compact(events), next(self._revisions)))
+        else:
+            self.forget(user_key)
+
+    def _keep(self, user_key: int, held: _Held) -> None:
+        self.forget(user_key)
+        self._users[user_key] = held
+        self.num_bytes += held.num_bytes
+
+
+def _compact(events: pa.Table) -> pa.Table:
+    """Copied, so that nothing else is held on to."""
+    return events.take(pa.array(np.arange(len(events)))).combine_chunks()
 
 
 def beyond(events: pa.Table, known: pa.Table, schema: EventSchema) -> pa.Table:
     """The events that `known` does not hold, as multisets, in no stated order: of one that it holds less often, the difference.
 
-    Both have the columns of `events_arrow`, and may have several users.
+    Both have the columns of `events_arrow`, and may have several users. When they were received is kept where `events` tell it: of
+    equal ones, when the last one was.
     """
     names = schema.events_arrow().names
+    kept = [_RECEIVED_S] if _RECEIVED_S in events.column_names else []
     same_time = known.filter(pc.is_in(known["event_ts"], single_array(events["event_ts"])))
-    sides = [_counted(same_time.select(names), known=1, sent=0), _counted(events.select(names), known=0, sent=1)]
-    counts = pa.concat_tables(sides).group_by(names).aggregate([("known", "sum"), ("sent", "sum")])
+    theirs = same_time.select(names)
+    for name in kept:
+        theirs = theirs.append_column(name, pa.nulls(len(theirs), pa.float64()))
+    sides = [_counted(theirs, known=1, sent=0), _counted(events.select(names + kept), known=0, sent=1)]
+    sums = [("known", "sum"), ("sent", "sum"), *((name, "max") for name in kept)]
+    counts = pa.concat_tables(sides).group_by(names).aggregate(sums)
     missing = counts["sent_sum"].to_numpy() - counts["known_sum"].to_numpy()
     rows = np.repeat(np.arange(len(counts)), np.maximum(missing, 0))
-    return counts.select(names).take(pa.array(rows)).combine_chunks()
+    found = counts.select([*names, *(f"{name}_max" for name in kept)]).rename_columns(names + kept)
+    return found.take(pa.array(rows)).combine_chunks()
 
 
 def _counted(events: pa.Table, known: int, sent: int) -> pa.Table:
