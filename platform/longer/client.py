@@ -87,10 +87,8 @@ class ScoringClient:
             except requests.ConnectionError:
                 if not patience.pauses(_PAUSE_S):
                     raise
-        if answer.headers.get("content-type", "").startswith("application/json") and answer.status_code >= 400:
-            said = json.loads(content)
-            if "error" in said:  # another server, or this one at another path, says something else
-                raise UserError(f"{self._url}: {said['error']} ({answer.status_code})")
+        if answer.status_code >= 400 and (reason := _reason(answer, content)):
+            raise UserError(f"{self._url}: {reason} ({answer.status_code})")
         answer.raise_for_status()
         return content
 
@@ -120,6 +118,17 @@ class ScoringClient:
             except urllib3.exceptions.HTTPError as error:
                 raise requests.ConnectionError(error) from None
         return answer, bytes(content)
+
+
+def _reason(answer: requests.Response, content: bytes) -> Any:
+    """The service's; none where another server, or this one at another path, says something else."""
+    if not answer.headers.get("content-type", "").startswith("application/json"):
+        return None
+    try:
+        said = json.loads(content)
+    except ValueError:
+        return None
+    return said.get("error") if isinstance(said, dict) else None
 
 
 def _least_pause_s(answer: requests.Response) -> float:

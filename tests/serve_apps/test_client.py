@@ -113,6 +113,26 @@ def test_a_wrong_url_is_told_as_what_was_not_found_there() -> None:
         ScoringClient(f"{url}/v1").score(1, [1])
 
 
+class Unreadable(FullAtFirst):
+    """An error as JSON that is no object, or of which the end is missing."""
+
+    content: ClassVar[bytes]
+
+    def do_POST(self) -> None:
+        self.send_response(404)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(self.content)))
+        self.end_headers()
+        self.wfile.write(self.content)
+
+
+@pytest.mark.parametrize("content", [b'{"error": "no', b"404", b'["error"]', b"null", b"\xff"])
+def test_an_error_that_cannot_be_read_is_an_error_of_http(content: bytes) -> None:
+    Unreadable.content = content
+    with serving(Unreadable) as url, pytest.raises(requests.HTTPError, match="404"):
+        ScoringClient(url).score(1, [1])
+
+
 class Silent(FullAtFirst):
     """Takes a call and does not answer in time."""
 
