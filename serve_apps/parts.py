@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import nullcontext
 from itertools import chain
 from typing import TypeVar
 
@@ -14,8 +15,8 @@ Score = Callable[[list[ScoreRequest]], Awaitable[list[T]]]
 
 
 class Parts:
-    """Has parts scored by other replicas, `most_waiting` at a time: a call that waits for one has a place on its own replica, and
-    were all places taken by such, replicas would wait for each other."""
+    """Has parts of at most `most_waiting` calls at a time scored by other replicas: a call that waits for them has a place on its
+    own replica, and were all places taken by such, replicas would wait for each other."""
 
     def __init__(self, affinity: Affinity, peers: Peers, most_waiting: int) -> None:
         self._affinity, self._peers, self._waiting = affinity, peers, asyncio.Semaphore(most_waiting)
@@ -29,15 +30,20 @@ class Parts:
         for place, request in enumerate(requests):
             places.setdefault(self._affinity.owner(request.user_id), []).append(place)
         parts = [[requests[place] for place in its] for its in places.values()]
-        outcomes = await asyncio.gather(*(self._score_part(part, here, there, within_s) for part in parts))
+        waits = not self._waiting.locked() and any(not self._affinity.is_own(part[0].user_id) for part in parts)
+        async with self._waiting if waits else nullcontext():
+            outcomes = await asyncio.gather(
+                *(self._score_part(part, here, there if waits else None, within_s) for part in parts)
+            )
         of_place = dict(zip(chain(*places.values()), chain(*outcomes), strict=True))
         return [of_place[place] for place in range(len(requests))]
 
-    async def _score_part(self, part: list[ScoreRequest], here: Score[T], there: Score[T], within_s: float) -> list[T]:
+    async def _score_part(
+        self, part: list[ScoreRequest], here: Score[T], there: Score[T] | None, within_s: float
+    ) -> list[T]:
         user_id = part[0].user_id
-        if not self._affinity.is_own(user_id) and not self._waiting.locked():
-            async with self._waiting:
-                told = await self._peers.ask_owner(session_of(user_id), there, part, within_s=within_s)
+        if there and not self._affinity.is_own(user_id):
+            told = await self._peers.ask_owner(session_of(user_id), there, part, within_s=within_s)
             if told is not None:
                 return told
         for request in part:

@@ -86,3 +86,16 @@ def test_calls_that_wait_for_others_leave_places_to_what_others_ask_of_this_one(
     num_others = sum(not affinity.is_own(user) for user in USERS)
     assert sum(outcome.endswith("there") for outcome in told) == 2 * num_others
     assert affinity.lost["other_replica"] == 3 * num_others
+
+
+def test_all_parts_of_a_call_go_to_their_owners_however_many_they_are() -> None:
+    """A call takes one place of its replica, whatever it waits for."""
+    affinity, others = affinity_of("you", "they", "others"), Others()
+
+    async def run() -> list[str]:
+        asyncio.get_running_loop().call_later(0.05, others.goes_on.set)
+        return await Parts(affinity, others, 1).score(REQUESTS, here, there, 1)  # type: ignore[arg-type]
+
+    told = asyncio.run(run())
+    assert [outcome.endswith(" here") for outcome in told] == [affinity.is_own(user) for user in USERS]
+    assert (others.num_asked, affinity.lost["other_replica"]) == (3, 0)
