@@ -23,7 +23,7 @@ _LOOK_WITHIN_S, _GLANCE_WITHIN_S = 2.0, 0.1
 
 
 class Teller:
-    """Of the event loop. `recent` is told of every score request that is answered."""
+    """Of the event loop. `recent` is told of every answered call of one user, and of no call of several."""
 
     def __init__(
         self,

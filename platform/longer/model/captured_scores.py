@@ -2,7 +2,8 @@
 
 A graph serves every batch of up to U users and C candidates; sizes are rounded up to a few. What fills a batch up is a user without
 events, whom the filling asks about, whatever the batch before left there. To capture a graph takes many times as long as a batch,
-and its first one waits for it: so a batch whose size is new is scored by a larger graph, where there is one (`SizeChoice`).
+and its first one waits for it: so a batch whose size is new is scored by a larger graph, where one of up to about twice the size
+is there (`SizeChoice`).
 
 R requests of one user each, C candidates.
 """
@@ -35,8 +36,8 @@ Size = tuple[int, int]
 
 
 class SizeChoice:
-    """By which graph a batch is scored, so that few batches wait for one to be captured: those larger than all that there are, and,
-    once, those of a size that comes often."""
+    """By which graph a batch is scored, so that few batches wait for one to be captured: those for which none of up to about twice
+    their size is there, or is any more (`Graphs`), and, once, those of a size that comes often."""
 
     def __init__(self) -> None:
         self._num_lent = Counter[Size]()
