@@ -131,7 +131,7 @@ class OnlineEvents:
     def restore(self, kept: pa.Table) -> dict[int, int]:
         """Takes in some users' events as `all` of another replica gave them; the `revision` of those of whom exactly these are held
         from here on. Of too many events of a user those stay that arrived last, wherever; what all users' bound has no room for is
-        left out. To take in the same again changes nothing."""
+        left out, and users who are new here are the first to go later. To take in the same again changes nothing."""
         key_E, from_s, exactly = stable_keys(kept["user_id"]), time.time() - self._limits.keep_s, dict[int, int]()
         for user_key in dict.fromkeys(key_E.tolist()):
             sent = kept.filter(pa.array(key_E == user_key))
