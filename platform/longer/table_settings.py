@@ -85,8 +85,8 @@ class ImpressionSettings(Section):
     group_id: str | None = Field(
         None,
         pattern=r"^[a-z][a-z0-9_]*$",
-        description="Column of an int64 id shared by the impressions of one request; without it, impressions of one user at one "
-        "time are one request.",
+        description="Column of an int64 id shared by a user's impressions of one request, which lie within a day; without it, "
+        "impressions of one user at one time are one request.",
     )
     time_unit: TimeUnit | None = Field(None, description="As import_events.time_unit.")
     max_quarantined_share: float = Field(0.01, ge=0, le=1, description="As import_events.max_quarantined_share.")
