@@ -149,12 +149,12 @@ def load_upstream(model: Ranker, settings: ModelSettings) -> None:
 
 
 _CHANGEABLE = {"history_events", "query_groups", "stride_groups", "dropout"}
-"""Model settings under which weights keep their meaning."""
+"""Model settings under which weights keep their meaning, and their shapes but for a few encodings and queries."""
 
 
 def check_start(path: str, settings: Settings) -> CheckpointInfo:
     """The checkpoint to start training with these settings from, read to the last byte; a UserError names what does not fit."""
-    _, info = load_model(path, expected_schema=settings.event_schema)
+    model, info = load_model(path, expected_schema=settings.event_schema)
     asked = settings.model.model_dump(mode="json")
     for name, value in info.model.model_dump(mode="json").items():
         if name not in _CHANGEABLE and asked[name] != value:
@@ -166,6 +166,16 @@ def check_start(path: str, settings: Settings) -> CheckpointInfo:
         raise UserError(
             f"{path}/model.json: its tasks are {heads}, train.tasks of the settings {asked_heads}: use the checkpoint's"
         )
+    with torch.device("meta"):  # shapes alone
+        wanted = make_model(settings.model, info.schema, info.tasks).state_dict()
+    for name, tensor in model.state_dict().items():
+        if tensor.shape != wanted[name].shape:
+            own = info.model.model_dump(mode="json")
+            changed = ", ".join(f"model.{one}={own[one]}" for one in sorted(_CHANGEABLE) if own[one] != asked[one])
+            raise UserError(
+                f"{path}/model.safetensors: {name} is {tuple(tensor.shape)}, the settings make it {tuple(wanted[name].shape)}: set "
+                f"{changed} as the checkpoint has it"
+            )
     return info
 
 
