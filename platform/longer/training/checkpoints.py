@@ -166,17 +166,23 @@ def check_start(path: str, settings: Settings) -> CheckpointInfo:
         raise UserError(
             f"{path}/model.json: its tasks are {heads}, train.tasks of the settings {asked_heads}: use the checkpoint's"
         )
-    with torch.device("meta"):  # shapes alone
-        wanted = make_model(settings.model, info.schema, info.tasks).state_dict()
+    if settings.model != info.model:
+        _check_same_shapes(model, info, settings.model)
+    return info
+
+
+def _check_same_shapes(model: Ranker, info: CheckpointInfo, asked: ModelSettings) -> None:
+    """Of the checkpoint's model and of one with the settings asked for."""
+    with torch.random.fork_rng(devices=[]):
+        wanted = make_model(asked, info.schema, info.tasks).state_dict()
     for name, tensor in model.state_dict().items():
         if tensor.shape != wanted[name].shape:
-            own = info.model.model_dump(mode="json")
-            changed = ", ".join(f"model.{one}={own[one]}" for one in sorted(_CHANGEABLE) if own[one] != asked[one])
+            own = {one: getattr(info.model, one) for one in sorted(_CHANGEABLE)}
+            changed = ", ".join(f"model.{one}={value}" for one, value in own.items() if getattr(asked, one) != value)
             raise UserError(
-                f"{path}/model.safetensors: {name} is {tuple(tensor.shape)}, the settings make it {tuple(wanted[name].shape)}: set "
-                f"{changed} as the checkpoint has it"
+                f"{info.path}/model.safetensors: {name} is {tuple(tensor.shape)}, the settings make it "
+                f"{tuple(wanted[name].shape)}: set {changed} as the checkpoint has it"
             )
-    return info
 
 
 def _info(path: str, about: dict[str, Any]) -> CheckpointInfo:
