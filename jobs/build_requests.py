@@ -91,7 +91,7 @@ def _impressions(settings: Settings, histories: SequenceTable) -> SequenceTable 
     about = settings.of_impressions(histories.num_buckets)
     if Table(about.path("tables", "sequences")).current() is None:
         raise UserError(f"{about.root}: no impressions yet: run `python -m jobs.import_impressions`")
-    shown = SequenceTable(about.path("tables", "sequences"), about.event_schema)
+    shown = SequenceTable(about.path("tables", "sequences"), about.event_schema, job="jobs.import_impressions")
     if shown.num_buckets != histories.num_buckets:
         raise UserError(
             f"{shown.version.path}: in {shown.num_buckets} buckets, the sequences in {histories.num_buckets}: run `python -m "

@@ -1,6 +1,7 @@
 """Requests of impressions are what their definition says, computed one impression at a time in plain Python."""
 
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,16 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jobs import import_impressions
 from longer.config import load_settings
 from longer.data.batches import rows_of_requests, with_all_users
 from longer.data.catalogue import first_seen
 from longer.data.columns import histories_of, requests_of
 from longer.data.impressions import MOST_SPAN_MS, requests_shown
 from longer.data.sequences import KeepRule
+from longer.data.tables import SequenceTable
 from longer.errors import UserError
 from longer.hashing import stable_keys
+from longer.schema import EventSchema
 from tests.data.impressions import FIRST_MS, SHOP, events, impressions
-from tests.data.tables import KEEP_ALL, sequences_of
+from tests.data.tables import KEEP_ALL, publish_sequences, sequences_of
 
 SHOWN = {"user": 1, "time": 10, "item": 5, "device": "phone", "page": 2.0, "click": 1.0, "like": 0.0, "watch_s": 7.0}
 
@@ -161,3 +165,25 @@ def test_a_bucket_none_of_whose_users_has_done_anything_has_requests_all_the_sam
     assert made.rows.select(["user_id", "history_end", "device", "watch_s"]).to_pylist() == [
         {"user_id": 1, "history_end": 0, "device": "phone", "watch_s": [7.0]}
     ]
+
+
+def test_a_mistake_in_the_log_of_impressions_is_told_with_its_own_settings_and_the_path_as_it_is(
+    tmp_path: Path,
+) -> None:
+    logs = tmp_path / "import_events_of_ours"
+    overrides = {
+        "root": str(tmp_path / "root"),
+        "event_schema": SHOP.model_dump(mode="json"),
+        "import_impressions": {"source": str(logs)},
+        "train": {"tasks": [{"name": "click"}]},
+    }
+    settings = load_settings(overrides=overrides)
+    publish_sequences(settings.path("tables", "sequences"), events([(1, 1, 3)]), SHOP, KEEP_ALL, 2, 99)
+    with pytest.raises(UserError, match=rf"^import_impressions\.source: {logs}: no log there"):
+        import_impressions.run(settings)
+    logs.mkdir()
+    (logs / "a.csv").write_text("user_id,item_id\n1,2\n")
+    with pytest.raises(UserError, match=rf"{logs}/a\.csv: no column .*--import_impressions\.skip_unreadable_files"):
+        import_impressions.run(settings)
+    with pytest.raises(UserError, match=r"another event_schema: .*run `python -m jobs\.import_impressions`"):
+        SequenceTable(settings.path("tables", "sequences"), EventSchema(), job="jobs.import_impressions")
