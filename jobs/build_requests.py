@@ -6,6 +6,8 @@ With import_impressions.source they are what jobs.import_impressions has importe
 from datetime import datetime
 from typing import Any
 
+import pyarrow as pa
+
 from longer.config import Settings
 from longer.data.events import iso_time
 from longer.data.items import read_items
@@ -35,7 +37,8 @@ def run(settings: Settings) -> Version:
     shown = _impressions(settings, histories)
     chosen = {**settings.requests.model_dump(mode="json"), "windows": vars(windows), "seed": settings.seed}
     inputs = {"sequences": sequences.id, **({"impressions": shown.version.id} if shown else {})}
-    version_id = fingerprint("requests", TABLE_FORMAT, chosen, inputs, schema.hash())
+    kind = "requests_of_impressions" if shown else "requests"
+    version_id = fingerprint(kind, TABLE_FORMAT, chosen, inputs, schema.hash())
     table = Table(settings.path("tables", "requests"))
     if published := table.reuse(version_id):
         say("build_requests", f"version {version_id} is already built, nothing changed")
@@ -45,7 +48,9 @@ def run(settings: Settings) -> Version:
     try:
         if shown:
             asked, until_ms = settings.import_impressions, _milliseconds(sequences.manifest["watermark"])
-            stats = write_shown(ImpressionBuilder(histories, shown, asked.group_id, splits, windows, until_ms, path))
+            builder = ImpressionBuilder(histories, shown, asked.group_id, splits, windows, until_ms, path)
+            stats = write_shown(builder, _items(settings, histories))
+            stats["requests_until"] = iso_time(min(until_ms, _milliseconds(shown.version.manifest["watermark"])))
         else:
             stats = _of_events(settings, histories, splits, path)
         num_kept = sum(stats["num_requests"].values())
@@ -86,7 +91,7 @@ def _impressions(settings: Settings, histories: SequenceTable) -> SequenceTable 
     about = settings.of_impressions(histories.num_buckets)
     if Table(about.path("tables", "sequences")).current() is None:
         raise UserError(f"{about.root}: no impressions yet: run `python -m jobs.import_impressions`")
-    shown = SequenceTable(about.path("tables", "sequences"), about.event_schema)
+    shown = SequenceTable(about.path("tables", "sequences"), about.event_schema, job="jobs.import_impressions")
     if shown.num_buckets != histories.num_buckets:
         raise UserError(
             f"{shown.version.path}: in {shown.num_buckets} buckets, the sequences in {histories.num_buckets}: run `python -m "
@@ -99,11 +104,18 @@ def _of_events(settings: Settings, histories: SequenceTable, splits: SplitTimes,
     """Requests whose positives are a group's items."""
     schema, asked = settings.event_schema, settings.requests
     catalogue = build_catalogue(histories, splits)
-    if schema.features_of("item"):
-        items = read_items(settings.path("tables", "items"), histories.version.id, schema)
+    if (items := _items(settings, histories)) is not None:
         catalogue = with_features(catalogue, items, schema)
     builder = RequestBuilder(schema, splits, settings.model.windows, asked.negatives_per_positive, settings.seed, path)
     return {**write_requests(histories, builder, catalogue), "num_items": len(catalogue.items)}
+
+
+def _items(settings: Settings, histories: SequenceTable) -> pa.Table | None:
+    """The catalogue, if items have features."""
+    schema = settings.event_schema
+    if not schema.features_of("item"):
+        return None
+    return read_items(settings.path("tables", "items"), histories.version.id, schema)
 
 
 def _split_times(settings: Settings, sequences: Version) -> SplitTimes:

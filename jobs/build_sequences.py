@@ -30,7 +30,7 @@ def run(settings: Settings, since_last: bool = False) -> Version:
 def build(settings: Settings, table: Table, base: Version | None) -> Version:
     """The sequence table alone."""
     schema, asked = settings.event_schema, settings.sequences
-    events = open_version(settings.path("tables", "events"), schema, None, "jobs.import_events")
+    events = open_version(settings.path("tables", "events"), schema, None, f"jobs.{settings.import_events.section}")
     rows_of = readable_files(events.files(), schema, True) if asked.skip_unreadable_files else None
     unreadable = set(events.files()) - set(rows_of) if rows_of is not None else set()
     plan = plan_build(settings, events, unreadable, base)

@@ -25,21 +25,21 @@ def run(settings: Settings, since_last: bool = False) -> Version:
     """
     table, asked, schema = Table(settings.path("tables", "events")), settings.import_events, settings.event_schema
     has_base = since_last and table.current()
-    base = open_version(table.path, schema, None, "jobs.import_events") if has_base else None
+    base = open_version(table.path, schema, None, f"jobs.{asked.section}") if has_base else None
     source = source_of(asked)
     plan = plan_import(settings, source.locate(asked.source), base)
     for name, first in plan.duplicates.items():
-        say("import_events", f"{name}: the same bytes as {first}, imported once")
+        say(asked.section, f"{name}: the same bytes as {first}, imported once")
     published = base if base and not plan.parts else table.reuse(plan.version_id)
     if published:
-        say("import_events", f"version {published.id} is already built, nothing changed")
+        say(asked.section, f"version {published.id} is already built, nothing changed")
         return published
-    say("import_events", source.PROVENANCE)
+    say(asked.section, source.PROVENANCE)
     quarantine = Table(settings.path("tables", "quarantine"))
     reports = _write(settings, plan, table, quarantine)
     if base and all(report.problem for report in reports):
         table.discard(plan.version_id)
-        say("import_events", f"version {base.id}: no new file could be read, nothing changed")
+        say(asked.section, f"version {base.id}: no new file could be read, nothing changed")
         return base
     manifest = {**plan.manifest(reports), "provenance": source.PROVENANCE}
     unfit = [*_files_of(quarantine, base), *(file for report in reports for file in report.quarantine)]
@@ -56,7 +56,7 @@ def run(settings: Settings, since_last: bool = False) -> Version:
         if base
         else f"{manifest['num_rows']} events"
     )
-    say("import_events", f"version {version.id}: {counts}, {manifest['num_quarantined']} quarantined")
+    say(asked.section, f"version {version.id}: {counts}, {manifest['num_quarantined']} quarantined")
     return version
 
 
@@ -76,7 +76,7 @@ def _write(settings: Settings, plan: ImportPlan, table: Table, quarantine: Table
         raise
     problems = {report.content_id: report.problem for report in reports if report.problem}
     for problem in problems.values():
-        say("import_events", f"skipped {problem}")
+        say(settings.import_events.section, f"skipped {problem}")
     torn = [report for report in reports if report.content_id in problems and not report.problem]
     for report in torn:  # other stretches of such a file
         report.remove_files(*paths)
@@ -96,8 +96,8 @@ def _check_rows(settings: Settings, reports: list[PartReport], num_rows: int) ->
     if reasons.total() > asked.max_quarantined_share * num_read:
         reason, count = reasons.most_common(1)[0]
         raise UserError(
-            f"import_events.max_quarantined_share={asked.max_quarantined_share}: {reasons.total()} of {num_read} rows are "
-            f"unfit, {count} of them: {reason}; {see}, then repair the log, or what import_events says of it, or raise the share"
+            f"{asked.section}.max_quarantined_share={asked.max_quarantined_share}: {reasons.total()} of {num_read} rows are "
+            f"unfit, {count} of them: {reason}; {see}, then repair the log, or what {asked.section} says of it, or raise the share"
         )
     if not num_rows:
         problem = (

@@ -7,7 +7,7 @@ from jobs import build_sequences, import_events
 from longer.config import Settings
 from longer.data.tables import SequenceTable
 from longer.errors import UserError
-from longer.runner import run_job, user_error_in
+from longer.runner import run_job
 from longer.storage import Table, Version
 
 
@@ -20,12 +20,7 @@ def run(settings: Settings, since_last: bool = False) -> Version:
         raise UserError("import_impressions.source is not given: name the log of impressions")
     histories = SequenceTable(settings.path("tables", "sequences"), settings.event_schema)
     about = settings.of_impressions(histories.num_buckets)
-    try:
-        import_events.run(about, since_last)
-    except Exception as error:
-        if mistake := user_error_in(error):  # the importer knows its settings by the name that they have for events
-            raise UserError(str(mistake).replace("import_events", "import_impressions")) from None
-        raise
+    import_events.run(about, since_last)
     table = Table(about.path("tables", "sequences"))
     return build_sequences.build(about, table, table.current() if since_last else None)
 

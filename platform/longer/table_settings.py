@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import date
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,9 @@ TimeUnit = Literal["s", "ms", "us", "ns", "relative_s", "relative_ms", "relative
 
 class ImportSettings(Section):
     """From a public or own log to the events table."""
+
+    section: ClassVar[str] = "import_events"
+    """The name of these settings and of their job, for whoever must change them."""
 
     dataset: Literal["complete_journey", "generic", "kuairand", "movielens", "taobao", "yambda"] = Field(
         "complete_journey", description="Which importer reads the log; 'generic' reads your own Parquet or CSV."
@@ -69,6 +72,10 @@ class ImportSettings(Section):
                 )
 
 
+class _ImportOfImpressions(ImportSettings):
+    section: ClassVar[str] = "import_impressions"
+
+
 class ImpressionSettings(Section):
     """From a log of impressions, one row an item shown, to labelled requests in the place of those that are made from events."""
 
@@ -85,8 +92,8 @@ class ImpressionSettings(Section):
     group_id: str | None = Field(
         None,
         pattern=r"^[a-z][a-z0-9_]*$",
-        description="Column of an int64 id shared by the impressions of one request; without it, impressions of one user at one "
-        "time are one request.",
+        description="Column of an int64 id shared by a user's impressions of one request, which lie within a day; without it, "
+        "impressions of one user at one time are one request.",
     )
     time_unit: TimeUnit | None = Field(None, description="As import_events.time_unit.")
     max_quarantined_share: float = Field(0.01, ge=0, le=1, description="As import_events.max_quarantined_share.")
@@ -94,7 +101,7 @@ class ImpressionSettings(Section):
 
     def as_import(self) -> ImportSettings:
         """How the log is read: impressions have no actions."""
-        return ImportSettings(
+        return _ImportOfImpressions(
             dataset="generic",
             columns={**self.columns, "action": None},
             **self.model_dump(exclude={"columns", "group_id"}),

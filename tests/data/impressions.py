@@ -35,13 +35,13 @@ def events(rows: list[tuple[int, int, int]]) -> pa.Table:
 
 
 def impressions(rows: list[dict[str, Any]], group_id: str | None = None) -> pa.Table:
-    """Impressions of user, time, item, device, page and labels."""
+    """Impressions of user, time, item, device, page and labels, and of the item's category if another one is told."""
     columns: dict[str, Any] = {
         "user_id": [row["user"] for row in rows],
         "event_ts": [FIRST_MS + row["time"] for row in rows],
         "item_id": [row["item"] for row in rows],
         "action": ["event"] * len(rows),
-        "category": [f"c{row['item'] % 3}" for row in rows],
+        "category": [row.get("category", f"c{row['item'] % 3}") for row in rows],
         **{name: [row[name] for row in rows] for name in ("device", "page", *SHOP.tasks)},
         **({group_id: [row["group"] for row in rows]} if group_id else {}),
     }

@@ -1,6 +1,7 @@
 """Requests of impressions are what their definition says, computed one impression at a time in plain Python."""
 
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,15 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jobs import import_impressions
 from longer.config import load_settings
 from longer.data.batches import rows_of_requests, with_all_users
+from longer.data.catalogue import first_seen
 from longer.data.columns import histories_of, requests_of
-from longer.data.impressions import requests_shown
+from longer.data.impressions import MOST_SPAN_MS, requests_shown
 from longer.data.sequences import KeepRule
+from longer.data.tables import SequenceTable
 from longer.errors import UserError
 from longer.hashing import stable_keys
+from longer.schema import EventSchema
 from tests.data.impressions import FIRST_MS, SHOP, events, impressions
-from tests.data.tables import KEEP_ALL, sequences_of
+from tests.data.tables import KEEP_ALL, publish_sequences, sequences_of
 
 SHOWN = {"user": 1, "time": 10, "item": 5, "device": "phone", "page": 2.0, "click": 1.0, "like": 0.0, "watch_s": 7.0}
 
@@ -27,7 +32,8 @@ def rows_of(
 ) -> list[dict]:
     sequences = sequences_of(log, SHOP, rule)
     asked = sequences_of(impressions(shown, group_id), SHOP.of_impressions(group_id), KeepRule(1 << 40, 4))
-    made = requests_shown(asked, sequences["user_id"].combine_chunks(), histories_of(sequences, SHOP), SHOP, group_id)
+    users, histories = sequences["user_id"].combine_chunks(), histories_of(sequences, SHOP)
+    made = requests_shown(asked, users, histories, first_seen(log, SHOP), SHOP, group_id)
     assert made.rows.schema == SHOP.requests_arrow()
     return made.rows.append_column("first_index", pa.array(made.first_index_R)).to_pylist()
 
@@ -64,8 +70,9 @@ def test_a_history_ends_strictly_before_its_request_and_what_was_logged_comes_wi
         rows = expected[user, time]
         assert (row["device"], row["page"]) == (rows[0]["device"], rows[0]["page"])
         candidates = zip(row["item_id"], row["category"], *(row[task] for task in SHOP.tasks), strict=True)
-        due = [(r["item"], f"c{r['item'] % 3}", *(r[task] or 0.0 for task in SHOP.tasks)) for r in rows]
-        assert sorted(candidates) == sorted(due)
+        largest = {item: [max(r[t] or 0.0 for r in rows if r["item"] == item) for t in SHOP.tasks] for item in
+                   {r["item"] for r in rows}}  # fmt: skip
+        assert sorted(candidates) == sorted((item, f"c{item % 3}", *labels) for item, labels in largest.items())
 
 
 def test_impressions_of_one_group_are_one_request_of_its_earliest_time_and_that_ones_features() -> None:
@@ -76,6 +83,43 @@ def test_impressions_of_one_group_are_one_request_of_its_earliest_time_and_that_
         ([5, 6], 2.0, 0),
         ([8], 2.0, 0),
     ]
+
+
+def test_an_item_that_is_logged_as_shown_and_as_clicked_is_one_candidate_with_both_rows_labels() -> None:
+    """Two would have contradictory labels, and the log's order would tell which is which."""
+    seen = {**SHOWN, "click": 0.0, "like": None, "watch_s": -2.0, "category": None}
+    clicked = {**SHOWN, "time": 12, "click": 1.0, "like": None, "watch_s": None, "category": "late"}
+    for rows in ([seen, clicked], [clicked, seen]):
+        (found,) = rows_of(events([(1, 1, 3)]), [{**row, "group": 1} for row in rows], group_id="view")
+        labels = {name: found[name] for name in ("item_id", "category", *SHOP.tasks)}
+        assert labels == {"item_id": [5], "category": ["late"], "click": [1.0], "like": [0.0], "watch_s": [-2.0]}
+
+
+def test_a_feature_that_an_impression_lacks_is_the_catalogue_s_as_it_is_where_the_item_is_scored_by_id() -> None:
+    shown = [{**SHOWN, "item": item, "category": None} for item in (3, 4)] + [{**SHOWN, "category": "own"}]
+    (found,) = rows_of(events([(1, 1, 3), (1, 2, 5)]), shown)
+    assert dict(zip(found["item_id"], found["category"], strict=True)) == {3: "c0", 4: None, 5: "own"}
+
+
+def test_a_feature_of_a_request_is_what_the_earliest_of_its_impressions_that_has_it_says() -> None:
+    rows = [{"device": None, "page": 1.0}, {"device": "desktop", "page": None}, {"device": "phone", "page": 3.0}]
+    shown = [{**SHOWN, **row, "time": time, "item": 9 - time, "group": 1} for time, row in enumerate(rows)]
+    (found,) = rows_of(events([(1, 1, 3)]), shown, group_id="view")
+    assert (found["device"], found["page"]) == ("desktop", 1.0)
+    (nothing,) = rows_of(events([(1, 1, 3)]), [{**SHOWN, "device": None, "page": None}])
+    assert (nothing["device"], nothing["page"]) == (None, None)
+
+
+def test_an_id_that_a_user_s_later_session_has_again_is_refused() -> None:
+    """What is shown days later, as it is then, would be a candidate of a request of days before."""
+    shown = [{**SHOWN, "time": time, "item": time % 7, "group": 1} for time in (0, MOST_SPAN_MS)]
+    (found,) = rows_of(events([(1, 1, 3)]), shown, group_id="view")
+    assert len(found["item_id"]) == 2
+    shown += [{**SHOWN, "user": 2, "group": 1}, {**SHOWN, "time": MOST_SPAN_MS + 1, "group": 1}]
+    with pytest.raises(
+        UserError, match=r"group_id: 1 of 2 requests .* one user and one view that are up to 24 hours apart"
+    ):
+        rows_of(events([(1, 1, 3)]), shown, group_id="view")
 
 
 def test_a_request_before_all_events_that_the_table_keeps_is_known_to_be_cut() -> None:
@@ -116,7 +160,30 @@ def test_a_column_of_impressions_that_the_schema_lacks_is_named() -> None:
 def test_a_bucket_none_of_whose_users_has_done_anything_has_requests_all_the_same() -> None:
     nobody = sequences_of(events([(1, 1, 3)]), SHOP).slice(0, 0)
     shown = sequences_of(impressions([SHOWN]), SHOP.of_impressions(None), KeepRule(1 << 40, 4))
-    made = requests_shown(shown, nobody["user_id"].combine_chunks(), histories_of(nobody, SHOP), SHOP, None)
+    users, catalogue = nobody["user_id"].combine_chunks(), first_seen(events([(1, 1, 3)]), SHOP)
+    made = requests_shown(shown, users, histories_of(nobody, SHOP), catalogue, SHOP, None)
     assert made.rows.select(["user_id", "history_end", "device", "watch_s"]).to_pylist() == [
         {"user_id": 1, "history_end": 0, "device": "phone", "watch_s": [7.0]}
     ]
+
+
+def test_a_mistake_in_the_log_of_impressions_is_told_with_its_own_settings_and_the_path_as_it_is(
+    tmp_path: Path,
+) -> None:
+    logs = tmp_path / "import_events_of_ours"
+    overrides = {
+        "root": str(tmp_path / "root"),
+        "event_schema": SHOP.model_dump(mode="json"),
+        "import_impressions": {"source": str(logs)},
+        "train": {"tasks": [{"name": "click"}]},
+    }
+    settings = load_settings(overrides=overrides)
+    publish_sequences(settings.path("tables", "sequences"), events([(1, 1, 3)]), SHOP, KEEP_ALL, 2, 99)
+    with pytest.raises(UserError, match=rf"^import_impressions\.source: {logs}: no log there"):
+        import_impressions.run(settings)
+    logs.mkdir()
+    (logs / "a.csv").write_text("user_id,item_id\n1,2\n")
+    with pytest.raises(UserError, match=rf"{logs}/a\.csv: no column .*--import_impressions\.skip_unreadable_files"):
+        import_impressions.run(settings)
+    with pytest.raises(UserError, match=r"another event_schema: .*run `python -m jobs\.import_impressions`"):
+        SequenceTable(settings.path("tables", "sequences"), EventSchema(), job="jobs.import_impressions")

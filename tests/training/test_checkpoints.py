@@ -204,6 +204,26 @@ def test_training_does_not_start_from_weights_that_mean_something_else(
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "before", "after", "remedy"),
+    [
+        ({"encoding": "paper"}, {"history_events": 24}, {"history_events": 48}, "set model.history_events=24"),
+        ({"queries": "learnable"}, {"query_groups": 4}, {"query_groups": 2}, "set model.query_groups=4"),
+        ({"queries": "learnable"}, {"query_groups": 1}, {"query_groups": 4}, "set model.query_groups=1"),
+    ],
+)
+def test_training_does_not_start_from_weights_that_do_not_fit_or_would_be_repeated_until_they_do(
+    tmp_path: Path, kind: dict[str, Any], before: dict[str, Any], after: dict[str, Any], remedy: str
+) -> None:
+    """Workers would fail at them, start again and fail again; one learned query would become all queries without a word."""
+    model = small_model(dtype=torch.float32, **{"stride_groups": 1, **kind, **before})
+    save_model(str(tmp_path), model, model.settings, SCHEMA, TASKS)
+    assert check_start(str(tmp_path), settings_like(model)).model_version
+    with pytest.raises(UserError, match=rf"model.safetensors: .* the settings make it .*{remedy}") as refused:
+        check_start(str(tmp_path), settings_like(model, **after))
+    assert "\n" not in str(refused.value)
+
+
 def test_of_equally_good_epochs_the_one_that_is_kept_is_the_one_that_is_published() -> None:
     done = [{"step": step, "score": score, "epochs": epochs} for step, score, epochs in
             ((2, 0.9, None), (4, 0.5, 1), (8, 0.5, 2), (12, 0.4, 3))]  # fmt: skip

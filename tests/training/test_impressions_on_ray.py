@@ -24,6 +24,7 @@ from jobs import (
 from longer.config import Settings, load_settings
 from longer.data.tables import RequestTable
 from longer.errors import UserError
+from longer.training.continuous import requests_end
 from tests.data.impressions import FIRST_MS, SHOP, impressions, shop_log
 from tests.data.logs import DAY_MS
 
@@ -120,22 +121,30 @@ def test_features_of_requests_and_labels_of_several_tasks_get_from_the_log_to_sc
 
 
 def test_impressions_of_a_new_day_become_requests_and_the_old_ones_stay_the_same(tmp_path: Path) -> None:
+    """Though they come later than the events of their day."""
     happened, shown = shop_log(9, 4, seed=2)
     settings = settings_of(tmp_path)
     is_new = pc.greater_equal(happened["event_ts"].cast(pa.int64()), FIRST_MS + 3 * DAY_MS)
     logs = {day: [row for row in shown if (row["time"] >= 3 * DAY_MS) == day] for day in (False, True)}
-    built = []
-    for day, days_events in ((False, happened.filter(pc.invert(is_new))), (True, happened.filter(is_new))):
-        write(tmp_path / "events", f"{day}.parquet", days_events, {})
-        names = {"event_ts": "shown_at", "watch_s": "seconds"}
-        write(tmp_path / "shown", f"{day}.parquet", impressions(logs[day]).drop_columns("action"), names)
+    built, until = [], []
+    days = {False: happened.filter(pc.invert(is_new)), True: happened.filter(is_new)}
+    names = {"event_ts": "shown_at", "watch_s": "seconds"}
+    for day, has_events, has_shown in ((0, True, True), (1, True, False), (1, False, True)):
+        if has_events:
+            write(tmp_path / "events", f"{day}.parquet", days[bool(day)], {})
+        if has_shown:
+            write(tmp_path / "shown", f"{day}.parquet", impressions(logs[bool(day)]).drop_columns("action"), names)
         for job in (import_events, build_sequences, import_impressions):
-            job.run(settings, since_last=day)
-        build_requests.run(settings)
+            job.run(settings, since_last=bool(day))
+        until.append(requests_end(build_requests.run(settings)))
         table = RequestTable(settings.path("tables", "requests"), SHOP)
         rows = [table.rows(split, bucket) for split in ("train", "valid", "test") for bucket in range(3)]
         built.append({row["request_id"]: row for row in pa.concat_tables(rows).to_pylist()})
-    first, both = built
+    first, waiting, both = built
+    assert waiting.items() >= first.items()
+    new = [row["request_ts"].isoformat() for request_id, row in both.items() if request_id not in waiting]
+    assert new
+    assert until[1] < min(new)  # what came late is not taken for trained by a model that was trained meanwhile
     assert {request_id: both[request_id] for request_id in first} == first
     assert sum(len(row["item_id"]) for row in both.values()) > sum(len(row["item_id"]) for row in first.values())
 

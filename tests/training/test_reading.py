@@ -85,11 +85,13 @@ def test_a_table_is_read_by_many_tasks_and_not_by_one_node_s_single_core(
     assert all(same(one, other) for one, other in zip(read_requests(job), found, strict=True))
 
 
-def test_seconds_are_no_labels_of_a_task_that_is_binary(job: Job) -> None:
+@pytest.mark.parametrize("split", [0, 1])
+def test_seconds_are_no_labels_of_a_task_that_is_binary(job: Job, split: int) -> None:
     """Cross-entropy of a label of 7 has no bottom: the loss falls for ever and scores are 1."""
     tables = Tables.of(job)
     part = tables.read(range(NUM_BUCKETS))
-    requests = [replace(asked, labels={"label": 7 * asked.labels["label"]}) for asked in part.requests]
+    requests = [*part.requests]  # those of training, then those of validation
+    requests[split] = replace(requests[split], labels={"label": 7 * requests[split].labels["label"]})
     with pytest.raises(
         UserError, match="labels of label are 0 to 7, a binary task's are 0 to 1: make it kind: regression"
     ):

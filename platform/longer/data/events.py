@@ -28,7 +28,7 @@ def check_rows(
     missing = [name for name in wanted.names if name not in raw.column_names]
     if missing:
         raise UserError(
-            f"no column {missing[0]!r} (it has {', '.join(raw.column_names)}): map it in import_events.columns, or drop it from "
+            f"no column {missing[0]!r} (it has {', '.join(raw.column_names)}): map it in the import's columns, or drop it from "
             "event_schema"
         )
     given = {name: single_array(raw[name]) for name in wanted.names}

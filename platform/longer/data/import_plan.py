@@ -96,7 +96,7 @@ def plan_import(settings: Settings, parts: Sequence[Part], base: Version | None)
             duplicates[part.name] = name
     joined = {file.name: file.content_id for part in parts for file in part.joined}
     if base:
-        _check_settings(base, chosen)
+        _check_settings(base, chosen, settings.import_events.section)
         _check_unchanged(base, {part.name: part.content_id for part in parts}, joined)
     unread = [part for part in parts if part.content_id not in held and first_name[part.content_id] == part.name]
     return ImportPlan(unread, base, duplicates, first_name, joined, chosen, settings.event_schema.hash(), folder)
@@ -110,11 +110,11 @@ def _kind(content_id: str) -> str:
     return content_id.partition(":")[0]
 
 
-def _check_settings(base: Version, chosen: dict[str, Any]) -> None:
+def _check_settings(base: Version, chosen: dict[str, Any], section: str) -> None:
     for name in ("dataset", "columns", "time_unit"):
         if (before := base.manifest["settings"].get(name)) != chosen[name]:
             raise UserError(
-                f"import_events.{name}: version {base.id} was imported with {before!r}, not {chosen[name]!r}: "
+                f"{section}.{name}: version {base.id} was imported with {before!r}, not {chosen[name]!r}: "
                 "use its settings, or import the whole log, without --since-last"
             )
 

@@ -67,7 +67,7 @@ class PartImporter:
             remove_tree(f"{self.quarantine_path}/part-{name}.parquet")
             if not self.settings.skip_unreadable_files:
                 raise UserError(
-                    f"{error}; restore the file, or leave it out with --import_events.skip_unreadable_files"
+                    f"{error}; restore the file, or leave it out with --{self.settings.section}.skip_unreadable_files"
                 ) from None
             return PartReport(part.content_id, part.name, part.number, problem=str(error))
         report.events = days.finish()

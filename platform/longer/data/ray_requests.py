@@ -70,10 +70,10 @@ class ImpressionBuilder:
     until_ms: int
     version_path: str
 
-    def __call__(self, bucket: int) -> dict[str, Any]:
+    def __call__(self, bucket: int, items: pa.Table | None) -> dict[str, Any]:
         users, histories = self.histories.read_bucket(bucket)
         schema = self.histories.schema
-        requests = requests_shown(self.shown.rows(bucket), users, histories, schema, self.group_id)
+        requests = requests_shown(self.shown.rows(bucket), users, histories, items, schema, self.group_id)
         time_R, end_R = milliseconds(single_array(requests.rows["request_ts"])), requests.rows["history_end"].to_numpy()
         later_R = time_R > self.until_ms
         cut_R = is_cut(end_R, requests.first_index_R, self.windows) & ~later_R
@@ -116,9 +116,10 @@ def write_requests(sequences: SequenceTable, builder: RequestBuilder, catalogue:
     return _write(lambda bucket: builder(sequences, bucket, ray.get(shared)), sequences.buckets)
 
 
-def write_shown(builder: ImpressionBuilder) -> dict[str, Any]:
-    """The same of impressions."""
-    return _write(builder, builder.shown.buckets)
+def write_shown(builder: ImpressionBuilder, items: pa.Table | None) -> dict[str, Any]:
+    """The same of impressions; `items` is the catalogue, if items have features."""
+    shared = ray.put(items)
+    return _write(lambda bucket: builder(bucket, ray.get(shared)), builder.shown.buckets)
 
 
 def _write(build: Callable[[int], dict[str, Any]], buckets: Sequence[int]) -> dict[str, Any]:

@@ -57,8 +57,11 @@ class SequenceTable:
     every read merges in (`merge_sequences`).
     """
 
-    def __init__(self, path: str, schema: EventSchema, version_id: str | None = None) -> None:
-        self.version = open_version(path, schema, version_id, "jobs.build_sequences")
+    def __init__(
+        self, path: str, schema: EventSchema, version_id: str | None = None, job: str = "jobs.build_sequences"
+    ) -> None:
+        """`job` is what an error tells to run."""
+        self.version = open_version(path, schema, version_id, job)
         built_with = self.version.manifest["settings"]
         self.num_buckets: int = built_with["num_buckets"]
         self.rule = KeepRule(built_with["keep_events"], built_with["stride_events"])

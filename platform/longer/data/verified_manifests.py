@@ -74,11 +74,10 @@ def _check_made_from(
     source: Source, stated: dict[str, Any], sequences: dict[str, Any], report: BucketReport, is_known: bool
 ) -> None:
     """What follows from the sequences that the requests name."""
-    if (
-        is_known and "impressions" not in stated["inputs"]
-    ):  # every group of the events kept is a request, or was cut and counted
-        num_cut = report.checked["request groups"] - report.checked["requests"]
-        _check_count(source, "num_cut", stated.get("num_cut"), num_cut, report)
+    if is_known:
+        if "impressions" not in stated["inputs"]:  # every group of the events kept is a request, or was cut and counted
+            num_cut = report.checked["request groups"] - report.checked["requests"]
+            _check_count(source, "num_cut", stated.get("num_cut"), num_cut, report)
         not_kept = report.checked["events"] - report.checked["events kept"]
         _check_count(source, "num_events_not_kept", stated.get("num_events_not_kept"), not_kept, report)
     if stated.get("watermark") != sequences.get("watermark"):

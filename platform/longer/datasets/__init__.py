@@ -17,5 +17,5 @@ _SOURCES: dict[str, Source] = {
 def source_of(settings: ImportSettings) -> Source:
     """The importer that the settings choose."""
     if settings.dataset == "generic":
-        return Generic(settings.columns, settings.time_unit or "ms")
+        return Generic(settings.columns, settings.time_unit or "ms", section=settings.section)
     return _SOURCES[settings.dataset]

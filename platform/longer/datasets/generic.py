@@ -23,10 +23,11 @@ class Generic:
     columns: Mapping[str, str | None] = field(default_factory=dict)
     TIME_UNIT: TimeUnit = "ms"
     PROVENANCE: str = "A log of your own."
+    section: str = "import_events"
 
     def locate(self, source: str) -> list[Part]:
         parts = log_parts(source, _PATTERNS, says_left_out=True)
-        return require_parts(source, parts, ".parquet, .csv or .tsv files (.gz, .bz2, .zst and .lz4 too)")
+        return require_parts(source, parts, ".parquet, .csv or .tsv files (.gz, .bz2, .zst and .lz4 too)", self.section)
 
     def read(self, part: Part, names: Sequence[str]) -> Iterator[pa.Table]:
         mapped = {name: self.columns.get(name, name) for name in names}

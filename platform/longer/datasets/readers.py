@@ -121,7 +121,7 @@ def require_columns(path: str, names: Sequence[str], columns: Mapping[str, str])
             if len(names) == 1 and not is_parquet(path):
                 there += ", cut at commas, or in a .tsv file at tabs"
             raise FileError(
-                path, f"{problem} (it has {there}): map it in import_events.columns, or drop it from event_schema"
+                path, f"{problem} (it has {there}): map it in the import's columns, or drop it from event_schema"
             )
 
 

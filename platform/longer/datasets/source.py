@@ -118,10 +118,10 @@ def require_files(source: str, *names: str) -> list[Part]:
     return parts
 
 
-def require_parts(source: str, parts: list[Part], wanted: str) -> list[Part]:
+def require_parts(source: str, parts: list[Part], wanted: str, section: str = "import_events") -> list[Part]:
     """The parts, of which there must be one at least."""
     if not parts:
-        raise UserError(f"import_events.source: {source}: no log there: it must hold {wanted}")
+        raise UserError(f"{section}.source: {source}: no log there: it must hold {wanted}")
     return parts
 
 

@@ -149,12 +149,12 @@ def load_upstream(model: Ranker, settings: ModelSettings) -> None:
 
 
 _CHANGEABLE = {"history_events", "query_groups", "stride_groups", "dropout"}
-"""Model settings under which weights keep their meaning."""
+"""Model settings under which weights keep their meaning, and their shapes but for a few encodings and queries."""
 
 
 def check_start(path: str, settings: Settings) -> CheckpointInfo:
     """The checkpoint to start training with these settings from, read to the last byte; a UserError names what does not fit."""
-    _, info = load_model(path, expected_schema=settings.event_schema)
+    model, info = load_model(path, expected_schema=settings.event_schema)
     asked = settings.model.model_dump(mode="json")
     for name, value in info.model.model_dump(mode="json").items():
         if name not in _CHANGEABLE and asked[name] != value:
@@ -166,7 +166,23 @@ def check_start(path: str, settings: Settings) -> CheckpointInfo:
         raise UserError(
             f"{path}/model.json: its tasks are {heads}, train.tasks of the settings {asked_heads}: use the checkpoint's"
         )
+    if settings.model != info.model:
+        _check_same_shapes(model, info, settings.model)
     return info
+
+
+def _check_same_shapes(model: Ranker, info: CheckpointInfo, asked: ModelSettings) -> None:
+    """Of the checkpoint's model and of one with the settings asked for."""
+    with torch.random.fork_rng(devices=[]):
+        wanted = make_model(asked, info.schema, info.tasks).state_dict()
+    for name, tensor in model.state_dict().items():
+        if tensor.shape != wanted[name].shape:
+            own = {one: getattr(info.model, one) for one in sorted(_CHANGEABLE)}
+            changed = ", ".join(f"model.{one}={value}" for one, value in own.items() if getattr(asked, one) != value)
+            raise UserError(
+                f"{info.path}/model.safetensors: {name} is {tuple(tensor.shape)}, the settings make it "
+                f"{tuple(wanted[name].shape)}: set {changed} as the checkpoint has it"
+            )
 
 
 def _info(path: str, about: dict[str, Any]) -> CheckpointInfo:

@@ -81,7 +81,8 @@ class Tables:
         asked = self.job.settings.train
         names = ["new"] if self.job.trains_days else _SPLITS
         data, *valid = joined(parts, self.job.settings.model.windows, self.sequences.version.path, names)
-        _check_labels(data, asked.tasks)
+        for split in (data, *valid):
+            _check_labels(split, asked.tasks)
         if not valid:
             return data, None
         return data.newest(asked.max_requests), valid[0].spread(asked.max_validation_requests)

@@ -37,7 +37,7 @@ def train_new_days(settings: Settings) -> Version:
         raise UserError(
             f"{base.path}: says not until when it was trained: run `python -m jobs.train` without --continue"
         )
-    since, until = base.manifest["trained_until"], iso_time(_milliseconds(requests.manifest["watermark"]) + 1)
+    since, until = base.manifest["trained_until"], requests_end(requests)
     chosen = chosen_settings(settings)
     run_id = fingerprint("continued", FORMAT_VERSION, TRAINER_VERSION, base.id, versions, chosen)
     if published := finished(table, run_id):
@@ -64,6 +64,12 @@ def train_new_days(settings: Settings) -> Version:
     num_requests = sum(day["num_requests"] for day in days)
     say("train", f"run {run_id}: continued {base.id} with {num_requests} requests of {len(days)} days until {until}")
     return version
+
+
+def requests_end(requests: Version) -> str:
+    """The moment from which on requests are not known yet: of impressions that is earlier than the newest event, if they lag."""
+    stated = requests.manifest
+    return iso_time(_milliseconds(stated.get("requests_until", stated["watermark"])) + 1)
 
 
 def _num_requests_since(requests: Version, since: str) -> int:

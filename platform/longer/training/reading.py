@@ -26,14 +26,15 @@ def requests_in_memory(job: Job) -> ray.ObjectRef:
     """The requests of a job, read once however often workers start; they are there, or an error is raised here.
 
     Parts are contiguous buckets and joined in their order, so that what they make does not depend on how many there are. A task
-    that reads holds one part; the one that joins them, on a node where workers can be, holds what every node with workers holds.
+    that reads holds one part. The one that joins them, on a node where workers can be, makes the whole in its own memory, beside
+    the parts in that node's object store, and then stores it there too: for a moment there are three of it.
     """
     settings, tables = job.settings, Tables.of(job)
     node = _node_with_a_core(settings)
     retries: dict[str, Any] = {"max_retries": settings.train.max_failures, "retry_exceptions": [StorageError]}
     groups = in_groups(tables.bucket_bytes(), _PART_BYTES)
     join: Any = ray.remote(**task_options(settings, node), **retries, num_returns=2)(_joined)
-    requests, size = join.remote(tables, *_parts(tables, groups, retries))
+    requests, size = join.remote(tables, *_parts(tables, groups, retries, node))
     _tell_if_too_large(ray.get(size), settings)
     return requests
 
@@ -44,12 +45,15 @@ def in_groups(num_bytes_K: Int64, most_bytes: int) -> list[list[int]]:
     return [group.tolist() for group in np.split(np.arange(len(group_K)), np.flatnonzero(np.diff(group_K)) + 1)]
 
 
-def _parts(tables: Tables, groups: list[list[int]], retries: dict[str, Any]) -> list[ray.ObjectRef]:
-    """What each group's buckets hold, read on the nodes of the workers' pool in turn, on as many cores as these have."""
+def _parts(tables: Tables, groups: list[list[int]], retries: dict[str, Any], node: str) -> list[ray.ObjectRef]:
+    """What each group's buckets hold, read on the nodes of the workers' pool in turn, on as many cores as these have.
+
+    `node` is one of them, in whose place Ray finds another should all be gone.
+    """
     settings = tables.job.settings
     nodes = _nodes_of(settings.ray.place(settings.train.use_gpu))
-    cores = [(core, node["NodeID"]) for node in nodes for core in range(int(node["Resources"]["CPU"]))]
-    turns = [node for _, node in sorted(cores)]  # every node's first core before any one's second
+    cores = [(core, one["NodeID"]) for one in nodes for core in range(int(one["Resources"]["CPU"]))]
+    turns = [name for _, name in sorted(cores)] or [node]  # every node's first core before any one's second
     parts: list[ray.ObjectRef] = []
     running: list[ray.ObjectRef] = []
     for number, group in enumerate(groups):

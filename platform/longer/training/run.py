@@ -183,7 +183,7 @@ def fit(job: Job, run_id: str) -> str:
     requests = requests_in_memory(job)
     if isinstance(asked.num_workers, tuple):
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _WAIT_FOR_MORE_WORKERS_S)
-    with relayed_lines() as lines, _interrupts_as_before():
+    with relayed_lines() as lines, interrupts_as_before():
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"job": job, "requests": requests, "lines": lines, "start": start_of(job.weights)},
@@ -211,7 +211,7 @@ def start_of(path: str | None) -> Checkpoint | None:
 
 
 @contextmanager
-def _interrupts_as_before() -> Iterator[None]:
+def interrupts_as_before() -> Iterator[None]:
     """Ctrl-C is a KeyboardInterrupt, here and afterwards.
 
     Ray Train's handler ends the process without a word while workers train; it stays when they have ended, and then lets the first
@@ -220,7 +220,9 @@ def _interrupts_as_before() -> Iterator[None]:
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
-    except SystemExit:
+    except SystemExit as end:
+        if end.code:  # not that handler's: of SIGTERM
+            raise
         raise KeyboardInterrupt from None
     finally:
         if signal.getsignal(signal.SIGINT) is not before:
