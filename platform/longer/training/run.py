@@ -221,7 +221,7 @@ def interrupts_as_before() -> Iterator[None]:
     try:
         yield
     except SystemExit as end:
-        if end.code:  # not that handler's: of SIGTERM
+        if end.code == signal.SIGTERM:  # Ray's handler of that; Ray Train's ends with 0, or with 1 while Ray waits
             raise
         raise KeyboardInterrupt from None
     finally:
