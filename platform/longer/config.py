@@ -137,7 +137,7 @@ class Settings(BaseSettings):
         self.import_events.check_columns(self.event_schema.events_arrow().names)
         if self.import_impressions.source:
             shown = self.event_schema.of_impressions(self.import_impressions.group_id)
-            self.import_impressions.as_import().check_columns(shown.events_arrow().names, "import_impressions")
+            self.import_impressions.as_import().check_columns(shown.events_arrow().names)
         names = [task.name for task in self.train.tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"train.tasks={names} names a task twice: name each once")

@@ -56,11 +56,11 @@ class ImportSettings(Section):
             raise ValueError(f"columns.{unmapped[0]} is null: name the file's column; only 'action' can be left out")
         return self
 
-    def check_columns(self, names: Sequence[str], section: str = "import_events") -> None:
+    def check_columns(self, names: Sequence[str]) -> None:
         """Raises ValueError if the mapping names a column that the schema lacks, or one column of the file twice."""
         if unknown := sorted(set(self.columns) - set(names)):
             raise ValueError(
-                f"{section}.columns.{unknown[0]}: event_schema has no such column (it has {', '.join(names)}): "
+                f"{self.section}.columns.{unknown[0]}: event_schema has no such column (it has {', '.join(names)}): "
                 "rename it or add the feature"
             )
         taken: dict[str, str] = {}
@@ -68,7 +68,8 @@ class ImportSettings(Section):
             column = self.columns.get(name, name)
             if column is not None and (other := taken.setdefault(column, name)) != name:
                 raise ValueError(
-                    f"{section}.columns: the file's column {column!r} would be both {other!r} and {name!r}: map each to its own"
+                    f"{self.section}.columns: the file's column {column!r} would be both {other!r} and {name!r}: map each to its "
+                    "own"
                 )
 
 

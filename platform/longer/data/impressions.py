@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from longer.arrays import Histories, Int64
 from longer.data.columns import changes, list_columns, milliseconds, numbers, single_array
-from longer.data.requests import ids_of_requests
+from longer.data.requests import grouped
 from longer.data.sequences import events_of
 from longer.errors import UserError
 from longer.hashing import hash_int64, stable_keys
@@ -49,22 +49,23 @@ def requests_shown(
     shown = events_of(impressions, schema.of_impressions(group_id))
     user_key_I, time_I = stable_keys(shown["user_id"]), milliseconds(single_array(shown["event_ts"]))
     group_I = milliseconds(single_array(shown[group_id])) if group_id else time_I
-    request_id_I = ids_of_requests(user_key_I, group_I)
     row_I = np.cumsum(changes(user_key_I), dtype=np.int64)  # a user's impressions follow one another, in time order
-    request_I = _requests(row_I, time_I, request_id_I)
+    request_I, first_R, request_id_R = grouped(row_I, user_key_I, time_I, group_I)
     by_request_I = np.argsort(request_I, kind="stable")  # and so do those of a request
     starts_R = np.flatnonzero(changes(request_I[by_request_I]))
     if group_id:
         _check_spans(time_I[by_request_I], starts_R, group_id)
-    first_R, requests = by_request_I[starts_R], shown.take(pa.array(by_request_I))
-    mixed_I = hash_int64(request_id_I ^ stable_keys(shown["item_id"]))  # an order that says nothing of the labels
+    requests = shown.take(pa.array(by_request_I))
+    mixed_I = hash_int64(
+        request_id_R[request_I] ^ stable_keys(shown["item_id"])
+    )  # an order that says nothing of the labels
     order_I = np.lexsort((mixed_I, request_I))  # stable: an item's impressions in a request are in time order
     starts_C = np.flatnonzero(changes(request_I[order_I], mixed_I[order_I]))
     offsets_R1 = np.searchsorted(request_I[order_I][starts_C], np.arange(len(first_R) + 1))
     user_id_R = shown["user_id"].take(pa.array(first_R))
     history_end_R, first_index_R = _histories_before(user_id_R, time_I[first_R], user_id_B, histories)
     columns = {
-        "request_id": pa.array(request_id_I[first_R]),
+        "request_id": pa.array(request_id_R),
         "user_id": user_id_R,
         "request_ts": pa.array(time_I[first_R]).cast(TIMESTAMP),
         "history_end": pa.array(history_end_R),
@@ -105,19 +106,6 @@ def _check_spans(time_I: Int64, starts_R: Int64, group_id: str) -> None:
             f"{group_id} that are up to {spans_R.max() / 3_600_000:.0f} hours apart, which is no request: give each an id of its "
             "own, or leave group_id out"
         )
-
-
-def _requests(row_I: Int64, time_I: Int64, request_id_I: Int64) -> Int64:
-    """The request of each impression, numbered by user, time of their first impression, and request id."""
-    by_request = np.lexsort((request_id_I, row_I))  # stable, so a request's first impression is its earliest
-    starts = changes(row_I[by_request], request_id_I[by_request])
-    first_R = by_request[starts]
-    by_time_R = np.lexsort((request_id_I[first_R], time_I[first_R], row_I[first_R]))
-    place_R = np.empty(len(first_R), np.int64)
-    place_R[by_time_R] = np.arange(len(first_R))
-    request_I = np.empty(len(row_I), np.int64)
-    request_I[by_request] = place_R[np.cumsum(starts) - 1]
-    return request_I
 
 
 def _histories_before(

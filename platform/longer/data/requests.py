@@ -118,32 +118,34 @@ def find_groups(sequences: pa.Table, histories: Histories, schema: EventSchema, 
     group_E = milliseconds(flat_list(sequences[schema.group_id])[1]) if schema.group_id else time_E
     item_E = pc.index_in(flat_list(sequences["item_id"])[1], single_array(catalogue.items["item_id"])).to_numpy()
 
-    by_group = np.lexsort((group_E, user_row_E))  # stable, so a group's first event is its earliest
-    starts_group = changes(user_row_E[by_group], group_E[by_group])
-    first = by_group[starts_group]
-    request_id_R = ids_of_requests(histories.user_key_B[user_row_E[first]], group_E[first])
-    by_time = np.lexsort((request_id_R, time_E[first], user_row_E[first]))
-    place_R = np.empty(len(first), np.int64)
-    place_R[by_time] = np.arange(len(first))
-    request_E = np.empty(len(index_E), np.int64)
-    request_E[by_group] = place_R[np.cumsum(starts_group) - 1]
-
-    ordered = first[by_time]
+    request_E, first_R, request_id_R = grouped(user_row_E, histories.user_key_B[user_row_E], time_E, group_E)
     num_items = np.int64(len(catalogue.items))
     request_P, item_row_P = np.divmod(np.unique(request_E * num_items + item_E), num_items)
     return Groups(
-        user_row_R=user_row_E[ordered],
-        request_id_R=request_id_R[by_time],
-        request_ts_R=time_E[ordered],
-        history_end_R=history_end_E[ordered],
-        item_offsets_R1=np.searchsorted(request_P, np.arange(len(first) + 1)),
+        user_row_R=user_row_E[first_R],
+        request_id_R=request_id_R,
+        request_ts_R=time_E[first_R],
+        history_end_R=history_end_E[first_R],
+        item_offsets_R1=np.searchsorted(request_P, np.arange(len(first_R) + 1)),
         item_row_P=item_row_P,
     )
 
 
-def ids_of_requests(user_key_N: Int64, group_N: Int64) -> Int64:
-    """The request id of each pair of user and group."""
-    return (_mix(user_key_N, group_N) >> np.uint64(1)).view(np.int64)
+def grouped(row_N: Int64, user_key_N: Int64, time_N: Int64, group_N: Int64) -> tuple[Int64, Int64, Int64]:
+    """Rows in time order to requests, one for each user and group: each row's request; of each request the first row, and the id.
+
+    Requests are numbered by `row_N`, which is the user's, by the time of their first row, and by id.
+    """
+    by_group = np.lexsort((group_N, row_N))  # stable, so a group's first row is its earliest
+    starts = changes(row_N[by_group], group_N[by_group])
+    first_R = by_group[starts]
+    request_id_R = (_mix(user_key_N[first_R], group_N[first_R]) >> np.uint64(1)).view(np.int64)
+    by_time_R = np.lexsort((request_id_R, time_N[first_R], row_N[first_R]))
+    place_R = np.empty(len(first_R), np.int64)
+    place_R[by_time_R] = np.arange(len(first_R))
+    request_N = np.empty(len(row_N), np.int64)
+    request_N[by_group] = place_R[np.cumsum(starts) - 1]
+    return request_N, first_R[by_time_R], request_id_R[by_time_R]
 
 
 def is_cut(history_end_R: Int64, first_index_R: Int64, windows: WindowRule) -> npt.NDArray[np.bool_]:

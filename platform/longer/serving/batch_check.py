@@ -41,8 +41,6 @@ _MOST_CANDIDATES = 200
 
 _FEWEST_LEFT_OUT = 200
 _PART_LEFT_OUT = 0.01
-
-
 _NOTHING: Mapping[str, Any] = {}
 
 Seed = tuple[int, ...]

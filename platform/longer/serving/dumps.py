@@ -149,10 +149,8 @@ class StateDumps:
         for name, sizes in self.listed().dumps.items():
             if self._done.dumps.get(name) == sizes and self._seen_s[name] <= known_since_s:
                 with suppress(FileNotFoundError):  # others stop at the same time
-                    remove_tree(
-                        f"{self._folder}/{name}/{_DUMP}"
-                    )  # first, so that it is never there with half its files
-                    remove_tree(f"{self._folder}/{name}")
+                    for path in (f"{name}/{_DUMP}", name):  # so that its JSON is never there with half of the files
+                        remove_tree(f"{self._folder}/{path}")
             elif manifest := self._read(name, sizes).manifest:
                 first_s = min(first_s, manifest.began_s)
         self.forgotten.remove_before(first_s)

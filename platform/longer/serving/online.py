@@ -108,10 +108,7 @@ class OnlineEvents:
         news = {key: new.filter(pa.array(key_E == key)) for key in np.unique(key_E).tolist()}
         now_s = time.time()
         for key, of_user in news.items():
-            arrived, held = (
-                of_user.append_column(_RECEIVED_S, pa.array(np.full(len(of_user), now_s))),
-                self._users.get(key),
-            )
+            held, arrived = self._users.get(key), of_user.append_column(_RECEIVED_S, pa.repeat(now_s, len(of_user)))
             self._hold(key, pa.concat_tables([held.events, arrived]) if held else arrived)
             self._fit()
         return {
