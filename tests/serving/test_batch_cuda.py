@@ -136,10 +136,11 @@ def test_two_buckets_at_once_stay_within_the_memory_that_an_actor_was_given(worl
     plan = replace(plan_scores(asking(world, catalogue=True, top_k=3)), device="cuda", check_requests=100)
     plan = replace(plan, batch_bytes=32 << 20)
     scorer = BucketScorer(plan, Run(str(tmp_path)))
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
     with ThreadPoolExecutor(2) as both:
+        list(both.map(scorer.write_bucket, [0, 1]))  # compiles, and each thread gets cuBLAS's workspace, once
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         list(both.map(scorer.write_bucket, [0, 1, 0, 1]))
     assert torch.cuda.max_memory_allocated() - before < 1.5 * plan.batch_bytes
 
