@@ -136,14 +136,14 @@ def _catalogue(asked: argparse.Namespace) -> tuple[list[str], dict[str, float]]:
         return version
 
     tenth = asked.top_k_users // 10
+    whole = best(asked.top_k_users, catalogue=True)
+    runs = {tenth: best(tenth, catalogue=True), asked.top_k_users: whole}
     of_tenth = best(tenth, candidates=items_file(settings, asked.catalogue_items // 10))
-    runs = {num_users: best(num_users, catalogue=True) for num_users in (tenth, asked.top_k_users)}
-    part, whole = (steady_seconds(version) / n for n, version in runs.items())
-    told = runs[asked.top_k_users]
+    small_s, large_s = (steady_seconds(version) / n for n, version in runs.items())
     summary = {
-        "scores_per_s": told.manifest["num_rows"] / scoring_seconds(told),
-        **costs(told),
-        "cost_of_a_user_all_vs_tenth": whole / part,
+        "scores_per_s": whole.manifest["num_rows"] / scoring_seconds(whole),
+        **costs(whole),
+        "cost_of_a_user_all_vs_tenth": large_s / small_s,
     }
     return catalogue_page(asked, settings, num_devices, runs, of_tenth, kept.stages), summary
 
@@ -192,7 +192,7 @@ DEFAULTS = {
     | {"scratch_requests": 1_000, "linear_users": 200, "top_k_users": 50, "items": 10_000},
     "cuda": {"precision": "bf16", "scorers": 4, "batch_bytes": 8_000_000_000, "runs": 1}
     | {"history_events": 10_000, "merge_size": 8, "query_groups": 100, "event_width": 32, "self_layers": 3}
-    | {"users": 3_200, "requests_per_user": 200, "negatives": 99, "candidates": 50_000}
+    | {"users": 6_400, "requests_per_user": 200, "negatives": 99, "candidates": 50_000}
     | {"scratch_requests": 40_000, "linear_users": 0, "top_k_users": 0, "items": 50_000},
 }
 """Sizes that keep the device busy for some seconds; all of it takes minutes."""

@@ -26,6 +26,7 @@ from longer.serving.batch_input import Chunk, Items
 from longer.serving.batch_output import Run
 from longer.serving.batch_plan import Plan
 from longer.serving.offline import best_items, score_all, score_lists, waves
+from longer.serving.packed import ALONE
 from longer.serving.questions import Budget
 from longer.serving.stages import stage
 
@@ -43,6 +44,8 @@ class Answers:
     budget: Budget
     items: Items | None
     item_features: dict[str, Tensor]
+    turn: AbstractContextManager = ALONE
+    """Held while the device is given work; entered many times, by one thread at a time."""
     before_sweep: Callable[[], None] = lambda: None
     """Called before lists of requests are swept."""
 
@@ -73,11 +76,13 @@ class Answers:
 
     def _rows(self, chunk: Chunk) -> pa.Table:
         if chunk.requests:
-            outputs_CT = score_lists(chunk.questions, chunk.requests.candidates, self.budget, self.before_sweep)
+            candidates = chunk.requests.candidates
+            outputs_CT = score_lists(chunk.questions, candidates, self.budget, self.turn, self.before_sweep)
             return score_rows(chunk.requests, self._scores(outputs_CT), self.plan.schema)
-        if self.plan.kind == "vectors":
-            return self._vectors(chunk)
-        return self._best(chunk) if self.plan.top_k else self._lists(chunk)
+        with self.turn:
+            if self.plan.kind == "vectors":
+                return self._vectors(chunk)
+            return self._best(chunk) if self.plan.top_k else self._lists(chunk)
 
     def _lists(self, chunk: Chunk) -> pa.Table:
         outputs_RIT = self._empty(chunk)

@@ -44,7 +44,7 @@ class BucketScorer:
         if actors:
             sign(actors)
         self._plan, self._run, self._id, self._began = plan, run, uuid.uuid4().hex, time.perf_counter()
-        self._device, self._checking, self._charging = (threading.Lock() for _ in range(3))
+        self._checking, self._charging = threading.Lock(), threading.Lock()
         self._beside = torch.cuda.Stream() if plan.device == "cuda" else None
         self._charged, started = (0.0, 0.0), _clocks()
         with run.starting(plan.most_actors, plan.section), _memory_told(plan), collected_ms() as stages:
@@ -77,7 +77,7 @@ class BucketScorer:
             model = self._scorer.model
         check_bytes = plan.batch_bytes // _CHECK_PART
         answers = Answers.of(plan, Budget(model, plan.batch_bytes - check_bytes), run)
-        self._answers = replace(answers, before_sweep=FirstSweep(answers, run))
+        self._answers = replace(answers, turn=_Turn(), before_sweep=FirstSweep(answers, run))
         num_groups = model.windows.history_groups + model.windows.stride_groups
         self._most_checked = Budget(model, check_bytes).candidates(num_groups)
         requests = plan.inputs.get("requests")
@@ -151,13 +151,8 @@ class BucketScorer:
                 chunk = next(chunks, None)
             if chunk is None:
                 break
-            with stage("queue"):
-                self._device.acquire()
-            try:
-                rows = self._answers.rows(chunk)
-                check.see(chunk, rows)
-            finally:
-                self._device.release()
+            rows = self._answers.rows(chunk)
+            check.see(chunk, rows)
             record["num_requests"] += len(rows)
             begun_before = (
                 chunk.user_id_R[0] == last_user
@@ -166,9 +161,23 @@ class BucketScorer:
             last_user = chunk.user_id_R[-1]
             record["num_scores"] += self._answers.num_scores(chunk)
             yield rows
-        # not the device's lock, and no wait for what is queued there: another bucket is scored meanwhile
+        # not in a turn, and no wait for what is queued on the device: another bucket is scored meanwhile
         with self._checking, torch.cuda.stream(self._beside):
             check.finish()
+
+
+class _Turn:
+    """The device, which is given one bucket's work at a time; waiting for it is the stage `queue`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        with stage("queue"):
+            self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 def _clocks() -> tuple[float, float]:

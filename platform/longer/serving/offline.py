@@ -7,6 +7,7 @@ B users, R requests, C candidates in all of them, I items that every request is 
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from longer.model.fuse import has_kernels
 from longer.model.inputs import feature_tensors
 from longer.model.longer import Longer
 from longer.model.sweep import Asked, Sweep
-from longer.serving.packed import Packed, score_packed
+from longer.serving.packed import ALONE, Packed, score_packed
 from longer.serving.questions import Budget, Questions, candidates_of
 from longer.serving.stages import stage
 
@@ -68,22 +69,27 @@ def waves(questions: Questions, budget: Budget) -> Iterator[tuple[Int64, Asked]]
 
 @torch.inference_mode()
 def score_lists(
-    questions: Questions, candidates: Candidates, budget: Budget, before_sweep: Callable[[], None] = lambda: None
+    questions: Questions,
+    candidates: Candidates,
+    budget: Budget,
+    turn: AbstractContextManager = ALONE,
+    before_sweep: Callable[[], None] = lambda: None,
 ) -> Float32:
-    """[C, T] outputs of every request's own candidates, in their order, in the way that costs less."""
+    """[C, T] outputs of every request's own candidates, in their order, in the way that costs less; computed in one's `turn`."""
     outputs_CT = np.empty((int(candidates.offsets_R1[-1]), len(budget.model.tasks)), np.float32)
     if not len(questions):
         return outputs_CT
     if not budget.model.settings.is_appendable:
         packed = Packed.of(budget.model, questions, candidates, _STATELESS_PACK_REQUESTS)
-        score_packed(packed, packed.num_events_P + packed.num_candidates_P, _STATELESS_COST, outputs_CT)
+        score_packed(packed, packed.num_events_P + packed.num_candidates_P, _STATELESS_COST, outputs_CT, turn)
         return outputs_CT
     packed = Packed.of(budget.model, questions, candidates, _PACK_REQUESTS).cut(budget.pack_tokens)
     if packs_pay(packed):
-        score_packed(packed, _bytes(packed, budget), budget.num_bytes, outputs_CT)
+        score_packed(packed, _bytes(packed, budget), budget.num_bytes, outputs_CT, turn)
     else:
-        before_sweep()
-        score_swept(questions, candidates, budget, outputs_CT)
+        with turn:
+            before_sweep()
+            score_swept(questions, candidates, budget, outputs_CT)
     return outputs_CT
 
 

@@ -7,11 +7,12 @@ C candidates, R requests, P packs, U users, T tasks.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from longer.arrays import Candidates, Float32, Int64, RequestBatch
@@ -30,6 +31,9 @@ _SIZES_STEP = 64
 """Batches are filled up to multiples of it: compiled code is never made anew, for sizes of one or for those that 16 divides."""
 
 _BATCHES_AHEAD = 2
+
+ALONE: AbstractContextManager = nullcontext()
+"""The turn of who shares the device with nobody."""
 
 Pass = Callable[[], Tensor]
 """[C, T] outputs of a batch that lies on the device."""
@@ -133,20 +137,38 @@ class Packed:
         )
 
 
-def score_packed(packed: Packed, cost_P: Int64, most: int, outputs_CT: Float32) -> None:
-    """Writes the outputs of all of the packs' candidates, batches of cost `most` at most; the device is waited for at the end."""
+def score_packed(
+    packed: Packed, cost_P: Int64, most: int, outputs_CT: Float32, turn: AbstractContextManager = ALONE
+) -> None:
+    """Writes the outputs of all of the packs' candidates, batches of cost `most` at most.
+
+    The first batches are laid out before it is this caller's `turn` at the device, which ends when the last is launched: others
+    launch theirs meanwhile, and it is waited for afterwards.
+    """
     passes, scored = prefetch(packed.passes(cost_P, most), _BATCHES_AHEAD), list[tuple[Int64, Tensor]]()
-    while True:
-        with stage("lay out"):
-            following = next(passes, None)
-        if following is None:
-            break
-        with stage("score"):
-            picked_C, run = following
-            scored.append((picked_C, run().float()))
+    with stage("lay out"):
+        following = next(passes, None)
+    with turn:
+        while following is not None:
+            with stage("score"):
+                picked_C, run = following
+                scored.append((picked_C, run().float().to("cpu", non_blocking=True)))
+            with stage("lay out"):
+                following = next(passes, None)
+        wait = _until_now(packed.model)
     with stage("score"):
+        wait()
         for picked_C, of_batch_CT in scored:
-            outputs_CT[picked_C] = of_batch_CT.cpu().numpy()
+            outputs_CT[picked_C] = of_batch_CT.numpy()
+
+
+def _until_now(model: Ranker) -> Callable[[], None]:
+    """Waits for what the model's device has been asked until now, not for what others ask it afterwards."""
+    if not model.norm_head.weight.is_cuda:
+        return lambda: None
+    event = torch.cuda.Event(blocking=True)
+    event.record()
+    return event.synchronize
 
 
 def laid_out(model: Ranker, batch: RequestBatch) -> Pass:
