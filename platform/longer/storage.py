@@ -61,12 +61,18 @@ def arrow_filesystem(path: str) -> tuple[FileSystem, str]:
     return (PyFileSystem(FSSpecHandler(fs)) if path.startswith("s3://") else LocalFileSystem()), bare
 
 
-def open_input(path: str, num_bytes: int) -> pa.NativeFile:
-    """A file of known size to read at random: on S3 each range is one request and nothing more, and opening is none."""
+def open_input(path: str, num_bytes: int, spans: Sequence[tuple[int, int]] = ()) -> pa.NativeFile:
+    """A file of known size to read at random: on S3 each range is one request and nothing more, and opening is none.
+
+    With `spans`, each from a byte to before another, only what lies in them can be read: on S3 one request each, side by side.
+    """
     fs, bare = filesystem(path)
     if not path.startswith("s3://"):
         return LocalFileSystem().open_input_file(bare)
-    file = fs.open(bare, "rb", cache_type="none", size=num_bytes)
+    begins, ends = [begin for begin, _ in spans], [end for _, end in spans]
+    ahead = dict(zip(spans, fs.cat_ranges([bare] * len(spans), begins, ends, on_error="raise"), strict=True))
+    how = {"cache_type": "parts", "cache_options": {"data": ahead}} if spans else {"cache_type": "none"}
+    file = fs.open(bare, "rb", size=num_bytes, **how)
     file.details = {"name": bare, "size": num_bytes}  # else the first read asks for them
     return pa.PythonFile(file, mode="r")
 

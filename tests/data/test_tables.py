@@ -1,5 +1,6 @@
 """One user is found by a few ranged reads, on S3 too, and is the same as in a scan."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from longer.arrays import NO_EVENT_TS, Histories
+from longer.data.columns import keys_of_lists, open_encoded, read_encoded, read_row_groups
 from longer.data.sequences import KeepRule
 from longer.data.tables import SequenceTable
 from longer.errors import UserError
+from longer.hashing import stable_keys
 from longer.schema import EventSchema
 from longer.storage import Table, Version
 from tests.data.logs import BASKETS, STRINGS, generated_log, log, naive_sequences
@@ -72,16 +75,16 @@ def test_a_point_read_touches_only_the_row_groups_that_can_hold_the_user(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(f"{tmp_path}/sequences", generated_log(num_users=60, num_days=5, seed=1), BASKETS, row_group_events=20)
-    read: list[list[int]] = []
-    real = pq.ParquetFile.read_row_groups
+    read: list[int] = []
+    real = pq.ParquetFile.read_row_group
 
-    def recorded(self: pq.ParquetFile, groups: list[int], *args: object, **kwargs: object) -> pa.Table:
-        read.append(list(groups))
-        return real(self, groups, *args, **kwargs)
+    def recorded(self: pq.ParquetFile, group: int, *args: object, **kwargs: object) -> pa.Table:
+        read.append(group)
+        return real(self, group, *args, **kwargs)
 
-    monkeypatch.setattr(pq.ParquetFile, "read_row_groups", recorded)
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", recorded)
     SequenceTable(f"{tmp_path}/sequences", BASKETS).get([30])
-    assert [len(groups) for groups in read] == [1]
+    assert len(read) == 1
 
 
 def test_missing_values_become_key_0_and_number_0(tmp_path: Path) -> None:
@@ -132,6 +135,48 @@ def test_a_point_read_over_s3_is_one_ranged_read_of_its_row_group(faulty_s3: Pro
         assert [request.method for request in faulty_s3.requests] == ["GET"]
         first, last = (faulty_s3.requests[0].byte_range or "").removeprefix("bytes=").split("-")
         assert int(last) - int(first) < 5000
+
+
+def test_users_of_neighbouring_row_groups_are_one_request_over_s3(faulty_s3: Proxy) -> None:
+    """Though their row groups are decoded one by one."""
+    publish("s3://tables/sequences", generated_log(num_users=120, num_days=10, seed=2), BASKETS, row_group_events=20)
+    table = SequenceTable("s3://tables/sequences", BASKETS)
+    for bucket in range(NUM_BUCKETS):
+        users, histories = table.read_bucket(bucket)
+        table.get(users)  # reads the footer
+        faulty_s3.requests.clear()
+        assert_same(table.get(users), histories)
+        assert [request.method for request in faulty_s3.requests] == ["GET"]
+
+
+def test_categories_read_as_dictionaries_have_the_keys_of_their_texts(tmp_path: Path) -> None:
+    """Missing and empty ones too, in lists of no event, in row groups of other texts, and past the end of a file's dictionary."""
+    texts = [None, "", *(f"text {n}" for n in range(300))]
+    rng = np.random.default_rng(0)
+    tables = []
+    for first in (0, 150):
+        lists = [[texts[n] for n in rng.integers(first, first + 152, size)] for size in (0, 1, 200, 0, 400)]
+        tables.append(pa.table({"category": pa.array(lists, pa.list_(pa.string())), "row": np.arange(5) + first}))
+    path = f"{tmp_path}/rows.parquet"
+    with pq.ParquetWriter(path, tables[0].schema, dictionary_pagesize_limit=500) as writer:
+        for table in tables:
+            writer.write_table(table)
+    expected = stable_keys(pa.concat_tables(tables)["category"].combine_chunks().flatten())
+    for whole in (
+        read_encoded(path, ["category"], ["category"]),
+        read_row_groups(path, os.path.getsize(path), pq.read_metadata(path), [0, 1], ["category", "row"]),
+    ):
+        assert pa.types.is_dictionary(whole["category"].type.value_type)
+        assert keys_of_lists(whole["category"]).tolist() == expected.tolist()
+    file = open_encoded(path, os.path.getsize(path), ["category"])
+    batches = [b for group in (0, 1) for b in file.iter_batches(2, row_groups=[group], columns=["category"])]
+    assert len(batches) == 6
+    assert keys_of_lists(pa.Table.from_batches(batches)["category"]).tolist() == expected.tolist()
+
+
+def assert_same(one: Histories, other: Histories) -> None:
+    assert all(np.array_equal(value, vars(other)[name]) for name, value in vars(one).items() if name != "features")
+    assert all(np.array_equal(values, other.features[name]) for name, values in one.features.items())
 
 
 def one_row(histories: Histories, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,6 +1,6 @@
 """Arrow list columns to flat NumPy arrays and back: the one place that knows how stored values become keys and floats."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -14,7 +14,10 @@ from longer.data.batches import Requests
 from longer.errors import StorageError, one_line
 from longer.hashing import stable_keys
 from longer.schema import EventSchema
-from longer.storage import arrow_filesystem, open_input
+from longer.storage import arrow_filesystem, open_input, read_bytes
+
+_MOST_GAP_BYTES = 1 << 16
+"""Between row groups that are one request: less than a request costs."""
 
 
 def single_array(column: pa.ChunkedArray) -> pa.Array:
@@ -64,7 +67,7 @@ def histories_of(table: pa.Table, schema: EventSchema) -> Histories:
 
 
 def requests_of(table: pa.Table, schema: EventSchema) -> Requests:
-    """The rows of a request table (`requests_arrow`) as arrays."""
+    """The rows of a request table (`requests_arrow`) as arrays; labels of those tasks whose columns are there."""
     offsets_R1, item_id_C = flat_list(table["item_id"])
     length_R = np.diff(offsets_R1)
     of_items = _features(
@@ -81,7 +84,7 @@ def requests_of(table: pa.Table, schema: EventSchema) -> Requests:
             offsets_R1, of_items | {name: np.repeat(values_R, length_R) for name, values_R in of_requests.items()}
         ),
         item_id_C=item_id_C,
-        labels={task: numbers(flat_list(table[task])[1]) for task in schema.tasks},
+        labels={task: numbers(flat_list(table[task])[1]) for task in schema.tasks if task in table.column_names},
     )
 
 
@@ -99,9 +102,15 @@ def missing_features(schema: EventSchema, of: str, size: int) -> dict[str, npt.N
 
 
 def _features(table: pa.Table, keys: list[str], numeric: tuple[str, ...]) -> dict[str, npt.NDArray]:
-    return {name: stable_keys(flat_list(table[name])[1]) for name in keys} | {
+    return {name: keys_of_lists(table[name]) for name in keys} | {
         name: numbers(flat_list(table[name])[1]) for name in numeric
     }
+
+
+def keys_of_lists(lists: pa.ChunkedArray) -> Int64:
+    """Keys of all values of all lists. Chunks may be encoded, each by a dictionary of its own."""
+    keys = [stable_keys(chunk.flatten()) for chunk in lists.chunks]
+    return keys[0] if len(keys) == 1 else np.concatenate([np.zeros(0, np.int64), *keys])
 
 
 def list_columns(offsets: Int64, values: pa.Table) -> dict[str, pa.Array]:
@@ -122,6 +131,67 @@ def read_columns(path: str, columns: list[str] | None = None) -> pa.Table:
     with naming(path):
         file = pq.ParquetFile(filesystem.open_input_file(bare), pre_buffer=True)
         return file.read(columns, use_threads=False)  # a Ray task has one core
+
+
+def open_encoded(path: str, num_bytes: int, encoded: Sequence[str]) -> pq.ParquetFile:
+    """The same; those of the columns `encoded` that are lists of strings come as lists of dictionaries.
+
+    Of a category only the few texts there are become strings. To be read one row group at a time: Arrow does not join lists of
+    several dictionaries as it reads them.
+    """
+    metadata = open_parquet(path, num_bytes).metadata
+    with naming(path):
+        source, names = open_input(path, num_bytes), _string_lists(metadata, encoded)
+        return pq.ParquetFile(source, metadata=metadata, read_dictionary=names, pre_buffer=True)
+
+
+def read_encoded(path: str, columns: Sequence[str], encoded: Sequence[str]) -> pa.Table:
+    """Some columns of a whole file, encoded in the same way."""
+    with naming(path):
+        data = pa.BufferReader(read_bytes(path))  # on S3 one request
+        metadata = pq.read_metadata(data)
+        return _row_groups(data, metadata, range(metadata.num_row_groups), columns, encoded)
+
+
+def read_row_groups(
+    path: str, num_bytes: int, metadata: pq.FileMetaData, row_groups: Sequence[int], columns: Sequence[str]
+) -> pa.Table:
+    """Some columns of some row groups, all lists of strings encoded; on S3 a request for each run of neighbours, all at once."""
+    with naming(path):
+        source = open_input(path, num_bytes, _spans(metadata, row_groups))
+        return _row_groups(source, metadata, row_groups, columns, columns)
+
+
+def _row_groups(
+    source: pa.NativeFile,
+    metadata: pq.FileMetaData,
+    row_groups: Sequence[int],
+    columns: Sequence[str],
+    encoded: Sequence[str],
+) -> pa.Table:
+    file = pq.ParquetFile(source, metadata=metadata, read_dictionary=_string_lists(metadata, encoded))
+    parts = [file.read_row_group(group, list(columns), use_threads=False) for group in row_groups]
+    return pa.concat_tables(parts) if parts else file.schema_arrow.empty_table().select(list(columns))
+
+
+def _string_lists(metadata: pq.FileMetaData, names: Sequence[str]) -> list[str]:
+    """Those of the columns that are lists of strings, as `read_dictionary` names them."""
+    columns = [metadata.schema.column(c) for c in range(metadata.num_columns)]
+    lists = [column.path for column in columns if column.logical_type.type == "STRING" and "." in column.path]
+    return [path for path in lists if path.split(".")[0] in names]
+
+
+def _spans(metadata: pq.FileMetaData, row_groups: Sequence[int]) -> list[tuple[int, int]]:
+    """First byte of each run of neighbouring row groups, and the one after its last."""
+    spans = list[tuple[int, int]]()
+    for group in row_groups:
+        columns = [metadata.row_group(group).column(c) for c in range(metadata.num_columns)]
+        begins = [column.dictionary_page_offset or column.data_page_offset for column in columns]
+        begin, end = min(begins), max(b + c.total_compressed_size for b, c in zip(begins, columns, strict=True))
+        if spans and begin - spans[-1][1] <= _MOST_GAP_BYTES:
+            begin = spans.pop()[0]
+        spans.append((begin, end))
+    return spans
 
 
 @contextmanager

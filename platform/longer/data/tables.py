@@ -1,6 +1,6 @@
 """Readers of the sequence and request tables, pinned to one version. No Ray, no torch; local or S3."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,16 @@ import pyarrow.parquet as pq
 
 from longer.arrays import NO_EVENT_TS, Histories
 from longer.data.batches import Requests
-from longer.data.columns import histories_of, naming, open_parquet, read_columns, requests_of, single_array
+from longer.data.columns import (
+    histories_of,
+    naming,
+    open_parquet,
+    read_columns,
+    read_encoded,
+    read_row_groups,
+    requests_of,
+    single_array,
+)
 from longer.data.layout import bucket_files, news_arrow, news_path, rows_path
 from longer.data.sequences import KeepRule, events_of, merge_sequences, older_of_news
 from longer.errors import UserError
@@ -75,13 +84,20 @@ class SequenceTable:
         Reads only the row groups that can hold the users.
         """
         wanted = self.ids(user_ids)
-        return histories_in_order(self.find(wanted), wanted, self.schema)
+        parts = [(wanted[:0], histories_of(self.schema.sequences_arrow().empty_table(), self.schema))]
+        parts += [self._histories(bucket, users) for bucket, users in self._by_bucket(wanted)]
+        ids, histories = zip(*parts[1:] or parts, strict=True)
+        found = histories[0] if len(histories) == 1 else Histories.concatenate(histories)
+        return _in_order(pa.concat_arrays(ids), found, wanted)
 
     def find(self, wanted: pa.Array) -> pa.Table:
         """The rows of those of these users (`ids`) who are there, in no stated order."""
-        buckets = bucket_of(stable_keys(wanted), self.num_buckets)
-        parts = [self._merged(b, wanted.filter(pa.array(buckets == b))) for b in np.unique(buckets).tolist()]
+        parts = [self._merged(bucket, users) for bucket, users in self._by_bucket(wanted)]
         return pa.concat_tables([self.schema.sequences_arrow().empty_table(), *parts]).combine_chunks()
+
+    def _by_bucket(self, wanted: pa.Array) -> Iterator[tuple[int, pa.Array]]:
+        buckets = bucket_of(stable_keys(wanted), self.num_buckets)
+        return ((bucket, wanted.filter(pa.array(buckets == bucket))) for bucket in np.unique(buckets).tolist())
 
     def ids(self, user_ids: pa.Array | Iterable[int] | Iterable[str]) -> pa.Array:
         """The ids as the table has them; a UserError if they are of another type."""
@@ -114,7 +130,13 @@ class SequenceTable:
 
     def read_bucket(self, bucket: int) -> tuple[pa.Array, Histories]:
         """All users of a bucket, raw ids ascending, and their histories."""
-        rows = self.rows(bucket)
+        return self._histories(bucket, None)
+
+    def _histories(self, bucket: int, users: pa.Array | None) -> tuple[pa.Array, Histories]:
+        if news_path(bucket) in self._files:
+            rows = self._merged(bucket, users)  # as strings
+        else:
+            rows = self._read(rows_path(bucket), self.schema.sequences_arrow(), users, is_encoded=True)
         return single_array(rows["user_id"]), histories_of(rows, self.schema)
 
     def _merged(self, bucket: int, users: pa.Array | None) -> pa.Table:
@@ -124,19 +146,23 @@ class SequenceTable:
         news = self._read(news_path(bucket), news_arrow(self.schema), users)
         return merge_sequences(rows, events_of(news, self.schema), older_of_news(news), self.schema, self.rule)
 
-    def _read(self, file: str, wanted: pa.Schema, users: pa.Array | None) -> pa.Table:
-        """Rows of a file, of all users or of some; none if there is no such file."""
+    def _read(self, file: str, wanted: pa.Schema, users: pa.Array | None, is_encoded: bool = False) -> pa.Table:
+        """Rows of a file, of all users or of some; none if there is no such file. Lists of strings are encoded if asked."""
         if file not in self._files:
             return wanted.empty_table()
         if users is None:
-            return read_columns(self.version.path_of(self._files[file]), wanted.names)
+            path = self.version.path_of(self._files[file])
+            return read_encoded(path, wanted.names, wanted.names) if is_encoded else read_columns(path, wanted.names)
         footer = self._footer(file)
         row_groups = footer.row_groups_of(users)
         if not row_groups:
             return wanted.empty_table()
-        with naming(footer.path):
-            opened = open_parquet(footer.path, footer.num_bytes, footer.metadata)
-            table = opened.read_row_groups(row_groups, columns=wanted.names)
+        if is_encoded:
+            table = read_row_groups(footer.path, footer.num_bytes, footer.metadata, row_groups, wanted.names)
+        else:
+            with naming(footer.path):
+                opened = open_parquet(footer.path, footer.num_bytes, footer.metadata)
+                table = opened.read_row_groups(row_groups, columns=wanted.names)
         return table.filter(pc.is_in(table["user_id"], users))
 
     def _footer(self, file: str) -> _Footer:
@@ -161,20 +187,34 @@ class RequestTable:
 
     def read(self, split: str, bucket: int) -> Requests:
         """All requests of a split ('train', 'valid' or 'test') in a bucket, by user and time."""
-        return requests_of(self.rows(split, bucket), self.schema)
+        files = self._files(split, bucket)
+        names, encoded = self._arrow_schema.names, self.schema.features_of("item")
+        rows = read_encoded(files[0], names, encoded) if files else self._arrow_schema.empty_table()
+        return requests_of(rows, self.schema)
 
     def rows(self, split: str, bucket: int) -> pa.Table:
         """The same as they lie."""
-        files = self.version.files(f"split={split}/bucket={bucket:04d}/")
+        files = self._files(split, bucket)
         return read_columns(files[0]) if files else self._arrow_schema.empty_table()
+
+    def _files(self, split: str, bucket: int) -> list[str]:
+        """One or none."""
+        return self.version.files(f"split={split}/bucket={bucket:04d}/")
 
 
 def histories_in_order(rows: pa.Table, wanted: pa.Array, schema: EventSchema) -> Histories:
     """The histories in `rows` (`sequences_arrow`) of the wanted users, in their order; empty for a user without a row."""
-    row, histories = pc.index_in(wanted, single_array(rows["user_id"])), histories_of(rows, schema)
+    return _in_order(single_array(rows["user_id"]), histories_of(rows, schema), wanted)
+
+
+def _in_order(user_ids: pa.Array, histories: Histories, wanted: pa.Array) -> Histories:
+    """The same of these users' histories."""
+    row = pc.index_in(wanted, user_ids)
     known_N = row.is_valid().to_numpy(zero_copy_only=False)
     rows_N = pc.fill_null(row, 0).to_numpy(zero_copy_only=False)[known_N].astype(np.int64)
-    some = histories.slice_events(rows_N, histories.first_index_B[rows_N], histories.end_index_B[rows_N])
+    some = histories
+    if not np.array_equal(rows_N, np.arange(len(histories))):  # they are not in this order yet
+        some = histories.slice_events(rows_N, histories.first_index_B[rows_N], histories.end_index_B[rows_N])
     lengths_N = np.zeros(len(known_N), np.int64)
     first_N, prev_N = lengths_N.copy(), np.full(len(known_N), NO_EVENT_TS)
     lengths_N[known_N], first_N[known_N] = np.diff(some.offsets_B1), some.first_index_B

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from longer.arrays import Histories, Int64
 from longer.data.batches import Requests, rows_of_requests
-from longer.data.columns import changes, missing_features, open_parquet, read_columns, requests_of, single_array
+from longer.data.columns import changes, missing_features, open_encoded, read_columns, requests_of, single_array
 from longer.data.id_lists import read_spool, read_spread
 from longer.data.items import ItemTable, read_items
 from longer.data.layout import bucket_files
@@ -92,15 +92,15 @@ class Reader:
         prefix, version = f"split={self.plan.split}/bucket={bucket:04d}/", self.requests.version
         for file in version.data_files():
             if file.path.startswith(prefix):
-                yield open_parquet(version.path_of(file), file.num_bytes)
+                yield open_encoded(version.path_of(file), file.num_bytes, self.plan.schema.features_of("item"))
 
     def _request_chunks(self, bucket: int) -> Iterator[Chunk]:
         schema, counts, first = self.plan.schema, _event_counts(self.sequences, bucket), 0
-        names = schema.requests_arrow().names
+        names = [name for name in schema.requests_arrow().names if name not in schema.tasks]
         for file in self._request_files(bucket):
-            for batch in file.iter_batches(_rows_at_once(file.metadata), columns=names):
-                for begin, end in _runs(batch["user_id"], counts, _CHUNK_REQUESTS):
-                    rows = pa.table(batch.slice(begin, end - begin))
+            for together in _tables(file, names):
+                for begin, end in _runs(single_array(together["user_id"]), counts, _CHUNK_REQUESTS):
+                    rows = together.slice(begin, end - begin)
                     requests = requests_of(rows, schema)
                     histories = self.sequences.get(requests.user_id_R.unique())
                     row_R = rows_of_requests(histories, requests)
@@ -175,6 +175,19 @@ def _runs(user_ids: pa.Array, counts: pa.Table, max_rows: int) -> Iterator[tuple
     for begin, end in zip(starts, [*starts[1:], len(user_ids)], strict=True):
         for first in range(begin, end, max_rows):
             yield first, min(first + max_rows, end)
+
+
+def _tables(file: pq.ParquetFile, names: list[str]) -> Iterator[pa.Table]:
+    """The file's rows in tables of `_rows_at_once` at most; each row group's lists of strings have a dictionary of their own."""
+    most, held = _rows_at_once(file.metadata), list[pa.RecordBatch]()
+    for group in range(file.num_row_groups):
+        for batch in file.iter_batches(most, row_groups=[group], columns=names):
+            if held and sum(map(len, held)) + len(batch) > most:
+                yield pa.Table.from_batches(held)
+                held = []
+            held.append(batch)
+    if held:
+        yield pa.Table.from_batches(held)
 
 
 def _rows_at_once(metadata: pq.FileMetaData) -> int:

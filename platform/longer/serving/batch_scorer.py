@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -33,6 +34,8 @@ from longer.training.checkpoints import load_model
 from longer.training.loader import prefetch
 
 _CACHE_BYTES = 64 << 20
+_SWITCH_S = 0.0005
+"""How long who reads or lays out may hold Python while kernels wait to be launched: by default 5 ms each time."""
 _CHECK_PART = 4
 """Of `batch_bytes` the check has a fourth, because on a GPU another bucket is scored meanwhile."""
 
@@ -43,6 +46,7 @@ class BucketScorer:
     def __init__(self, plan: Plan, run: Run, actors: ActorHandle | None = None) -> None:
         if actors:
             sign(actors)
+        sys.setswitchinterval(_SWITCH_S)
         self._plan, self._run, self._id, self._began = plan, run, uuid.uuid4().hex, time.perf_counter()
         self._checking, self._charging = threading.Lock(), threading.Lock()
         self._beside = torch.cuda.Stream() if plan.device == "cuda" else None
