@@ -14,7 +14,7 @@ from torch import Tensor
 from longer.arrays import RequestBatch
 from longer.model.embedding import HeldRows
 from longer.model.flat import flat_outputs
-from longer.model.inputs import to_device, under, unpacked
+from longer.model.inputs import packed, to_device, under, unpacked
 from longer.model.layout import FlatBatch, Sizes, flatten
 from longer.model.longer import Longer
 
@@ -35,16 +35,7 @@ class Staged:
 def stage(batch: RequestBatch, model: Longer, room: Sizes) -> Staged:
     """The batch as a captured pass takes it; for any thread, since it asks the device for nothing."""
     flat = flatten(batch, model.windows, model.embedding.num_globals + 1, room)
-    by_type: dict[np.dtype, list[npt.NDArray]] = {}
-    for array in flat.arrays.values():
-        by_type.setdefault(array.dtype, []).append(array)
-    buffers = {}
-    for dtype, arrays in by_type.items():
-        size = sum(len(array) for array in arrays)
-        buffer = torch.empty(size, dtype=torch.from_numpy(arrays[0][:0]).dtype, pin_memory=True)
-        np.concatenate(arrays, out=buffer.numpy())
-        buffers[dtype] = buffer
-    return Staged(room, flat, buffers, int(batch.candidates.offsets_R1[-1]))
+    return Staged(room, flat, packed(flat.arrays), int(batch.candidates.offsets_R1[-1]))
 
 
 def keys_of(flat: FlatBatch) -> tuple[npt.NDArray, npt.NDArray, npt.NDArray]:

@@ -177,11 +177,16 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 def packed(arrays: dict[str, np.ndarray]) -> dict[np.dtype, Tensor]:
-    """The arrays end to end, by type: a few long copies to a device instead of many short ones."""
-    types = dict.fromkeys(array.dtype for array in arrays.values())
-    return {
-        dtype: torch.from_numpy(np.concatenate([x for x in arrays.values() if x.dtype == dtype])) for dtype in types
-    }
+    """The arrays end to end, by type, in pinned memory: a few long copies to CUDA instead of many short ones."""
+    by_type: dict[np.dtype, list[np.ndarray]] = {}
+    for array in arrays.values():
+        by_type.setdefault(array.dtype, []).append(array)
+    buffers = {}
+    for dtype, those in by_type.items():
+        num_values = sum(len(array) for array in those)
+        buffers[dtype] = torch.empty(num_values, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, pin_memory=True)
+        np.concatenate(those, out=buffers[dtype].numpy())
+    return buffers
 
 
 def unpacked(buffers: dict[np.dtype, Tensor], arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
