@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from longer.config import Settings
+from longer.data.columns import open_encoded
 from longer.errors import UserError
 from longer.model.longer import Longer
 from longer.serving import batch_input, batch_output
@@ -64,6 +65,27 @@ def test_a_chunk_of_users_keeps_a_bounded_number_of_scores(
     chunks = chunks_of(asking(world, candidates=candidates), tmp_path / "requests")
     assert max(len(chunk.questions) for chunk in chunks) == 3
     assert sum(len(chunk.questions) for chunk in chunks) == NUM_USERS
+
+
+def test_requests_come_in_bounded_tables_whole_and_in_order_whatever_the_row_groups_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row group with texts of its own; three candidates a request, so that a table of ten values has three requests."""
+    sizes, path, first = (1, 1, 1, 7, 2, 1), f"{tmp_path}/requests.parquet", 0
+    schema = pa.schema({"row": pa.int64(), "item_id": pa.list_(pa.int64()), "category": pa.list_(pa.string())})
+    with pq.ParquetWriter(path, schema) as writer:
+        for size in sizes:
+            rows = [
+                {"row": first + n, "item_id": [1, 2, 3], "category": [None, f"{first}", f"{n}"]} for n in range(size)
+            ]
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+            first += size
+    monkeypatch.setattr(batch_input, "_CHUNK_VALUES", 10)
+    file = open_encoded(path, Path(path).stat().st_size, ["category"])
+    tables = list(batch_input._tables(file, schema.names))
+    assert [len(table) for table in tables] == [3, 3, 3, 3, 1]
+    assert pa.types.is_dictionary(tables[0].schema.field("category").type.value_type)
+    assert [row for table in tables for row in table.to_pylist()] == pq.read_table(path).to_pylist()
 
 
 def test_rows_go_to_the_file_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
