@@ -72,7 +72,7 @@ def state_rows(sizes: list[Size], precision: Precision) -> Iterator[Row]:
     longest = max(num_events for _, num_events in sizes)
     sizes = sorted(sizes, key=lambda size: size[1] != longest)
     first = [size for size in sizes if size[1] == longest]
-    wanted = [(size, what) for size in first for what in compiled.EVERYTHING]
+    wanted = [(size, what) for size in first for what in (*compiled.SERVED, compiled.RECOMPUTED)]
     running = compiled.start(wanted[1:], precision) if ON_CUDA else []  # this process compiles the first itself
     made = {size: Users(model_settings(*size, small=not ON_CUDA), max(NUM_USERS), precision) for size in sizes}
 
@@ -90,6 +90,8 @@ def state_rows(sizes: list[Size], precision: Precision) -> Iterator[Row]:
         yield from states.recompute_rows(made[size], NUM_CANDIDATES[1:2])
     for size in sizes[len(first) :]:
         yield from of_way(made[size], made[size].served)
+    if ON_CUDA:
+        compiled.wait(compiled.start([(size, what) for size in first for what in compiled.EAGER], precision))
     for size, users in made.items():
         others = NUM_CANDIDATES if size not in first else [n for n in NUM_CANDIDATES if n != NUM_CANDIDATES[1]]
         yield from states.recompute_rows(users, others)

@@ -11,15 +11,18 @@ from multiprocessing.process import BaseProcess
 
 from benchmarks.model_arms.sizes import model_settings
 from benchmarks.state_arms.states import append, recompute
-from benchmarks.state_arms.users import Users, worst_difference
+from benchmarks.state_arms.users import Users
+from longer.model.engine import StateEngine
 from longer.model.pool import Precision
 
 What = tuple[str, int]
-"""A way, and the users of its batches."""
+"""What is done, and the users of its batches: `recompute`, or `growth` or `scores` by a way."""
 
 RECOMPUTED: What = ("recompute", 1)
-SERVED: tuple[What, ...] = (("graph", 1), ("graph", 2))
-EVERYTHING: tuple[What, ...] = (*SERVED, RECOMPUTED, ("eager", 1), ("eager", 2))
+SERVED, EAGER = (
+    tuple((f"{what} {way}", num_users) for num_users in (1, 2) for what in ("growth", "scores"))
+    for way in ("graph", "eager")
+)
 
 _THREADS = 4
 """Of each process's compiler."""
@@ -50,6 +53,12 @@ def _compile(event_width: int, num_events: int, precision: Precision, name: str,
     if (name, num_users) == RECOMPUTED:
         list(recompute(users, users.asked(1, 100)))
         return
-    [way] = [way for way in users.ways if way.name == name]
-    worst_difference(users, way, num_users)
-    append(users, way, num_users, 1)  # sizes of one have pieces of their own
+    what, of_way = name.split()
+    [way] = [way for way in users.ways if way.name == of_way]
+    if what == "growth":
+        for num_new in (25, 1):  # over groups, and one: sizes of one have pieces of their own
+            append(users, way, num_users, num_new)
+        return
+    plain, asked = StateEngine(users.model, users.pool, is_plain=True), users.asked(num_users, 16)
+    states = plain.encode(users.events(num_users, 0, num_events), users.slots(num_users))
+    way.score(states, asked.request_ts_R, asked.candidates)
