@@ -26,7 +26,7 @@ SERVED, EAGER = (
 
 _THREADS = 4
 """Of each process's compiler."""
-_MOST_S = 240
+_MOST_S = 120
 
 
 def start(wanted: Sequence[tuple[tuple[int, int], What]], precision: Precision) -> list[BaseProcess]:
