@@ -3,17 +3,21 @@
 The quickstart's served checkpoint answers its test split from states, by serving's own engine: each household's state is encoded at
 the first request, and appended to before each later one, in float32, bf16, int8 (a scale for each head of each vector) and fp8.
 Besides, the forward pass over every request's whole window, which keeps nothing. On a GPU states are grown and scored as by a
-replica, compiled and captured, all but the float32 ones with products in bf16 and GELU in its tanh form; and the forward pass is
-made once more in bf16, which tells what of a cost is the arithmetic's. Needs the pipeline's tables and checkpoint:
-`python -m jobs.pipeline --config configs/quickstart.yaml` (of the requests only the folders `split=test`). Prints a Markdown page;
-last, one JSON line.
+replica, compiled and captured, with products in bf16 and GELU in its tanh form; those in float32, from which the others differ,
+launch by launch, so that they are there first; and the forward pass is made once more in bf16, which tells what of a cost is the
+arithmetic's. There each arm has a process, and all run at once: nothing is timed, and most of it is compiling. Needs the pipeline's
+tables and checkpoint: `python -m jobs.pipeline --config configs/quickstart.yaml` (of the requests only the folders `split=test`).
+Prints a Markdown page, its rows as they are ready; last, one JSON line.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,12 +37,15 @@ from longer.model.longer import Longer
 from longer.model.pool import Precision, StateLayout, StatePool
 from longer.model.states import UserState
 from longer.serving.store import BATCH_USERS
-from longer.training.checkpoints import load_appendable
+from longer.training.checkpoints import CheckpointInfo, load_appendable
 from longer.training.inputs import Inputs
 from longer.training.loader import SplitData, read_split, score_split
 from longer.training.metrics import auc, gauc
 
-PRECISIONS: tuple[Precision, ...] = ("float32", "bf16", "int8", "fp8")
+EXACT: Precision = "float32"
+PRECISIONS: tuple[Precision, ...] = (EXACT, "bf16", "int8", "fp8")
+FORWARD, FORWARD_BF16 = "forward", "forward in bf16"
+ARMS = [EXACT, FORWARD, *([FORWARD_BF16] if ON_CUDA else []), *PRECISIONS[1:]]
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ def from_states(model: Longer, data: SplitData, precision: Precision) -> Arm:
     layout = StateLayout.of(model, precision)
     state_bytes = layout.largest_rows * layout.row_bytes
     pool = StatePool(layout, BATCH_USERS * state_bytes, DEVICE)
-    engine = StateEngine(model, pool)
+    engine = StateEngine(model, pool, is_plain=precision == EXACT)
     requests, windows = data.requests, model.windows
     output_C = np.empty(len(requests.item_id_C), np.float32)
     for batch in waves(data):
@@ -106,14 +113,36 @@ def by_forward(model: Longer, data: SplitData, in_bf16: bool = False) -> Arm:
     return Arm(name, _probabilities(score_split(data, outputs, len(model.tasks))[:, 0]), 0)
 
 
-def arms(model: Longer, data: SplitData) -> Iterator[Arm]:
-    """First the states in float32, from which the others differ."""
-    yield from_states(model, data, PRECISIONS[0])
-    yield by_forward(model, data)
-    if ON_CUDA:
-        yield by_forward(model, data, in_bf16=True)
-    for precision in PRECISIONS[1:]:
-        yield from_states(model, data, precision)
+def arm_of(name: str, config: str, root: str | None, num_buckets: int | None) -> Arm:
+    """One of `ARMS`, from files on; told on stderr with what it took."""
+    started = time.perf_counter()
+    torch.set_num_threads(1)
+    _, model, _, data = world(config, root, num_buckets, DEVICE.type)
+    loaded = time.perf_counter()
+    states_in = next((precision for precision in PRECISIONS if precision == name), None)
+    arm = from_states(model, data, states_in) if states_in else by_forward(model, data, in_bf16=name == FORWARD_BF16)
+    print(
+        f"state_precision: {arm.name}, {loaded - started:.1f} s to load, {time.perf_counter() - loaded:.1f} s to compute",
+        file=sys.stderr,
+        flush=True,
+    )
+    return arm
+
+
+def world(
+    config: str, root: str | None, num_buckets: int | None, device: str
+) -> tuple[Settings, Longer, CheckpointInfo, SplitData]:
+    settings = load_settings(config, {"root": root} if root else {})
+    inputs = Inputs.served(settings)
+    model, info = load_appendable(inputs.checkpoint.path, device)
+    return settings, model, info, test_split(settings, model, inputs, num_buckets)
+
+
+def ready(submitted: list[Future[Arm]]) -> Iterator[Arm]:
+    """As they come, but first the states in float32, from which the others differ."""
+    exact, *others = submitted
+    yield exact.result()
+    yield from (arm.result() for arm in as_completed(others))
 
 
 def _probabilities(output_C: Float32) -> Float32:
@@ -143,41 +172,45 @@ def shown(row: dict[str, Any], exact: dict[str, Any]) -> str:
     )
 
 
+def head(settings: Settings, config: str, info: CheckpointInfo, data: SplitData) -> str:
+    hardware, sizes = (
+        torch.cuda.get_device_name() if ON_CUDA else f"one thread of {cpu_model()}, shared machine",
+        info.model,
+    )
+    return "\n".join(
+        [
+            "# User states in fewer bits: what that costs in AUC and in scores\n",
+            f"- hardware: {hardware}; commit {commit()}; torch {torch.__version__}",
+            f"- {settings.import_events.dataset}, {config}: {len(data.requests)} test requests, "
+            f"{data.requests.candidates.offsets_R1[-1]} candidates, {len(np.unique(data.row_R))} users; model "
+            f"{info.model_version}, {sizes.width} wide, L={sizes.history_events}, one cross and {sizes.num_self_layers} self "
+            f"layer(s), {sizes.num_heads} heads",
+            "- differences of probabilities and costs are from the states in float32\n",
+            "| | AUC | cost | GAUC | cost | largest difference | mean | bytes of a full state |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/quickstart.yaml")
     parser.add_argument("--root", help="where the pipeline wrote (default: as the config says)")
     parser.add_argument("--buckets", type=int, help="only the users of the tables' first buckets (default: all)")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    settings = load_settings(args.config, {"root": args.root} if args.root else {})
-    inputs, started = Inputs.served(settings), time.perf_counter()
-    model, info = load_appendable(inputs.checkpoint.path, DEVICE.type)
-    data = test_split(settings, model, inputs, args.buckets)
+    started = time.perf_counter()
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # of each process
+    of = args.config, args.root, args.buckets
     rows, exact = list[dict[str, Any]](), None
-    for arm in arms(model, data):
-        exact = exact or arm
-        rows.append(measured(arm, exact, data))
-        print(f"state_precision: {arm.name}, {time.perf_counter() - started:.0f} s so far", file=sys.stderr)
-    assert exact is not None
-    print("# User states in fewer bits: what that costs in AUC and in scores\n")
-    hardware = torch.cuda.get_device_name() if ON_CUDA else f"one thread of {cpu_model()}, shared machine"
-    sizes = info.model
-    print(
-        f"- hardware: {hardware}; commit {commit()}; torch {torch.__version__}; one run of {time.perf_counter() - started:.0f} s"
-    )
-    print(
-        f"- {settings.import_events.dataset}, {args.config}: {len(data.requests)} test requests, {len(exact.probability_C)} "
-        f"candidates, {len(np.unique(data.row_R))} users; model {info.model_version}, {sizes.width} wide, "
-        f"L={sizes.history_events}, one cross and {sizes.num_self_layers} self layer(s), {sizes.num_heads} heads"
-    )
-    print("- differences of probabilities and costs are from the states in float32\n")
-    print(
-        "| | AUC | cost | GAUC | cost | largest difference | mean | bytes of a full state |\n|---|---|---|---|---|---|---|---|"
-    )
-    for row in rows:
-        print(shown(row, rows[0]))
-    print()
+    with ProcessPoolExecutor(len(ARMS) if ON_CUDA else 1, multiprocessing.get_context("spawn")) as processes:
+        submitted = [processes.submit(arm_of, name, *of) for name in ARMS]
+        settings, _, info, data = world(*of, "cpu")
+        print(head(settings, args.config, info, data), flush=True)
+        for arm in ready(submitted):
+            exact = exact or arm
+            rows.append(measured(arm, exact, data))
+            print(shown(rows[-1], rows[0]), flush=True)
+    print(f"\nOne run of {time.perf_counter() - started:.0f} s.\n")
     print(json.dumps({row["arm"]: {name: value for name, value in row.items() if name != "arm"} for row in rows}))
 
 

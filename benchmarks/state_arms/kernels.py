@@ -16,7 +16,7 @@ _MOST_ROWS = 40
 
 def tables(users: Users) -> Iterator[str]:
     """A Markdown table a step, as serving runs it; kernels by their time, the longest first."""
-    way = users.ways[-1]
+    way = users.served
     for count in NUM_USERS:
         slots, history = users.slots(count), users.events(count, 0, users.num_events)
         asked = users.asked(count, NUM_CANDIDATES)

@@ -1,7 +1,7 @@
 """The page of a run from its rows, whichever shards measured them: conditions, goals, tables; the last line is JSON."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -10,7 +10,7 @@ from benchmarks.state_arms.states import HOST_ARMS
 
 Row = dict[str, Any]
 
-_SCORED, _CANDIDATES = 32, 500
+_LENGTH, _CANDIDATES = 10_000, 500
 _PEERS = "peers: 1.08 to 2.6; 1.32 on real data"
 _WAYS = {"graph": "as graphs", "eager": "kernel by kernel"}
 
@@ -41,10 +41,14 @@ class Goal:
 
 
 class Table:
-    """Looks rows up by what they are of."""
+    """Looks rows up by what they are of; and what their runs set out to measure, ascending, even if they were ended early."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = [row for row in rows if "arm" in row]
+        told = [row["conditions"] for row in rows if "conditions" in row]
+        self.widths, self.users, self.candidates = (
+            sorted({value for one in told for value in one[name]}) for name in ("widths", "users", "candidates")
+        )
 
     def find(self, **of: Any) -> list[Row]:
         return [row for row in self.rows if all(row.get(name) == value for name, value in of.items())]
@@ -73,11 +77,10 @@ def _shown(*parts_ms: float | None) -> str:
 
 def goals(table: Table, width: int) -> list[Goal]:
     """At the longest history that was measured, which the goals say is 10,000 events; only peers' measure without states' arms."""
-    if not table.find(arm="hit", width=width):
+    if table.find(arm="replay", width=width) and not table.find(arm="hit", width=width):
         return _replays(table, width)
-    longest, most = table.values("L")[-1], table.values("users")[-1]
-    candidates = [c for c in table.values("candidates") if c <= _CANDIDATES]
-    few, many = candidates[0], candidates[-1]
+    longest, most = max(table.values("L"), default=_LENGTH), table.users[-1]
+    few, *_, many = (c for c in table.candidates if c <= _CANDIDATES)
     one, batch = {"width": width, "L": longest, "users": 1}, {"width": width, "L": longest, "users": most}
     few_hit, encoded, read = table.ms("hit", **one, candidates=few), table.ms("encode", **one), table.ms("read", **one)
     anew = _sum(encoded, few_hit)
@@ -145,15 +148,15 @@ def _host_hits(table: Table, width: int, longest: int, candidates: int) -> list[
     Beside it, those that go back as they came, which copies nothing.
     """
     found = []
-    for users, arm in product(table.values("users"), reversed(HOST_ARMS)):
+    for users, arm in product(table.users, reversed(HOST_ARMS)):
         size = {"width": width, "L": longest, "users": users}
         host, hit = (table.ms(name, **size, candidates=candidates) for name in (arm, "hit"))
         encoded = table.ms("encode", **size)
-        if host is None or hit is None or encoded is None:
-            continue
-        value, is_grown = max(host - hit, 0.0) / encoded, arm == HOST_ARMS[1]
-        what, how = f"bringing {users} states from host memory", f"({host:.3g} - {hit:.3g}) / {encoded:.3g} ms"
-        for copy in table.find(arm="pinned copy", width=width, L=longest):
+        is_grown, what = arm == HOST_ARMS[1], f"bringing {users} states from host memory"
+        value, how = None, ""
+        if host is not None and hit is not None and encoded is not None:
+            value, how = max(host - hit, 0.0) / encoded, f"({host:.3g} - {hit:.3g}) / {encoded:.3g} ms"
+        for copy in table.find(arm="pinned copy", width=width, L=longest) if encoded and value is not None else ():
             link_ms = copy["ms"] * users * copy["state_bytes"] / copy["bytes"]
             how += f"; so many bytes one way over the link: {link_ms:.3g} ms, {link_ms / encoded:.2g} of an encode"
         if is_grown:
@@ -189,7 +192,7 @@ def _replays(table: Table, width: int) -> list[Goal]:
 def page(rows: Sequence[Row]) -> str:
     """Markdown."""
     table = Table(rows)
-    by_width = {width: goals(table, width) for width in sorted({row["width"] for row in table.rows})}
+    by_width = {width: goals(table, width) for width in table.widths}
     parts = ["# User states: what a hit, an append and a host hit cost", _conditions(rows)]
     for width, found in by_width.items():
         lines = [
@@ -232,18 +235,20 @@ def shown(row: Row) -> str:
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
-def _conditions(rows: Iterable[Row]) -> str:
+def _conditions(rows: Sequence[Row]) -> str:
     told = [row["conditions"] for row in rows if "conditions" in row]
     lines = [", ".join(dict.fromkeys(str(one[name]) for one in told)) for name in ("hardware", "software", "states")]
-    seconds = sum(one["seconds"] for one in told)
-    worst = max((d for one in told for d in one["differences"].values()), default=0.0)
+    seconds, num_cut = sum(row.get("seconds", 0) for row in rows), sum("ended_early" in row for row in rows)
+    worst = max((d for row in rows for d in row.get("differences", {}).values()), default=None)
     return "\n".join(
         [
             f"- hardware: {lines[0]}",
             f"- {lines[1]}",
-            f"- {lines[2]}; {len(told)} shard(s), {seconds:.0f} s in all",
+            f"- {lines[2]}; {len(told)} shard(s), {seconds:.0f} s in all{f', {num_cut} ended early' * (num_cut > 0)}",
             "- correctness first: probabilities of states that were encoded, then appended to over a stride and its move, "
-            f"lie within {worst:.2g} of a float64 forward pass over the whole history, by every way",
+            f"lie within {worst:.2g} of a float64 forward pass over the whole history, by every way that was timed"
+            if worst is not None
+            else "- no way of states was checked or timed",
             "- times: median of rounds, each the mean of several steps from NumPy to NumPy; `graph`: as serving runs it, `eager`: "
             "launched kernel by kernel; an append's is its mean over a stride, the windows' move included by its share, or, "
             "`mixed`, of users who stand anywhere in theirs; recomputation is laid out and sent before its clock starts",

@@ -23,8 +23,8 @@ from longer.serving.store import StateStore
 
 Row = dict[str, Any]
 
-NUM_NEW = (1, 8, 64)
-"""Events of an append."""
+NUM_NEW = (8, 1, 64)
+"""Events of an append; first what the goals ask."""
 
 HOST_ARMS = ("host hit", "host hit, grown")
 
@@ -37,30 +37,42 @@ _VERSION = StateVersion("benchmark", "schema", "appendable")
 _NO_EVENTS = EventPrint(0, 0, np.zeros(1, np.uint64), np.uint64(0))
 
 
-def rows_of(users: Users, num_users: Sequence[int], num_candidates: Sequence[int]) -> Iterator[Row]:
-    """Every arm of one width and history length."""
-    size = {
+def rows_of(users: Users, way: Way, num_users: Sequence[int], num_candidates: Sequence[int]) -> Iterator[Row]:
+    """Every arm of states of one width and history length, one way."""
+    for count in num_users:
+        what = size_of(users) | {"users": count, "way": way.name}
+        asked = {candidates: users.asked(count, candidates) for candidates in num_candidates}
+        for candidates, times in hits(users, way, count, asked):
+            yield what | {"arm": "hit", "candidates": candidates} | times
+        yield what | {"arm": "encode"} | encode(users, way, count)
+        for num_new in [n for n in NUM_NEW if n < users.model.windows.stride_events]:
+            yield what | {"arm": f"append {num_new}"} | append(users, way, count, num_new)
+            if count > 1:
+                yield what | {"arm": f"append {num_new}, mixed"} | append_mixed(users, way, count, num_new)
+        for arm, candidates, times in host_hits(users, way, count, asked):
+            yield what | {"arm": arm, "candidates": candidates} | times
+
+
+def recompute_rows(users: Users, num_candidates: Sequence[int]) -> Iterator[Row]:
+    """One user's candidates, by each way."""
+    for candidates in num_candidates:
+        for name, times in recompute(users, users.asked(1, candidates)):
+            yield size_of(users) | {"users": 1, "candidates": candidates, "arm": "recompute", "way": name} | times
+
+
+def pinned_copy_rows(users: Users) -> Iterator[Row]:
+    """One on CUDA, where there is a link."""
+    if ON_CUDA:
+        yield size_of(users) | {"users": 1, "arm": "pinned copy", "bytes": _COPIED_BYTES} | pinned_copy()
+
+
+def size_of(users: Users) -> Row:
+    return {
         "width": users.settings.width,
         "L": users.num_events,
         "stride": users.model.windows.stride_events,
         "state_bytes": users.state_bytes,
     }
-    if ON_CUDA:
-        yield size | {"users": 1, "arm": "pinned copy", "bytes": _COPIED_BYTES} | pinned_copy()
-    asked = {(u, c): users.asked(u, c) for u in num_users for c in num_candidates}
-    for candidates in num_candidates:
-        for name, times in recompute(users, asked[1, candidates]):
-            yield size | {"users": 1, "candidates": candidates, "arm": "recompute", "way": name} | times
-    for count in num_users:
-        for way in users.ways:
-            what = size | {"users": count, "way": way.name}
-            yield what | {"arm": "encode"} | encode(users, way, count)
-            for num_new in [n for n in NUM_NEW if n < users.model.windows.stride_events]:
-                yield what | {"arm": f"append {num_new}"} | append(users, way, count, num_new)
-                if count > 1:
-                    yield what | {"arm": f"append {num_new}, mixed"} | append_mixed(users, way, count, num_new)
-            for arm, candidates, times in hits(users, way, count, {c: asked[count, c] for c in num_candidates}):
-                yield what | {"arm": arm, "candidates": candidates} | times
 
 
 def pinned_copy() -> dict[str, float]:
@@ -150,7 +162,11 @@ def append(users: Users, way: Way, num_users: int, num_new: int) -> dict[str, fl
     users.free(slots)
     share = min(1.0, num_new / windows.stride_events)
     means_ms = [(1 - share) * a + share * b for a, b in zip(inside_ms[1:], move_ms[1:], strict=True)]
-    return spread(means_ms) | {"inside_ms": float(np.median(inside_ms[1:])), "move_ms": float(np.median(move_ms[1:]))}
+    return spread(means_ms) | {
+        "inside_ms": float(np.median(inside_ms[1:])),
+        "move_ms": float(np.median(move_ms[1:])),
+        "first_s": (inside_ms[0] * num_inside + move_ms[0]) / 1e3,
+    }
 
 
 def append_mixed(users: Users, way: Way, num_users: int, num_new: int) -> dict[str, float]:
@@ -174,26 +190,33 @@ def append_mixed(users: Users, way: Way, num_users: int, num_new: int) -> dict[s
 
         all_ms.append(1e3 * seconds(step, num_steps, 0))
     users.free(slots)
-    return spread(all_ms[1:])
+    return spread(all_ms[1:]) | {"first_s": all_ms[0] * num_steps / 1e3}
 
 
 def hits(
     users: Users, way: Way, num_users: int, asked: dict[int, RequestBatch]
-) -> Iterator[tuple[str, int, dict[str, float]]]:
-    """`hit`: the states are on the device. `host hit`: each batch's states come from host memory, and go back as they came, which
-    copies nothing; `host hit, grown`: as if they had grown in between, and are copied both ways."""
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """The states are on the device."""
     slots, history = users.slots(num_users), users.events(num_users, 0, users.num_events)
     states = way.encode(history, slots)
     for candidates, batch in asked.items():
         step = partial(way.score, states, batch.request_ts_R, batch.candidates)
-        yield "hit", candidates, rounds_ms(step, way.num_steps)
+        yield candidates, rounds_ms(step, way.num_steps)
     users.free(slots)
+
+
+def host_hits(
+    users: Users, way: Way, num_users: int, asked: dict[int, RequestBatch]
+) -> Iterator[tuple[str, int, dict[str, float]]]:
+    """`host hit`: each batch's states come from host memory, and go back as they came, which copies nothing; `host hit, grown`: as
+    if they had grown in between, and are copied both ways."""
+    history = users.events(num_users, 0, users.num_events)
     store = StateStore(users.model, 0, (num_users + 20) * 2 * users.state_bytes, users.pool.layout.precision)
     [way] = [other for other in ways(users.model, store.pool) if other.name == way.name]
     for user, state in enumerate(way.encode(history, store.slots([store.layout.largest_rows] * num_users))):
         store.put(user, _VERSION, Entry(state, 0, 0, Known("", 0), _NO_EVENTS, True))
     store.release()
-    for arm in HOST_ARMS:
+    for arm in reversed(HOST_ARMS):  # first what the goals ask
         for candidates, batch in asked.items():
             step = partial(_host_hit, store, way, batch, has_grown=arm == HOST_ARMS[1])
             yield arm, candidates, rounds_ms(step, max(2, way.num_steps // 2))

@@ -1,5 +1,7 @@
 """Users with full windows in a pool on the device, and the ways to encode, append and score them."""
 
+import copy
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +13,7 @@ import torch
 from benchmarks.model_arms.sizes import DEVICE, ON_CUDA, SCHEMA, TASKS, random_batch, seconds
 from longer.arrays import Candidates, Histories, Int64, RequestBatch
 from longer.model.engine import StateEngine
+from longer.model.fuse import plainly
 from longer.model.inputs import to_tensors
 from longer.model.longer import Longer
 from longer.model.pool import Precision, StateLayout, StatePool
@@ -19,6 +22,10 @@ from longer.model_settings import ModelSettings
 from longer.slots import Slot
 
 NUM_ROUNDS = 5
+
+torch._dynamo.config.recompile_limit = (
+    64  # one process measures many sizes, and a piece beyond the limit is not compiled
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,11 @@ class Users:
         self.pool = StatePool(layout, (num_users + 2) * self.state_bytes, DEVICE)
         self.ways = ways(self.model, self.pool)
 
+    @property
+    def served(self) -> Way:
+        """As serving runs it on this device."""
+        return self.ways[-1]
+
     def events(self, num_users: int, begin: int, end: int) -> Histories:
         return self.histories.slice_events(np.arange(num_users), np.full(num_users, begin), np.full(num_users, end))
 
@@ -85,35 +97,32 @@ class Users:
 
 
 def rounds_ms(step: Callable[[], Any], num_steps: int, num_rounds: int = NUM_ROUNDS) -> dict[str, float]:
-    """Milliseconds a step: median, least and most of rounds of `num_steps` steps, after one step that warms up."""
+    """Milliseconds a step: median, least and most of rounds of `num_steps` steps, after one step that compiles and captures."""
+    started = time.perf_counter()
     step()
-    return spread([1e3 * seconds(step, num_steps, warm_up=0) for _ in range(num_rounds)])
+    first_s = time.perf_counter() - started
+    return spread([1e3 * seconds(step, num_steps, warm_up=0) for _ in range(num_rounds)]) | {"first_s": first_s}
 
 
 def spread(values_ms: Sequence[float]) -> dict[str, float]:
     return {"ms": float(np.median(values_ms)), "least_ms": min(values_ms), "most_ms": max(values_ms)}
 
 
-def worst_difference(users: Users, num_users: int, num_candidates: int = 16) -> dict[str, float]:
-    """By way, the largest difference of probabilities from the float64 forward pass over the whole history.
+def worst_difference(users: Users, way: Way, num_users: int, num_candidates: int = 16) -> float:
+    """The largest difference of probabilities, computed this way, from the float64 forward pass over the whole history.
 
     The states are encoded, then appended to over a stride and its move, by a number of events that no group's size divides.
     """
     windows, step = users.model.windows, 3 * users.settings.merge_size + 1
     ends = range(users.num_events, users.num_events + windows.stride_events + step, step)
     asked = users.asked(num_users, num_candidates)
-    exact_model = Longer(users.settings, SCHEMA, TASKS)
-    exact_model.load_state_dict(users.model.state_dict())
-    exact_model = exact_model.to(DEVICE, torch.float64).eval()
-    with torch.inference_mode():
+    slots = users.slots(num_users)
+    states = way.encode(users.events(num_users, 0, ends[0]), slots)
+    for begin in ends[:-1]:
+        states = way.append(states, users.events(num_users, begin, begin + step), slots)
+    outputs = way.score(states, asked.request_ts_R, asked.candidates)
+    users.free(slots)
+    exact_model = copy.deepcopy(users.model).double()
+    with torch.inference_mode(), plainly():  # what has no floats would be compiled here too
         exact = exact_model(to_tensors(users.request(asked, ends[-1]), DEVICE)).sigmoid().cpu()
-    differences = {}
-    for way in users.ways:
-        slots = users.slots(num_users)
-        states = way.encode(users.events(num_users, 0, ends[0]), slots)
-        for begin in ends[:-1]:
-            states = way.append(states, users.events(num_users, begin, begin + step), slots)
-        outputs = way.score(states, asked.request_ts_R, asked.candidates)
-        differences[way.name] = float((torch.from_numpy(outputs).double().sigmoid() - exact).abs().max())
-        users.free(slots)
-    return differences
+    return float((torch.from_numpy(outputs).double().sigmoid() - exact).abs().max())

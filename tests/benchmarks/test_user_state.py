@@ -1,8 +1,11 @@
 """The user-state benchmark's page: every goal from the rows, whichever shards measured them, and nothing made up."""
 
 import json
-from collections.abc import Sequence
+import os
+import signal
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,7 @@ from benchmarks.state_arms import states
 from benchmarks.state_arms.page import Table, goals, page
 from benchmarks.state_arms.states import _BLOCK_CANDIDATES, append_mixed, blocks_of, passes_of
 from benchmarks.state_arms.users import Users
+from benchmarks.user_state import measured
 from longer.arrays import Histories
 from longer.model.inputs import to_tensors
 from longer.model.states import UserState
@@ -39,7 +43,14 @@ def replay(share: float, per_s: float, without_reads: float) -> Row:
     return row("replay", 1.0, 32, budget_share=share, new_events=8, **rates, **shares)
 
 
+CONDITIONS = {
+    "conditions": {
+        "hardware": "h", "software": "s", "states": "bf16", "widths": [256], "users": [1, 32], "candidates": [64, 500, 1_024],
+    }
+}  # fmt: skip
+
 ROWS = [
+    CONDITIONS,
     *(row("recompute", ms, way=way, candidates=500) for way, ms in (("eager", 200.0), ("graph", 100.0))),
     *(row("encode", ms, way=way) for way, ms in (("eager", 20.0), ("graph", 4.0))),
     *(row("hit", ms, way=way, candidates=c) for way, c, ms in (("eager", 64, 9.0), ("eager", 500, 10.0))),
@@ -53,7 +64,8 @@ ROWS = [
     row("read", 6.0, candidates=500),
     replay(0.0, 100.0, 200.0),
     replay(0.5, 150.0, 240.0),
-    {"conditions": {"hardware": "h", "software": "s", "states": "bf16", "differences": {"a": 1e-4}, "seconds": 7.0}},
+    {"differences": {"a": 1e-4}},
+    {"seconds": 7.0},
 ]  # fmt: skip
 
 
@@ -94,6 +106,31 @@ def test_what_was_not_measured_is_said_not_guessed() -> None:
     }
     told = json.loads(page(rows).splitlines()[-1])
     assert told["width256"]["append8_flat"] == {"value": None, "verdict": "not measured"}
+
+
+def test_a_run_that_timeout_ends_keeps_its_rows_and_says_which_goals_it_did_not_reach(tmp_path: Path) -> None:
+    def until_ended() -> Iterator[Row]:
+        yield CONDITIONS
+        yield row("hit", 0.5, way="graph", candidates=64)
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield row("hit", 0.8, way="graph", candidates=500)
+
+    before = signal.getsignal(signal.SIGTERM)
+    found = measured(until_ended(), tmp_path / "rows")
+    signal.signal(signal.SIGTERM, before)
+    assert [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()] == found
+    assert len([one for one in found if "arm" in one]) == 1
+    told = page(found)
+    assert "1 ended early" in told
+    verdicts = {name: goal["verdict"] for name, goal in json.loads(told.splitlines()[-1])["width256"].items()}
+    assert set(verdicts.values()) == {"not measured"}
+    assert {"hit_vs_recompute", "million_candidates_per_s", "host_hit_vs_encode_32users"} <= set(verdicts)
+
+
+def test_a_goal_for_many_users_is_not_told_from_fewer() -> None:
+    rows = [one for one in ROWS if one.get("users") != 32]
+    verdicts = {goal.name: goal.verdict for goal in goals(Table(rows), 256)}
+    assert verdicts["million_candidates_per_s"] == verdicts["encode_vs_append8"] == "not measured"
 
 
 def test_what_is_timed_as_recomputation_is_the_forward_pass_over_what_lies_on_the_device() -> None:
