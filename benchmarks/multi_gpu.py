@@ -106,6 +106,12 @@ def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def write(out: str | None, text: str) -> None:
+    """Each time that there is more: whoever ends this run has what was found until then."""
+    if out:
+        Path(out).write_text(f"{text}\n")
+
+
 def header(asked: argparse.Namespace) -> str:
     device = f"{asked.devices} x {torch.cuda.get_device_name()}" if ON_CUDA else "no GPU: a dry run"
     command_line = f"python -m benchmarks.multi_gpu {' '.join(sys.argv[1:])}"
@@ -150,11 +156,11 @@ def main(given: Sequence[str] | None = None) -> None:
                 )
             for page, told in reports(part, asked):
                 pages[part], found[part] = page, told
-                if asked.out:  # whoever ends this run has what was found until then
-                    Path(asked.out).write_text(f"{text()}\n")
+                write(asked.out, text())
     finally:
         for process in preparing.values():
             process.terminate()
+        write(asked.out, text())
         print(text(), flush=True)
 
 
