@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from benchmarks.model_arms.sizes import ON_CUDA
+from benchmarks.model_arms.workers import exit_at_sigterm
 from benchmarks.point_reads import commit
 
 MODULES = {"step": "steps", "resume": "runs", "resume-rows": "runs", "serving": "replicas"}
@@ -56,12 +57,12 @@ def command(part: str, asked: argparse.Namespace, *others: str) -> list[str]:
     return [sys.executable, "-m", f"benchmarks.multi_gpu_arms.{MODULES[part]}", *of_part, *others]
 
 
-def reports(part: str, asked: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+def reports(part: str, argv: Sequence[str], most_s: float) -> Iterator[tuple[str, dict[str, Any]]]:
     """A part's page and its JSON each time that it has found more; last, if it failed or took too long, a page that says so."""
     started = time.perf_counter()
-    process = subprocess.Popen(command(part, asked), stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stdout
-    cut = threading.Timer(asked.seconds, os.killpg, (process.pid, signal.SIGKILL))
+    cut = threading.Timer(most_s, os.killpg, (process.pid, signal.SIGKILL))
     cut.start()
     lines, page, found = list[str](), "", dict[str, Any]()
     try:
@@ -79,7 +80,7 @@ def reports(part: str, asked: argparse.Namespace) -> Iterator[tuple[str, dict[st
     spent_s = time.perf_counter() - started
     print(f"{part}: {spent_s:.0f} s", file=sys.stderr, flush=True)
     if process.returncode:
-        how = "cut off" if spent_s >= asked.seconds else f"failed with exit code {process.returncode}"
+        how = "cut off" if spent_s >= most_s else f"failed with exit code {process.returncode}"
         yield f"{page}\n{part}: {how} after {spent_s:.0f} s.\n", found
 
 
@@ -139,7 +140,7 @@ def main(given: Sequence[str] | None = None) -> None:
     os.environ.setdefault(
         "RAY_AUTH_TOKEN", secrets.token_hex(32)
     )  # the parts' Rays would each write one to the same file
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no part is left running
+    exit_at_sigterm()  # so that no part is left running
     parts = asked.part or ["step", "resume", "serving"]
     pages, found, preparing = dict[str, str](), dict[str, dict[str, Any]](), dict[str, subprocess.Popen[bytes]]()
 
@@ -154,7 +155,7 @@ def main(given: Sequence[str] | None = None) -> None:
                 preparing[following] = subprocess.Popen(
                     command(following, asked, *prepared_beside(part, following)), stdout=subprocess.DEVNULL
                 )
-            for page, told in reports(part, asked):
+            for page, told in reports(part, command(part, asked), asked.seconds):
                 pages[part], found[part] = page, told
                 write(asked.out, text())
     finally:

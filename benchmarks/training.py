@@ -13,7 +13,6 @@ prints what it has. Model FLOPs are those of real tokens' matrix products (`mode
 """
 
 import argparse
-import signal
 import sys
 import time
 import traceback
@@ -39,7 +38,7 @@ from benchmarks.model_arms.arms import (
 )
 from benchmarks.model_arms.page import Page
 from benchmarks.model_arms.sizes import ON_CUDA, measured_rate
-from benchmarks.model_arms.workers import Workers
+from benchmarks.model_arms.workers import Workers, exit_at_sigterm
 
 END_TO_END, PRECISION = "end to end", "precision"
 _STARTED = time.perf_counter()
@@ -145,15 +144,16 @@ class Sitting:
         self.page.profiles[f"width {event_width * _MERGE_SIZE}, L = {longest}"] = table
 
     def _end_to_end_options(self) -> list[str]:
-        return ["--width", str(self.asked.sizes[0][0] * 8 if ON_CUDA else 32)]
+        return ["--width", str(self.asked.sizes[0][0] * _MERGE_SIZE)]
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    exit_at_sigterm()
     sitting = Sitting(_options())
     try:
         sitting.run()
     finally:
+        sitting.page.write()
         print(sitting.page.text(), flush=True)
         sitting.workers.end()
 

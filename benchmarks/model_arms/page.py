@@ -29,6 +29,9 @@ class Page:
 
     def done(self, name: str) -> None:
         self.left_out.remove(name)
+        self.write()
+
+    def write(self) -> None:
         if self.out:
             Path(self.out).write_text(self.text())
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Hashable
@@ -12,6 +13,16 @@ T = TypeVar("T")
 
 _COMPILE_THREADS = 4
 """Of each process; there are about seven."""
+
+
+def exit_at_sigterm() -> None:
+    """SIGTERM ends this process as an exception does, once: `timeout` sends it twice."""
+
+    def end(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.exit(1)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 class Workers:
