@@ -16,43 +16,46 @@ waiting for data.
 import argparse
 import json
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 
+from benchmarks.model_arms.arms import free_memory
 from benchmarks.model_arms.sizes import DEVICE, ON_CUDA, seconds
 from jobs import build_requests, build_sequences, generate_events
 from longer.config import Settings, load_settings
 from longer.model.longer import Longer
 from longer.runner import start_ray
-from longer.storage import Version
 from longer.training.content import Content, Job, read_requests
-from longer.training.run import train
+from longer.training.run import pin_tables, train
 from longer.training.steps import Stepper
 
 WARM_UP_SHARE = 0.2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=256 if ON_CUDA else 32, help="D (default 256; 32 on a CPU)")
-    parser.add_argument("--length", type=int, default=2_000 if ON_CUDA else 256, help="L (default 2,000; 256 on a CPU)")
-    parser.add_argument("--users", type=int, default=1_000 if ON_CUDA else 20)
-    parser.add_argument("--events", type=int, default=400_000 if ON_CUDA else 3_000)
-    parser.add_argument("--tokens", type=int, default=200_000 if ON_CUDA else 6_000, help="train.tokens_per_step")
-    parser.add_argument("--steps", type=int, default=40 if ON_CUDA else 6, help="steps of the model step's loop")
-    parser.add_argument("--data", default="runs/benchmark_end_to_end", help="folder for tables, which stay")
-    parser.add_argument("--prepare", action="store_true", help="build the tables only")
-    asked = parser.parse_args()
-    settings = settings_of(asked)
-    start_ray(settings.ray)
-    for job in (generate_events, build_sequences, build_requests):
-        job.run(settings)
-    if asked.prepare:
-        return
+    page, found = measure(sys.argv[1:])
+    print(f"{page}\n\n{json.dumps(found)}")
+
+
+def prepare(given: Sequence[str]) -> None:
+    """What may be done while others use the device: tables, and on CUDA kernels, which the workers find on disk."""
+    asked = options(given)
+    settings = _with_tables(asked)
+    if ON_CUDA:
+        _model_step(settings, 1, validates=True)
+        free_memory()
+
+
+def measure(given: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """The page, and what it says for a program; alone on the device."""
+    asked = options(given)
+    settings = _with_tables(asked)
     shutil.rmtree(settings.path("training"), ignore_errors=True)
     shutil.rmtree(settings.path("checkpoints"), ignore_errors=True)
     started = time.perf_counter()
@@ -61,27 +64,46 @@ def main() -> None:
     records = [record for record in version.manifest["history"] if "elapsed_s" in record]
     end_to_end, waits = rates([r for r in records if r["step"] >= WARM_UP_SHARE * records[-1]["step"]])
     whole = records[-1]["impressions_per_s"] * records[-1]["elapsed_s"] / whole_s
-    alone = _model_step(settings, version, asked.steps)
+    alone = _model_step(settings, asked.steps)
+    ray.shutdown()
     lengths = (
         f"{asked.users:,} users, {asked.events:,} events, L = {asked.length:,}, at most {asked.tokens:,} tokens a step"
     )
-    print(f"\nEnd to end, width {asked.width}: {lengths}\n\n| arm | impressions/s |\n|---|---|")
-    print(f"| steps, end to end | {end_to_end:,.0f} |\n| whole run, {whole_s:.0f} s | {whole:,.0f} |")
-    print(f"| model step | {alone:,.0f} |\n")
-    print(
-        json.dumps(
-            {
-                "impressions_per_s": {
-                    "end to end": round(end_to_end),
-                    "whole run": round(whole),
-                    "model step": round(alone),
-                },
-                "end_to_end_share": end_to_end / alone,
-                "whole_run_share": whole / alone,
-                "data_wait_share": waits,
-            }
-        )
-    )
+    lines = [
+        f"\nEnd to end, width {asked.width}: {lengths}\n\n| arm | impressions/s |\n|---|---|",
+        f"| steps, end to end | {end_to_end:,.0f} |\n| whole run, {whole_s:.0f} s | {whole:,.0f} |",
+        f"| model step | {alone:,.0f} |",
+    ]
+    return "\n".join(lines), {
+        "impressions_per_s": {
+            "end to end": round(end_to_end),
+            "whole run": round(whole),
+            "model step": round(alone),
+        },
+        "end_to_end_share": end_to_end / alone,
+        "whole_run_share": whole / alone,
+        "data_wait_share": waits,
+    }
+
+
+def options(given: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=256 if ON_CUDA else 32, help="D (default 256; 32 on a CPU)")
+    parser.add_argument("--length", type=int, default=2_000 if ON_CUDA else 256, help="L (default 2,000; 256 on a CPU)")
+    parser.add_argument("--users", type=int, default=1_000 if ON_CUDA else 20)
+    parser.add_argument("--events", type=int, default=400_000 if ON_CUDA else 3_000)
+    parser.add_argument("--tokens", type=int, default=200_000 if ON_CUDA else 6_000, help="train.tokens_per_step")
+    parser.add_argument("--steps", type=int, default=40 if ON_CUDA else 6, help="steps of the model step's loop")
+    parser.add_argument("--data", default="runs/benchmark_end_to_end", help="folder for tables, which stay")
+    return parser.parse_args(given)
+
+
+def _with_tables(asked: argparse.Namespace) -> Settings:
+    settings = settings_of(asked)
+    start_ray(settings.ray)
+    for job in (generate_events, build_sequences, build_requests):
+        job.run(settings)
+    return settings
 
 
 def settings_of(asked: argparse.Namespace, **train: Any) -> Settings:
@@ -129,9 +151,10 @@ def rates(records: Sequence[dict[str, Any]]) -> tuple[float, float]:
     return since("impressions_per_s"), since("data_wait_share")
 
 
-def _model_step(settings: Settings, version: Version, num_steps: int) -> float:
-    """Impressions per second of the run's own steps, from staged batches."""
-    job = Job(settings, version.manifest["inputs"])
+def _model_step(settings: Settings, num_steps: int, validates: bool = False) -> float:
+    """Impressions per second of the run's own steps, from staged batches; of the first one, outputs as a validation has them."""
+    _, inputs = pin_tables(settings)
+    job = Job(settings, inputs)
     content = Content(job, *read_requests(job))
     plan = content.cursor.plan(0, 1)
     num_steps = min(num_steps, content.cursor.steps_of(0))
@@ -140,6 +163,8 @@ def _model_step(settings: Settings, version: Version, num_steps: int) -> float:
     model = Longer(settings.model, settings.event_schema, settings.train.tasks).to(DEVICE)
     stepper = Stepper(model, settings.train, DEVICE, 1)
     batches = [content.data.batch(content.packs.take(plan.step(step))) for step in steps]
+    if validates:
+        stepper.outputs(batches[0])
     counts = [int(batch.candidates.offsets_R1[-1]) for batch in batches]
     for batch in batches:  # one capture for all of them
         stepper.staged(batch)

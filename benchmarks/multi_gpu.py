@@ -6,11 +6,13 @@ nothing. Parts, one after the other, each in a process of its own (`benchmarks.m
     step         the model step over NCCL at width 512: weak scaling, users divided by tokens and by number, the exchange's share,
                  embedding tables on every device and with their rows spread over them
     resume       Ray Train on all devices, killed with SIGKILL within an epoch, resumed on half of them: were all requests trained
-                 once; impressions per second of both
+                 once, and is the last loss that of a run that nobody disturbed. Nothing is compiled, which would take longer
+                 than to train; with --compiled it is, and impressions per second are told
     resume-rows  the same with sharded tables; only when asked for
     serving      one Serve replica a device with affinity: throughput and hit rate
 
-Tables are built on the CPUs while the first part runs. Prints Markdown; last, one JSON line.
+A part's tables are built on the CPUs while the one before it runs, and serving's kernels are compiled if that is no measurement of
+speed. Prints Markdown; last, one JSON line. What a part that is cut off has found until then is told.
 """
 
 import argparse
@@ -20,14 +22,17 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.model_arms.sizes import ON_CUDA
+from benchmarks.model_arms.workers import exit_at_sigterm
 from benchmarks.point_reads import commit
 
 MODULES = {"step": "steps", "resume": "runs", "resume-rows": "runs", "serving": "replicas"}
@@ -42,31 +47,46 @@ OF_STEP = (
 
 def command(part: str, asked: argparse.Namespace, *others: str) -> list[str]:
     up_to = [str(num) for num in (1, 2, 4, 8) if num <= asked.devices]
+    resume = ["--workers", up_to[-1], "--data", asked.data, *(["--compiled"] if asked.compiled else [])]
     of_part = {
         "step": ["--worlds", *up_to, "--seconds", str(asked.seconds - 15)],  # it gives what it has by then
-        "resume": ["--workers", up_to[-1], "--data", asked.data],
-        "resume-rows": ["--workers", up_to[-1], "--data", asked.data, "--sharding", "rows"],
+        "resume": resume,
+        "resume-rows": [*resume, "--sharding", "rows"],
         "serving": ["--replicas", *up_to, "--data", asked.data],
     }[part]
     return [sys.executable, "-m", f"benchmarks.multi_gpu_arms.{MODULES[part]}", *of_part, *others]
 
 
-def outcome(part: str, asked: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """A part's page and its JSON; a part that fails or takes too long says so in its page, and the others go on."""
+def reports(part: str, argv: Sequence[str], most_s: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A part's page and its JSON each time that it has found more; last, if it failed or took too long, a page that says so."""
     started = time.perf_counter()
-    process = subprocess.Popen(command(part, asked), stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout
+    cut = threading.Timer(most_s, os.killpg, (process.pid, signal.SIGKILL))
+    cut.start()
+    lines, page, found = list[str](), "", dict[str, Any]()
     try:
-        printed = process.communicate(timeout=asked.seconds)[0].splitlines()
-    except subprocess.TimeoutExpired:
-        return f"\n{part}: cut off after {asked.seconds:.0f} s.\n", {}
+        for line in process.stdout:
+            if line.startswith("{"):
+                page, found, lines = "".join(lines), json.loads(line), []
+                yield page, found
+            elif "(raylet)" not in line:  # Ray's words when Serve ends
+                lines.append(line)
+        process.wait()
     finally:
+        cut.cancel()
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    print(f"{part}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    spent_s = time.perf_counter() - started
+    print(f"{part}: {spent_s:.0f} s", file=sys.stderr, flush=True)
     if process.returncode:
-        return f"\n{part}: failed with exit code {process.returncode}.\n", {}
-    lines = [line for line in printed if "(raylet)" not in line]  # Ray's words when Serve ends
-    return "\n".join(lines[:-1]), json.loads(lines[-1])
+        how = "cut off" if spent_s >= most_s else f"failed with exit code {process.returncode}"
+        yield f"{page}\n{part}: {how} after {spent_s:.0f} s.\n", found
+
+
+def prepared_beside(part: str, following: str) -> list[str]:
+    """What a part has ready before its turn: its tables, and serving its kernels where nobody's speed is measured meanwhile."""
+    return ["--prepare", *(["--compile"] if part != "step" and following == "serving" else [])]
 
 
 def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -80,10 +100,17 @@ def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {
         **{key: step.get(key) for key in OF_STEP},
         "resume_exact": resume.get("resume_exact"),
+        "resume_loss_difference": resume.get("loss_difference"),
         "resume_rows_exact": found.get("resume-rows", {}).get("resume_exact"),
         "end_to_end_impressions_per_s": resume.get("impressions_per_s"),
         "serving_scaling": scaling,
     }
+
+
+def write(out: str | None, text: str) -> None:
+    """Each time that there is more: whoever ends this run has what was found until then."""
+    if out:
+        Path(out).write_text(f"{text}\n")
 
 
 def header(asked: argparse.Namespace) -> str:
@@ -101,6 +128,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--part", action="append", choices=list(MODULES), help="default: step, resume and serving")
     parser.add_argument("--devices", type=int, default=num_devices, help="at most so many (default: all)")
     parser.add_argument("--seconds", type=float, default=240 if ON_CUDA else 900, help="most of a part (default 240)")
+    parser.add_argument("--compiled", action="store_true", help="resume as fast as it trains, which takes minutes more")
     parser.add_argument("--data", default="runs/benchmark_multi_gpu", help="folder for tables, which stay")
     parser.add_argument("--commit", help="what the code is, where it is not a Git checkout")
     parser.add_argument("--out", help="file that the page is written to as well")
@@ -112,23 +140,29 @@ def main(given: Sequence[str] | None = None) -> None:
     os.environ.setdefault(
         "RAY_AUTH_TOKEN", secrets.token_hex(32)
     )  # the parts' Rays would each write one to the same file
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no part is left running
+    exit_at_sigterm()  # so that no part is left running
     parts = asked.part or ["step", "resume", "serving"]
-    building = {
-        module: subprocess.Popen(command(part, asked, "--prepare"), stdout=subprocess.DEVNULL)
-        for part, module in MODULES.items()
-        if part in parts and module != "steps" and part != parts[0]
-    }
-    text, found = header(asked), {}
-    for part in parts:
-        if MODULES[part] in building:
-            building[MODULES[part]].wait()
-        page, found[part] = outcome(part, asked)
-        text += f"{page}\n"
-        print(page, flush=True)
-        if asked.out:  # after each part: whoever ends this run has what was found until then
-            Path(asked.out).write_text(f"{text}\n{json.dumps(summary(found))}\n")
-    print(json.dumps(summary(found)))
+    pages, found, preparing = dict[str, str](), dict[str, dict[str, Any]](), dict[str, subprocess.Popen[bytes]]()
+
+    def text() -> str:
+        return "\n".join([header(asked), *pages.values(), json.dumps(summary(found))])
+
+    try:
+        for part, following in zip_longest(parts, parts[1:]):
+            if part in preparing:
+                preparing.pop(part).wait()
+            if following and MODULES[following] != MODULES[part]:  # the same tables
+                preparing[following] = subprocess.Popen(
+                    command(following, asked, *prepared_beside(part, following)), stdout=subprocess.DEVNULL
+                )
+            for page, told in reports(part, command(part, asked), asked.seconds):
+                pages[part], found[part] = page, told
+                write(asked.out, text())
+    finally:
+        for process in preparing.values():
+            process.terminate()
+        write(asked.out, text())
+        print(text(), flush=True)
 
 
 if __name__ == "__main__":

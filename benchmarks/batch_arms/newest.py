@@ -19,6 +19,7 @@ from longer.data.requests import (
     SplitTimes,
     draw_negatives,
     find_groups,
+    is_cut,
     request_rows,
     split_times,
     with_features,
@@ -34,7 +35,8 @@ def build_newest_requests(settings: Settings) -> None:
     schema, asked = settings.event_schema, settings.requests
     sequences = SequenceTable(settings.path("tables", "sequences"), schema)
     table = Table(settings.path("tables", "requests"))
-    version_id = fingerprint("newest requests", sequences.version.id, asked.model_dump(mode="json"), settings.seed)
+    chosen = {**asked.model_dump(mode="json"), "windows": vars(settings.model.windows), "seed": settings.seed}
+    version_id = fingerprint("newest requests", sequences.version.id, chosen)
     if table.reuse(version_id):
         return
     manifest = sequences.version.manifest
@@ -68,8 +70,11 @@ def _write(
 ) -> tuple[DataFile, int]:
     schema = settings.event_schema
     rows = sequences.rows(bucket)
-    groups = find_groups(rows, histories_of(rows, schema), schema, catalogue)
-    groups = _some(groups, groups.request_ts_R >= splits.test_from_ms)
+    histories = histories_of(rows, schema)
+    groups = find_groups(rows, histories, schema, catalogue)
+    first_index_R = histories.first_index_B[groups.user_row_R]
+    cut_R = is_cut(groups.history_end_R, first_index_R, settings.model.windows)
+    groups = _some(groups, (groups.request_ts_R >= splits.test_from_ms) & ~cut_R)
     split_R = np.full(len(groups.request_id_R), SPLITS.index("test"), np.int8)
     negatives = draw_negatives(groups, split_R, catalogue, settings.requests.negatives_per_positive, settings.seed)
     requests = request_rows(groups, negatives, single_array(rows["user_id"]), schema, catalogue)

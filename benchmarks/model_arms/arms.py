@@ -11,7 +11,6 @@ The plain arms have what speeds up embedding vectors everywhere: small tables' g
 
 import gc
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +30,7 @@ from benchmarks.model_arms.sizes import (
     seconds,
     zipf_lengths,
 )
+from benchmarks.model_arms.work import kernel_table
 from longer.arrays import RequestBatch
 from longer.model.inputs import to_tensors
 from longer.model.longer import Longer
@@ -41,6 +41,10 @@ PER_IMPRESSION, SHARED, LAUNCHED, STEP = "per impression", "shared padded", "lau
 NUM_CANDIDATES = 32
 _MOST_IMPRESSIONS = 128
 """Of a step of the arm that computes a history for each."""
+
+torch._dynamo.config.recompile_limit = (
+    64  # a process measures many models, and a piece beyond the limit is not compiled
+)
 
 
 def free_memory() -> None:
@@ -69,25 +73,14 @@ class Size:
         ]
         self.batches = [random_batch(rng, lengths, NUM_CANDIDATES) for lengths in self.lengths]
 
-    def row(self, arm: str, rate: float) -> dict[str, Any] | None:
-        """What an arm does on a device that multiplies matrices at `rate` FLOP/s; None where its memory is too small."""
-        free_memory()
-        try:
-            row = self._row(arm, rate)
-        except torch.OutOfMemoryError:
-            print(f"out of memory: {arm}, {self.num_users} users of up to {self.longest} events", file=sys.stderr)
-            return None
-        print(f"{row['width']} {row['L']} {row['lengths']} {arm}: {row['ms_per_step']:.2f} ms, "
-              f"{row['impressions_per_s']:,.0f}/s, MFU {row['mfu']:.3f}", file=sys.stderr, flush=True)  # fmt: skip
-        return row
-
     def stepper(self, **train: Any) -> Stepper:
         torch.manual_seed(0)
         model = Longer(self.settings, SCHEMA, TASKS).to(DEVICE)
         settings = TrainSettings(**{"tasks": TASKS, "precision": "bf16" if ON_CUDA else "float32", **train})
         return Stepper(model, settings, DEVICE, 1)
 
-    def _row(self, arm: str, rate: float) -> dict[str, Any]:
+    def row(self, arm: str, rate: float) -> dict[str, Any]:
+        """What an arm does on a device that multiplies matrices at `rate` FLOP/s."""
         if arm in (STEP, LAUNCHED):
             step, impressions = self.our_step(self.stepper(), is_staged=arm == STEP), self.num_impressions
         else:
@@ -120,6 +113,7 @@ class Size:
 
     def plain_step(self, is_shared: bool) -> tuple[Callable[[int], Any], int]:
         torch.manual_seed(0)
+        torch.set_float32_matmul_precision("high")  # what autocast leaves in float32, as our step has it
         model, train = Longer(self.settings, SCHEMA, TASKS).to(DEVICE), TrainSettings()
         optimizer = torch.optim.AdamW(model.parameters(), lr=train.learning_rate, fused=True)
         padded = [pad(model, batch) for batch in (self.batches if is_shared else self._few())]
@@ -162,33 +156,13 @@ PRECISIONS = {
 }
 
 
-def precision_arms(event_width: int, longest: int, all_of_them: bool) -> dict[str, Any]:
-    """A step's speed and memory: bf16 with recomputation, float32 without (the paper's comparison), and what lies between."""
-    size, rows = Size(event_width, longest, True), {}
-    print(
-        f"\nwidth {size.settings.width}, L = {longest}. Held: weights, moments, gradients, the captured pass and a step's own. "
-        "Of the pass: the most that its tensors took at once while it was captured, beyond weights and moments\n\n"
-        "| precision | ms/step | GB held | GB of the pass |\n|---|---|---|---|",
-        flush=True,
-    )
-    names = [*PRECISIONS] if all_of_them else [RECOMPUTED, "bf16", PLAIN]
-    for name in names if ON_CUDA else (RECOMPUTED, PLAIN):
-        rows[name] = row = _precision_row(size, PRECISIONS[name])
-        print(f"| {name} | {row['ms_per_step']:.2f} | {row['held_gb']:.3f} | {row['pass_gb']:.3f} |", flush=True)
-    ours, theirs = rows[RECOMPUTED], rows[PLAIN]
-    return {
-        "amp_recompute_speedup": theirs["ms_per_step"] / ours["ms_per_step"],
-        "amp_recompute_memory": ours["held_gb"] / theirs["held_gb"] - 1 if ON_CUDA else None,
-    }
-
-
-def _precision_row(size: Size, train: dict[str, Any]) -> dict[str, float]:
-    """A stepper of these settings, alone on the device; nothing is told of a CPU's memory."""
+def precision_row(event_width: int, longest: int, name: str) -> dict[str, float]:
+    """A step's speed and memory, in a process that holds nothing else; nothing is told of a CPU's memory."""
     free_memory()
+    size = Size(event_width, longest, True)
+    step = size.our_step(size.stepper(**PRECISIONS[name]), is_staged=True)
     if not ON_CUDA:
-        step_s = _seconds_of(size.our_step(size.stepper(**train), is_staged=True))
-        return {"ms_per_step": step_s * 1e3, "held_gb": math.nan, "pass_gb": math.nan}
-    step = size.our_step(size.stepper(**train), is_staged=True)
+        return {"ms_per_step": _seconds_of(step) * 1e3, "held_gb": math.nan, "pass_gb": math.nan}
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     step(0)  # captures
@@ -205,9 +179,29 @@ def _seconds_of(step: Callable[[int], Any]) -> float:
 
 
 def compile_only(event_width: int, longest: int, what: str) -> None:
-    """One step of an arm or of a precision, for what it leaves in the compiler's caches on disk."""
+    """One step of an arm or of a precision, for what it leaves in this process and in the compiler's caches on disk."""
     size = Size(event_width, longest, True)
     if what == SHARED:
         size.plain_step(is_shared=True)[0](0)
     else:
         size.our_step(size.stepper(**PRECISIONS.get(what, {})), is_staged=True)(0)
+    del size
+    free_memory()
+
+
+def measured_row(
+    event_width: int, longest: int, is_zipf: bool, num_users: int | None, arm: str, rate: float
+) -> dict[str, Any]:
+    """`Size.row`; the device's memory is free before and after."""
+    free_memory()
+    row = Size(event_width, longest, is_zipf, num_users).row(arm, rate)
+    free_memory()
+    return row
+
+
+def profiled_step(event_width: int, longest: int, num_users: int | None) -> str:
+    """Where the time of a model step goes, as Markdown."""
+    free_memory()
+    size = Size(event_width, longest, True, num_users)
+    step = size.our_step(size.stepper(), is_staged=True)
+    return kernel_table(lambda: step(0))

@@ -2,12 +2,16 @@
 
 A closed loop of clients in processes of their own asks for every user again and again, after one round that makes their states.
 Beside it the limits of what stands before the replicas: Serve alone (a deployment that answers with the same bytes, as many
-replicas) and the load generator alone. Prints Markdown; last, one JSON line.
+replicas) and the load generator alone. Prints Markdown and a JSON line, again with each row.
 """
 
 import argparse
 import json
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from ray import serve
@@ -22,7 +26,7 @@ from longer.runner import start_ray
 
 _ON_CUDA = (
     "--device cuda --gpus-per-replica 1 --history-events 2000 --merge-size 8 --event-width 64 --query-groups 100 --self-layers 3 "
-    "--users 512 --items 200000 --trace-per-user 2 --candidates 500 --seconds 4 --load-processes 8"
+    "--users 512 --items 200000 --trace-per-user 2 --candidates 500 --seconds 3 --load-processes 8"
 )
 _ON_CPU = "--history-events 256 --query-groups 16 --users 40 --trace-per-user 4 --candidates 20 --seconds 2 --load-processes 2"
 
@@ -43,34 +47,49 @@ class Row:
 
 @dataclass
 class Limits:
-    """Requests per second of what stands before the replicas."""
+    """Requests per second of what stands before the replicas, with as many clients as the most of them have."""
 
-    serve_rps: float
-    load_generator_rps: float
+    serve_rps: float | None = None
+    load_generator_rps: float | None = None
 
 
-def rows(bench: Bench, asked: argparse.Namespace) -> tuple[list[Row], Limits]:
-    """One for each number of replicas, and the limits with the most.
+def deployed(bench: Bench, num_replicas: int) -> None:
+    """So many replicas are ready, kernels compiled and batches' shapes captured."""
+    started = time.perf_counter()
+    bench.deploy(scoring=Service(num_replicas, {"state_precision": "bf16" if ON_CUDA else "float32"}))
+    ready = f"{num_replicas} replicas ready after {time.perf_counter() - started:.0f} s"
+    print(f"serving: {ready}", file=sys.stderr, flush=True)
+
+
+def measure(bench: Bench, asked: argparse.Namespace, tell: Callable[[list[Row], Limits], None]) -> None:
+    """One row for each number of replicas, and the limits with the most; told each time that there is another.
 
     The most come first: all are ready as soon as one is, and the others need not start any.
     """
-    found, url = [], bench.url("scoring")
-    for num in sorted(asked.replicas, reverse=True):
+    found, url = list[Row](), bench.url("scoring")
+    most, *fewer = sorted(asked.replicas, reverse=True)
+    deployed(bench, most)
+    answer = bench.answer("scoring")
+    for num in (most, *fewer):
+        if num < most:
+            deployed(bench, num)
         asked.clients = [num * clients for clients in asked.clients_each]
-        bench.deploy(scoring=Service(num, {"state_precision": "bf16" if ON_CUDA else "float32"}))
         warm_up = bench.load.once(url, bench.world.hits)
         if warm_up.failed:
             raise RuntimeError(f"warming up failed: {dict(warm_up.failed)}")
-        answer = bench.answer("scoring")
         arm = bench.measure(f"{num} replicas", url, bench.world.hits, with_open=False)
         best, failed = arm.best, sum(arm.best.failed.values())
         times = best.percentile_ms(50), best.percentile_ms(99)
         speed = best.rps, best.rps * asked.candidates
-        found.append(Row(num, arm.num_clients, *speed, *times, best.warm_share, failed))
+        found.insert(0, Row(num, arm.num_clients, *speed, *times, best.warm_share, failed))
+        tell(found, Limits())
     serve.delete("scoring")
-    floor = bench.floor(answer, max(asked.replicas), with_open=False)
+    asked.clients = [most * clients for clients in asked.clients_each]
+    limits = Limits(bench.floor(answer, most, with_open=False).rps)
+    tell(found, limits)
     echo = ServerArgs(free_port("127.0.0.1", 8433), answer=answer.decode())
-    return found[::-1], Limits(floor.rps, bench.alone("load generator", "echo", echo).rps)
+    limits.load_generator_rps = bench.alone("load generator", "echo", echo).rps
+    tell(found, limits)
 
 
 def main() -> None:
@@ -81,6 +100,9 @@ def main() -> None:
     parser.add_argument("--clients-each", type=int, nargs="+", default=[8, 32], help="clients a replica (default 8 32)")
     parser.add_argument("--data", default="runs/benchmark_multi_gpu", help="folder for tables, which stay")
     parser.add_argument("--prepare", action="store_true", help="build the tables only")
+    parser.add_argument(
+        "--compile", action="store_true", help="with --prepare: start a replica, for the kernels it leaves"
+    )
     ours, others = parser.parse_known_args()  # the others are those of `benchmarks.serving`
     sizes = (_ON_CUDA if ON_CUDA else _ON_CPU).split()
     cpus = ["--logical-cpus", str(2 * max(ours.replicas) + 6), "--data", ours.data]
@@ -89,23 +111,29 @@ def main() -> None:
     settings = settings_of(asked)
     start_ray(settings.ray)
     world = build_world(settings, asked)
-    if asked.prepare:
+    if asked.prepare and not asked.compile:
         return
+    print("serving: tables are built", file=sys.stderr, flush=True)
     bench = Bench(asked, world)
     try:
-        found, limits = rows(bench, asked)
+        if asked.prepare:
+            deployed(bench, 1)
+        else:
+            measure(bench, asked, partial(tell, asked))
     finally:
         serve.shutdown()
+
+
+def tell(asked: argparse.Namespace, found: list[Row], limits: Limits) -> None:
     print(page(asked, found, limits))
-    print(json.dumps({**summary(found), **asdict(limits), "rows": [asdict(row) for row in found]}))
+    of_all = {**summary(found, min(asked.replicas)), **asdict(limits), "rows": [asdict(row) for row in found]}
+    print(json.dumps(of_all), flush=True)
 
 
 def page(asked: argparse.Namespace, found: list[Row], limits: Limits) -> str:
     sizes = f"L = {asked.history_events:,}, width {asked.merge_size * asked.event_width}, {asked.candidates} candidates"
     lines = [
-        f"\n## One replica a device\n\n{sizes}, {asked.users} users, {asked.load_processes} load processes. Serve alone, with "
-        f"{max(asked.replicas)} replicas that do nothing: {limits.serve_rps:,.0f} requests/s; the load generator alone: "
-        f"{limits.load_generator_rps:,.0f}.\n",
+        f"\n## One replica a device\n\n{sizes}, {asked.users} users, {asked.load_processes} load processes.\n",
         "| replicas | requests/s | scores/s | clients | p50 / p99 ms | hit rate | failed |",
         "|---|---|---|---|---|---|---|",
         *(
@@ -114,14 +142,22 @@ def page(asked: argparse.Namespace, found: list[Row], limits: Limits) -> str:
             for row in found
         ),
     ]
+    if limits.serve_rps:
+        lines.append(
+            f"\nServe alone, with {max(asked.replicas)} replicas that do nothing: {limits.serve_rps:,.0f} requests/s."
+        )
+    if limits.load_generator_rps:
+        lines.append(f"The load generator alone: {limits.load_generator_rps:,.0f} requests/s.")
     return "\n".join(lines) + "\n"
 
 
-def summary(found: list[Row]) -> dict[str, dict[str, float]]:
-    """By number of replicas: throughput over that of the fewest, and the share of requests with a state."""
-    first = found[0]
+def summary(found: list[Row], fewest: int) -> dict[str, dict[str, float]]:
+    """By number of replicas: throughput over that of the fewest, once that is known, and the share of requests with a state."""
+    of_fewest = [row.requests_per_s for row in found if row.num_replicas == fewest]
     return {
-        "throughput": {str(row.num_replicas): round(row.requests_per_s / first.requests_per_s, 3) for row in found},
+        "throughput": {
+            str(row.num_replicas): round(row.requests_per_s / rate, 3) for row in found for rate in of_fewest
+        },
         "hit_rate": {str(row.num_replicas): round(row.hit_rate, 4) for row in found},
     }
 

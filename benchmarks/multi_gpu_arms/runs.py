@@ -32,9 +32,12 @@ from longer.training import loop, run
 from longer.training.content import tally
 from longer.training.loop import Run, Work, train_worker
 
-EVERY = 16 if ON_CUDA else 6
+EVERY = 8 if ON_CUDA else 6
 """Steps between checkpoints."""
 DIES_AT_STEP = EVERY + EVERY // 4
+_ITEM_ROWS = 200_000 if ON_CUDA else 20_000
+"""As many as there are items: a checkpoint, which holds them all, is not what takes time here."""
+
 _COMMITTED_WITHIN_S = 5
 """Longer than Ray's controller takes to take note of a checkpoint."""
 
@@ -54,13 +57,18 @@ def worker_that_dies(config: dict[str, Any]) -> None:
     train_worker(config)
 
 
-def disturbed(settings: Settings, num_workers: int) -> Version:
-    """The checkpoint of a run of which a worker is killed, resumed with half as many."""
+def undisturbed(settings: Settings) -> Version:
+    """The checkpoint of a run from its first step to its last."""
     for folder in ("training", "checkpoints"):
         shutil.rmtree(settings.path(folder), ignore_errors=True)
+    return run.train(settings)
+
+
+def disturbed(settings: Settings, num_workers: int) -> Version:
+    """The checkpoint of a run of which a worker is killed, resumed with half as many."""
     run.train_worker = worker_that_dies
     try:
-        run.train(settings)
+        undisturbed(settings)
         raise RuntimeError("the run was not killed: it has too few steps")
     except TrainingFailedError:
         pass
@@ -68,6 +76,12 @@ def disturbed(settings: Settings, num_workers: int) -> Version:
         run.train_worker = train_worker
     train = settings.train.model_copy(update={"num_workers": max(1, num_workers // 2)})
     return run.train(settings.model_copy(update={"train": train}))
+
+
+def validation_loss(version: Version) -> float:
+    """Of the weights that it publishes, which are those of its epoch's end."""
+    (task,) = version.manifest["validation"].values()
+    return float(task["logloss"])
 
 
 def is_exact(settings: Settings, version: Version) -> bool:
@@ -92,13 +106,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=num_devices, help="W (default: one a device)")
     parser.add_argument("--width", type=int, default=512 if ON_CUDA else 32, help="D (default 512; 32 on a CPU)")
     parser.add_argument("--length", type=int, default=2_000 if ON_CUDA else 256, help="L (default 2,000; 256 on a CPU)")
-    parser.add_argument("--users-each", type=int, default=400 if ON_CUDA else 15, help="users a worker")
-    parser.add_argument("--events-each", type=int, default=160_000 if ON_CUDA else 3_000, help="events a worker")
+    parser.add_argument("--users-each", type=int, default=200 if ON_CUDA else 15, help="users a worker")
+    parser.add_argument("--events-each", type=int, default=80_000 if ON_CUDA else 3_000, help="events a worker")
     parser.add_argument(
         "--tokens", type=int, default=200_000 if ON_CUDA else 5_000, help="of a worker's part of a step"
     )
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--sharding", default="replicated", help="train.table_sharding (default replicated)")
+    parser.add_argument("--compiled", action="store_true", help="compile as `jobs.train` does, and tell the speed")
     parser.add_argument("--data", default="runs/benchmark_multi_gpu", help="folder for tables, which stay")
     parser.add_argument("--prepare", action="store_true", help="build the tables only")
     asked = parser.parse_args()
@@ -106,42 +121,84 @@ def main() -> None:
         asked.workers * asked.users_each,
         asked.workers * asked.events_each,
     )  # as many steps for any W
-    train = {"epochs": asked.epochs, "validate_every_steps": EVERY, "max_failures": 0, "table_sharding": asked.sharding}
-    most = asked.tokens + asked.length + 2_000  # so that half the workers take a step in two batches each
-    train |= {
-        "num_workers": asked.workers,
-        "tokens_per_step": asked.workers * asked.tokens,
-        "max_tokens_per_batch": most,
-    }
-    settings = settings_of(asked, **train)
-    settings = settings.model_copy(update={"ray": settings.ray.model_copy(update={"num_cpus": 4 * asked.workers + 4})})
+    if not asked.compiled:
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # the workers inherit it
+    settings = settings_of(asked, **_train(asked))
+    of_model = settings.model.model_copy(update={"item_rows": _ITEM_ROWS})
+    of_ray = settings.ray.model_copy(update={"num_cpus": 4 * asked.workers + 4})
+    settings = settings.model_copy(update={"model": of_model, "ray": of_ray})
     start_ray(settings.ray)
     for job in (generate_events, build_sequences, build_requests):
         job.run(settings)
     if asked.prepare:
         return
-    started = time.perf_counter()
-    version = disturbed(settings, asked.workers)
-    spent_s, found, exact = time.perf_counter() - started, parts(version), is_exact(settings, version)
-    num_workers = [asked.workers, max(1, asked.workers // 2)]
-    figures = {num: rates(records[len(records) // 3 :]) for num, records in zip(num_workers, found, strict=True)}
-    resumed_at, num_steps = found[0][-1]["step"], found[-1][-1]["step"]
-    (trained,) = version.manifest["trained"]
+    resumed = disturbed(settings, asked.workers)
+    found = _found(asked, resumed, is_exact(settings, resumed))
+    _print(asked, found)
+    whole = undisturbed(settings)
+    losses = {"undisturbed": validation_loss(whole), "resumed": validation_loss(resumed)}
+    found |= {
+        "resume_exact": found["resume_exact"] and is_exact(settings, whole),
+        "losses": losses,
+        "loss_difference": losses["resumed"] / losses["undisturbed"] - 1,
+    }
+    _print(asked, found)
+    ray.shutdown()
+
+
+def _train(asked: argparse.Namespace) -> dict[str, Any]:
+    """Settings of the run with all workers."""
+    return {
+        "epochs": asked.epochs,
+        "validate_every_steps": EVERY,
+        "max_validation_requests": 200,
+        "max_failures": 0,
+        "table_sharding": asked.sharding,
+        "num_workers": asked.workers,
+        "tokens_per_step": asked.workers * asked.tokens,
+        "max_tokens_per_batch": asked.tokens + asked.length + 2_000,  # half the workers take a step in two batches each
+    }
+
+
+def _found(asked: argparse.Namespace, resumed: Version, exact: bool) -> dict[str, Any]:
+    """Of the run that was killed and resumed."""
+    of_parts, num_workers = parts(resumed), [asked.workers, max(1, asked.workers // 2)]
+    (trained,) = resumed.manifest["trained"]
+    found = {
+        "resume_exact": exact,
+        "workers": num_workers,
+        "killed_at": DIES_AT_STEP,
+        "resumed_at": of_parts[0][-1]["step"],
+        "steps": of_parts[-1][-1]["step"],
+        "num_requests": sum(epoch["num_requests"] for epoch in trained["epochs"]),
+    }
+    if asked.compiled:
+        speed = [rates(records[len(records) // 3 :]) for records in of_parts]
+        found["impressions_per_s"] = {str(n): round(rate) for n, (rate, _) in zip(num_workers, speed, strict=True)}
+        found["data_wait_share"] = {str(n): round(waits, 4) for n, (_, waits) in zip(num_workers, speed, strict=True)}
+    return found
+
+
+def _print(asked: argparse.Namespace, found: dict[str, Any]) -> None:
+    first, half = found["workers"]
     print(f"\n## Through Ray Train, {asked.sharding} tables\n")
     sizes = f"{asked.users:,} users, {asked.events:,} events, at most {asked.tokens:,} tokens a worker and step"
-    print(f"Width {asked.width}, L = {asked.length:,}, {sizes}.\n")
-    print("| workers | impressions/s | waiting for data |\n|---|---|---|")
-    for num, (rate, waits) in figures.items():
-        print(f"| {num} | {rate:,.0f} | {waits:.1%} |")
-    print(f"\nKilled at step {DIES_AT_STEP} of {num_steps} with {num_workers[0]} workers, resumed at step {resumed_at} with "
-          f"{num_workers[1]}: {sum(epoch['num_requests'] for epoch in trained['epochs']):,} requests trained, "
-          f"{'each once an epoch' if exact else 'NOT each once an epoch'}. {spent_s:.0f} s in all.\n")  # fmt: skip
-    print(json.dumps({
-        "resume_exact": exact, "resumed_at": resumed_at, "killed_at": DIES_AT_STEP, "steps": num_steps,
-        "impressions_per_s": {str(num): round(rate) for num, (rate, _) in figures.items()},
-        "data_wait_share": {str(num): round(waits, 4) for num, (_, waits) in figures.items()},
-    }))  # fmt: skip
-    ray.shutdown()
+    print(f"Width {asked.width}, L = {asked.length:,}, {sizes}{'' if asked.compiled else '; nothing compiled'}.\n")
+    print(
+        f"Killed at step {found['killed_at']} of {found['steps']} with {first} workers, resumed at step {found['resumed_at']} "
+        f"with {half}: {found['num_requests']:,} requests trained, {'each once' if found['resume_exact'] else 'NOT each once'} "
+        "an epoch."
+    )
+    if "losses" in found:
+        print(
+            f"Validation log loss of the published weights: {found['losses']['resumed']:.5f}, of a run with {first} workers that "
+            f"nobody disturbed {found['losses']['undisturbed']:.5f}, {found['loss_difference']:+.1e} of it apart."
+        )
+    for num, rate in found.get("impressions_per_s", {}).items():
+        print(
+            f"{num} workers: {rate:,} impressions/s, {found['data_wait_share'][num]:.1%} of the time waiting for data."
+        )
+    print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """What `benchmarks.multi_gpu` derives from its measurements, and the divisions of work that it compares."""
 
+import sys
+
 import numpy as np
 import pytest
 
 from benchmarks.model_arms.sizes import zipf_lengths
+from benchmarks.multi_gpu import reports
 from benchmarks.multi_gpu_arms.runs import parts
 from benchmarks.multi_gpu_arms.steps import (
     BALANCED,
@@ -96,3 +99,22 @@ def test_a_resumed_run_is_taken_apart_where_it_was_resumed_even_if_the_clock_sho
     first, second = parts(Version("id", "path", {"history": history}))
     assert [r["step"] for r in first] == [1, 20]
     assert [r["step"] for r in second] == [21, 40]
+
+
+_TELLS_TWICE = """
+import time
+print("one row\\n{\\"rows\\": 1}", flush=True)
+print("two rows\\n{\\"rows\\": 2}\\nhalf a page", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "says"),
+    [("time.sleep(60)", "serving: cut off after 1 s."), ("exit(3)", "serving: failed with exit code 3")],
+)
+def test_a_part_that_does_not_end_well_gives_what_it_has_told(ends: str, says: str) -> None:
+    *told, (page, found) = reports("serving", [sys.executable, "-c", _TELLS_TWICE + ends], most_s=1.0)
+    assert told == [("one row\n", {"rows": 1}), ("two rows\n", {"rows": 2})]
+    assert found == {"rows": 2}
+    assert page.startswith("two rows\n")
+    assert says in page

@@ -41,15 +41,18 @@ class Rotation(nn.Module):
 
     def turn(self, position_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine of each position's angles, in float32 at least: the same for all layers that turn alike."""
-        frequencies = _frequencies(self.head_width // 2, self.num_turned, self.base, position_T.device)
+        made = _frequencies if torch.compiler.is_compiling() else _kept_frequencies  # a compiled function keeps its own
+        frequencies = made(self.head_width // 2, self.num_turned, self.base, position_T.device)
         return _turn(position_T, frequencies, torch.promote_types(dtype, torch.float32))
 
 
-@cache
 def _frequencies(num_pairs: int, num_turned: int, base: float, device: torch.device) -> Tensor:
     """Not a buffer of the module, which would lose its float64 when the model is cast."""
     frequencies = [base ** (-i / num_turned) for i in range(num_turned)] + [0.0] * (num_pairs - num_turned)
     return torch.tensor(frequencies, dtype=torch.float64, device=device)
+
+
+_kept_frequencies = cache(_frequencies)
 
 
 @fused_on_cuda
