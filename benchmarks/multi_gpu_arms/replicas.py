@@ -58,9 +58,7 @@ def rows(bench: Bench, asked: argparse.Namespace) -> tuple[list[Row], Limits]:
     for num in sorted(asked.replicas, reverse=True):
         asked.clients = [num * clients for clients in asked.clients_each]
         bench.deploy(scoring=Service(num, {"state_precision": "bf16" if ON_CUDA else "float32"}))
-        warm_up = bench.load.once(url, bench.world.hits)
-        if warm_up.failed:
-            raise RuntimeError(f"warming up failed: {dict(warm_up.failed)}")
+        bench.warm_up("scoring")
         answer = bench.answer("scoring")
         arm = bench.measure(f"{num} replicas", url, bench.world.hits, with_open=False)
         best, failed = arm.best, sum(arm.best.failed.values())
