@@ -2,13 +2,13 @@
 
 One run on one machine, on a generated log, with a model of random weights, over HTTP with the header for affinity:
 
-    load generator      against an answer that is always the same, from a server that does nothing else: its own limit
     floor               a Serve deployment that reads the same bodies and answers with the same bytes
     100% hit            this service, every user's state there
-    real trace          the same, the log's last days in their order through a cache that holds half of the users' states
-    0% hit              the same without a cache: each request reads and encodes its user's history
     without sequence    100% hit by the same ranker whose history is one group in one layer
     plain server        FastAPI and torch in one process, histories in memory, no cache, no batches
+    0% hit              this service without a cache: each request reads and encodes its user's history
+    real trace          the log's last requests in their order, through a cache that holds half of the users' states
+    load generator      against an answer that is always the same, from a server that does nothing else: its own limit
 
 Clients in a closed loop, more and more of them: one client's times, and the most requests a second with p99 at most 50 ms. Then
 constant arrival at 70% of that, each request's time counted from when it was due. Arms that are compared run at the same time and
@@ -16,125 +16,105 @@ are loaded in turn, window by window, so that they meet the same machine; a rati
 (null) where one side is never within 50 ms. With 1 and 2 replicas; last, a third joins two warm ones, and the share of users is
 counted whose state is still where they are sent.
 
-Prints Markdown; last, one JSON line. On a GPU, about six minutes: --device cuda --history-events 10000 --candidates 500.
+Prints Markdown; last, one JSON line. `--out FILE` has the same from the first round on, of what is measured by then: a run that is
+cut off keeps it. On a GPU, about five minutes: --device cuda --history-events 10000 --candidates 500.
 """
 
 import argparse
-import json
 import os
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
-import numpy as np
-import ray
 import torch
 from ray import serve
 
-from benchmarks.point_reads import commit
-from benchmarks.quickstart import cpu_model
-from benchmarks.serving_arms.arms import Arm, extra_ms, throughput_ratio, told_ratio
-from benchmarks.serving_arms.bench import Bench, Service
+from benchmarks.serving_arms.arms import Arm
+from benchmarks.serving_arms.bench import Bench, Service, starting
+from benchmarks.serving_arms.page import Measured, page
 from benchmarks.serving_arms.servers import ServerArgs
-from benchmarks.serving_arms.world import World, build_world, settings_of
+from benchmarks.serving_arms.world import build_world, settings_of
 from jobs.serve import free_port
+from longer.progress import say
 from longer.runner import start_ray
+from longer.storage import write_bytes
 
 
-def run(asked: argparse.Namespace, bench: Bench) -> tuple[dict[str, Arm], float]:
-    """All arms by a short name, and the share of users found warm after a third replica came.
+def run(bench: Bench, kept: "Kept") -> None:
+    """All arms, those that tell most first.
 
-    Services start together where they can: starting one takes longer than measuring it.
+    Services start together where they can, as starting one takes longer than measuring it; never while another is measured.
+    The first ones compile their kernels; those that come later find them on the disk.
     """
-    world, arms = bench.world, dict[str, Arm]()
-    without = {"checkpoint": world.checkpoint_without_sequence}
-    bench.deploy(hit=Service(1), miss=Service(1, {"cache_bytes": 0}), without=Service(1, without))
-    for name in ("hit", "without"):
-        warm = bench.load.once(bench.url(name), world.hits)
-        if warm.failed:
-            raise RuntimeError(f"warming up failed: {dict(warm.failed)}")
-    answer, half = bench.answer("hit"), int(len(world.hits) * bench.state_bytes("hit") / 2)
+    asked, world, hits = bench.asked, bench.world, bench.world.hits
     tables = {name: world.settings.path("tables", name) for name in ("sequences", "items")}
     plain = ServerArgs(
         free_port("127.0.0.1", 8432), world.checkpoint, **tables, device=asked.device, torch_threads=asked.torch_threads
     )
-    with bench.floor_running(answer, 1) as floor_url, bench.server_running("plain", plain) as plain_url:
-        urls = {
-            "100% hit, 1 replica": bench.url("hit"),
-            "floor, 1 replica": floor_url,
-            "without sequence, 1 replica": bench.url("without"),
-            "plain server, 1 process": plain_url,
-        }
-        together = bench.measure_together(urls, world.hits, asked.rounds)
-        arms |= zip(("hit", "floor", "without", "plain"), together, strict=True)
-    arms["miss"] = bench.measure("0% hit, 1 replica", bench.url("miss"), world.hits)
-    bench.deploy(hit=Service(2), trace=Service(1, {"cache_bytes": half}))
-    bench.load.once(bench.url("hit"), world.hits)
-    with bench.floor_running(answer, 2) as floor_url:
-        urls = {"100% hit, 2 replicas": bench.url("hit"), "floor, 2 replicas": floor_url}
-        arms |= zip(("hit2", "floor2"), bench.measure_together(urls, world.hits, 1), strict=True)
-    arms["trace"] = bench.measure_trace("real trace, 1 replica", bench.url("trace"), world.trace)
-    bench.load.once(bench.url("hit"), world.hits)
-    bench.deploy(hit=Service(3))
-    time.sleep(1)  # until the proxy has been told
-    warm_share = bench.load.once(bench.url("hit"), world.hits).warm_share
-    bench.deploy()
-    echo = ServerArgs(free_port("127.0.0.1", 8433), answer=answer.decode())
-    arms["limit"] = bench.alone("load generator", "echo", echo)
-    return arms, warm_share
+    with starting("plain", plain) as server:
+        with kept.timed("start of what is compared"):
+            bench.deploy(hit=Service(1), without=Service(1, {"checkpoint": world.checkpoint_without_sequence}))
+            bench.warm_up("hit", "without")
+            answer, half = bench.answer("hit"), int(len(hits) * bench.state_bytes("hit") / 2)
+            plain_url = bench.url_of(server)
+        with bench.floor_running(answer, 1) as floor_url, kept.timed("what is compared"):
+            urls = {
+                "floor, 1 replica": floor_url,
+                "100% hit, 1 replica": bench.url("hit"),
+                "without sequence, 1 replica": bench.url("without"),
+                "plain server, 1 process": plain_url,
+            }
+            for arms in bench.measured_together(urls, hits, asked.rounds):
+                kept.note(**dict(zip(("floor", "hit", "without", "plain"), arms, strict=True)))
+    with kept.timed("start of the others"):
+        bench.deploy(hit=Service(2), miss=Service(1, {"cache_bytes": 0}), trace=Service(1, {"cache_bytes": half}))
+    with kept.timed("0% hit"):
+        kept.note(miss=bench.measure("0% hit, 1 replica", bench.url("miss"), hits))
+    with kept.timed("real trace"):
+        kept.note(trace=bench.measure_trace("real trace, 1 replica", bench.url("trace"), world.trace))
+    with kept.timed("2 replicas"):
+        bench.warm_up("hit")
+        with bench.floor_running(answer, 2) as floor_url:
+            urls = {"floor, 2 replicas": floor_url, "100% hit, 2 replicas": bench.url("hit")}
+            for arms in bench.measured_together(urls, hits, 1):
+                kept.note(**dict(zip(("floor2", "hit2"), arms, strict=True)))
+    with kept.timed("a third replica"):
+        bench.warm_up("hit")
+        bench.deploy(hit=Service(3))
+        time.sleep(1)  # until the proxy has been told
+        kept.measured.warm_share = bench.load.once(bench.url("hit"), hits).warm_share
+    with kept.timed("load generator"):
+        bench.deploy()
+        echo = ServerArgs(free_port("127.0.0.1", 8433), answer=answer.decode())
+        kept.note(limit=bench.alone("load generator", "echo", echo))
 
 
-def page(asked: argparse.Namespace, world: World, arms: dict[str, Arm], warm_share: float) -> str:
-    """The results page without its last line."""
-    on = torch.cuda.get_device_name() if asked.device == "cuda" else "no GPU"
-    versions = f"ray {ray.__version__}, torch {torch.__version__}"
-    sizes = (
-        f"L = {asked.history_events}, K = {asked.merge_size}, {asked.candidates} candidates, {len(world.hits)} users"
-    )
-    body = len(world.hits[0][1])
-    floor = arms["floor"].samples
-    num_clients = max(floor)
-    body_ms = [float(np.median(floor[num].body_ms)) for num in (min(floor), num_clients)]
-    lines = [
-        "# Online scoring, part by part",
-        "",
-        f"`python -m benchmarks.serving {' '.join(sys.argv[1:])}`, one run.",
-        "",
-        f"- hardware: {len(os.sched_getaffinity(0))} cores of {cpu_model()}, {on}; load generator on the same machine",
-        f"- commit {commit()}; {versions}; {sizes}; bodies of {body / 1000:.1f} kB; {asked.seconds} s a window",
-        f"- up to {max(asked.clients)} clients from {asked.load_processes} process(es)",
-        "",
-        "| | one client, p50 / p99 ms | requests/s, p99 ≤ 50 ms | clients | 70% of it, constant arrival, p50 / p99 ms | states | "
-        "failed |",
-        "|---|---|---|---|---|---|---|",
-        *(arm.row() for arm in arms.values()),
-        "",
-        told_ratio("requests/s, 100% hit over the floor", arms["hit"], arms["floor"]),
-        told_ratio("requests/s, 100% hit over without sequence", arms["hit"], arms["without"]),
-        told_ratio("requests/s, 100% hit over the plain server", arms["hit"], arms["plain"]),
-        f"- one client's p50, 100% hit above the floor: {extra_ms(arms['hit'], arms['floor']):.2f} ms",
-        f"- the floor's wait for the body, which Serve's proxy sends after the head: p50 {body_ms[0]:.2f} ms with one client, "
-        f"{body_ms[1]:.2f} ms with {num_clients}",
-        f"- a third replica joins two: {warm_share:.0%} of the users are still where their state is",
-        "",
-    ]
-    return "\n".join(lines)
+@dataclass
+class Kept:
+    """What is measured so far, told as it comes; its page is in `file` whatever happens afterwards."""
 
+    file: str | None
+    measured: Measured
 
-def summary(arms: dict[str, Arm], warm_share: float) -> dict[str, float | None]:
-    hit, floor = arms["hit"], arms["floor"]
-    assert hit.at_load
-    kept = throughput_ratio(hit, arms["without"])
-    return {
-        "p50_ms": hit.one_client.percentile_ms(50),
-        "p99_ms": hit.at_load.percentile_ms(99),
-        "floor_p50_ms": floor.one_client.percentile_ms(50),
-        "overhead_ms": extra_ms(hit, floor),
-        "vs_floor_rps": throughput_ratio(hit, floor),
-        "vs_plain_server_rps": throughput_ratio(hit, arms["plain"]),
-        "loss_vs_no_sequence": None if kept is None else 1 - kept,
-        "warm_share_after_scale_up": warm_share,
-    }
+    def note(self, **arms: Arm) -> None:
+        """By short name; in the place of what an earlier round gave."""
+        self.measured.arms |= arms
+        self._keep()
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.measured.stages[stage] = seconds = time.perf_counter() - started
+        say("serving", f"{stage}: {seconds:.1f} s")
+        self._keep()
+
+    def _keep(self) -> None:
+        if self.file:
+            write_bytes(os.path.abspath(self.file), page(self.measured).encode())
 
 
 def options(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -142,7 +122,7 @@ def options(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few users and short measurements")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the model runs (default cpu)")
-    parser.add_argument("--gpus-per-replica", type=float, default=0.3, help="share of the GPU; three fit (default 0.3)")
+    parser.add_argument("--gpus-per-replica", type=float, default=0.2, help="share of the GPU; five fit (default 0.2)")
     parser.add_argument("--history-events", type=int, default=2_000, help="L (default 2,000)")
     parser.add_argument("--candidates", type=int, default=100, help="candidates of a request (default 100)")
     parser.add_argument("--merge-size", type=int, default=4, help="K (default 4)")
@@ -163,17 +143,18 @@ def options(given: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, help="of the arms that are compared (default 3; 2 with --quick)")
     parser.add_argument("--load-processes", type=int, help="processes that send (default 1; 2 on a GPU)")
-    parser.add_argument("--seconds", type=float, help="of one window (default 3; 1.5 on a GPU; 1 with --quick)")
+    parser.add_argument("--seconds", type=float, help="of one window (default 3; 1 on a GPU or with --quick)")
     parser.add_argument("--cache-bytes", type=int, default=4 << 30, help="of a replica at 100%% hit (default 4 GiB)")
     parser.add_argument("--max-batch-requests", type=int, default=16, help="requests scored together (default 16)")
     parser.add_argument("--torch-threads", type=int, default=1, help="threads of one operation (default 1)")
     parser.add_argument("--logical-cpus", type=int, default=8, help="CPUs that Ray counts with (default 8)")
     parser.add_argument("--data", default="runs/benchmark_serving", help="folder for tables, which stay")
+    parser.add_argument("--out", help="file that has the page of what is measured so far")
     parser.add_argument("--seed", type=int, default=1)
     asked = parser.parse_args(given)
     on_gpu = asked.device == "cuda"
     asked.users = asked.users or (60 if asked.quick else 200 if on_gpu else 400)
-    asked.seconds = asked.seconds or (1.0 if asked.quick else 1.5 if on_gpu else 3.0)
+    asked.seconds = asked.seconds or (1.0 if asked.quick or on_gpu else 3.0)
     asked.rounds = asked.rounds or (2 if asked.quick else 3)
     asked.load_processes = asked.load_processes or (2 if on_gpu else 1)
     return asked
@@ -182,16 +163,20 @@ def options(given: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     asked = options()
     torch.set_num_threads(1)
-    settings = settings_of(asked)
-    start_ray(settings.ray)
-    world = build_world(settings, asked)
-    bench = Bench(asked, world)
-    try:
-        arms, warm_share = run(asked, bench)
-    finally:
-        serve.shutdown()
-    print(page(asked, world, arms, warm_share))
-    print(json.dumps(summary(arms, warm_share)))
+    settings, kept = settings_of(asked), Kept(asked.out, Measured(asked))
+    with kept.timed("start of Ray"):
+        start_ray(settings.ray)
+    signal.signal(signal.SIGTERM, _end)  # Ray's own would print stacks, and leave the plain server running
+    with kept.timed("tables"):
+        world = build_world(settings, asked)
+    run(Bench(asked, world), kept)
+    print(page(kept.measured), end="")
+    serve.shutdown()
+
+
+def _end(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends it twice
+    sys.exit(128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":

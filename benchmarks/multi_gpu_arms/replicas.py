@@ -74,9 +74,7 @@ def measure(bench: Bench, asked: argparse.Namespace, tell: Callable[[list[Row], 
         if num < most:
             deployed(bench, num)
         asked.clients = [num * clients for clients in asked.clients_each]
-        warm_up = bench.load.once(url, bench.world.hits)
-        if warm_up.failed:
-            raise RuntimeError(f"warming up failed: {dict(warm_up.failed)}")
+        bench.warm_up("scoring")
         arm = bench.measure(f"{num} replicas", url, bench.world.hits, with_open=False)
         best, failed = arm.best, sum(arm.best.failed.values())
         times = best.percentile_ms(50), best.percentile_ms(99)

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import count
 from typing import Any
 
 import requests
@@ -47,32 +46,31 @@ class Bench:
 
     def measure(self, name: str, url: str, bodies: Sequence[Body], with_open: bool = True) -> Arm:
         """An arm whose bodies may be sent again and again; without the open loop if not `with_open`."""
-        [arm] = self.measure_together({name: url}, bodies, 1, with_open)
+        *_, [arm] = self.measured_together({name: url}, bodies, 1, with_open)
         return arm
 
-    def measure_together(
+    def measured_together(
         self, urls: Mapping[str, str], bodies: Sequence[Body], num_rounds: int, with_open: bool = True
-    ) -> list[Arm]:
-        """Arms by name, window by window in turn, so that all of them meet the same load of the machine."""
+    ) -> Iterator[list[Arm]]:
+        """Arms by name, as they are after each round and last with their open loops; window by window in turn, so that all of
+        them meet the same load of the machine."""
         seconds, levels = self.asked.seconds, self.asked.clients
-        rounds: dict[str, list[dict[int, Sample]]] = {name: [] for name in urls}
         for url in urls.values():
             self.load.closed(url, bodies, max(levels), seconds / 2)
+        arms = [Arm(name, []) for name in urls]
         for _ in range(num_rounds):
-            for samples in rounds.values():
-                samples.append({})
+            samples: dict[str, dict[int, Sample]] = {name: {} for name in urls}
             for num_clients in levels:
                 for name, url in urls.items():
-                    rounds[name][-1][num_clients] = sample = self.load.closed(url, bodies, num_clients, seconds)
+                    samples[name][num_clients] = sample = self.load.closed(url, bodies, num_clients, seconds)
                     if not sample.latencies_ms:
                         raise RuntimeError(f"{name}: no request was answered: {dict(sample.failed)}")
-        arms = []
-        for name, url in urls.items():
-            arm = Arm(name, rounds[name])
-            if with_open:
-                arm = replace(arm, at_load=self.load.open(url, bodies, LOAD_SHARE * arm.rps, 2 * seconds))
-            arms.append(self._said(arm))
-        return arms
+            arms = [replace(arm, rounds=[*arm.rounds, samples[arm.name]]) for arm in arms]
+            yield arms
+        if with_open:
+            loads = [self.load.open(urls[arm.name], bodies, LOAD_SHARE * arm.rps, 2 * seconds) for arm in arms]
+            arms = [replace(arm, at_load=load) for arm, load in zip(arms, loads, strict=True)]
+        yield [self._said(arm) for arm in arms]
 
     def measure_trace(self, name: str, url: str, bodies: Sequence[Body]) -> Arm:
         """An arm whose bodies are sent once, in their order: a part of them for each number of clients."""
@@ -140,6 +138,12 @@ class Bench:
             return 0
         return len(status.json()["replicas"]) if status.status_code == 200 else 0
 
+    def warm_up(self, *apps: str) -> None:
+        """Each user's state is there afterwards."""
+        for app in apps:
+            if failed := self.load.once(self.url(app), self.world.hits).failed:
+                raise RuntimeError(f"{app}: warming up failed: {dict(failed)}")
+
     def state_bytes(self, app: str) -> float:
         """Mean bytes of a user's state."""
         cache = requests.get(f"{self.url(app)}/v1/status", timeout=30).json()["cache"]
@@ -166,32 +170,39 @@ class Bench:
 
     def alone(self, name: str, kind: str, args: ServerArgs) -> Arm:
         """A server of one process, alone."""
-        with self.server_running(kind, args) as url:
-            return self.measure(name, url, self.world.hits, with_open=kind != "echo")
+        with starting(kind, args) as server:
+            return self.measure(name, self.url_of(server), self.world.hits, with_open=kind != "echo")
 
-    @contextmanager
-    def server_running(self, kind: str, args: ServerArgs) -> Iterator[str]:
-        """The URL of a server of one process, while the block runs."""
-        with _process(args.command(kind), args.port) as url:
-            for _, body in self.world.hits[:4]:  # on a GPU the first ones wait for kernels to be compiled
-                headers = {"content-type": "application/json"}
-                requests.post(f"{url}/v1/score", data=body, headers=headers, timeout=_WITHIN_S).raise_for_status()
-            yield url
+    def url_of(self, server: "Server") -> str:
+        """Once it has answered; on a GPU its first answers wait for kernels to be compiled."""
+        deadline, left = time.monotonic() + _WITHIN_S, self.world.hits[:4]
+        while left:
+            headers = {"content-type": "application/json"}
+            try:
+                answer = requests.post(f"{server.url}/v1/score", data=left[-1][1], headers=headers, timeout=_WITHIN_S)
+                answer.raise_for_status()
+                left.pop()
+            except requests.ConnectionError:
+                if server.process.poll() is not None or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+        return server.url
+
+
+@dataclass(frozen=True)
+class Server:
+    """One process, and where it answers once it is up."""
+
+    url: str
+    process: subprocess.Popen[bytes]
 
 
 @contextmanager
-def _process(command: list[str], port: int) -> Iterator[str]:
-    process = subprocess.Popen(command)
+def starting(kind: str, args: ServerArgs) -> Iterator[Server]:
+    """A server that runs while the block does."""
+    process = subprocess.Popen(args.command(kind))
     try:
-        for tries in count():
-            try:
-                requests.post(f"http://127.0.0.1:{port}/v1/score", data=b"{}", timeout=30)
-                break
-            except requests.ConnectionError:
-                if process.poll() is not None or tries > 600:
-                    raise
-                time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
+        yield Server(f"http://127.0.0.1:{args.port}", process)
     finally:
         process.terminate()
         process.wait()

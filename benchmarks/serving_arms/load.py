@@ -71,6 +71,8 @@ class Load:
     def __init__(self, num_processes: int) -> None:
         self._num = num_processes
         self._pool = ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn"))
+        for _ in range(num_processes):  # which start now, while servers do, and not in the first window
+            self._pool.submit(int)
 
     def once(self, url: str, bodies: Sequence[Body], num_clients: int = 8) -> Sample:
         """Each body once."""

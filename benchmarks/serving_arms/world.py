@@ -7,23 +7,21 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from benchmarks.batch_arms.newest import build_newest_requests
 from benchmarks.serving_arms.load import Body
 from jobs import build_sequences, generate_events
 from longer.config import Settings, load_settings
-from longer.data.tables import RequestTable
+from longer.data.tables import SequenceTable
 from longer.model.longer import Longer
 from longer.model_settings import ModelSettings
 from longer.storage import Table, fingerprint
 from longer.training.checkpoints import save_model
 
 NUM_DAYS = 60
-TEST_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class World:
-    """Where all is, and what to ask: `hits` once for each user at one time, `trace` the test split in the order of time."""
+    """Where all is, and what to ask: `hits` once for each user at one time, `trace` as of the log's last events, in their order."""
 
     settings: Settings
     checkpoint: str
@@ -35,7 +33,6 @@ class World:
 def build_world(settings: Settings, asked: argparse.Namespace) -> World:
     generate_events.run(settings)
     build_sequences.run(settings)
-    build_newest_requests(settings)  # with the training split, which nobody asks for, it takes minutes
     model = settings.model
     # The same embeddings, globals, candidate layer and head; of the history one group in one layer: nothing grows with L.
     without = {"history_events": model.merge_size, "query_groups": 1, "stride_groups": 1, "num_self_layers": 0}
@@ -48,7 +45,9 @@ def build_world(settings: Settings, asked: argparse.Namespace) -> World:
 
 
 def settings_of(asked: argparse.Namespace) -> Settings:
-    events_per_user = asked.history_events + round(asked.trace_per_user / TEST_SHARE)
+    events_per_user = (
+        asked.history_events + 10 * asked.trace_per_user
+    )  # the mean user's window is full before the trace
     sizes = {name: getattr(asked, name) for name in ("history_events", "merge_size", "query_groups", "event_width")}
     model = {**sizes, "stride_groups": asked.query_groups // 2, "num_self_layers": asked.self_layers}
     return load_settings(
@@ -64,7 +63,6 @@ def settings_of(asked: argparse.Namespace) -> Settings:
                 "user_zipf_exponent": 0.8,
             },
             "sequences": {"keep_events": 2 * events_per_user, "num_buckets": 8},
-            "requests": {"negatives_per_positive": 1, "test_days_share": TEST_SHARE, "max_cut_share": 1.0},
             "model": model,
             "ray": {"num_cpus": asked.logical_cpus},
         }
@@ -83,19 +81,17 @@ def _publish(settings: Settings, model: ModelSettings, name: str, seed: int) -> 
 
 
 def _bodies(settings: Settings, asked: argparse.Namespace) -> tuple[list[Body], list[Body]]:
-    requests_id = Table(settings.path("tables", "requests")).require("jobs.build_requests").id
-    table = RequestTable(settings.path("tables", "requests"), settings.event_schema, requests_id)
-    users, times = [], []
-    for bucket in range(table.num_buckets):
-        requests = table.read("test", bucket)
-        users += requests.user_id_R.to_pylist()
-        times += requests.request_ts_R.tolist()
-    order = np.argsort(times, kind="stable")
+    """As `jobs.build_requests` makes them of events, whose table of a million to train on nobody needs here."""
+    table = SequenceTable(settings.path("tables", "sequences"), settings.event_schema)
+    buckets = [table.read_bucket(bucket) for bucket in table.buckets]
+    user_E = np.concatenate([np.repeat(ids.to_numpy(), np.diff(rows.offsets_B1)) for ids, rows in buckets])
+    event_ts_E = np.concatenate([rows.event_ts_E for _, rows in buckets])
     rng = np.random.default_rng(asked.seed)
 
     def body(user: int, request_ts: int) -> Body:
         candidates = rng.integers(1, asked.items + 1, asked.candidates).tolist()
         return str(user), json.dumps({"user_id": user, "candidates": candidates, "request_ts": request_ts}).encode()
 
-    last = max(times)
-    return [body(user, last) for user in sorted(set(users))], [body(users[i], times[i]) for i in order]
+    hits = [body(user, int(event_ts_E.max())) for user in np.unique(user_E).tolist()]
+    newest = np.argsort(event_ts_E, kind="stable")[-asked.trace_per_user * asked.users :]
+    return hits, [body(*of) for of in zip(user_E[newest].tolist(), event_ts_E[newest].tolist(), strict=True)]
