@@ -70,8 +70,12 @@ def open_input(path: str, num_bytes: int, spans: Sequence[tuple[int, int]] = ())
     if not path.startswith("s3://"):
         return LocalFileSystem().open_input_file(bare)
     begins, ends = [begin for begin, _ in spans], [end for _, end in spans]
-    ahead = dict(zip(spans, fs.cat_ranges([bare] * len(spans), begins, ends, on_error="raise"), strict=True))
-    how = {"cache_type": "parts", "cache_options": {"data": ahead}} if spans else {"cache_type": "none"}
+    parts = fs.cat_ranges([bare] * len(spans), begins, ends)
+    for part in parts:
+        if isinstance(part, BaseException):
+            raise part
+    known = {"data": dict(zip(spans, parts, strict=True)), "strict": True}  # else what lies around them reads as zeros
+    how = {"cache_type": "parts", "cache_options": known} if spans else {"cache_type": "none"}
     file = fs.open(bare, "rb", size=num_bytes, **how)
     file.details = {"name": bare, "size": num_bytes}  # else the first read asks for them
     return pa.PythonFile(file, mode="r")

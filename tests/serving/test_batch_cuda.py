@@ -131,10 +131,13 @@ def test_lists_of_one_user_with_many_requests_or_candidates_stay_within_the_budg
         assert torch.cuda.max_memory_allocated() - before < 2 * budget.num_bytes  # eager code keeps more than compiled
 
 
-def test_two_buckets_at_once_stay_within_the_memory_that_an_actor_was_given(world: Settings, tmp_path: Path) -> None:
-    """One is compared with the serving path, in eager code, while the other is scored."""
-    plan = replace(plan_scores(asking(world, catalogue=True, top_k=3)), device="cuda", check_requests=100)
-    plan = replace(plan, batch_bytes=32 << 20)
+@pytest.mark.parametrize("kind", ["top items", "requests"])
+def test_two_buckets_at_once_stay_within_the_memory_that_an_actor_was_given(
+    world: Settings, tmp_path: Path, kind: str
+) -> None:
+    """One is compared with the serving path, in eager code, or laid out, while the other is scored."""
+    plan = plan_scores(asking(world, catalogue=True, top_k=3) if kind == "top items" else world)
+    plan = replace(plan, device="cuda", check_requests=100, batch_bytes=32 << 20)
     scorer = BucketScorer(plan, Run(str(tmp_path)))
     with ThreadPoolExecutor(2) as both:
         list(both.map(scorer.write_bucket, [0, 1]))  # compiles, and each thread gets cuBLAS's workspace, once

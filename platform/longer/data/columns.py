@@ -66,8 +66,8 @@ def histories_of(table: pa.Table, schema: EventSchema) -> Histories:
     )
 
 
-def requests_of(table: pa.Table, schema: EventSchema) -> Requests:
-    """The rows of a request table (`requests_arrow`) as arrays; labels of those tasks whose columns are there."""
+def requests_of(table: pa.Table, schema: EventSchema, with_labels: bool = True) -> Requests:
+    """The rows of a request table (`requests_arrow`) as arrays; the tasks' columns need not be there without labels."""
     offsets_R1, item_id_C = flat_list(table["item_id"])
     length_R = np.diff(offsets_R1)
     of_items = _features(
@@ -84,7 +84,7 @@ def requests_of(table: pa.Table, schema: EventSchema) -> Requests:
             offsets_R1, of_items | {name: np.repeat(values_R, length_R) for name, values_R in of_requests.items()}
         ),
         item_id_C=item_id_C,
-        labels={task: numbers(flat_list(table[task])[1]) for task in schema.tasks if task in table.column_names},
+        labels={task: numbers(flat_list(table[task])[1]) for task in schema.tasks if with_labels},
     )
 
 
@@ -147,8 +147,8 @@ def open_encoded(path: str, num_bytes: int, encoded: Sequence[str]) -> pq.Parque
 
 def read_encoded(path: str, columns: Sequence[str], encoded: Sequence[str]) -> pa.Table:
     """Some columns of a whole file, encoded in the same way."""
+    data = pa.BufferReader(read_bytes(path))  # on S3 one request
     with naming(path):
-        data = pa.BufferReader(read_bytes(path))  # on S3 one request
         metadata = pq.read_metadata(data)
         return _row_groups(data, metadata, range(metadata.num_row_groups), columns, encoded)
 
@@ -157,8 +157,8 @@ def read_row_groups(
     path: str, num_bytes: int, metadata: pq.FileMetaData, row_groups: Sequence[int], columns: Sequence[str]
 ) -> pa.Table:
     """Some columns of some row groups, all lists of strings encoded; on S3 a request for each run of neighbours, all at once."""
+    source = open_input(path, num_bytes, _spans(metadata, row_groups))
     with naming(path):
-        source = open_input(path, num_bytes, _spans(metadata, row_groups))
         return _row_groups(source, metadata, row_groups, columns, columns)
 
 
@@ -199,5 +199,5 @@ def naming(path: str) -> Iterator[None]:
     """Errors of reading `path`, in its footer or its pages, become one that names it."""
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # the last of bytes outside what was read ahead
         raise StorageError(f"{path}: not readable ({one_line(error)}): remove its version and build it again") from None

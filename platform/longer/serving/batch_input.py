@@ -101,7 +101,7 @@ class Reader:
             for together in _tables(file, names):
                 for begin, end in _runs(single_array(together["user_id"]), counts, _CHUNK_REQUESTS):
                     rows = together.slice(begin, end - begin)
-                    requests = requests_of(rows, schema)
+                    requests = requests_of(rows, schema, with_labels=False)
                     histories = self.sequences.get(requests.user_id_R.unique())
                     row_R = rows_of_requests(histories, requests)
                     questions = Questions(histories, row_R, requests.history_end_R, requests.request_ts_R)

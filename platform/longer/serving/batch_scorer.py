@@ -46,7 +46,7 @@ class BucketScorer:
     def __init__(self, plan: Plan, run: Run, actors: ActorHandle | None = None) -> None:
         if actors:
             sign(actors)
-        sys.setswitchinterval(_SWITCH_S)
+            sys.setswitchinterval(_SWITCH_S)
         self._plan, self._run, self._id, self._began = plan, run, uuid.uuid4().hex, time.perf_counter()
         self._checking, self._charging = threading.Lock(), threading.Lock()
         self._beside = torch.cuda.Stream() if plan.device == "cuda" else None

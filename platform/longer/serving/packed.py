@@ -30,7 +30,8 @@ from longer.training.loader import prefetch
 _SIZES_STEP = 64
 """Batches are filled up to multiples of it: compiled code is never made anew, for sizes of one or for those that 16 divides."""
 
-_BATCHES_AHEAD = 2
+_BATCHES_AHEAD = 1
+"""Besides one that waits to be taken in: what they read lies on the device, and two buckets are laid out at once."""
 
 ALONE: AbstractContextManager = nullcontext()
 """The turn of who shares the device with nobody."""
@@ -142,8 +143,8 @@ def score_packed(
 ) -> None:
     """Writes the outputs of all of the packs' candidates, batches of cost `most` at most.
 
-    The first batches are laid out before it is this caller's `turn` at the device, which ends when the last is launched: others
-    launch theirs meanwhile, and it is waited for afterwards.
+    The first batches are laid out before it is this caller's `turn` at the device, which ends when the last is launched: they are
+    waited for afterwards, while others launch theirs.
     """
     passes, scored = prefetch(packed.passes(cost_P, most), _BATCHES_AHEAD), list[tuple[Int64, Tensor]]()
     with stage("lay out"):
