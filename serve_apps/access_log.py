@@ -59,6 +59,11 @@ class Call:
         self._since_s = time.perf_counter()
 
     @property
+    def left_s(self) -> float:
+        """Of the time that the call may take; below 0 past it."""
+        return self.started_s + self.timeout_s - time.perf_counter()
+
+    @property
     def latency_ms(self) -> float:
         return (time.perf_counter() - self.started_s) * 1000
 

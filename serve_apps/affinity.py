@@ -32,8 +32,9 @@ class Ring:
 
 class Affinity:
     """Counts score requests and events that came astray to the replica `own`: without a session, or of a user who is another
-    replica's, which then was full or had not been there, or did not answer its part of a batch. The second needs the ring, so it is
-    told by the replicas last seen; the header is not believed."""
+    replica's, which then was full or had not been there, or did not answer its part of a batch. Of a batch, each request is counted
+    by the replica that has answered it. The second needs the ring, so it is told by the replicas last seen; the header is not
+    believed."""
 
     def __init__(self, own: str) -> None:
         self._own = own

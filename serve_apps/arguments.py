@@ -16,6 +16,7 @@ from longer.training.checkpoints import load_model
 from serve_apps.protocol import Limits
 
 TOKEN_VARIABLE = "LONGER_SCORING_TOKEN"
+_DRAIN_MARGIN_S = 10.0
 
 
 class ScoringArgs(BaseModel):
@@ -146,6 +147,11 @@ class ScoringArgs(BaseModel):
     def max_ongoing_requests(self) -> int:
         """Of a replica: what Serve sends it at a time."""
         return 4 * self.max_batch_requests
+
+    @property
+    def stop_within_s(self) -> float:
+        """What Serve gives a replica to end: for the requests that it has, then for its dump."""
+        return self.timeout_s + _DRAIN_MARGIN_S + (self.state_dump_s if self.state_dump else 0)
 
     @property
     def limits(self) -> Limits:

@@ -5,11 +5,13 @@ All of it in the background, once the replica answers and knows who the others a
 Files and tables are read beside the worker thread, which takes in one file's states, or some users' events, or encodes a few
 users, between two batches of requests. Events come first: nobody else has them, and states are true that hold the same. Only free
 room is filled: nothing goes for it that the model could answer from. It is done again when the ring, the dumps or the model change.
+Dumps are looked for as often as the keeper is asked to while a replica that has left the ring may still dump; else each minute.
 """
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from time import monotonic
 from typing import Any
 
 import pyarrow as pa
@@ -26,6 +28,9 @@ from serve_apps.arguments import ScoringArgs
 _WARMED_TOGETHER = 4
 _MORE_THAN_A_SHARE = 1.5
 """Replicas own users unevenly: of so many times what all of them want, each finds enough of its own."""
+
+_LOOK_EVERY_S = 60.0
+"""A listing of the folder reads the names of all its files, and all replicas do it."""
 
 _MOST_FORGOTTEN = 200_000
 """Users, of some 70 bytes each, of whom a replica remembers that nothing may be brought back; past it, it brings back nobody."""
@@ -44,6 +49,8 @@ class StateKeeper:
         self._args, self._scorer, self._replica, self._in_worker = args, scorer, replica, in_worker
         self._dumps = StateDumps(args.state_dump, replica) if args.state_dump else None
         self._brought: tuple[Any, ...] = ()
+        self._seen: tuple[Any, ...] = ()
+        self._often_until_s = self._next_look_s = 0.0
         self._lock = asyncio.Lock()
         self._read: set[tuple[StateVersion, str, int | str]] = set()
         self._forgotten: set[int] = set()
@@ -66,9 +73,10 @@ class StateKeeper:
 
     async def bring(self, ring: Ring) -> None:
         """Restores and warms this replica's users, unless that is under way or done for what is there now."""
-        if self._lock.locked() or not self._brings:
+        if self._lock.locked() or not self._brings or not self._is_due(ring):
             return
         async with self._lock:
+            self._next_look_s, began_s = 0.0, monotonic()
             try:
                 listing = await asyncio.to_thread(self._dumps.listed) if self._dumps else Listing({}, {})
                 await self._drop_forgotten(listing.forgotten_s)
@@ -80,11 +88,19 @@ class StateKeeper:
                     self._brought = wanted
                 if self._dumps and wanted == self._brought:
                     self._dumps.done(listing)
+                if began_s >= self._often_until_s:
+                    self._next_look_s = began_s + _LOOK_EVERY_S
             except Exception:
                 _logger.exception(
                     "states and events of before: not all could be brought back; what is missing is tried again, and states "
                     "are encoded when they are asked for"
                 )
+
+    def _is_due(self, ring: Ring) -> bool:
+        """Whether there may be something new; a replica that has left the ring ends, and is dumped, some time later."""
+        if (seen := (ring.replica_ids, self._scorer.version)) != self._seen:
+            self._seen, self._often_until_s = seen, monotonic() + self._args.stop_within_s
+        return monotonic() < self._often_until_s or monotonic() >= self._next_look_s
 
     async def _restore(self, listing: Listing, ring: Ring) -> None:
         if self._dumps is None:

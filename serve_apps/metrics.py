@@ -46,7 +46,9 @@ class ReplicaMetrics:
         self._latencies = deque[tuple[str, float]]()
         self._requests = Counter("longer_score_requests", "Requests by route and HTTP status.", ("route", "status"))
         self._counters = {
-            "state": Counter("longer_user_states", "Requests by what the cache held, and states dropped.", ("event",)),
+            "state": Counter(
+                "longer_user_states", "Requests scored, by what the cache held, and states dropped.", ("event",)
+            ),
             "online": Counter(
                 "longer_online_events", "Events received, known already, dropped, expired, restored.", ("event",)
             ),

@@ -7,6 +7,7 @@ from itertools import chain
 from typing import TypeVar
 
 from longer.serving.requests import ScoreRequest
+from serve_apps.access_log import Call
 from serve_apps.affinity import Affinity, session_of
 from serve_apps.peers import Peers
 
@@ -21,11 +22,10 @@ class Parts:
     def __init__(self, affinity: Affinity, peers: Peers, most_waiting: int) -> None:
         self._affinity, self._peers, self._waiting = affinity, peers, asyncio.Semaphore(most_waiting)
 
-    async def score(
-        self, requests: Sequence[ScoreRequest], here: Score[T], there: Score[T], within_s: float
-    ) -> list[T]:
+    async def score(self, requests: Sequence[ScoreRequest], here: Score[T], there: Score[T], call: Call) -> list[T]:
         """One outcome a request, in order: of `there`, a method of the replica whose user it is, if she is not this one's and it
-        answers in time; else of `here`, and then she is counted as astray."""
+        answers in half of what is left of the call's time; else of `here`, and then she is counted as astray."""
+        within_s = call.left_s / 2
         places = dict[str, list[int]]()
         for place, request in enumerate(requests):
             places.setdefault(self._affinity.owner(request.user_id), []).append(place)
@@ -46,6 +46,12 @@ class Parts:
             told = await self._peers.ask_owner(session_of(user_id), there, part, within_s=within_s)
             if told is not None:
                 return told
+        return await self.answer(part, here)
+
+    async def answer(self, part: list[ScoreRequest], here: Score[T]) -> list[T]:
+        """What `here` makes of the part; then, whoever sent it, users who are another replica's are counted as astray: of a part
+        that is given up on meanwhile, who answers it instead counts them."""
+        outcomes = await here(part)
         for request in part:
             self._affinity.count(request.user_id, has_session=True)
-        return await here(part)
+        return outcomes

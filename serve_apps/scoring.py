@@ -55,7 +55,6 @@ IN_ONE_LOOP = {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}}
 code that never blocks it."""
 _HEALTH_CHECK_S = 10.0
 _METRICS_S = (1.0, 10.0)
-_DRAIN_MARGIN_S = 10.0
 
 
 def replica_options(args: ScoringArgs) -> dict[str, Any]:
@@ -94,9 +93,7 @@ def build_app(args: ScoringArgs) -> serve.Application:
                 policy_kwargs={"warm_s": args.warm_states_s, "gpu_memory_share": args.max_gpu_memory_share},
             ),
         ),
-        graceful_shutdown_timeout_s=args.timeout_s
-        + _DRAIN_MARGIN_S  # requests that it has are answered first
-        + (args.state_dump_s if args.state_dump else 0),
+        graceful_shutdown_timeout_s=args.stop_within_s,
         request_router_config=ROUTER,
         health_check_period_s=min(_HEALTH_CHECK_S, args.refresh_s),  # which is when a replica looks for newer sequences
         logging_config=LoggingConfig(enable_access_log=False),

@@ -144,7 +144,7 @@ class ScoringService:
         call.ends("parse")
         call.num_users, call.num_candidates = len(several), sum(len(asked.request.item_ids) for asked in several)
         requests, scored = [asked.request for asked in several], partial(self._scored, call=call)
-        outcomes = await self._parts.score(requests, scored, self.score_here, call.timeout_s / 2)
+        outcomes = await self._parts.score(requests, scored, self.score_here, call)
         call.ends("owners")
         call.model_version = outcomes[-1][1]
         return outcomes
@@ -208,9 +208,13 @@ class ScoringService:
     async def served_checkpoint(self) -> str:
         return self._rollouts.checkpoint
 
-    async def score_here(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, str]]:
-        """Scores without looking whose users they are: what is sent on is not sent on again."""
-        return [outcome for outcome, _ in await self._scores.ask(*map(Scoring, requests))]
+    async def score_here(self, requests: list[ScoreRequest]) -> list[tuple[Outcome, str]]:
+        """Scores whosever users they are: what is sent on is not sent on again, and comes here too when its owner is full."""
+
+        async def scored(part: list[ScoreRequest]) -> list[tuple[Outcome, str]]:
+            return [outcome for outcome, _ in await self._scores.ask(*map(Scoring, part))]
+
+        return await self._parts.answer(requests, scored)
 
     async def take_in_here(self, request: EventsRequest) -> tuple[EventsResult | UserError, str]:
         """Takes in events without looking whose they are: what is sent on is not sent on again."""

@@ -13,8 +13,8 @@ from serve_apps.rollout import Rollouts
 
 
 class Upkeep:
-    """Looks for replicas that have come or gone each time that it is told to, and for the rest every `refresh_s` seconds. Nothing
-    is begun again before it has ended, and nobody waits for it."""
+    """Looks for replicas that have come or gone, and for states that are theirs to bring, each time that it is told to, and for
+    the rest every `refresh_s` seconds. Nothing is begun again before it has ended, and nobody waits for it."""
 
     def __init__(
         self,
@@ -47,6 +47,10 @@ class Upkeep:
         names = await self._ask_names()
         if names:  # else the ring stays what it was
             self._affinity.see(names)
+        self._begin(self._bring)
+
+    async def _bring(self) -> None:
+        """May take minutes: the ring is looked at meanwhile."""
         if self._affinity.ring:
             await self._keeper.bring(self._affinity.ring)
 

@@ -205,3 +205,44 @@ def test_marks_cost_a_listing_before_and_one_after_and_no_read_however_many_ther
         assert (asked.count("list"), asked.count("read")) == (3, 4)
 
     asyncio.run(run())
+
+
+def test_a_folder_of_dumps_is_not_listed_at_each_health_check_but_where_a_dump_may_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each replica asks a bucket once for every thousand files. But the events in a dump are nowhere else: none may come late."""
+    world, folder, clock_s = build_world(tmp_path / "world"), tmp_path / "dumps", [1000.0]
+    (leaving, before), (keeper, scorer) = keeper_of(world, folder, "before"), keeper_of(world, folder, "me")
+    answered(before, 4, 5)
+    monkeypatch.setattr(keeping, "monotonic", lambda: clock_s[0])
+    listed, file_sizes = list[float](), dumps.file_sizes
+
+    def sizes(path: str) -> dict[str, int]:
+        listed.append(clock_s[0])
+        return file_sizes(path)
+
+    monkeypatch.setattr(dumps, "file_sizes", sizes)
+
+    async def check_health(ring: Ring, num_checks: int) -> int:
+        listed.clear()
+        for _ in range(num_checks):
+            await keeper.bring(ring)
+            clock_s[0] += 10
+        return len(listed)
+
+    async def run() -> None:
+        both, alone = Ring(["me", "before"]), Ring(["me"])
+        assert await check_health(both, 6) == 6  # it may have started because another stopped
+        assert await check_health(both, 60) == 10
+        assert await check_health(alone, 4) == 4
+        await leaving.leave()  # ten seconds before Serve would have killed it
+        assert await check_health(alone, 1) == 1
+        assert len(scorer.online) == 2
+        assert await check_health(alone, 60) == 10
+        monkeypatch.setattr(dumps, "file_sizes", lambda _: 1 / 0)
+        clock_s[0] += 60
+        await check_health(alone, 1)
+        monkeypatch.setattr(dumps, "file_sizes", sizes)
+        assert await check_health(alone, 3) == 1  # at once after one that failed
+
+    asyncio.run(run())

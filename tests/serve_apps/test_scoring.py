@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import ray
 import yaml
+from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
 from jobs.serve import PROXY_MARGIN_S
@@ -303,6 +304,22 @@ def test_of_a_batch_each_user_is_scored_once_by_the_owner_and_hits_whichever_rep
             np.testing.assert_allclose(result["scores"]["label"], alone.scores["label"], rtol=0, atol=1e-5)
     assert sources == [["load"] * 4] + [["hit"] * 4] * (len(sources) - 1)
     assert lost(url) == before
+
+
+@pytest.mark.ray
+def test_a_part_of_a_batch_that_serve_hands_to_another_replica_than_its_owner_is_counted_there(
+    service: tuple[str, Scorer],
+) -> None:
+    """What Serve does while the owner is full. Slow: each replica is looked for by 40 sessions, often."""
+    url, _ = service
+    handle, before = serve.get_deployment_handle("scoring", "scoring"), held_by(url)
+    for session in two_sessions(url):
+        part = [ScoreRequest(user, ITEMS, request_ts=END_MS) for user in (5, 6)]
+        handle.options(method_name="score_here", session_id=session).remote(part).result(timeout_s=30)
+    for replica, account in held_by(url).items():
+        num_others = sum(owner_of(url, user) != replica for user in (5, 6))
+        lost_before = before[replica]["lost_affinity"]
+        assert account["lost_affinity"] == {**lost_before, "other_replica": lost_before["other_replica"] + num_others}
 
 
 @pytest.mark.ray
