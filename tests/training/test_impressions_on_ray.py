@@ -1,5 +1,6 @@
 """From logs of events and of impressions to scores of three tasks, by the jobs alone, on a real local Ray."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from jobs import (
     verify,
 )
 from longer.config import Settings, load_settings
+from longer.data.events import iso_time
 from longer.data.tables import RequestTable
 from longer.errors import UserError
 from longer.training.continuous import requests_end
@@ -147,6 +149,72 @@ def test_impressions_of_a_new_day_become_requests_and_the_old_ones_stay_the_same
     assert until[1] < min(new)  # what came late is not taken for trained by a model that was trained meanwhile
     assert {request_id: both[request_id] for request_id in first} == first
     assert sum(len(row["item_id"]) for row in both.values()) > sum(len(row["item_id"]) for row in first.values())
+
+
+def damaged(path: Path, change: Callable[[dict[str, list]], None]) -> None:
+    """A file of requests, other than it was built."""
+    rows = pq.read_table(path, partitioning=None)
+    columns = rows.to_pydict()
+    change(columns)
+    pq.write_table(pa.table(columns, schema=rows.schema), path)
+
+
+def flip_a_label(columns: dict[str, list]) -> None:
+    columns["click"][0][0] = 1.0 - columns["click"][0][0]
+
+
+def move_a_candidate(columns: dict[str, list]) -> None:
+    for name in ("item_id", "category", *SHOP.tasks):
+        columns[name][1].append(columns[name][0].pop())
+
+
+def take_a_later_feature(columns: dict[str, list]) -> None:
+    later = next(row for row, page in enumerate(columns["page"]) if page != columns["page"][0])
+    columns["page"][0] = columns["page"][later]
+
+
+def end_a_history_later(columns: dict[str, list]) -> None:
+    columns["history_end"][0] += 1
+
+
+def lose_a_request(columns: dict[str, list]) -> None:
+    for values in columns.values():
+        del values[0]
+
+
+DAMAGES = {
+    "label": (flip_a_label, 1),
+    "candidates": (move_a_candidate, 2),
+    "request_feature": (take_a_later_feature, 1),
+    "future_event": (end_a_history_later, 1),
+    "lost_request": (lose_a_request, 1),
+}
+
+
+def test_what_a_table_says_otherwise_than_its_impressions_is_found_and_named(tmp_path: Path) -> None:
+    happened, shown = shop_log(9, 6, seed=3)
+    shown = [row for row in shown if row["time"] >= 3 * DAY_MS]
+    write(tmp_path / "events", "all.parquet", happened, {})
+    names = {"event_ts": "shown_at", "watch_s": "seconds"}
+    write(tmp_path / "shown", "all.parquet", impressions(shown).drop_columns("action"), names)
+    settings = settings_of(tmp_path)
+    for job in (import_events, build_sequences, import_impressions):
+        job.run(settings)
+    requests = build_requests.run(settings)
+    num_requests = requests.manifest["num_requests"]
+    assert requests.manifest["valid_from"] == iso_time(FIRST_MS + 4 * DAY_MS)  # days of impressions, not of events
+    assert requests.manifest["test_from"] == iso_time(FIRST_MS + 5 * DAY_MS)
+    assert all(num_requests.values())
+    assert not verify.run(settings).found.counts
+    file = next(Path(requests.path).glob("split=train/bucket=*/part-0.parquet"))
+    whole = file.read_bytes()
+    for kind, (damage, count) in DAMAGES.items():
+        damaged(file, damage)
+        found = verify.run(settings).found
+        assert found.counts[kind] == count, kind
+        assert "request " in found.shown[kind][0]
+        assert not (found.counts.keys() & DAMAGES.keys()) - {kind}
+        file.write_bytes(whole)
 
 
 def test_a_table_with_more_than_events_can_tell_asks_for_a_log_of_impressions(
