@@ -1,4 +1,6 @@
-"""Proves that no request sees its future, and that the tables keep their promises; exit code 1 if they do not:
+"""Proves that no request sees its future, and that the tables keep their promises; exit code 1 if they do not.
+
+Requests made from impressions are compared with all of them: candidates, labels, features, and that none is lost.
 
 python -m jobs.verify --config configs/quickstart.yaml
 python -m jobs.verify --verify.sequences mine/sequences --verify.requests mine/requests    (plain Parquet folders)

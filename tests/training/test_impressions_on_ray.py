@@ -191,15 +191,25 @@ DAMAGES = {
 }
 
 
-def test_what_a_table_says_otherwise_than_its_impressions_is_found_and_named(tmp_path: Path) -> None:
+def test_what_a_table_says_otherwise_than_its_impressions_is_found_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Impressions cover the last days of the events only."""
     happened, shown = shop_log(9, 6, seed=3)
     shown = [row for row in shown if row["time"] >= 3 * DAY_MS]
     write(tmp_path / "events", "all.parquet", happened, {})
     names = {"event_ts": "shown_at", "watch_s": "seconds"}
     write(tmp_path / "shown", "all.parquet", impressions(shown).drop_columns("action"), names)
     settings = settings_of(tmp_path)
-    for job in (import_events, build_sequences, import_impressions):
+    for job in (import_events, build_sequences):
         job.run(settings)
+    capsys.readouterr()
+    import_impressions.run(settings)
+    told = capsys.readouterr().err
+    assert "import_impressions: version" in told
+    assert f"{len(shown)} impressions kept" in told
+    assert "build_sequences" not in told
+    assert " events" not in told
     requests = build_requests.run(settings)
     num_requests = requests.manifest["num_requests"]
     assert requests.manifest["valid_from"] == iso_time(FIRST_MS + 4 * DAY_MS)  # days of impressions, not of events
