@@ -1,5 +1,6 @@
 """From logs of events and of impressions to scores of three tasks, by the jobs alone, on a real local Ray."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -182,13 +183,25 @@ def lose_a_request(columns: dict[str, list]) -> None:
         del values[0]
 
 
+def rename_a_category(columns: dict[str, list]) -> None:
+    columns["category"][0][0] += "!"
+
+
+def change_an_id(columns: dict[str, list]) -> None:
+    columns["request_id"][0] ^= 1
+
+
 DAMAGES = {
-    "label": (flip_a_label, 1),
-    "candidates": (move_a_candidate, 2),
-    "request_feature": (take_a_later_feature, 1),
-    "future_event": (end_a_history_later, 1),
-    "lost_request": (lose_a_request, 1),
+    flip_a_label: {"label": 1},
+    move_a_candidate: {"candidates": 2},
+    rename_a_category: {"candidate_feature": 1},
+    take_a_later_feature: {"request_feature": 1},
+    end_a_history_later: {"future_event": 1},
+    lose_a_request: {"lost_request": 1},
+    change_an_id: {"unknown_request": 1, "lost_request": 1},
 }
+OF_THE_FILES = {"checksum", "file_size", "row_count"}
+"""What shows too that a file was written anew, and that it counts otherwise than its manifest."""
 
 
 def test_what_a_table_says_otherwise_than_its_impressions_is_found_and_named(
@@ -218,13 +231,14 @@ def test_what_a_table_says_otherwise_than_its_impressions_is_found_and_named(
     assert not verify.run(settings).found.counts
     file = next(Path(requests.path).glob("split=train/bucket=*/part-0.parquet"))
     whole = file.read_bytes()
-    for kind, (damage, count) in DAMAGES.items():
+    for damage, due in DAMAGES.items():
         damaged(file, damage)
         found = verify.run(settings).found
-        assert found.counts[kind] == count, kind
-        assert "request " in found.shown[kind][0]
-        assert not (found.counts.keys() & DAMAGES.keys()) - {kind}
+        assert {kind: n for kind, n in found.counts.items() if kind not in OF_THE_FILES} == due, damage
+        assert all("request " in text for kind in due for text in found.shown[kind])
         file.write_bytes(whole)
+    shutil.rmtree(settings.path("impressions"))
+    assert verify.run(settings).found.counts == {"impressions_version": 1}
 
 
 def test_a_table_with_more_than_events_can_tell_asks_for_a_log_of_impressions(
