@@ -18,7 +18,7 @@ from longer.data.ray_requests import (
     write_requests,
     write_shown,
 )
-from longer.data.requests import SplitTimes, split_times, with_features
+from longer.data.requests import SplitTimes, asked_in, split_times, with_features
 from longer.data.tables import SequenceTable
 from longer.errors import UserError
 from longer.progress import say
@@ -30,6 +30,7 @@ def run(settings: Settings) -> Version:
     """The request table of the served sequences.
 
     Events that the sequence table no longer keeps make no request; the manifest counts them beside the cut windows.
+    Splits are whole days of the span in which something is asked: that of impressions, up to the newest event, or of events.
     """
     schema, windows = settings.event_schema, settings.model.windows
     histories = SequenceTable(settings.path("tables", "sequences"), schema)
@@ -37,20 +38,21 @@ def run(settings: Settings) -> Version:
     shown = _impressions(settings, histories)
     chosen = {**settings.requests.model_dump(mode="json"), "windows": vars(windows), "seed": settings.seed}
     inputs = {"sequences": sequences.id, **({"impressions": shown.version.id} if shown else {})}
-    kind = "requests_of_impressions" if shown else "requests"
+    kind = "requests_of_impressions_by_their_days" if shown else "requests"
     version_id = fingerprint(kind, TABLE_FORMAT, chosen, inputs, schema.hash())
     table = Table(settings.path("tables", "requests"))
     if published := table.reuse(version_id):
         say("build_requests", f"version {version_id} is already built, nothing changed")
         return published
-    splits = _split_times(settings, sequences)
+    first, last = asked_in(sequences, shown.version if shown else None)
+    splits = _split_times(settings, first, last)
     path = table.begin(version_id)
     try:
         if shown:
             asked, until_ms = settings.import_impressions, _milliseconds(sequences.manifest["watermark"])
             builder = ImpressionBuilder(histories, shown, asked.group_id, splits, windows, until_ms, path)
             stats = write_shown(builder, _items(settings, histories))
-            stats["requests_until"] = iso_time(min(until_ms, _milliseconds(shown.version.manifest["watermark"])))
+            stats["requests_until"] = iso_time(last)
         else:
             stats = _of_events(settings, histories, splits, path)
         num_kept = sum(stats["num_requests"].values())
@@ -118,14 +120,13 @@ def _items(settings: Settings, histories: SequenceTable) -> pa.Table | None:
     return read_items(settings.path("tables", "items"), histories.version.id, schema)
 
 
-def _split_times(settings: Settings, sequences: Version) -> SplitTimes:
-    first, last = (_milliseconds(sequences.manifest[name]) for name in ("first_event_ts", "watermark"))
+def _split_times(settings: Settings, first: int, last: int) -> SplitTimes:
     asked = settings.requests
     splits = split_times(first, last, asked.validation_days_share, asked.test_days_share)
     if splits is None:
         raise UserError(
             f"requests.test_days_share={asked.test_days_share}, validation_days_share={asked.validation_days_share}: no day is "
-            f"left to train on in a log from {iso_time(first)} to {iso_time(last)}: lower the shares or import more days"
+            f"left to train on in requests from {iso_time(first)} to {iso_time(last)}: lower the shares or import more days"
         )
     return splits
 

@@ -12,6 +12,7 @@ from longer.errors import UserError
 from longer.progress import say
 from longer.runner import run_job, user_error_in
 from longer.storage import Table, Version, remove_tree
+from longer.table_settings import ImportSettings
 
 
 def run(settings: Settings, since_last: bool = False) -> Version:
@@ -28,32 +29,32 @@ def run(settings: Settings, since_last: bool = False) -> Version:
 
 
 def build(settings: Settings, table: Table, base: Version | None) -> Version:
-    """The sequence table alone."""
-    schema, asked = settings.event_schema, settings.sequences
-    events = open_version(settings.path("tables", "events"), schema, None, f"jobs.{settings.import_events.section}")
-    rows_of = readable_files(events.files(), schema, True) if asked.skip_unreadable_files else None
+    """The sequence table alone, of the rows that were imported: events or impressions."""
+    schema, asked, about = settings.event_schema, settings.sequences, settings.import_events
+    events = open_version(settings.path("tables", "events"), schema, None, f"jobs.{about.section}")
+    rows_of = readable_files(events.files(), schema, True, type(about)) if asked.skip_unreadable_files else None
     unreadable = set(events.files()) - set(rows_of) if rows_of is not None else set()
     plan = plan_build(settings, events, unreadable, base)
     if base and not plan.files and base.manifest["inputs"]["events"] == events.id:
-        say("build_sequences", f"version {base.id} has all events, nothing changed")
+        say(about.sequences_job, f"version {base.id} has all {about.rows}, nothing changed")
         return base
     if published := table.reuse(plan.version_id):
         remove_tree(Build(plan, schema, published.path).scratch)  # if a run was killed before it could
-        say("build_sequences", f"version {published.id} is already built, nothing changed")
+        say(about.sequences_job, f"version {published.id} is already built, nothing changed")
         return published
-    rows_of = rows_of or readable_files(plan.files, schema, False)
+    rows_of = rows_of or readable_files(plan.files, schema, False, type(about))
     if not base and not any(sum(rows_of[path]) for path in plan.files):
-        raise UserError(f"{events.path}: the event log is empty: import a log with at least one event")
+        raise UserError(f"{events.path}: the log of {about.rows} is empty: import one with at least one row")
     passes = Build(plan, schema, _folder(table, plan))
     try:
-        blocks, buckets = write_sequences(passes, {path: rows_of[path] for path in plan.files})
+        blocks, buckets = write_sequences(passes, {path: rows_of[path] for path in plan.files}, about.rows)
     except Exception as error:
         if user_error_in(error):  # otherwise a rerun goes on from what is there
             table.discard(plan.version_id)
         raise
     version = table.publish(plan.version_id, *plan.content(blocks, buckets))
     remove_tree(passes.scratch)
-    _tell(version, base)
+    _tell(version, base, about)
     return version
 
 
@@ -66,11 +67,11 @@ def _folder(table: Table, plan: BuildPlan) -> str:
     return path
 
 
-def _tell(version: Version, base: Version | None) -> None:
+def _tell(version: Version, base: Version | None, about: ImportSettings) -> None:
     counts = version.manifest
     late = counts["num_too_late"] - (base.manifest["num_too_late"] if base else 0)
-    told = f"version {version.id}: {counts['num_users']} users, {counts['num_events_kept']} events kept"
-    say("build_sequences", told + (f"; {late} events came too late and are left out" if late else ""))
+    told = f"version {version.id}: {counts['num_users']} users, {counts['num_events_kept']} {about.rows} kept"
+    say(about.sequences_job, told + (f"; {late} came too late and are left out" if late else ""))
 
 
 if __name__ == "__main__":

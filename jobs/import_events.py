@@ -52,9 +52,9 @@ def run(settings: Settings, since_last: bool = False) -> Version:
     files = [*_files_of(table, base), *(file for report in reports for file in report.events)]
     version = table.publish(plan.version_id, manifest, files)
     counts = (
-        f"{manifest['num_rows']} events, {manifest['num_new_rows']} of them new"
+        f"{manifest['num_rows']} {asked.rows}, {manifest['num_new_rows']} of them new"
         if base
-        else f"{manifest['num_rows']} events"
+        else f"{manifest['num_rows']} {asked.rows}"
     )
     say(asked.section, f"version {version.id}: {counts}, {manifest['num_quarantined']} quarantined")
     return version

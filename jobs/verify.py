@@ -1,4 +1,6 @@
-"""Proves that no request sees its future, and that the tables keep their promises; exit code 1 if they do not:
+"""Proves that no request sees its future, and that the tables keep their promises; exit code 1 if they do not.
+
+Requests made from impressions are compared with all of them: candidates, labels, features, and that none is lost.
 
 python -m jobs.verify --config configs/quickstart.yaml
 python -m jobs.verify --verify.sequences mine/sequences --verify.requests mine/requests    (plain Parquet folders)
@@ -9,11 +11,14 @@ from datetime import datetime
 
 from longer.config import Settings
 from longer.data.findings import KINDS, BucketReport, Findings
+from longer.data.items import read_items
 from longer.data.ray_verification import verify_tables
 from longer.data.requests import SplitTimes
 from longer.data.sequences import KeepRule
+from longer.data.tables import SequenceTable
 from longer.data.verification import Promises
 from longer.data.verified_files import Source, open_source
+from longer.data.verified_impressions import ShownRequests
 from longer.data.verified_manifests import NOT_CHECKED
 from longer.data.verified_tables import BucketVerifier
 from longer.errors import UserError
@@ -33,10 +38,14 @@ def run(settings: Settings) -> BucketReport:
         raise UserError(
             f"{loose.path}: lies in no buckets, but {other.path} does: put both under bucket=NNNN/, or neither"
         )
-    verifier = BucketVerifier(_promises(settings, sequences, requests), settings.verify.max_shown)
+    shown = _impressions(settings, sequences, requests)
+    verifier = BucketVerifier(_promises(settings, sequences, requests), settings.verify.max_shown, shown)
     report = verify_tables(sequences, requests, verifier)
     if named and sequences.version and sequences.version.id != named:
         report.found.add_one("sequence_version", f"{requests.title}: made from version {named}")
+    asked = requests.version.manifest["inputs"].get("impressions") if requests and requests.version else None
+    if asked and shown is None:
+        report.found.add_one("impressions_version", f"{requests.title}: made from version {asked}")
     _print(report, sequences, requests)
     return report
 
@@ -53,6 +62,21 @@ def _sequences(settings: Settings, named: str | None) -> Source:
     path = settings.verify.sequences or settings.path("tables", "sequences")
     version_id = settings.verify.sequences_version or (named if named and Table(path).find(named) else None)
     return open_source(path, settings.event_schema, version_id, "jobs.build_sequences")
+
+
+def _impressions(settings: Settings, sequences: Source, requests: Source | None) -> ShownRequests | None:
+    """The impressions that the requests name, if they are there, and those of them that the sequences let be requests."""
+    named = requests.version.manifest["inputs"] if requests and requests.version else {}
+    if "impressions" not in named or sequences.version is None or sequences.version.id != named["sequences"]:
+        return None
+    schema, group_id = settings.event_schema, settings.import_impressions.group_id
+    path = settings.path("impressions", "tables", "sequences")
+    if Table(path).find(named["impressions"]) is None:
+        return None
+    table = SequenceTable(path, schema.of_impressions(group_id), named["impressions"], "jobs.import_impressions")
+    has_items = bool(schema.features_of("item"))
+    items = read_items(settings.path("tables", "items"), sequences.version.id, schema) if has_items else None
+    return ShownRequests(table, schema, group_id, items, _ms(sequences.version.manifest["watermark"]))
 
 
 def _promises(settings: Settings, sequences: Source, requests: Source | None) -> Promises:

@@ -17,6 +17,9 @@ class ImportSettings(Section):
 
     section: ClassVar[str] = "import_events"
     """The name of these settings and of their job, for whoever must change them."""
+    rows: ClassVar[str] = "events"
+    sequences_job: ClassVar[str] = "build_sequences"
+    """The job that then puts the rows of each user together."""
 
     dataset: Literal["complete_journey", "generic", "kuairand", "movielens", "taobao", "yambda"] = Field(
         "complete_journey", description="Which importer reads the log; 'generic' reads your own Parquet or CSV."
@@ -75,6 +78,8 @@ class ImportSettings(Section):
 
 class _ImportOfImpressions(ImportSettings):
     section: ClassVar[str] = "import_impressions"
+    rows: ClassVar[str] = "impressions"
+    sequences_job: ClassVar[str] = "import_impressions"
 
 
 class ImpressionSettings(Section):
@@ -188,7 +193,9 @@ class RequestSettings(Section):
     """From sequences to training, validation and test requests."""
 
     negatives_per_positive: int = Field(4, ge=0, description="Drawn negatives for each positive, popularity-matched.")
-    test_days_share: float = Field(0.10, gt=0, lt=1, description="Newest share of days that is the test split.")
+    test_days_share: float = Field(
+        0.10, gt=0, lt=1, description="Newest share of the days asked in that is the test split."
+    )
     validation_days_share: float = Field(0.03, ge=0, lt=1, description="Share of days before the test that validates.")
     max_cut_share: float = Field(
         0.0,

@@ -339,4 +339,13 @@ def test_only_so_many_of_a_kind_are_put_into_words_and_all_are_counted() -> None
 def test_every_kind_has_a_test() -> None:
     elsewhere = {"wrong_bucket", "unreadable", "unknown_user", "unmerged", "statistics", "num_older"}
     on_ray = {"missing_file", "file_size", "checksum", "row_count", "manifest", "sequence_version", "duplicate_request"}
-    assert {planted.split(" ")[0] for planted in PLANTED} | elsewhere | on_ray == set(KINDS)
+    of_impressions = {
+        "impressions_version",
+        "unknown_request",
+        "lost_request",
+        "request_feature",
+        "candidates",
+        "candidate_feature",
+        "label",
+    }
+    assert {planted.split(" ")[0] for planted in PLANTED} | elsewhere | on_ray | of_impressions == set(KINDS)

@@ -20,5 +20,5 @@ def test_a_number_of_lost_events_that_is_not_the_sequences_is_found_with_impress
     stated = {"inputs": inputs, "settings": asked, "num_events_not_kept": 77, **SPAN}
     sources = [Source(name, Version(name, name, about), ()) for name, about in (("s", SPAN), ("r", stated))]
     report = BucketReport(Findings(99), Findings(99), Counter({"events": 9, "events kept": 5}))
-    check_manifests(*sources, 3, report, {})
+    check_manifests(*sources, None, 3, report, {})
     assert "r, version r: num_events_not_kept is 77, the files hold 4" in report.found.shown["row_count"]

@@ -1,5 +1,7 @@
 """From logs of events and of impressions to scores of three tasks, by the jobs alone, on a real local Ray."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from jobs import (
     verify,
 )
 from longer.config import Settings, load_settings
+from longer.data.events import iso_time
 from longer.data.tables import RequestTable
 from longer.errors import UserError
 from longer.training.continuous import requests_end
@@ -147,6 +150,95 @@ def test_impressions_of_a_new_day_become_requests_and_the_old_ones_stay_the_same
     assert until[1] < min(new)  # what came late is not taken for trained by a model that was trained meanwhile
     assert {request_id: both[request_id] for request_id in first} == first
     assert sum(len(row["item_id"]) for row in both.values()) > sum(len(row["item_id"]) for row in first.values())
+
+
+def damaged(path: Path, change: Callable[[dict[str, list]], None]) -> None:
+    """A file of requests, other than it was built."""
+    rows = pq.read_table(path, partitioning=None)
+    columns = rows.to_pydict()
+    change(columns)
+    pq.write_table(pa.table(columns, schema=rows.schema), path)
+
+
+def flip_a_label(columns: dict[str, list]) -> None:
+    columns["click"][0][0] = 1.0 - columns["click"][0][0]
+
+
+def move_a_candidate(columns: dict[str, list]) -> None:
+    for name in ("item_id", "category", *SHOP.tasks):
+        columns[name][1].append(columns[name][0].pop())
+
+
+def take_a_later_feature(columns: dict[str, list]) -> None:
+    later = next(row for row, page in enumerate(columns["page"]) if page != columns["page"][0])
+    columns["page"][0] = columns["page"][later]
+
+
+def end_a_history_later(columns: dict[str, list]) -> None:
+    columns["history_end"][0] += 1
+
+
+def lose_a_request(columns: dict[str, list]) -> None:
+    for values in columns.values():
+        del values[0]
+
+
+def rename_a_category(columns: dict[str, list]) -> None:
+    columns["category"][0][0] += "!"
+
+
+def change_an_id(columns: dict[str, list]) -> None:
+    columns["request_id"][0] ^= 1
+
+
+DAMAGES = {
+    flip_a_label: {"label": 1},
+    move_a_candidate: {"candidates": 2},
+    rename_a_category: {"candidate_feature": 1},
+    take_a_later_feature: {"request_feature": 1},
+    end_a_history_later: {"future_event": 1},
+    lose_a_request: {"lost_request": 1},
+    change_an_id: {"unknown_request": 1, "lost_request": 1},
+}
+OF_THE_FILES = {"checksum", "file_size", "row_count"}
+"""What shows too that a file was written anew, and that it counts otherwise than its manifest."""
+
+
+def test_what_a_table_says_otherwise_than_its_impressions_is_found_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Impressions cover the last days of the events only."""
+    happened, shown = shop_log(9, 6, seed=3)
+    shown = [row for row in shown if row["time"] >= 3 * DAY_MS]
+    write(tmp_path / "events", "all.parquet", happened, {})
+    names = {"event_ts": "shown_at", "watch_s": "seconds"}
+    write(tmp_path / "shown", "all.parquet", impressions(shown).drop_columns("action"), names)
+    settings = settings_of(tmp_path)
+    for job in (import_events, build_sequences):
+        job.run(settings)
+    capsys.readouterr()
+    import_impressions.run(settings)
+    told = capsys.readouterr().err
+    assert "import_impressions: version" in told
+    assert f"{len(shown)} impressions kept" in told
+    assert "build_sequences" not in told
+    assert " events" not in told
+    requests = build_requests.run(settings)
+    num_requests = requests.manifest["num_requests"]
+    assert requests.manifest["valid_from"] == iso_time(FIRST_MS + 4 * DAY_MS)  # days of impressions, not of events
+    assert requests.manifest["test_from"] == iso_time(FIRST_MS + 5 * DAY_MS)
+    assert all(num_requests.values())
+    assert not verify.run(settings).found.counts
+    file = next(Path(requests.path).glob("split=train/bucket=*/part-0.parquet"))
+    whole = file.read_bytes()
+    for damage, due in DAMAGES.items():
+        damaged(file, damage)
+        found = verify.run(settings).found
+        assert {kind: n for kind, n in found.counts.items() if kind not in OF_THE_FILES} == due, damage
+        assert all("request " in text for kind in due for text in found.shown[kind])
+        file.write_bytes(whole)
+    shutil.rmtree(settings.path("impressions"))
+    assert verify.run(settings).found.counts == {"impressions_version": 1}
 
 
 def test_a_table_with_more_than_events_can_tell_asks_for_a_log_of_impressions(

@@ -95,13 +95,14 @@ def num_tasks(parts: Sequence[Part]) -> int:
 
 def write_events(parts: Sequence[Part], importer: PartImporter) -> list[PartReport]:
     """Reports of all parts; their files are below the importer's paths when this returns. A small log is imported right here."""
+    stage = f"import {importer.settings.rows}"
     if fits_one_task(parts):
-        return [importer.import_part(part) for part in track(parts, len(parts), "import events", "parts")]
+        return [importer.import_part(part) for part in track(parts, len(parts), stage, "parts")]
     import ray.data
 
     items = ray.data.from_items([asdict(part) for part in parts], override_num_blocks=num_tasks(parts))
     imported = items.map_batches(importer, batch_format="pyarrow", batch_size=None)
-    rows = track(imported.iter_rows(), len(parts), "import events", "parts")
+    rows = track(imported.iter_rows(), len(parts), stage, "parts")
     return sorted((PartReport.from_row(row) for row in rows), key=lambda report: (report.name, report.number))
 
 

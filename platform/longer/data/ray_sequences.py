@@ -47,6 +47,7 @@ from longer.hashing import stable_keys
 from longer.progress import say, track
 from longer.schema import EventSchema
 from longer.storage import DataFile, checked_output
+from longer.table_settings import ImportSettings
 
 POINT_READ_COLUMNS = ["user_id", "first_index", "num_events_total"]
 """Columns with row-group statistics; those of list values would only swell the footer that a point read fetches."""
@@ -161,40 +162,43 @@ class Build:
         return remember(self.version_path, name, record)
 
 
-def readable_files(files: list[str], schema: EventSchema, skip_unreadable: bool) -> dict[str, list[int]]:
-    """The event files to read and the rows of their row groups.
+def readable_files(
+    files: list[str], schema: EventSchema, skip_unreadable: bool, about: type[ImportSettings] = ImportSettings
+) -> dict[str, list[int]]:
+    """The imported files to read and the rows of their row groups.
 
     One that cannot be read, or lacks a column, raises UserError or is skipped and named. Which are skipped must be known before
     anything is built, so then each is read to its end, in tasks.
     """
     if skip_unreadable:
-        looked = each(lambda file: look_inside(file, schema), files, len(files), "read event files", "files")
+        looked = each(lambda file: look_inside(file, schema), files, len(files), f"read files of {about.rows}", "files")
     else:
         with ThreadPoolExecutor(_NUM_FOOTER_THREADS) as pool:
             footers = pool.map(lambda file: look_at(file, schema), files)
-            looked = list(track(footers, len(files), "check event files", "files"))
+            looked = list(track(footers, len(files), f"check files of {about.rows}", "files"))
     readable = {}
     for file, rows in zip(files, looked, strict=True):
         if isinstance(rows, list):
             readable[file] = rows
         elif skip_unreadable:
-            say("build_sequences", f"skipped {file}: {rows}")
+            say(about.sequences_job, f"skipped {file}: {rows}")
         else:
             raise UserError(f"{file}: {rows}: restore the file, or leave it out with --sequences.skip_unreadable_files")
     return readable
 
 
-def write_sequences(build: Build, files: dict[str, list[int]]) -> tuple[list[Record], list[Record]]:
+def write_sequences(build: Build, files: dict[str, list[int]], rows: str) -> tuple[list[Record], list[Record]]:
     """Records of the blocks read, and of the buckets written, which are those that get events of the files.
 
-    `files` gives the rows of each file's row groups. What an interrupted run of the same build has finished is not done again.
+    `files` gives the rows of each file's row groups, `rows` what they are, events or impressions.
+    What an interrupted run of the same build has finished is not done again.
     """
     done = finished(build.version_path, _files_of)
     plan = plan_blocks(files)
     if not plan:
         return [], []
     blocks = _resume(
-        build.cut_block, "block-{:05d}", range(len(plan)), lambda n: (n, plan[n]), done, "cut the log by bucket"
+        build.cut_block, "block-{:05d}", range(len(plan)), lambda n: (n, plan[n]), done, f"cut {rows} by bucket"
     )
     starts_KP1 = np.array([block.pop("starts") for block in blocks], np.int64).reshape(len(blocks), -1)
     num_bytes_P = np.diff(starts_KP1).sum(axis=0)
@@ -206,7 +210,7 @@ def write_sequences(build: Build, files: dict[str, list[int]]) -> tuple[list[Rec
         filled,
         lambda bucket: (bucket, starts_KP1[:, bucket : bucket + 2]),
         done,
-        "build sequences",
+        f"build sequences of {rows}",
     )
     return blocks, buckets
 

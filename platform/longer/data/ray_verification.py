@@ -19,12 +19,14 @@ _MAX_ID_PARTS = 16
 
 def verify_tables(sequences: Source, requests: Source | None, verifier: BucketVerifier) -> BucketReport:
     """What is wrong in all buckets of both tables, and in what their manifests say of them."""
-    buckets = sorted({file.bucket for source in (sequences, requests) if source for file in source.files})
+    asked = verifier.impressions.table.buckets if verifier.impressions else []
+    buckets = sorted({file.bucket for source in (sequences, requests) if source for file in source.files}.union(asked))
     num_parts = min(len(buckets), _MAX_ID_PARTS)
+    shared = ray.put(verifier)
     task: Any = ray.remote(_verify_bucket).options(num_returns=1 + num_parts, **task_options())
     started = {
         bucket: task.remote(
-            verifier, bucket, sequences.bucket(bucket), requests.bucket(bucket) if requests else (), num_parts
+            shared, bucket, sequences.bucket(bucket), requests.bucket(bucket) if requests else (), num_parts
         )
         for bucket in buckets
     }
@@ -38,7 +40,8 @@ def verify_tables(sequences: Source, requests: Source | None, verifier: BucketVe
     parts = [count_twice.remote(*(refs[1 + part] for refs in started.values())) for part in range(num_parts)]
     for ids in ray.get(parts):
         report.found.add("duplicate_request", np.ones(len(ids), bool), lambda row, ids=ids: f"request {ids[row]}")  # type: ignore[misc]
-    check_manifests(sequences, requests, verifier.promises.num_buckets, report, of_buckets)
+    shown = verifier.impressions.table.version if verifier.impressions else None
+    check_manifests(sequences, requests, shown, verifier.promises.num_buckets, report, of_buckets)
     return report
 
 

@@ -7,6 +7,7 @@ A draw is a hash of (seed, request_id, slot, round), so it is the same however t
 """
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from longer.data.catalogue import first_seen
 from longer.data.columns import changes, flat_list, list_columns, milliseconds, single_array
 from longer.hashing import hash_int64, stable_keys
 from longer.schema import TIMESTAMP, EventSchema
+from longer.storage import Version
 from longer.windows import WindowRule
 
 SPLITS = ("train", "valid", "test")
@@ -47,6 +49,18 @@ def split_times(first_ms: int, last_ms: int, validation_days_share: float, test_
     if test + valid >= num_days:
         return None
     return SplitTimes((last_day + 1 - test - valid) * _MS_PER_DAY, (last_day + 1 - test) * _MS_PER_DAY)
+
+
+def asked_in(sequences: Version, impressions: Version | None) -> tuple[int, int]:
+    """First and last millisecond in which a request can be: with impressions, theirs, but none after the newest event."""
+    spans = [
+        [
+            round(datetime.fromisoformat(version.manifest[name]).timestamp() * 1000)
+            for name in ("first_event_ts", "watermark")
+        ]
+        for version in (impressions or sequences, sequences)
+    ]
+    return spans[0][0], min(spans[0][1], spans[1][1])
 
 
 @dataclass(frozen=True)
@@ -139,13 +153,18 @@ def grouped(row_N: Int64, user_key_N: Int64, time_N: Int64, group_N: Int64) -> t
     by_group = np.lexsort((group_N, row_N))  # stable, so a group's first row is its earliest
     starts = changes(row_N[by_group], group_N[by_group])
     first_R = by_group[starts]
-    request_id_R = (_mix(user_key_N[first_R], group_N[first_R]) >> np.uint64(1)).view(np.int64)
+    request_id_R = request_ids(user_key_N[first_R], group_N[first_R])
     by_time_R = np.lexsort((request_id_R, time_N[first_R], row_N[first_R]))
     place_R = np.empty(len(first_R), np.int64)
     place_R[by_time_R] = np.arange(len(first_R))
     request_N = np.empty(len(row_N), np.int64)
     request_N[by_group] = place_R[np.cumsum(starts) - 1]
     return request_N, first_R[by_time_R], request_id_R[by_time_R]
+
+
+def request_ids(user_key_N: Int64, group_N: Int64) -> Int64:
+    """The id of the request that is a user's group."""
+    return (_mix(user_key_N, group_N) >> np.uint64(1)).view(np.int64)
 
 
 def is_cut(history_end_R: Int64, first_index_R: Int64, windows: WindowRule) -> npt.NDArray[np.bool_]:

@@ -5,9 +5,10 @@ from datetime import datetime
 from typing import Any
 
 from longer.data.findings import BucketReport
-from longer.data.requests import SPLITS, split_times
+from longer.data.requests import SPLITS, asked_in, split_times
 from longer.data.verification import time_text
 from longer.data.verified_files import Source
+from longer.storage import Version
 
 NOT_CHECKED = (
     "the log that the tables were built from, events that came too late (num_too_late) or are no longer kept, skipped files, "
@@ -21,6 +22,7 @@ _BUCKET_COUNTS = {"num_users": "users", "num_events": "events", "num_events_kept
 def check_manifests(
     sequences: Source,
     requests: Source | None,
+    impressions: Version | None,
     num_buckets: int,
     report: BucketReport,
     of_buckets: dict[int, Counter[str]],
@@ -36,7 +38,7 @@ def check_manifests(
         stated = requests.version.manifest
         _check_requests(requests, stated, num_buckets, report)
         if sequences.version and stated["inputs"]["sequences"] == sequences.version.id:
-            _check_made_from(requests, stated, sequences.version.manifest, report, is_known)
+            _check_made_from(requests, stated, sequences.version, impressions, report, is_known)
 
 
 def _check_sequences(
@@ -71,11 +73,20 @@ def _check_requests(source: Source, stated: dict[str, Any], num_buckets: int, re
 
 
 def _check_made_from(
-    source: Source, stated: dict[str, Any], sequences: dict[str, Any], report: BucketReport, is_known: bool
+    source: Source,
+    stated: dict[str, Any],
+    made_from: Version,
+    impressions: Version | None,
+    report: BucketReport,
+    is_known: bool,
 ) -> None:
-    """What follows from the sequences that the requests name."""
+    """What follows from the sequences and the impressions that the requests name."""
+    sequences = made_from.manifest
     if is_known:
-        if "impressions" not in stated["inputs"]:  # every group of the events kept is a request, or was cut and counted
+        if impressions:
+            for name, counted in (("num_cut", "requests cut"), ("num_later", "requests later")):
+                _check_count(source, name, stated.get(name), report.checked[counted], report)
+        elif "impressions" not in stated["inputs"]:  # every group of events kept is a request, or was cut and counted
             num_cut = report.checked["request groups"] - report.checked["requests"]
             _check_count(source, "num_cut", stated.get("num_cut"), num_cut, report)
         not_kept = report.checked["events"] - report.checked["events kept"]
@@ -84,11 +95,13 @@ def _check_made_from(
         _contradict(
             source, "watermark", stated.get("watermark"), f"{sequences.get('watermark')} of the sequences", report
         )
-    first_ms, last_ms = _milliseconds(sequences.get("first_event_ts")), _milliseconds(sequences.get("watermark"))
-    if first_ms is None or last_ms is None:
+    spans = [version.manifest for version in (impressions or made_from, made_from)]
+    if None in [_milliseconds(span.get(name)) for span in spans for name in ("first_event_ts", "watermark")]:
+        return
+    if "impressions" in stated["inputs"] and impressions is None:
         return
     asked = stated["settings"]
-    splits = split_times(first_ms, last_ms, asked["validation_days_share"], asked["test_days_share"])
+    splits = split_times(*asked_in(made_from, impressions), asked["validation_days_share"], asked["test_days_share"])
     due = {"valid_from": splits.valid_from_ms, "test_from": splits.test_from_ms} if splits else {}
     for name, due_ms in due.items():
         if _milliseconds(stated.get(name)) != due_ms:

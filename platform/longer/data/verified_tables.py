@@ -29,6 +29,7 @@ from longer.data.verification import (
     num_groups,
 )
 from longer.data.verified_files import TableFile, is_there, read_rows, row_groups
+from longer.data.verified_impressions import Due, ShownRequests, check_shown, is_cut_of
 from longer.errors import UserError
 
 
@@ -50,19 +51,24 @@ class BucketVerifier:
 
     promises: Promises
     max_shown: int
+    impressions: ShownRequests | None = None
 
     def __call__(
         self, bucket: int, sequences: tuple[TableFile, ...], requests: tuple[TableFile, ...]
     ) -> tuple[BucketReport, Int64]:
         report = BucketReport(Findings(self.max_shown), Findings(self.max_shown))
         pieces = self._sequences(bucket, sequences, report)
+        due = self.impressions.of_bucket(bucket) if self.impressions else None
         ids = [
-            self._requests(bucket, rows, file, pieces, report)
+            self._requests(bucket, rows, file, pieces, due, report)
             for file in requests
             if is_there(file, report)
             for _, _, rows in row_groups(file, self.promises.schema.requests_arrow(), report)
         ]
-        return report, np.concatenate([np.zeros(0, np.int64), *ids])
+        all_ids = np.concatenate([np.zeros(0, np.int64), *ids])
+        if due and pieces is not None:
+            self._lost(due, all_ids, pieces, report)
+        return report, all_ids
 
     def _sequences(self, bucket: int, files: tuple[TableFile, ...], report: BucketReport) -> list[_Piece] | None:
         """The pieces of the bucket's sequences, checked; None where there are news and they cannot be merged."""
@@ -173,9 +179,17 @@ class BucketVerifier:
         return self._merged(rows, piece).select(columns)
 
     def _requests(
-        self, bucket: int, rows: pa.Table, file: TableFile, pieces: list[_Piece] | None, report: BucketReport
+        self,
+        bucket: int,
+        rows: pa.Table,
+        file: TableFile,
+        pieces: list[_Piece] | None,
+        due: Due | None,
+        report: BucketReport,
     ) -> Int64:
         check_requests(rows, bucket, file.split, self.promises, report.found, file.name)
+        if due:
+            check_shown(rows, due, self.promises.schema, report.found, file.name)
         if pieces is not None:
             self._histories(rows, pieces, report)
         split = file.split or "all"
@@ -196,6 +210,23 @@ class BucketVerifier:
             "unknown_user",
             np.ones(len(unknown), bool),
             lambda row: f"request {unknown['request_id'][row].as_py()}: user {unknown['user_id'][row].as_py()}",
+        )
+
+    def _lost(self, due: Due, ids: Int64, pieces: list[_Piece], report: BucketReport) -> None:
+        """Requests of the impressions that the table has not: after the newest event, cut, or lost."""
+        assert self.impressions
+        missing = due.requests.filter(pa.array(~np.isin(due.requests["request_id"].to_numpy(), ids)))
+        later = milliseconds(single_array(missing["request_ts"])) > self.impressions.until_ms
+        report.checked["requests later"] += int(later.sum())
+        missing = missing.filter(pa.array(~later))
+        for piece in _that_can_hold(missing, pieces):
+            is_cut = is_cut_of(missing, self._read_piece(piece, HISTORY_COLUMNS), self.promises.windows)
+            report.checked["requests cut"] += int(is_cut.sum())
+            missing = missing.filter(pa.array(~is_cut))
+        report.found.add(
+            "lost_request",
+            np.ones(len(missing), bool),
+            lambda row: f"request {missing['request_id'][row].as_py()}: user {missing['user_id'][row].as_py()}",
         )
 
 
