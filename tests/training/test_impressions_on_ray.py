@@ -64,7 +64,7 @@ def settings_of(logs: Path, **sections: Any) -> Settings:
         "train": {
             "tasks": TASKS,
             "num_workers": 1,
-            "epochs": 1,
+            "epochs": 2,
             "tokens_per_step": 300,
             "learning_rate": 0.02,
             "embedding_learning_rate": 0.05,
