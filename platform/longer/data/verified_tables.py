@@ -2,7 +2,8 @@
 
 A bucket is read row group by row group: its sequences in full, as they lie; where news lie beside them, once more, merged as
 every reader does; then its requests, and against each piece of them the times of the sequence row groups that can hold its users.
-What stays in memory is one row group of each, 8 bytes a request, the bucket's news, and the users of a bucket in several files.
+What stays in memory is one row group of each, 8 bytes a request, the bucket's news, and the users of a bucket in several files; of
+requests made from impressions, all impressions of the bucket too.
 Rows or news that are not what they should be are not merged: they are reported, and so is what stays unchecked.
 """
 
