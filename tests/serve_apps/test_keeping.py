@@ -81,6 +81,12 @@ def keeper_of(world: Settings, folder: Path, name: str) -> tuple[StateKeeper, Sc
     return StateKeeper(args, scorer, name, in_worker), scorer
 
 
+def one_leaves_and_one_stays(tmp_path: Path) -> tuple[Path, tuple[StateKeeper, Scorer], tuple[StateKeeper, Scorer]]:
+    """Where dumps lie, and two replicas of one world, each with its scorer: `before` and `me`."""
+    world, folder = build_world(tmp_path / "world"), tmp_path / "dumps"
+    return folder, keeper_of(world, folder, "before"), keeper_of(world, folder, "me")
+
+
 def test_what_was_sent_to_a_replica_that_stopped_is_known_to_the_one_whose_users_they_are(tmp_path: Path) -> None:
     """But for a user who was forgotten there by a call that left no mark yet."""
     world, folder, users = build_world(tmp_path / "world"), tmp_path / "dumps", range(1, 10)
@@ -105,8 +111,7 @@ def test_what_was_sent_to_a_replica_that_stopped_is_known_to_the_one_whose_users
 
 
 def test_what_was_read_of_dumps_and_models_that_are_gone_is_not_remembered(tmp_path: Path) -> None:
-    world, folder = build_world(tmp_path / "world"), tmp_path / "dumps"
-    (leaving, before), (keeper, _) = keeper_of(world, folder, "before"), keeper_of(world, folder, "me")
+    folder, (leaving, before), (keeper, _) = one_leaves_and_one_stays(tmp_path)
     before.score([ScoreRequest(user, ["item1"], request_ts=START_MS + 10**10) for user in (4, 5, 6)])
 
     async def run() -> None:
@@ -128,8 +133,7 @@ def answered(before: Scorer, *users: int) -> None:
 def test_a_user_forgotten_while_she_was_brought_back_goes_although_the_marks_could_not_be_read_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world, folder = build_world(tmp_path / "world"), tmp_path / "dumps"
-    (leaving, before), (keeper, scorer) = keeper_of(world, folder, "before"), keeper_of(world, folder, "me")
+    _, (leaving, before), (keeper, scorer) = one_leaves_and_one_stays(tmp_path)
     answered(before, 4, 5)
     user_keys = [scorer.user_key(user) for user in (4, 5)]
 
@@ -157,8 +161,7 @@ def test_a_user_forgotten_while_she_was_brought_back_goes_although_the_marks_cou
 def test_a_file_that_went_between_listing_and_reading_is_looked_for_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world, folder = build_world(tmp_path / "world"), tmp_path / "dumps"
-    (leaving, before), (keeper, scorer) = keeper_of(world, folder, "before"), keeper_of(world, folder, "me")
+    folder, (leaving, before), (keeper, scorer) = one_leaves_and_one_stays(tmp_path)
     answered(before, 4, 5)
 
     def fail(path: str) -> bytes:
@@ -184,8 +187,7 @@ def test_a_file_that_went_between_listing_and_reading_is_looked_for_again(
 def test_marks_cost_a_listing_before_and_one_after_and_no_read_however_many_there_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world, folder = build_world(tmp_path / "world"), tmp_path / "dumps"
-    (leaving, before), (keeper, _) = keeper_of(world, folder, "before"), keeper_of(world, folder, "me")
+    _, (leaving, before), (keeper, _) = one_leaves_and_one_stays(tmp_path)
     answered(before, 4, 5)
     asked = list[str]()
 
@@ -211,8 +213,7 @@ def test_a_folder_of_dumps_is_not_listed_at_each_health_check_but_where_a_dump_m
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each replica asks a bucket once for every thousand files. But the events in a dump are nowhere else: none may come late."""
-    world, folder, clock_s = build_world(tmp_path / "world"), tmp_path / "dumps", [1000.0]
-    (leaving, before), (keeper, scorer) = keeper_of(world, folder, "before"), keeper_of(world, folder, "me")
+    (_, (leaving, before), (keeper, scorer)), clock_s = one_leaves_and_one_stays(tmp_path), [1000.0]
     answered(before, 4, 5)
     monkeypatch.setattr(keeping, "monotonic", lambda: clock_s[0])
     listed, file_sizes = list[float](), dumps.file_sizes

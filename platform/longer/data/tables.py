@@ -84,11 +84,12 @@ class SequenceTable:
         Reads only the row groups that can hold the users.
         """
         wanted = self.ids(user_ids)
-        parts = [(wanted[:0], histories_of(self.schema.sequences_arrow().empty_table(), self.schema))]
-        parts += [self._histories(bucket, users) for bucket, users in self._by_bucket(wanted)]
-        ids, histories = zip(*parts[1:] or parts, strict=True)
-        found = histories[0] if len(histories) == 1 else Histories.concatenate(histories)
-        return _in_order(pa.concat_arrays(ids), found, wanted)
+        if not len(wanted):
+            return histories_of(self.schema.sequences_arrow().empty_table(), self.schema)
+        found = [self._histories(bucket, users) for bucket, users in self._by_bucket(wanted)]
+        ids, histories = zip(*found, strict=True)
+        together = histories[0] if len(histories) == 1 else Histories.concatenate(histories)
+        return _in_order(pa.concat_arrays(ids), together, wanted)
 
     def find(self, wanted: pa.Array) -> pa.Table:
         """The rows of those of these users (`ids`) who are there, in no stated order."""
