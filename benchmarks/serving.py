@@ -3,6 +3,7 @@
 One run on one machine, on a generated log, with a model of random weights, over HTTP with the header for affinity:
 
     floor               a Serve deployment that reads the same bodies and answers with the same bytes
+    through the proxy   the floor, and 100% hit, by Serve's HTTP proxy; all other calls go straight to the replica
     100% hit            this service, every user's state there
     without sequence    100% hit by the same ranker whose history is one group in one layer
     plain server        FastAPI and torch in one process, histories in memory, no cache, no batches
@@ -34,6 +35,7 @@ from ray import serve
 
 from benchmarks.serving_arms.arms import Arm
 from benchmarks.serving_arms.bench import Bench, Service, starting
+from benchmarks.serving_arms.load import Place
 from benchmarks.serving_arms.page import Measured, page
 from benchmarks.serving_arms.servers import ServerArgs
 from benchmarks.serving_arms.world import build_world, settings_of
@@ -59,33 +61,38 @@ def run(bench: Bench, kept: "Kept") -> None:
             bench.deploy(hit=Service(1), without=Service(1, {"checkpoint": world.checkpoint_without_sequence}))
             bench.warm_up("hit", "without")
             answer, half = bench.answer("hit"), int(len(hits) * bench.state_bytes("hit") / 2)
-            plain_url = bench.url_of(server)
-        with bench.floor_running(answer, 1) as floor_url, kept.timed("what is compared"):
-            urls = {
-                "floor, 1 replica": floor_url,
-                "100% hit, 1 replica": bench.url("hit"),
-                "without sequence, 1 replica": bench.url("without"),
-                "plain server, 1 process": plain_url,
+            plain_place = Place(bench.url_of(server))
+        with bench.floor_running(answer, 1) as floor, kept.timed("what is compared"):
+            places = {
+                "floor, 1 replica": floor,
+                "100% hit, 1 replica": bench.place("hit"),
+                "without sequence, 1 replica": bench.place("without"),
+                "plain server, 1 process": plain_place,
             }
-            for arms in bench.measured_together(urls, hits, asked.rounds):
+            for arms in bench.measured_together(places, hits, asked.rounds):
                 kept.note(**dict(zip(("floor", "hit", "without", "plain"), arms, strict=True)))
+            places = {
+                "floor, 1 replica, through the proxy": Place(floor.url),
+                "100% hit, 1 replica, through the proxy": Place(bench.url("hit")),
+            }
+            for arms in bench.measured_together(places, hits, 1):
+                kept.note(**dict(zip(("floor_proxied", "hit_proxied"), arms, strict=True)))
     with kept.timed("start of the others"):
         bench.deploy(hit=Service(2), miss=Service(1, {"cache_bytes": 0}), trace=Service(1, {"cache_bytes": half}))
     with kept.timed("0% hit"):
-        kept.note(miss=bench.measure("0% hit, 1 replica", bench.url("miss"), hits))
+        kept.note(miss=bench.measure("0% hit, 1 replica", bench.place("miss"), hits))
     with kept.timed("real trace"):
-        kept.note(trace=bench.measure_trace("real trace, 1 replica", bench.url("trace"), world.trace))
+        kept.note(trace=bench.measure_trace("real trace, 1 replica", bench.place("trace"), world.trace))
     with kept.timed("2 replicas"):
         bench.warm_up("hit")
-        with bench.floor_running(answer, 2) as floor_url:
-            urls = {"floor, 2 replicas": floor_url, "100% hit, 2 replicas": bench.url("hit")}
-            for arms in bench.measured_together(urls, hits, 1):
+        with bench.floor_running(answer, 2) as floor:
+            places = {"floor, 2 replicas": floor, "100% hit, 2 replicas": bench.place("hit")}
+            for arms in bench.measured_together(places, hits, 1):
                 kept.note(**dict(zip(("floor2", "hit2"), arms, strict=True)))
     with kept.timed("a third replica"):
         bench.warm_up("hit")
         bench.deploy(hit=Service(3))
-        time.sleep(1)  # until the proxy has been told
-        kept.measured.warm_share = bench.load.once(bench.url("hit"), hits).warm_share
+        kept.measured.warm_share = bench.load.once(bench.place("hit"), hits).warm_share
     with kept.timed("load generator"):
         bench.deploy()
         echo = ServerArgs(free_port("127.0.0.1", 8433), answer=answer.decode())

@@ -2,6 +2,7 @@
 
 import socket
 from contextlib import suppress
+from ipaddress import ip_address
 
 from ray import serve
 
@@ -29,6 +30,12 @@ def free_port(host: str, preferred: int) -> int:
     raise UserError(f"serve.host={host}: cannot listen there: use an address of this machine")
 
 
+def direct_host(settings: Settings) -> str | None:
+    """Where replicas listen themselves: as the proxy does, but not on the loopback of machines that are not this one."""
+    host = socket.gethostbyname(settings.serve.host)
+    return None if settings.ray.cluster and ip_address(host).is_loopback else host
+
+
 def scoring_args(settings: Settings, inputs: Inputs) -> ScoringArgs:
     """The application's arguments for these tables."""
     asked, schema = settings.serve, settings.event_schema
@@ -41,6 +48,7 @@ def scoring_args(settings: Settings, inputs: Inputs) -> ScoringArgs:
         sequences=settings.path("tables", "sequences"),
         items=settings.path("tables", "items") if schema.features_of("item") else None,
         pool_label=settings.ray.pool_label,
+        direct_host=direct_host(settings),
         **asked.model_dump(exclude={"host", "port", "check_requests"}),
     )
 

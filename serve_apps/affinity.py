@@ -1,33 +1,16 @@
-"""Which replica a session belongs to: the ring of Serve's ConsistentHashRouter, so that a replica can tell what came astray."""
+"""Which replica a session belongs to, as Serve's ConsistentHashRouter has it, so that a replica can tell what came astray."""
 
-import bisect
 from collections import Counter
-from collections.abc import Iterable
-from urllib.parse import quote
+from collections.abc import Mapping
 
-import mmh3
 from ray.serve.config import RequestRouterConfig
-from ray.serve.experimental.consistent_hash_router import CONSISTENT_HASH_SEED
 
-_NUM_VIRTUAL_NODES = 100
+from longer.ring import NUM_VIRTUAL_NODES, Ring, session_of
 
 ROUTER = RequestRouterConfig(
     request_router_class="ray.serve.experimental.consistent_hash_router.ConsistentHashRouter",
-    request_router_kwargs={"num_virtual_nodes": _NUM_VIRTUAL_NODES, "num_fallback_replicas": 2},
+    request_router_kwargs={"num_virtual_nodes": NUM_VIRTUAL_NODES, "num_fallback_replicas": 2},
 )
-
-
-class Ring:
-    """The owner of each session among these replicas, as the router chooses it while the owner has room."""
-
-    def __init__(self, replica_ids: Iterable[str]) -> None:
-        self.replica_ids = frozenset(replica_ids)
-        points = [(_hash(f"{one}:{node}"), one) for one in self.replica_ids for node in range(_NUM_VIRTUAL_NODES)]
-        points.sort(key=lambda point: point[0])
-        self._hashes, self._owners = [point[0] for point in points], [point[1] for point in points]
-
-    def owner(self, session: str) -> str:
-        return self._owners[bisect.bisect_right(self._hashes, _hash(session)) % len(self._owners)]
 
 
 class Affinity:
@@ -36,13 +19,17 @@ class Affinity:
     by the replica that has answered it. The second needs the ring, so it is told by the replicas last seen; the header is not
     believed."""
 
-    def __init__(self, own: str) -> None:
+    def __init__(self, own: str, own_url: str | None = None) -> None:
         self._own = own
         self.ring: Ring | None = None
+        self.urls: dict[str, str | None] = {own: own_url}
+        """Where each replica of the ring answers itself; None if only through Serve's proxy."""
         self.lost: Counter[str] = Counter(no_session=0, other_replica=0)
 
-    def see(self, replica_ids: Iterable[str]) -> None:
-        self.ring = Ring({*replica_ids, self._own})
+    def see(self, urls: Mapping[str, str | None]) -> None:
+        """The replicas that run, this one perhaps among them."""
+        self.urls = {self._own: self.urls[self._own], **urls}
+        self.ring = Ring(self.urls)
 
     def owner(self, user_id: int | str) -> str:
         """The replica whose user it is; this one, as long as it knows no other."""
@@ -56,12 +43,3 @@ class Affinity:
             self.lost["no_session"] += 1
         elif not self.is_own(user_id):
             self.lost["other_replica"] += 1
-
-
-def session_of(user_id: int | str) -> str:
-    """The session that the user's requests are sent with: headers are ASCII, ids need not be."""
-    return quote(str(user_id), safe="")
-
-
-def _hash(key: str) -> int:
-    return mmh3.hash64(key.encode(), seed=CONSISTENT_HASH_SEED, signed=False)[0]

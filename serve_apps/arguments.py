@@ -101,6 +101,12 @@ class ScoringArgs(BaseModel):
     max_queued_requests: int = Field(
         256, ge=1, description="Requests that an HTTP proxy lets wait for replicas; more are answered 503 at once."
     )
+    direct_host: str | None = Field(
+        None,
+        description="IP address, on every node with replicas, at which each replica listens too, on a port of its own, for clients "
+        "that send a user's calls straight to hers (`longer.client`): 0.0.0.0, or 127.0.0.1 on a machine alone; null: all calls go "
+        "through Serve's proxy.",
+    )
     timeout_s: float = Field(
         10, gt=0, description="Longest time a request may take; a caller may ask for a shorter one."
     )

@@ -17,12 +17,12 @@ from typing import Any
 import pyarrow as pa
 
 from longer.hashing import stable_keys
+from longer.ring import Ring, session_of
 from longer.serving.cache import StateVersion
 from longer.serving.dumps import DumpCounters, Listing, StateDumps
 from longer.serving.kept_states import KeptState
 from longer.serving.pending import Pending, pending_users, read_rows
 from longer.serving.scorer import Scorer
-from serve_apps.affinity import Ring, session_of
 from serve_apps.arguments import ScoringArgs
 
 _WARMED_TOGETHER = 4

@@ -6,9 +6,10 @@ from contextlib import nullcontext
 from itertools import chain
 from typing import TypeVar
 
+from longer.ring import session_of
 from longer.serving.requests import ScoreRequest
 from serve_apps.access_log import Call
-from serve_apps.affinity import Affinity, session_of
+from serve_apps.affinity import Affinity
 from serve_apps.peers import Peers
 
 T = TypeVar("T")

@@ -156,6 +156,12 @@ class ForgetAnswer(BaseModel):
     held: int
 
 
+class ReplicasAnswer(BaseModel):
+    """The address of each replica that runs; null: only behind the one that was asked."""
+
+    urls: dict[str, str | None]
+
+
 _EXPECTED = {
     "user_id": "expected an integer or a string",
     "candidates": "expected a list of item ids, or of objects with an id and features",

@@ -6,12 +6,14 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from ray import serve
+from starlette.types import ASGIApp
 
 from longer.errors import UserError
 from serve_apps import status_page
 from serve_apps.access import SESSION_HEADER, TIMEOUT_HEADER, content_type_of, id_of, reason_of, status_of
 from serve_apps.access_log import Call
 from serve_apps.account import in_short
+from serve_apps.arguments import ScoringArgs
 from serve_apps.arrow_body import ARROW, arrow_answer, parse_arrow_body
 from serve_apps.desk import Refusal
 from serve_apps.openapi import about_call, body_of, errors, responds, with_security
@@ -19,6 +21,7 @@ from serve_apps.protocol import (
     EventsAnswer,
     EventsBody,
     ForgetAnswer,
+    ReplicasAnswer,
     ScoreAnswer,
     ScoreBatchAnswer,
     ScoreBatchBody,
@@ -51,6 +54,13 @@ JSON = "application/json"
 @serve.ingress(api)
 class ScoringReplica(RpcService):
     """Answers, over gRPC too, as `serve_apps/scoring.py` says."""
+
+    app: ASGIApp  # which Serve makes of `api`
+
+    def __init__(self, args: ScoringArgs) -> None:
+        super().__init__(args)
+        if self._direct:
+            self._direct.serve(lambda: self.app, ends_within_s=args.timeout_s)
 
     # -- scores -------------------------------------------------------------------------------------------------------
 
@@ -147,6 +157,16 @@ class ScoringReplica(RpcService):
 
     async def _answer_status(self, _request: Request, _call: Call) -> Answer:
         return as_json(await self.status()), JSON
+
+    @api.get(
+        "/v1/replicas", openapi_extra=about_call(TIMEOUT_HEADER), responses={**responds(ReplicasAnswer), **errors()}
+    )
+    async def replicas(self, request: Request) -> Response:
+        """The replicas that run, and where each answers itself: for clients that send a user's calls straight to hers."""
+        return await self._answer(request, "replicas", self._answer_replicas)
+
+    async def _answer_replicas(self, _request: Request, _call: Call) -> Answer:
+        return as_json({"urls": await self.replica_urls()}), JSON
 
     @api.get("/", include_in_schema=False)
     async def page(self) -> Response:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from ray import serve
@@ -15,15 +15,17 @@ from ray.serve._private.logging_utils import get_serve_logs_dir
 from ray.serve.schema import ReplicaRank
 
 from longer.errors import UserError
+from longer.ring import session_of
 from longer.serving.reads import TableReads
 from longer.serving.scorer import EventsRequest, EventsResult, Scorer, ScoreRequest, ScoreResult, Scoring
 from serve_apps.access import Gate
 from serve_apps.access_log import AccessLog, Call
 from serve_apps.account import service_status
-from serve_apps.affinity import Affinity, session_of
+from serve_apps.affinity import Affinity
 from serve_apps.arguments import ScoringArgs
 from serve_apps.batcher import MicroBatcher
 from serve_apps.desk import Desk
+from serve_apps.direct import DirectServer
 from serve_apps.holdings import Ledger
 from serve_apps.keeping import StateKeeper
 from serve_apps.metrics import ReplicaMetrics
@@ -42,6 +44,7 @@ _OLDEST_AFTER = 100
 """Second generations, ten times as many as usual, after which the collector looks at all: that takes tenths of a second."""
 
 Outcome = ScoreResult | UserError
+T = TypeVar("T")
 
 
 class ScoringService:
@@ -56,7 +59,11 @@ class ScoringService:
         )
         self._scorer = self._worker.submit(self._load).result()
         self._replica = serve.get_replica_context().replica_id.unique_id
-        self._affinity, self._peers, metrics = Affinity(self._replica), Peers(), ReplicaMetrics()
+        self._direct = (
+            DirectServer(args.direct_host, args.max_ongoing_requests, RETRY_AFTER_S) if args.direct_host else None
+        )
+        self._affinity = Affinity(self._replica, self._direct and self._direct.url)
+        self._peers, metrics = Peers(), ReplicaMetrics()
         self._keeper = StateKeeper(args, self._scorer, self._replica, self._in_worker)
         access_log = AccessLog(get_serve_logs_dir(), self._replica) if args.access_log else None
         self._desk = Desk(self._gate, metrics, access_log)
@@ -85,13 +92,14 @@ class ScoringService:
             self._keeper,
             self._rollouts,
             num_queued=lambda: len(self._scores),
+            num_direct=lambda: self._direct.num_ongoing if self._direct else 0,
         )
         self._upkeep = Upkeep(
             NewerTables(self._scorer, self._in_worker),
             self._affinity,
             self._keeper,
             self._rollouts,
-            ask_names=partial(self._of_peers, self.replica_id),
+            ask_urls=partial(self._of_peers, self.own_url),
             refresh_s=args.refresh_s,
         )
         self._teller.tell()
@@ -175,6 +183,11 @@ class ScoringService:
             raise BodyError(503, "not every replica has answered: send the same again")
         return len(others), sum([held, *others])
 
+    async def replica_urls(self) -> dict[str, str | None]:
+        """Where each replica answers itself, as of the last second."""
+        await self._upkeep.look()
+        return self._affinity.urls
+
     def about_model(self) -> dict[str, Any]:
         """The model that answers, and what it reads."""
         return self._teller.about_model()
@@ -202,8 +215,9 @@ class ScoringService:
 
     # -- called by other replicas -------------------------------------------------------------------------------------
 
-    async def replica_id(self) -> str:
-        return self._replica
+    async def own_url(self) -> tuple[str, str | None]:
+        """This replica, and where it answers itself."""
+        return self._replica, self._direct and self._direct.url
 
     async def served_checkpoint(self) -> str:
         return self._rollouts.checkpoint
@@ -257,11 +271,13 @@ class ScoringService:
         """An error where the device no longer computes: a CUDA context does not recover from some."""
         torch.zeros(1, device=self._scorer.cache.pool.device).item()
 
-    async def _of_peers(self, method: Callable[[], Awaitable[str]]) -> list[str]:
-        return [one for one in await self._peers.ask(method) if isinstance(one, str)]
+    async def _of_peers(self, method: Callable[[], Awaitable[T]]) -> list[T]:
+        return [one for one in await self._peers.ask(method) if not isinstance(one, BaseException)]
 
     async def __del__(self) -> None:
-        """Serve calls it once the replica has answered all that it was asked, before it ends."""
+        """Serve calls it once the replica has answered all that came through it, before it ends."""
+        if self._direct:
+            await self._direct.close()
         await self._keeper.leave()
         if self._access_log:
             self._access_log.close()

@@ -37,10 +37,12 @@ class Teller:
         keeper: StateKeeper,
         rollouts: Rollouts,
         num_queued: Callable[[], int],
+        num_direct: Callable[[], int],
     ) -> None:
         self._args, self._replica, self._scorer, self._ledger = args, replica, scorer, ledger
         self._metrics, self._access_log, self._affinity = metrics, access_log, affinity
-        self._keeper, self._rollouts, self._num_queued = keeper, rollouts, num_queued
+        self._keeper, self._rollouts = keeper, rollouts
+        self._num_queued, self._num_direct = num_queued, num_direct
         self._evicted, self._gpu_memory_share = (time.monotonic(), 0), 0.0
         self.recent = Recent()
 
@@ -101,6 +103,7 @@ class Teller:
             "cache_share": held.device_share,
             "evictions_per_s": (num_evicted - before) / max(now_s - since_s, 1e-3),
             "gpu_memory_share": self._gpu_memory_share,
+            "direct_requests": self._num_direct(),
         }
 
     def _gpu_memory(self) -> float:

@@ -2,6 +2,7 @@
 a checkpoint that was refused."""
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
@@ -10,6 +11,8 @@ from serve_apps.affinity import Affinity
 from serve_apps.keeping import StateKeeper
 from serve_apps.newer_tables import NewerTables
 from serve_apps.rollout import Rollouts
+
+_LOOK_S = 1.0
 
 
 class Upkeep:
@@ -22,12 +25,12 @@ class Upkeep:
         affinity: Affinity,
         keeper: StateKeeper,
         rollouts: Rollouts,
-        ask_names: Callable[[], Awaitable[list[str]]],
+        ask_urls: Callable[[], Awaitable[list[tuple[str, str | None]]]],
         refresh_s: float,
     ) -> None:
         self._tables, self._affinity, self._keeper, self._rollouts = tables, affinity, keeper, rollouts
-        self._ask_names, self._refresh_s = ask_names, refresh_s
-        self._refreshed_s = time.monotonic()
+        self._ask_urls, self._refresh_s = ask_urls, refresh_s
+        self._refreshed_s, self._looked_s = time.monotonic(), -math.inf
         self._under_way = dict[str, asyncio.Future[None]]()
 
     def begin(self) -> None:
@@ -39,14 +42,21 @@ class Upkeep:
         for work in works:
             self._begin(work)
 
+    async def look(self) -> None:
+        """Who the others are is known as of the last second afterwards, if any can be asked."""
+        if time.monotonic() - self._looked_s >= _LOOK_S:
+            self._begin(self._look_at_ring)
+            await asyncio.shield(self._under_way[self._look_at_ring.__name__])
+
     def _begin(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         if (last := self._under_way.get(work.__name__)) is None or last.done():
             self._under_way[work.__name__] = asyncio.ensure_future(work())
 
     async def _look_at_ring(self) -> None:
-        names = await self._ask_names()
-        if names:  # else the ring stays what it was
-            self._affinity.see(names)
+        urls = dict(await self._ask_urls())
+        self._looked_s = time.monotonic()
+        if urls:  # else the ring stays what it was
+            self._affinity.see(urls)
         self._begin(self._bring)
 
     async def _bring(self) -> None:

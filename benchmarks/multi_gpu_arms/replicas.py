@@ -66,7 +66,7 @@ def measure(bench: Bench, asked: argparse.Namespace, tell: Callable[[list[Row], 
 
     The most come first: all are ready as soon as one is, and the others need not start any.
     """
-    found, url = list[Row](), bench.url("scoring")
+    found = list[Row]()
     most, *fewer = sorted(asked.replicas, reverse=True)
     deployed(bench, most)
     answer = bench.answer("scoring")
@@ -75,7 +75,7 @@ def measure(bench: Bench, asked: argparse.Namespace, tell: Callable[[list[Row], 
             deployed(bench, num)
         asked.clients = [num * clients for clients in asked.clients_each]
         bench.warm_up("scoring")
-        arm = bench.measure(f"{num} replicas", url, bench.world.hits, with_open=False)
+        arm = bench.measure(f"{num} replicas", bench.place("scoring"), bench.world.hits, with_open=False)
         best, failed = arm.best, sum(arm.best.failed.values())
         times = best.percentile_ms(50), best.percentile_ms(99)
         speed = best.rps, best.rps * asked.candidates

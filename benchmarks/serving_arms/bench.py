@@ -15,7 +15,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
 from benchmarks.serving_arms.arms import Arm
-from benchmarks.serving_arms.load import Body, Load, Sample
+from benchmarks.serving_arms.load import Body, Load, Place, Sample
 from benchmarks.serving_arms.servers import ServerArgs, floor_app
 from benchmarks.serving_arms.world import World
 from jobs.serve import free_port
@@ -44,42 +44,48 @@ class Bench:
     def url(self, app: str) -> str:
         return f"http://127.0.0.1:{self._port}/{app}"
 
-    def measure(self, name: str, url: str, bodies: Sequence[Body], with_open: bool = True) -> Arm:
+    def place(self, app: str) -> Place:
+        """A service and its replicas, told as it tells clients."""
+        answer = requests.get(f"{self.url(app)}/v1/replicas", timeout=30)
+        answer.raise_for_status()
+        return Place(self.url(app), answer.json()["urls"])
+
+    def measure(self, name: str, place: Place, bodies: Sequence[Body], with_open: bool = True) -> Arm:
         """An arm whose bodies may be sent again and again; without the open loop if not `with_open`."""
-        *_, [arm] = self.measured_together({name: url}, bodies, 1, with_open)
+        *_, [arm] = self.measured_together({name: place}, bodies, 1, with_open)
         return arm
 
     def measured_together(
-        self, urls: Mapping[str, str], bodies: Sequence[Body], num_rounds: int, with_open: bool = True
+        self, places: Mapping[str, Place], bodies: Sequence[Body], num_rounds: int, with_open: bool = True
     ) -> Iterator[list[Arm]]:
         """Arms by name, as they are after each round and last with their open loops; window by window in turn, so that all of
         them meet the same load of the machine."""
         seconds, levels = self.asked.seconds, self.asked.clients
-        for url in urls.values():
-            self.load.closed(url, bodies, max(levels), seconds / 2)
-        arms = [Arm(name, []) for name in urls]
+        for place in places.values():
+            self.load.closed(place, bodies, max(levels), seconds / 2)
+        arms = [Arm(name, []) for name in places]
         for _ in range(num_rounds):
-            samples: dict[str, dict[int, Sample]] = {name: {} for name in urls}
+            samples: dict[str, dict[int, Sample]] = {name: {} for name in places}
             for num_clients in levels:
-                for name, url in urls.items():
-                    samples[name][num_clients] = sample = self.load.closed(url, bodies, num_clients, seconds)
+                for name, place in places.items():
+                    samples[name][num_clients] = sample = self.load.closed(place, bodies, num_clients, seconds)
                     if not sample.latencies_ms:
                         raise RuntimeError(f"{name}: no request was answered: {dict(sample.failed)}")
             arms = [replace(arm, rounds=[*arm.rounds, samples[arm.name]]) for arm in arms]
             yield arms
         if with_open:
-            loads = [self.load.open(urls[arm.name], bodies, LOAD_SHARE * arm.rps, 2 * seconds) for arm in arms]
+            loads = [self.load.open(places[arm.name], bodies, LOAD_SHARE * arm.rps, 2 * seconds) for arm in arms]
             arms = [replace(arm, at_load=load) for arm, load in zip(arms, loads, strict=True)]
         yield [self._said(arm) for arm in arms]
 
-    def measure_trace(self, name: str, url: str, bodies: Sequence[Body]) -> Arm:
+    def measure_trace(self, name: str, place: Place, bodies: Sequence[Body]) -> Arm:
         """An arm whose bodies are sent once, in their order: a part of them for each number of clients."""
         levels = self.asked.clients
         parts = [
             bodies[len(bodies) * i // len(levels) : len(bodies) * (i + 1) // len(levels)] for i in range(len(levels))
         ]
         samples = {
-            num: self.load.closed(url, part, num, self.asked.seconds, again=False)
+            num: self.load.closed(place, part, num, self.asked.seconds, again=False)
             for num, part in zip(levels, parts, strict=True)
         }
         return self._said(Arm(name, [samples]))
@@ -116,7 +122,13 @@ class Bench:
             "usual_candidates": asked.candidates,
         }
         args = {"checkpoint": self.world.checkpoint, **tables, **gpus, **sizes, "cache_bytes": asked.cache_bytes}
-        args |= {"num_cpus": 0.5, "torch_threads": asked.torch_threads, "timeout_s": 60, **service.arguments}
+        args |= {
+            "direct_host": "127.0.0.1",
+            "num_cpus": 0.5,
+            "torch_threads": asked.torch_threads,
+            "timeout_s": 60,
+            **service.arguments,
+        }
         bounds = {"min_replicas": service.num_replicas, "max_replicas": service.num_replicas}
         return {
             "name": name,
@@ -141,7 +153,7 @@ class Bench:
     def warm_up(self, *apps: str) -> None:
         """Each user's state is there afterwards."""
         for app in apps:
-            if failed := self.load.once(self.url(app), self.world.hits).failed:
+            if failed := self.load.once(self.place(app), self.world.hits).failed:
                 raise RuntimeError(f"{app}: warming up failed: {dict(failed)}")
 
     def state_bytes(self, app: str) -> float:
@@ -156,22 +168,23 @@ class Bench:
 
     def floor(self, answer: bytes, num_replicas: int, with_open: bool = True) -> Arm:
         """The floor alone."""
-        with self.floor_running(answer, num_replicas) as url:
-            return self.measure(f"floor, {num_replicas} replica(s)", url, self.world.hits, with_open)
+        with self.floor_running(answer, num_replicas) as place:
+            return self.measure(f"floor, {num_replicas} replica(s)", place, self.world.hits, with_open)
 
     @contextmanager
-    def floor_running(self, answer: bytes, num_replicas: int) -> Iterator[str]:
-        """The URL of a floor of so many replicas, while the block runs."""
-        serve.run(
+    def floor_running(self, answer: bytes, num_replicas: int) -> Iterator[Place]:
+        """A floor of so many replicas, while the block runs."""
+        handle = serve.run(
             floor_app(answer, num_replicas, 4 * self.asked.max_batch_requests), name=FLOOR, route_prefix=f"/{FLOOR}"
         )
-        yield self.url(FLOOR)
+        urls = handle.broadcast("own_url").results(timeout_s=_WITHIN_S)
+        yield Place(self.url(FLOOR), dict(urls))
         serve.delete(FLOOR)
 
     def alone(self, name: str, kind: str, args: ServerArgs) -> Arm:
         """A server of one process, alone."""
         with starting(kind, args) as server:
-            return self.measure(name, self.url_of(server), self.world.hits, with_open=kind != "echo")
+            return self.measure(name, Place(self.url_of(server)), self.world.hits, with_open=kind != "echo")
 
     def url_of(self, server: "Server") -> str:
         """Once it has answered; on a GPU its first answers wait for kernels to be compiled."""

@@ -17,6 +17,8 @@ from itertools import cycle
 import aiohttp
 import numpy as np
 
+from longer.ring import Ring
+
 _SOURCE = re.compile(rb'"source": ?"(\w+)"')
 BODY_MS_HEADER = "x-body-ms"
 _TIMEOUT_S = 30
@@ -24,6 +26,19 @@ _MOST_OPEN = 2_000
 
 Body = tuple[str, bytes]
 """A session, and the JSON sent for it."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A service at `url`, whose replicas, if `urls` tells them, are sent the sessions that are theirs, as `longer.client` does."""
+
+    url: str
+    urls: dict[str, str] = field(default_factory=dict)
+
+    def of(self) -> Callable[[str], str]:
+        """Where each session is sent."""
+        ring = Ring(self.urls) if self.urls else None
+        return lambda session: self.urls[ring.owner(session)] if ring else self.url
 
 
 @dataclass
@@ -74,25 +89,27 @@ class Load:
         for _ in range(num_processes):  # which start now, while servers do, and not in the first window
             self._pool.submit(int)
 
-    def once(self, url: str, bodies: Sequence[Body], num_clients: int = 8) -> Sample:
+    def once(self, place: Place, bodies: Sequence[Body], num_clients: int = 8) -> Sample:
         """Each body once."""
-        return self._run(url, bodies, num_clients, math.inf, None, again=False)
+        return self._run(place, bodies, num_clients, math.inf, None, again=False)
 
-    def closed(self, url: str, bodies: Sequence[Body], num_clients: int, seconds: float, again: bool = True) -> Sample:
+    def closed(
+        self, place: Place, bodies: Sequence[Body], num_clients: int, seconds: float, again: bool = True
+    ) -> Sample:
         """Clients that send the next body when they have an answer; the bodies once only if not `again`."""
-        return self._run(url, bodies, num_clients, seconds, None, again)
+        return self._run(place, bodies, num_clients, seconds, None, again)
 
-    def open(self, url: str, bodies: Sequence[Body], rate: float, seconds: float) -> Sample:
+    def open(self, place: Place, bodies: Sequence[Body], rate: float, seconds: float) -> Sample:
         """`rate` requests a second, whatever becomes of them."""
-        return self._run(url, bodies, 0, seconds, rate, again=True)
+        return self._run(place, bodies, 0, seconds, rate, again=True)
 
     def _run(
-        self, url: str, bodies: Sequence[Body], num_clients: int, seconds: float, rate: float | None, again: bool
+        self, place: Place, bodies: Sequence[Body], num_clients: int, seconds: float, rate: float | None, again: bool
     ) -> Sample:
         num = min(self._num, num_clients or self._num, len(bodies))
         shares = [num_clients // num + (i < num_clients % num) for i in range(num)]
         calls = [
-            self._pool.submit(_send, url, list(bodies[i::num]), shares[i], seconds, rate and rate / num, again)
+            self._pool.submit(_send, place, list(bodies[i::num]), shares[i], seconds, rate and rate / num, again)
             for i in range(num)
         ]
         whole = Sample()
@@ -103,14 +120,16 @@ class Load:
         return whole
 
 
-def _send(url: str, bodies: list[Body], num_clients: int, seconds: float, rate: float | None, again: bool) -> Sample:
-    return asyncio.run(_sending(url, bodies, num_clients, seconds, rate, again))
+def _send(
+    place: Place, bodies: list[Body], num_clients: int, seconds: float, rate: float | None, again: bool
+) -> Sample:
+    return asyncio.run(_sending(place, bodies, num_clients, seconds, rate, again))
 
 
 async def _sending(
-    url: str, bodies: list[Body], num_clients: int, seconds: float, rate: float | None, again: bool
+    place: Place, bodies: list[Body], num_clients: int, seconds: float, rate: float | None, again: bool
 ) -> Sample:
-    sample, queue = Sample(), iter(cycle(bodies) if again else bodies)
+    sample, where, queue = Sample(), place.of(), iter(cycle(bodies) if again else bodies)
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http:
@@ -118,7 +137,7 @@ async def _sending(
         async def ask(body: Body, due_s: float) -> None:
             headers = {"x-session-id": body[0], "content-type": "application/json"}
             try:
-                async with http.post(f"{url}/v1/score", data=body[1], headers=headers) as answer:
+                async with http.post(f"{where(body[0])}/v1/score", data=body[1], headers=headers) as answer:
                     content = await answer.read()
             except (aiohttp.ClientError, TimeoutError) as error:
                 sample.failed[type(error).__name__] += 1

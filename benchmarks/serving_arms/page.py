@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import ray
@@ -59,19 +60,27 @@ def page(measured: Measured) -> str:
 
 def _compared(arms: dict[str, Arm]) -> list[str]:
     hit, floor = arms["hit"], arms["floor"]
-    num_clients = min(floor.samples), max(floor.samples)
-    body_ms = [float(np.median(floor.samples[num].body_ms)) for num in num_clients]
-    return [
+    told = [
         told_ratio("requests/s, 100% hit over the floor", hit, floor),
         told_ratio("requests/s, 100% hit over without sequence", hit, arms["without"]),
         told_ratio("requests/s, 100% hit over the plain server", hit, arms["plain"]),
         f"- one client's p50, 100% hit above the floor: {extra_ms(hit, floor):.2f} ms",
-        f"- the floor's wait for the body, which Serve's proxy sends after the head: p50 {body_ms[0]:.2f} ms with one client, "
+    ]
+    if "hit_proxied" not in arms:
+        return told
+    hit, floor = arms["hit_proxied"], arms["floor_proxied"]
+    num_clients = min(floor.samples), max(floor.samples)
+    body_ms = [float(np.median(floor.samples[num].body_ms)) for num in num_clients]
+    return [
+        *told,
+        told_ratio("requests/s through the proxy, 100% hit over the floor", hit, floor),
+        f"- one client's p50 through the proxy, 100% hit above the floor: {extra_ms(hit, floor):.2f} ms",
+        f"- the floor's wait for the body, which the proxy sends after the head: p50 {body_ms[0]:.2f} ms with one client, "
         f"{body_ms[1]:.2f} ms with {num_clients[1]}",
     ]
 
 
-def summary(measured: Measured) -> dict[str, float | None]:
+def summary(measured: Measured) -> dict[str, Any]:
     """The last line's figures; None for those that are not there yet."""
     names = (
         "p50_ms",
@@ -83,7 +92,19 @@ def summary(measured: Measured) -> dict[str, float | None]:
         "loss_vs_no_sequence",
     )
     figures = dict.fromkeys(names) | _figures(measured.arms) if "hit" in measured.arms else dict.fromkeys(names)
-    return {**figures, "warm_share_after_scale_up": measured.warm_share}
+    proxied = _proxied(measured.arms) if "hit_proxied" in measured.arms else None
+    return {**figures, "proxied": proxied, "warm_share_after_scale_up": measured.warm_share}
+
+
+def _proxied(arms: dict[str, Arm]) -> dict[str, float | None]:
+    hit, floor = arms["hit_proxied"], arms["floor_proxied"]
+    return {
+        "p50_ms": hit.one_client.percentile_ms(50),
+        "p99_ms": hit.at_load.percentile_ms(99) if hit.at_load else None,
+        "floor_p50_ms": floor.one_client.percentile_ms(50),
+        "overhead_ms": extra_ms(hit, floor),
+        "vs_floor_rps": throughput_ratio(hit, floor),
+    }
 
 
 def _figures(arms: dict[str, Arm]) -> dict[str, float | None]:

@@ -16,21 +16,35 @@ import pyarrow as pa
 from fastapi import FastAPI, Request, Response
 from ray import serve
 from ray.serve.schema import LoggingConfig
+from starlette.types import ASGIApp
 
 from benchmarks.serving_arms.load import BODY_MS_HEADER
 from serve_apps.affinity import ROUTER
+from serve_apps.direct import DirectServer
 from serve_apps.scoring import IN_ONE_LOOP
 
 floor_api = FastAPI()
+_MOST_ONGOING = 1000
 
 
 @serve.deployment
 @serve.ingress(floor_api)
 class Floor:
-    """Reads a body of the real size, says how long that took, and answers with one: what Serve, HTTP and FastAPI alone cost."""
+    """Reads a body of the real size, says how long that took, and answers with one: what Serve, HTTP and FastAPI alone cost.
+
+    At an address of its own too, as the service has it.
+    """
+
+    app: ASGIApp  # which Serve makes of `floor_api`
 
     def __init__(self, answer: bytes) -> None:
         self._answer = answer
+        self._direct = DirectServer("127.0.0.1", _MOST_ONGOING, retry_after_s=1)
+        self._direct.serve(lambda: self.app, ends_within_s=1)
+
+    async def own_url(self) -> tuple[str, str]:
+        """As the service's replicas tell it each other."""
+        return serve.get_replica_context().replica_id.unique_id, self._direct.url
 
     @floor_api.post("/v1/score")
     async def score(self, request: Request) -> Response:

@@ -1,6 +1,7 @@
 """How many replicas there should be: by requests, and by states that have to go although they are still warm.
 
-    requests   as Serve's own policy: ongoing requests over `target_ongoing_requests`.
+    requests   as Serve's own policy: ongoing requests over `target_ongoing_requests`; those that came straight to a replica, of
+               which Serve knows nothing, among them.
     states     A full cache evicts what was not asked for longest. How long that is follows from what it holds and what it evicts:
                age = states / evictions a second. Below `warm_s` one more replica is wanted, and none goes while with one fewer
                the age would be below twice that. Evictions of older states, and a cache that is merely full, are as it should be.
@@ -36,6 +37,7 @@ class ReplicaLoad:
     cache_share: float
     evictions_per_s: float
     gpu_memory_share: float
+    direct_requests: float
 
 
 @dataclass(frozen=True)
@@ -88,4 +90,5 @@ class ReplicaPolicy:
         num_replicas, target = context.current_num_replicas, context.config.get_target_ongoing_requests()
         if num_replicas == 0:
             return context.target_num_replicas, {}
-        return wanted_replicas(num_replicas, context.total_num_requests, target, loads, self._rule), {}
+        num_requests = context.total_num_requests + sum(load.direct_requests for load in loads)
+        return wanted_replicas(num_replicas, num_requests, target, loads, self._rule), {}

@@ -18,15 +18,23 @@ from pydantic_core import to_json
 
 from longer.errors import UserError
 from longer.patience import Patience, as_ms
+from longer.replica_urls import ReplicaUrls
+from longer.ring import session_of
 
 _ARROW = "application/vnd.apache.arrow.stream"
 _REPEATED = (500, 503)
 _PAUSE_S = 0.1
 _PART_BYTES = 1 << 16
+_CONNECT_WITHIN_S = 0.25
+"""How long a replica is waited for before the call goes through the proxy instead."""
+_REPLICAS_WITHIN_S = 1.0
 
 
 class ScoringClient:
-    """Every call is safe to repeat, so one that finds no connection, a full service (503) or a replica that dies with it (500) is,
+    """A user's calls go straight to the replica that holds the state, where the service has such addresses (`direct_host`) and they
+    can be reached, else, and if not `direct`, through Serve's proxy at `url`.
+
+    Every call is safe to repeat, so one that finds no connection, a full service (503) or a replica that dies with it (500) is,
     after a pause that grows, no shorter than the service asks for. `timeout_s` is for all of it, and the service is told what is
     left; a thread should have a client of its own. Proxies and ~/.netrc are not looked at.
 
@@ -34,10 +42,18 @@ class ScoringClient:
     is not answered in time is not repeated: the service may be at it still, and would only have more to do.
     """
 
-    def __init__(self, url: str, token: str | None = None, timeout_s: float = 2.0, max_retries: int = 2) -> None:
+    def __init__(
+        self,
+        url: str,
+        token: str | None = None,
+        timeout_s: float = 2.0,
+        max_retries: int = 2,
+        direct: bool = True,
+    ) -> None:
         self._url, self._timeout_s, self._max_retries = url.rstrip("/"), timeout_s, max_retries
         self._session = requests.Session()
         self._session.trust_env = False  # ~/.netrc would replace the token
+        self._replicas = ReplicaUrls(self._url, self._ask_replicas) if direct else None
         if token:
             self._session.headers["authorization"] = f"Bearer {token}"
 
@@ -75,8 +91,10 @@ class ScoringClient:
     ) -> bytes:
         headers = {"content-type": content_type}
         if user_id is not None:
-            headers["x-session-id"] = quote(str(user_id), safe="")
+            headers["x-session-id"] = session_of(user_id)
         patience = Patience(self._timeout_s, self._max_retries)
+        if user_id is not None and (told := self._straight(method, path, body, headers, patience)):
+            return told
         while True:
             try:
                 answer, content = self._attempt(method, path, body, headers, patience)
@@ -87,24 +105,58 @@ class ScoringClient:
             except requests.ConnectionError:
                 if not patience.pauses(_PAUSE_S):
                     raise
+        return self._content(answer, content)
+
+    def _straight(
+        self, method: str, path: str, body: bytes, headers: Mapping[str, str], patience: Patience
+    ) -> bytes | None:
+        """What the user's own replica answers; None if it has no room or is not to be reached, for the proxy to find another."""
+        url = self._replicas and self._replicas.of(headers["x-session-id"])
+        if not self._replicas or not url:
+            return None
+        try:
+            answer, content = self._attempt(method, path, body, headers, patience, url)
+        except requests.ReadTimeout:
+            raise
+        except requests.ConnectionError:
+            self._replicas.avoid(url)
+            return None
+        return None if answer.status_code in _REPEATED else self._content(answer, content)
+
+    def _ask_replicas(self) -> dict[str, str | None]:
+        try:
+            answer = self._session.get(f"{self._url}/v1/replicas", timeout=min(self._timeout_s / 2, _REPLICAS_WITHIN_S))
+            return answer.json()["urls"] if answer.status_code == 200 else {}
+        except requests.RequestException:
+            return {}
+
+    def _content(self, answer: requests.Response, content: bytes) -> bytes:
         if answer.status_code >= 400 and (reason := _reason(answer, content)):
             raise UserError(f"{self._url}: {reason} ({answer.status_code})")
         answer.raise_for_status()
         return content
 
     def _attempt(
-        self, method: str, path: str, body: bytes, headers: Mapping[str, str], patience: Patience
+        self,
+        method: str,
+        path: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        patience: Patience,
+        replica_url: str | None = None,
     ) -> tuple[requests.Response, bytes]:
-        """The answer and its content; `requests.ReadTimeout` when the time is over, however much of it has come."""
+        """The answer and its content, of the replica there or through the proxy; `requests.ReadTimeout` when the time is over,
+        however much of it has come."""
         left_s = patience.left_s()
         times = {
             "x-timeout-ms": as_ms(left_s),
             "x-request-timeout-seconds": f"{left_s:.3f}",
         }  # the replica's, and the proxy's
-        url = f"{self._url}/v1/{path}"
+        url = f"{replica_url or self._url}/v1/{path}"
         content = bytearray()
+        timeout_s = (min(left_s, _CONNECT_WITHIN_S), left_s) if replica_url else left_s
         with self._session.request(
-            method, url, data=body, headers={**headers, **times}, timeout=left_s, stream=True
+            method, url, data=body, headers={**headers, **times}, timeout=timeout_s, stream=True
         ) as answer:
             try:
                 while part := answer.raw.read1(_PART_BYTES, decode_content=True):

@@ -10,7 +10,7 @@ from typing import ClassVar
 import pytest
 
 from benchmarks.serving_arms.arms import Arm, best_of, extra_ms, throughput_ratio, told_ratio
-from benchmarks.serving_arms.load import Load, Sample
+from benchmarks.serving_arms.load import Load, Place, Sample
 
 SERVICE_S = 0.05
 
@@ -46,13 +46,13 @@ def url() -> Iterator[str]:
 
 
 def test_all_that_is_sent_is_accounted_for_and_waiting_counts(url: str) -> None:
-    load, bodies = Load(2), [(str(n), b"{}") for n in range(8)]
-    once = load.once(url, bodies, num_clients=2)
+    load, place, bodies = Load(2), Place(url), [(str(n), b"{}") for n in range(8)]
+    once = load.once(place, bodies, num_clients=2)
     assert OneAtATime.seen == Counter(str(n) for n in range(8))
     assert (len(once.latencies_ms), once.failed, once.sources) == (6, {"503": 2}, {"hit": 6})
-    one = load.closed(url, bodies[:1], num_clients=1, seconds=0.5)
+    one = load.closed(place, bodies[:1], num_clients=1, seconds=0.5)
     assert SERVICE_S * 1000 <= one.percentile_ms(50) < 3 * SERVICE_S * 1000
-    late = load.open(url, bodies[:1], rate=2 / SERVICE_S, seconds=1)  # twice of what it can do
+    late = load.open(place, bodies[:1], rate=2 / SERVICE_S, seconds=1)  # twice of what it can do
     assert len(late.latencies_ms) == pytest.approx(2 / SERVICE_S, abs=2)
     assert late.percentile_ms(99) > 500
 

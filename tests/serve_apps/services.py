@@ -75,6 +75,7 @@ class Service:
         self.url = front.url
         self._arguments = {"checkpoint": checkpoint_path(world), "sequences": sequences, "num_cpus": 0.5}
         self._arguments |= {"items": world.path("tables", "items"), "table_silence_s": 0.5, "refresh_s": 1}
+        self._arguments["direct_host"] = HOST
         self._environment = {**environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"}
 
     def deploy(self, num_replicas: int, checkpoint: str | None = None) -> None:
@@ -160,7 +161,8 @@ def load(
     ended, answers = Event(), Answers()
 
     def ask_on(number: int) -> None:
-        client, asked = ScoringClient(url, timeout_s=timeout_s, max_retries=max_retries), number
+        straight = number > 0  # where the replicas have addresses of their own
+        client, asked = ScoringClient(url, None, timeout_s, max_retries, straight), number
         while not ended.is_set():
             some = users if together else [users[asked % len(users)]]
             asked += 1

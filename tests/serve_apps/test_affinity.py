@@ -3,7 +3,8 @@
 from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 
-from serve_apps.affinity import ROUTER, Affinity, Ring, session_of
+from longer.ring import Ring, session_of
+from serve_apps.affinity import ROUTER, Affinity
 
 
 def test_the_ring_is_the_routers() -> None:
@@ -25,7 +26,7 @@ def test_requests_without_a_session_or_of_another_replicas_are_lost_and_nobodys_
     for user in users:
         affinity.count(user, has_session=True)
     assert affinity.lost == {"no_session": 0, "other_replica": 0}
-    affinity.see(["def", "ghi"])
+    affinity.see({"def": None, "ghi": None})
     for user in [*users, 5]:
         affinity.count(user, has_session=user != 5)
     ring = Ring(["abc", "def", "ghi"])

@@ -18,10 +18,10 @@ from tests.serving.tables import build_world
 
 RULE = Rule(warm_s=600, gpu_memory_share=0.9)
 SHARES = st.floats(0, 1)
-LOADS = st.lists(st.builds(ReplicaLoad, st.floats(0, 1e6), SHARES, st.floats(0, 1e4), SHARES), max_size=8)
+LOADS = st.lists(st.builds(ReplicaLoad, st.floats(0, 1e6), SHARES, st.floats(0, 1e4), SHARES, st.just(0.0)), max_size=8)
 REPLICAS = st.integers(1, 50)
 REQUESTS = st.floats(0, 1e4)
-CALM = ReplicaLoad(num_states=1000, cache_share=1.0, evictions_per_s=0.1, gpu_memory_share=0.5)
+CALM = ReplicaLoad(num_states=1000, cache_share=1.0, evictions_per_s=0.1, gpu_memory_share=0.5, direct_requests=0)
 
 
 @given(REPLICAS, REQUESTS, LOADS)
@@ -48,10 +48,12 @@ def test_more_evictions_and_fuller_memory_never_mean_fewer_replicas(
 def test_a_replica_that_came_for_warm_states_does_not_go_again_at_once(
     num: int, states: float, evictions_per_s: float
 ) -> None:
-    before = [ReplicaLoad(states, 1.0, evictions_per_s, 0.0)] * num
+    before = [ReplicaLoad(states, 1.0, evictions_per_s, 0.0, 0.0)] * num
     if wanted_replicas(num, 0, 16, before, RULE) <= num:
         return
-    spread = [ReplicaLoad(states, 1.0, evictions_per_s * num / (num + 1), 0.0)] * (num + 1)  # the same users as before
+    spread = [ReplicaLoad(states, 1.0, evictions_per_s * num / (num + 1), 0.0, 0.0)] * (
+        num + 1
+    )  # the same users as before
     assert wanted_replicas(num + 1, 0, 16, spread, RULE) >= num + 1
 
 
@@ -85,6 +87,17 @@ def test_a_replica_that_has_told_nothing_yet_is_left_out() -> None:
     assert policy(context) == (3, {})  # type: ignore[arg-type]
     context.aggregated_metrics = None
     assert policy(context) == (0.5, {})  # type: ignore[arg-type]
+
+
+def test_requests_that_came_straight_to_replicas_count_as_those_that_serve_knows_of() -> None:
+    told = {name: {"a": value, "b": value} for name, value in replace(CALM, direct_requests=20).__dict__.items()}
+    context = SimpleNamespace(
+        aggregated_metrics=told,
+        current_num_replicas=2,
+        total_num_requests=8.0,
+        config=AutoscalingConfig(max_replicas=4, target_ongoing_requests=16),
+    )
+    assert ReplicaPolicy(warm_s=600, gpu_memory_share=0.9)(context) == (3, {})  # type: ignore[arg-type]
 
 
 @pytest.mark.ray

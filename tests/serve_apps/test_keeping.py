@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from longer.config import Settings
+from longer.ring import Ring, session_of
 from longer.serving import dumps, forgotten
 from longer.serving.scorer import EventsRequest, Scorer, ScoreRequest
 from serve_apps import keeping
-from serve_apps.affinity import Ring, session_of
 from serve_apps.arguments import ScoringArgs
 from serve_apps.keeping import StateKeeper
 from tests.serving.tables import START_MS, build_world, checkpoint_path

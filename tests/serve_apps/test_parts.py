@@ -6,9 +6,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from longer.ring import session_of
 from longer.serving.requests import ScoreRequest
 from serve_apps.access_log import Call
-from serve_apps.affinity import Affinity, session_of
+from serve_apps.affinity import Affinity
 from serve_apps.parts import Parts
 
 USERS = range(40)
@@ -47,7 +48,7 @@ async def there(part: list[ScoreRequest]) -> list[str]:
 
 def affinity_of(*others: str) -> Affinity:
     affinity = Affinity("me")
-    affinity.see(others)
+    affinity.see(dict.fromkeys(others))
     return affinity
 
 
@@ -114,7 +115,7 @@ def test_all_parts_of_a_call_go_to_their_owners_however_many_they_are() -> None:
 def test_a_part_that_a_full_owner_hands_to_another_replica_is_counted_there_as_astray() -> None:
     """Else states that are made where nobody looks for them would not show."""
     affinity, others, full = affinity_of("you", "third"), Others(), Affinity("third")
-    full.see(["me", "you"])
+    full.see({"me": None, "you": None})
     others.goes_on.set()
     third = Parts(full, others, 4)  # type: ignore[arg-type]
     on_third = partial(third.answer, here=there)
@@ -126,7 +127,7 @@ def test_a_part_that_a_full_owner_hands_to_another_replica_is_counted_there_as_a
 
 def test_a_part_that_was_given_up_on_is_counted_once_by_the_replica_that_answers_it() -> None:
     affinity, others, slow = affinity_of("you"), Others(), Affinity("third")
-    slow.see(["me", "you"])
+    slow.see({"me": None, "you": None})
     others.goes_on.set()
 
     async def never(part: list[ScoreRequest]) -> list[str]:

@@ -2,7 +2,8 @@
 
 import asyncio
 
-from serve_apps.affinity import Affinity, Ring
+from longer.ring import Ring
+from serve_apps.affinity import Affinity
 from serve_apps.upkeep import Upkeep
 
 
@@ -21,10 +22,10 @@ def test_a_replica_that_comes_or_dies_while_states_are_brought_is_seen_at_the_ne
     """Else, for minutes, calls that reach their owner are counted as lost, and parts and events go to one that is gone."""
     affinity, keeper, names = Affinity("me"), SlowKeeper(), list[str]()
 
-    async def ask_names() -> list[str]:
-        return names
+    async def ask_urls() -> list[tuple[str, str | None]]:
+        return [(name, None) for name in names]
 
-    upkeep = Upkeep(None, affinity, keeper, None, ask_names, refresh_s=600)  # type: ignore[arg-type]
+    upkeep = Upkeep(None, affinity, keeper, None, ask_urls, refresh_s=600)  # type: ignore[arg-type]
 
     async def look(*now: str) -> frozenset[str]:
         names[:] = now

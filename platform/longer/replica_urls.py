@@ -1,0 +1,53 @@
+"""Where a client's calls go: straight to the replica whose user it is, where the service says that it can be reached so."""
+
+import time
+from collections.abc import Callable, Mapping
+from urllib.parse import urlsplit
+
+from longer.ring import Ring
+
+_REFRESH_S, _AVOID_S = 10.0, 30.0
+"""How often a client asks for the replicas, and how long it leaves one alone that it could not reach."""
+
+
+class ReplicaUrls:
+    """The URL of a session's replica, as the service at `url` told it within the last ten seconds.
+
+    What cannot be reached is not tried for a while: a client elsewhere may see the front only. Of a front that speaks TLS no
+    replica is used, as they do not, and on loopback only what is asked for there.
+    """
+
+    def __init__(self, url: str, ask: Callable[[], Mapping[str, str | None]]) -> None:
+        """`ask` gives the URL of each replica, none if it cannot be told."""
+        self._front, self._ask = urlsplit(url), ask
+        self._ring: Ring | None = None
+        self._urls: dict[str, str] = {}
+        self._asked_s = -_REFRESH_S
+        self._avoided_s: dict[str, float] = {}
+
+    def of(self, session: str) -> str | None:
+        """None: through the front."""
+        if self._front.scheme != "http":
+            return None
+        if time.monotonic() - self._asked_s >= _REFRESH_S:
+            self._refresh()
+        url = self._urls.get(self._ring.owner(session)) if self._ring else None
+        return url if url and time.monotonic() - self._avoided_s.get(url, -_AVOID_S) >= _AVOID_S else None
+
+    def avoid(self, url: str) -> None:
+        """It could not be reached; perhaps there are other replicas now."""
+        self._avoided_s[url] = time.monotonic()
+        self._asked_s = -_REFRESH_S
+
+    def _refresh(self) -> None:
+        told = self._ask()
+        self._asked_s = time.monotonic()
+        self._ring = Ring(told) if told else None
+        self._urls = {replica: url for replica, url in told.items() if url and self._is_reachable(url)}
+
+    def _is_reachable(self, url: str) -> bool:
+        return not _is_loopback(urlsplit(url).hostname) or _is_loopback(self._front.hostname)
+
+
+def _is_loopback(host: str | None) -> bool:
+    return host in ("localhost", "::1") or (host or "").startswith("127.")
