@@ -6,6 +6,7 @@ POST   /v1/score        {"user_id", "candidates": ids or {"id", "features"}, "re
 POST   /v1/score:batch  {"requests": several of these} -> one result each
 POST   /v1/events       {"user_id", "events": [{"item_id", "event_ts", "action"?, "features"?}]}: newest events of a user
 DELETE /v1/users/ID     drops what the replicas hold of a user
+GET    /v1/replicas     where each replica answers itself
 GET    /v1/model        what is served              GET /v1/stats    this replica's cache
 GET    /v1/status       all replicas, last minute   GET /            the same as a page, with a form to score a user by hand
 GET    /healthz         the process answers         GET /readyz      the scorer answers
@@ -16,7 +17,8 @@ Send `x-session-id: USER` (percent-encoded if not ASCII) with every request: it 
 found where it was left, and so are the events sent for it. A request that comes without it, or to another replica than its own
 because that one is full or has just started, is answered from the table all the same, and counted. `x-timeout-ms` says how long
 an answer is worth waiting for. The scorer is the ingress (a second hop would double the latency), and torch runs in one thread
-beside the event loop.
+beside the event loop. With `direct_host` replicas listen themselves too, and clients that know the ring send a user's calls straight
+to hers (`direct.py`): all that is said here is so for those calls as well.
 
 Events sent online are known to one replica, the user's where it answers and else the one that they came to, until it drops them for
 their number or age, or is killed; where it stops, with `state_dump`, they are known to whose user she is then, some seconds later.
