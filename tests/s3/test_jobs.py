@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from longer.config import Settings
-from longer.data.columns import read_columns
+from longer.data.parquet import read_columns
 from longer.storage import Table, Version, write_bytes
 from tests.data.logs import generated_log
 from tests.data.test_build_on_ray import run_all, settings_of

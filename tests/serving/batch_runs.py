@@ -10,8 +10,8 @@ import torch
 from longer.arrays import Candidates, Histories
 from longer.batch_settings import BatchSettings
 from longer.config import Settings
-from longer.data.columns import read_columns
 from longer.data.items import ItemTable, items_version
+from longer.data.parquet import read_columns
 from longer.data.records import Record
 from longer.data.tables import SequenceTable
 from longer.hashing import stable_keys

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from longer.config import Settings
-from longer.data.columns import open_encoded
+from longer.data.parquet import open_encoded
 from longer.errors import UserError
 from longer.model.longer import Longer
 from longer.serving import batch_input, batch_output

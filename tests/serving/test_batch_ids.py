@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from longer.config import Settings
-from longer.data.columns import read_columns
 from longer.data.id_lists import IdList
+from longer.data.parquet import read_columns
 from longer.errors import UserError
 from longer.serving.batch import batch_score, spooled_buckets
 from longer.serving.batch_output import Run

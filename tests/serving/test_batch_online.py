@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from longer.config import Settings
-from longer.data.columns import read_columns
+from longer.data.parquet import read_columns
 from longer.data.scores import read_scores
 from longer.errors import StorageError, UserError
 from longer.serving import batch

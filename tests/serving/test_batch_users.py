@@ -9,7 +9,7 @@ import pytest
 
 from longer.batch_settings import ExportSettings
 from longer.config import Settings
-from longer.data.columns import read_columns
+from longer.data.parquet import read_columns
 from longer.data.records import Record
 from longer.data.tables import SequenceTable
 from longer.errors import UserError

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from longer.arrays import Int64
-from longer.data.columns import read_columns, single_array
+from longer.data.columns import single_array
+from longer.data.parquet import read_columns
 from longer.errors import UserError, one_line
 from longer.hashing import bucket_of, stable_keys
 from longer.storage import arrow_filesystem, checked_output, filesystem, open_input

@@ -9,7 +9,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from longer.arrays import Int64
-from longer.data.columns import numbers, read_columns, single_array
+from longer.data.columns import numbers, single_array
+from longer.data.parquet import read_columns
 from longer.data.tables import open_version
 from longer.hashing import stable_keys
 from longer.schema import EventSchema

@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 
 from longer.arrays import Int64
 from longer.data.build_plan import BuildPlan
-from longer.data.columns import flat_list, read_columns
+from longer.data.columns import flat_list
 from longer.data.layout import BucketFiles, news_arrow, news_path, rows_path
+from longer.data.parquet import read_columns
 from longer.data.ray_tasks import each
 from longer.data.records import SCRATCH, Record, finished, remember, scratch
 from longer.data.segments import (

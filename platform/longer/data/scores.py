@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 
 from longer.arrays import Float32
 from longer.data.batches import Requests
-from longer.data.columns import flat_list, naming, open_parquet
+from longer.data.columns import flat_list
+from longer.data.parquet import naming, open_parquet
 from longer.schema import TIMESTAMP, EventSchema
 from longer.storage import Version
 from longer.training_settings import TaskKind, TaskSettings

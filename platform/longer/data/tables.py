@@ -10,17 +10,9 @@ import pyarrow.parquet as pq
 
 from longer.arrays import NO_EVENT_TS, Histories
 from longer.data.batches import Requests
-from longer.data.columns import (
-    histories_of,
-    naming,
-    open_parquet,
-    read_columns,
-    read_encoded,
-    read_row_groups,
-    requests_of,
-    single_array,
-)
+from longer.data.columns import histories_of, requests_of, single_array
 from longer.data.layout import bucket_files, news_arrow, news_path, rows_path
+from longer.data.parquet import naming, open_parquet, read_columns, read_encoded, read_row_groups
 from longer.data.sequences import KeepRule, events_of, merge_sequences, older_of_news
 from longer.errors import UserError
 from longer.hashing import bucket_of, stable_keys

@@ -129,18 +129,25 @@ def check_shown(rows: pa.Table, due: Due, schema: EventSchema, found: Findings, 
 
 def is_cut_of(missing: pa.Table, sequences: pa.Table, windows: WindowRule) -> Mask:
     """Which requests (user_id, request_ts) have a user among `sequences`, whose table has cut their history window."""
-    row_N = pc.index_in(single_array(missing["user_id"]), single_array(sequences["user_id"]))
+    row = pc.index_in(single_array(missing["user_id"]), single_array(sequences["user_id"]))
+    is_cut = row.is_valid().to_numpy(zero_copy_only=False)
+    row_N, time_N = row.drop_null().to_numpy(), milliseconds(single_array(missing["request_ts"]))[is_cut]
     offsets_B1, times = flat_list(sequences["event_ts"])
-    time_E, first_B = milliseconds(times), sequences["first_index"].to_numpy()
-    is_cut = np.zeros(len(missing), bool)
-    for number, (row, time) in enumerate(
-        zip(row_N.to_pylist(), milliseconds(single_array(missing["request_ts"])), strict=True)
-    ):
-        if row is not None:
-            own = time_E[offsets_B1[row] : offsets_B1[row + 1]]
-            end = first_B[row] + np.searchsorted(own, time)
-            is_cut[number] = windows.history_start(end) * windows.merge_size < first_B[row]
+    first_N = sequences["first_index"].to_numpy()[row_N]
+    end_N = first_N + _num_before(time_N, milliseconds(times), offsets_B1[row_N], offsets_B1[row_N + 1])
+    is_cut[is_cut] = windows.history_start(end_N) * windows.merge_size < first_N
     return is_cut
+
+
+def _num_before(time_N: Int64, time_E: Int64, begin_N: Int64, end_N: Int64) -> Int64:
+    """How many of the ascending times from `begin` to before `end` are before each time; one binary search for all."""
+    low_N, high_N = begin_N, end_N
+    while (open_N := low_N < high_N).any():
+        middle_N = (low_N + high_N) // 2
+        is_before_N = open_N.copy()
+        is_before_N[open_N] = time_E[middle_N[open_N]] < time_N[open_N]
+        low_N, high_N = np.where(is_before_N, middle_N + 1, low_N), np.where(is_before_N, high_N, middle_N)
+    return low_N - begin_N
 
 
 def _grouped(rows: pa.Table, keys: list[str], how: dict[str, str]) -> pa.Table:

@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 
 from longer.arrays import Histories, Int64
 from longer.data.batches import Requests, rows_of_requests
-from longer.data.columns import changes, missing_features, open_encoded, read_columns, requests_of, single_array
+from longer.data.columns import changes, missing_features, requests_of, single_array
 from longer.data.id_lists import read_spool, read_spread
 from longer.data.items import ItemTable, read_items
 from longer.data.layout import bucket_files
+from longer.data.parquet import open_encoded, read_columns
 from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import UserError
 from longer.hashing import stable_keys

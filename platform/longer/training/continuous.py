@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from longer.config import Settings
-from longer.data.columns import read_columns
 from longer.data.events import iso_time
+from longer.data.parquet import read_columns
 from longer.errors import UserError
 from longer.progress import say
 from longer.schema import TIMESTAMP
