@@ -6,8 +6,9 @@ nothing. Parts, one after the other, each in a process of its own (`benchmarks.m
     step         the model step over NCCL at width 512: weak scaling, users divided by tokens and by number, the exchange's share,
                  embedding tables on every device and with their rows spread over them
     resume       Ray Train on all devices, killed with SIGKILL within an epoch, resumed on half of them: were all requests trained
-                 once, and is the last loss that of a run that nobody disturbed. Nothing is compiled, which would take longer
-                 than to train; with --compiled it is, and impressions per second are told
+                 once, and is the last loss that of a run that nobody disturbed, which trains beside it. Nothing is compiled,
+                 which would take longer than to train; with --compiled it is, one run follows the other, and impressions per
+                 second are told
     resume-rows  the same with sharded tables; only when asked for
     serving      one Serve replica a device with affinity: throughput and hit rate
 
@@ -25,6 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -57,12 +59,24 @@ def command(part: str, asked: argparse.Namespace, *others: str) -> list[str]:
     return [sys.executable, "-m", f"benchmarks.multi_gpu_arms.{MODULES[part]}", *of_part, *others]
 
 
+def begun(argv: Sequence[str], stdout: int) -> subprocess.Popen[str]:
+    """In a process group of its own, for `end`."""
+    return subprocess.Popen(argv, stdout=stdout, text=True, start_new_session=True)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Kills it, if it still runs, and what it has left running; Ray's workers end with their Ray."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def reports(part: str, argv: Sequence[str], most_s: float) -> Iterator[tuple[str, dict[str, Any]]]:
     """A part's page and its JSON each time that it has found more; last, if it failed or took too long, a page that says so."""
     started = time.perf_counter()
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = begun(argv, subprocess.PIPE)
     assert process.stdout
-    cut = threading.Timer(most_s, os.killpg, (process.pid, signal.SIGKILL))
+    cut = threading.Timer(most_s, end, (process,))
     cut.start()
     lines, page, found = list[str](), "", dict[str, Any]()
     try:
@@ -75,8 +89,7 @@ def reports(part: str, argv: Sequence[str], most_s: float) -> Iterator[tuple[str
         process.wait()
     finally:
         cut.cancel()
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        end(process)
     spent_s = time.perf_counter() - started
     print(f"{part}: {spent_s:.0f} s", file=sys.stderr, flush=True)
     if process.returncode:
@@ -142,25 +155,26 @@ def main(given: Sequence[str] | None = None) -> None:
     )  # the parts' Rays would each write one to the same file
     exit_at_sigterm()  # so that no part is left running
     parts = asked.part or ["step", "resume", "serving"]
-    pages, found, preparing = dict[str, str](), dict[str, dict[str, Any]](), dict[str, subprocess.Popen[bytes]]()
+    pages, found, preparing = dict[str, str](), dict[str, dict[str, Any]](), dict[str, subprocess.Popen[str]]()
 
     def text() -> str:
         return "\n".join([header(asked), *pages.values(), json.dumps(summary(found))])
 
     try:
         for part, following in zip_longest(parts, parts[1:]):
-            if part in preparing:
-                preparing.pop(part).wait()
+            if ahead := preparing.get(part):
+                with suppress(subprocess.TimeoutExpired):  # the part does what is left
+                    ahead.wait(asked.seconds)
+                end(ahead)
             if following and MODULES[following] != MODULES[part]:  # the same tables
-                preparing[following] = subprocess.Popen(
-                    command(following, asked, *prepared_beside(part, following)), stdout=subprocess.DEVNULL
-                )
+                beside = command(following, asked, *prepared_beside(part, following))
+                preparing[following] = begun(beside, subprocess.DEVNULL)
             for page, told in reports(part, command(part, asked), asked.seconds):
                 pages[part], found[part] = page, told
                 write(asked.out, text())
     finally:
         for process in preparing.values():
-            process.terminate()
+            end(process)
         write(asked.out, text())
         print(text(), flush=True)
 

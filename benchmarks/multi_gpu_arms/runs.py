@@ -3,7 +3,9 @@
 A generated log becomes tables by the platform's own jobs. `jobs.train`'s own call trains on them with W workers until one of them
 is killed with SIGKILL, in the middle of an epoch; the same call with W/2 workers goes on from the last checkpoint to the end. The
 requests that were trained, whose hashed ids each worker adds up as it takes its steps, must be those of the table, each once an
-epoch. Impressions per second are those between records of each part, without its first third, in which kernels are compiled.
+epoch. The validation loss must be that of a run with W workers that nobody disturbed, which a process of its own trains on the same
+devices: at the same time, or afterwards with --compiled. Impressions per second, told only then, are those between records of each
+part, without its first third, in which kernels are compiled.
 
 Prints Markdown; last, one JSON line.
 """
@@ -13,11 +15,13 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 from ray.train import TrainingFailedError
 
@@ -35,8 +39,8 @@ from longer.training.loop import Run, Work, train_worker
 EVERY = 8 if ON_CUDA else 6
 """Steps between checkpoints."""
 DIES_AT_STEP = EVERY + EVERY // 4
-_ITEM_ROWS = 200_000 if ON_CUDA else 20_000
-"""As many as there are items: a checkpoint, which holds them all, is not what takes time here."""
+_TABLE_ROWS = {"item_rows": 200_000 if ON_CUDA else 20_000, "user_rows": 2_000}
+"""As many as there are items, and enough for the users: a checkpoint, which holds them all, is not what takes time here."""
 
 _COMMITTED_WITHIN_S = 5
 """Longer than Ray's controller takes to take note of a checkpoint."""
@@ -57,8 +61,8 @@ def worker_that_dies(config: dict[str, Any]) -> None:
     train_worker(config)
 
 
-def undisturbed(settings: Settings) -> Version:
-    """The checkpoint of a run from its first step to its last."""
+def from_first_step(settings: Settings) -> Version:
+    """The checkpoint of a run that resumes nothing."""
     for folder in ("training", "checkpoints"):
         shutil.rmtree(settings.path(folder), ignore_errors=True)
     return run.train(settings)
@@ -68,14 +72,48 @@ def disturbed(settings: Settings, num_workers: int) -> Version:
     """The checkpoint of a run of which a worker is killed, resumed with half as many."""
     run.train_worker = worker_that_dies
     try:
-        undisturbed(settings)
+        from_first_step(settings)
         raise RuntimeError("the run was not killed: it has too few steps")
     except TrainingFailedError:
-        pass
+        tell("the run that was killed has ended")
     finally:
         run.train_worker = train_worker
     train = settings.train.model_copy(update={"num_workers": max(1, num_workers // 2)})
     return run.train(settings.model_copy(update={"train": train}))
+
+
+class Undisturbed:
+    """A run with all workers and the same tables, in a process with a Ray and checkpoints of its own."""
+
+    def __init__(self) -> None:
+        assert __spec__
+        command = [sys.executable, "-m", __spec__.name, *sys.argv[1:], "--undisturbed"]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(["sed", "-u", "s/^/undisturbed: /"], stdin=self._process.stderr, stdout=sys.stderr)
+
+    def found(self) -> dict[str, Any]:
+        """Its validation loss, and whether it trained each request once, when it has ended."""
+        assert self._process.stdout
+        told = [json.loads(line) for line in self._process.stdout if line.startswith("{")]  # others are Ray's
+        if self._process.wait():
+            raise RuntimeError("the undisturbed run failed")
+        return dict(told[-1])
+
+
+def train_undisturbed(settings: Settings) -> None:
+    """What the process of `Undisturbed` does."""
+    tables = Path(settings.path("tables")).resolve()
+    alone = settings.model_copy(update={"root": f"{settings.root}/undisturbed"})
+    shutil.rmtree(alone.root, ignore_errors=True)
+    Path(alone.root).mkdir()
+    Path(alone.path("tables")).symlink_to(tables)
+    version = run.train(alone)
+    print(json.dumps({"loss": validation_loss(version), "exact": is_exact(alone, version)}))
+
+
+def tell(what: str) -> None:
+    """Where the time goes."""
+    print(f"resume: {time.strftime('%X')}: {what}", file=sys.stderr, flush=True)
 
 
 def validation_loss(version: Version) -> float:
@@ -115,8 +153,11 @@ def main() -> None:
     parser.add_argument("--sharding", default="replicated", help="train.table_sharding (default replicated)")
     parser.add_argument("--compiled", action="store_true", help="compile as `jobs.train` does, and tell the speed")
     parser.add_argument("--data", default="runs/benchmark_multi_gpu", help="folder for tables, which stay")
-    parser.add_argument("--prepare", action="store_true", help="build the tables only")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--prepare", action="store_true", help="build the tables only")
+    only.add_argument("--undisturbed", action="store_true", help="only that run, on tables that are there")
     asked = parser.parse_args()
+    tell("begins")
     asked.users, asked.events = (
         asked.workers * asked.users_each,
         asked.workers * asked.events_each,
@@ -124,26 +165,36 @@ def main() -> None:
     if not asked.compiled:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"  # the workers inherit it
     settings = settings_of(asked, **_train(asked))
-    of_model = settings.model.model_copy(update={"item_rows": _ITEM_ROWS})
+    of_model = settings.model.model_copy(update=_TABLE_ROWS)
     of_ray = settings.ray.model_copy(update={"num_cpus": 4 * asked.workers + 4})
     settings = settings.model_copy(update={"model": of_model, "ray": of_ray})
     start_ray(settings.ray)
+    if asked.undisturbed:
+        train_undisturbed(settings)
+        return
     for job in (generate_events, build_sequences, build_requests):
         job.run(settings)
-    if asked.prepare:
-        return
+    tell("tables are there")
+    if not asked.prepare:
+        measure(asked, settings)
+
+
+def measure(asked: argparse.Namespace, settings: Settings) -> None:
+    """Tells what the resumed run shows, then what the undisturbed one adds to it."""
+    beside = None if asked.compiled else Undisturbed()  # speed is told of a run that is alone
     resumed = disturbed(settings, asked.workers)
+    tell("the resumed run has ended")
     found = _found(asked, resumed, is_exact(settings, resumed))
     _print(asked, found)
-    whole = undisturbed(settings)
-    losses = {"undisturbed": validation_loss(whole), "resumed": validation_loss(resumed)}
+    whole = (beside or Undisturbed()).found()
+    tell("the undisturbed run has ended")
+    losses = {"undisturbed": whole["loss"], "resumed": validation_loss(resumed)}
     found |= {
-        "resume_exact": found["resume_exact"] and is_exact(settings, whole),
+        "resume_exact": found["resume_exact"] and whole["exact"],
         "losses": losses,
         "loss_difference": losses["resumed"] / losses["undisturbed"] - 1,
     }
     _print(asked, found)
-    ray.shutdown()
 
 
 def _train(asked: argparse.Namespace) -> dict[str, Any]:
@@ -192,7 +243,8 @@ def _print(asked: argparse.Namespace, found: dict[str, Any]) -> None:
     if "losses" in found:
         print(
             f"Validation log loss of the published weights: {found['losses']['resumed']:.5f}, of a run with {first} workers that "
-            f"nobody disturbed {found['losses']['undisturbed']:.5f}, {found['loss_difference']:+.1e} of it apart."
+            f"nobody disturbed {found['losses']['undisturbed']:.5f}, {found['loss_difference']:+.1e} of it apart. It ran on the "
+            f"same devices {'afterwards' if asked.compiled else 'at the same time'}."
         )
     for num, rate in found.get("impressions_per_s", {}).items():
         print(

@@ -1,6 +1,8 @@
 """What `benchmarks.multi_gpu` derives from its measurements, and the divisions of work that it compares."""
 
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,3 +120,22 @@ def test_a_part_that_does_not_end_well_gives_what_it_has_told(ends: str, says: s
     assert found == {"rows": 2}
     assert page.startswith("two rows\n")
     assert says in page
+
+
+_LEAVES_A_PROCESS = """
+import subprocess, sys, time
+subprocess.Popen(["flock", sys.argv[1], "sh", "-c", "echo > $0.held; sleep 60", sys.argv[1]], stdout=subprocess.DEVNULL)
+while not Path(sys.argv[1] + ".held").exists():
+    time.sleep(0.01)
+print("{}", flush=True)
+"""
+
+
+@pytest.mark.parametrize("ends", ["", "time.sleep(60)"])
+def test_what_a_part_has_started_ends_with_it(ends: str, tmp_path: Path) -> None:
+    """Ended or cut off: what stays would hold devices, and whoever waits for the output."""
+    lock = str(tmp_path / "lock")
+    code = f"from pathlib import Path\n{_LEAVES_A_PROCESS}{ends}"
+    *_, (_, found) = reports("resume", [sys.executable, "-c", code, lock], most_s=1.0)
+    assert found == {}
+    assert subprocess.run(["flock", "--timeout", "5", lock, "true"], check=False).returncode == 0
