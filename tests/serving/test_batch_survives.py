@@ -154,7 +154,7 @@ class DyingWhileOthersWait(BucketScorer):
 def test_buckets_that_die_with_an_actor_while_they_wait_to_be_compared_are_done_again(
     world: Settings, undisturbed: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ray has been told that their calls were over, and would end the run without them. Starts actors three times: half a minute."""
+    """Ray, told that their calls are over, would end the run without them. Starts actors three times: half a minute."""
     asked = asking(world, tmp_path)
     monkeypatch.setattr(batch, "_BUCKETS_AT_ONCE", {"cpu": 2})
     monkeypatch.setattr(batch, "BucketScorer", DyingWhileOthersWait)
