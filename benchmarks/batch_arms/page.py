@@ -143,7 +143,7 @@ def _steady(version: Version) -> str:
     return f"**steady** {seconds:.1f} s for {told['num_rows']:,} scores, {told['num_rows'] / seconds:,.0f} a second"
 
 
-_STAGES = ("read", "queue", "compile", "lay out", "encode", "score", "check", "write")
+_STAGES = ("read", "queue", "compile", "lay out", "encode", "score", "wait", "check", "write")
 
 
 def _actors(version: Version) -> list[str]:
@@ -151,8 +151,9 @@ def _actors(version: Version) -> list[str]:
     return [
         "Seconds of each actor, summed over its buckets, of which a GPU's has two at once: waits for what is *read*, in the "
         "*queue* for the device, for a sweep's kernels to be *compiled*, for packs to be *laid out*, histories *encoded* and "
-        "appended to (until launched; packs do that as they are scored), candidates *scored* (and waited for), requests *checked* "
-        "through the serving path (while another bucket is scored), waits for what is *written*, and the rest. Before: *load*, "
+        "appended to (until launched; packs do that as they are scored), candidates *scored* (and waited for), the *wait* of "
+        "buckets that are written until they are checked with others, requests *checked* through the serving path, of several "
+        "buckets by the last (while another is scored), waits for what is *written*, and the rest. Before: *load*, "
         "*warm up*.\n",
         "| actor | load | warm up | begun at | done at | buckets | scores | " + " | ".join(_STAGES) + " | rest |",
         "|---" * (8 + len(_STAGES)) + "|",

@@ -55,14 +55,14 @@ def written_here(plan: Plan, folder: Path) -> pa.Table:
     run = Run(str(folder))
     buckets = spooled_buckets(plan, run)
     scorer = BucketScorer(plan, run)
-    files = [scorer.write_bucket(bucket)["file"]["path"] for bucket in buckets]
+    files = [record["file"]["path"] for bucket in buckets for record in scorer.write_bucket(bucket)]
     return pa.concat_tables([read_columns(f"{folder}/{file}") for file in files]).sort_by("user_id")
 
 
 def score_here(plan: Plan, _pool: object, _where: object, run: Run, buckets: dict[int, int], _job: str) -> list[Record]:
     """In the place of Ray's actors."""
     scorer = BucketScorer(plan, run)
-    return [scorer.write_bucket(bucket) for bucket in buckets]
+    return [record for bucket in buckets for record in scorer.write_bucket(bucket)]
 
 
 def questions_of(world: Settings, users: list[int], request_ts: int) -> Questions:

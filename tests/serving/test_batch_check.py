@@ -16,7 +16,7 @@ from longer.errors import UserError
 from longer.model_settings import ModelSettings
 from longer.serving import batch
 from longer.serving.batch import batch_score, export_vectors, spooled_buckets
-from longer.serving.batch_check import OnlineCheck, chosen_numbers, num_left_out
+from longer.serving.batch_check import OnlineCheck, chosen_numbers, compare, num_left_out
 from longer.serving.batch_input import Chunk
 from longer.serving.batch_output import Run, remember_bucket
 from longer.serving.batch_plan import Plan, check_model, plan_scores, plan_vectors
@@ -49,7 +49,7 @@ def comparing(
         items = scorer._answers.items
         check = OnlineCheck(plan or scorer._plan, scorer._scorer, items, numbers, most_candidates, (1,), **chosen)
         check.see(chunk, rows)
-        check.finish()
+        compare([check])
         return check
 
     return compared
@@ -250,7 +250,7 @@ def test_a_finished_run_says_that_it_was_checked_less_than_is_asked_and_on_what_
     monkeypatch.setattr(batch, "_score_buckets", score_here)
     chosen = {"catalogue": True, "top_k": 2, "check_requests": 2}
     plan = plan_scores(asking(world, **chosen))
-    gpu = BucketScorer(plan, Run(Table(plan.table_path).resume(plan.version_id))).write_bucket(0)
+    [gpu] = BucketScorer(plan, Run(Table(plan.table_path).resume(plan.version_id))).write_bucket(0)
     remember_bucket(f"{plan.table_path}/{plan.version_id}", gpu | {"device": "cuda", "device_s": 100.0})
     version = batch_score(asking(world, **chosen))
     assert version.manifest["device"] == "cpu+cuda"

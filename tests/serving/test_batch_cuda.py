@@ -85,7 +85,7 @@ def test_the_best_items_of_a_gpu_are_compared_with_its_serving_path(world: Setti
     plan = plan_scores(asking(world, catalogue=True, top_k=3))
     for precision in ("float32", "bf16"):
         run = Run(str(tmp_path / precision))
-        record = BucketScorer(replace(plan, device="cuda", precision=precision), run).write_bucket(0)
+        [record] = BucketScorer(replace(plan, device="cuda", precision=precision), run).write_bucket(0)
         assert record["num_compared"] > 0
         assert record["peak_gpu_bytes"] > 0
 
@@ -152,7 +152,7 @@ ALONE = """import pickle, sys
 from longer.serving.batch_output import Run
 from longer.serving.batch_scorer import BucketScorer
 plan, folder = pickle.loads(bytes.fromhex(sys.argv[1])), sys.argv[2]
-print(BucketScorer(plan, Run(folder)).write_bucket(1)["file"]["sha256"])
+print(BucketScorer(plan, Run(folder)).write_bucket(1)[0]["file"]["sha256"])
 """
 
 
@@ -166,11 +166,10 @@ def test_a_bucket_has_the_same_bytes_alone_beside_another_and_in_a_fresh_process
     def checksum(record: Record) -> str:
         return record["file"]["sha256"]
 
-    alone = checksum(BucketScorer(plan, Run(str(tmp_path / "alone"))).write_bucket(1))
+    [alone] = map(checksum, BucketScorer(plan, Run(str(tmp_path / "alone"))).write_bucket(1))
     scorer = BucketScorer(plan, Run(str(tmp_path / "beside")))
     with ThreadPoolExecutor(2) as both:
-        assert {checksum(record) for record in both.map(scorer.write_bucket, [0, 1, 1])} - {alone} == {
-            checksum(scorer.write_bucket(0))
-        }
+        found = {checksum(record) for records in both.map(scorer.write_bucket, [0, 1, 1]) for record in records}
+    assert found - {alone} == set(map(checksum, scorer.write_bucket(0)))
     command = [sys.executable, "-c", ALONE, pickle.dumps(plan).hex(), str(tmp_path / "fresh")]
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1] == alone

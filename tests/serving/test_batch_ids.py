@@ -28,7 +28,8 @@ def test_files_replaced_under_a_run_never_become_its_answers(world: Settings, tm
     plan, run = plan_scores(asking(world, users=users, candidates=candidates)), Run(str(tmp_path / "version"))
     buckets = spooled_buckets(plan, run)
     ids_file(tmp_path, user_id=[9]), ids_file(tmp_path, item_id=["item7"])  # a nightly export lands here
-    files = [BucketScorer(plan, run).write_bucket(bucket)["file"]["path"] for bucket in buckets]
+    scorer = BucketScorer(plan, run)
+    files = [record["file"]["path"] for bucket in buckets for record in scorer.write_bucket(bucket)]
     rows = pa.concat_tables([read_columns(f"{run.version_path}/{file}") for file in files])
     assert sorted(rows["user_id"].to_pylist()) == [3, 5]
     assert rows["item_id"].to_pylist() == [["item1", "item2"]] * 2

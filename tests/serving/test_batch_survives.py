@@ -99,7 +99,7 @@ def test_a_run_killed_half_way_does_the_missing_buckets_only(
 class Dying(BucketScorer):
     """The first time that it has rows of a bucket's second half, it kills its worker."""
 
-    def write_bucket(self, bucket: int) -> Record:
+    def write_bucket(self, bucket: int) -> list[Record]:
         with Path(f"{self._run.version_path}.attempts").open("a") as attempts:
             attempts.write(f"{bucket}\n")
         return super().write_bucket(bucket)
@@ -139,6 +139,35 @@ def test_buckets_side_by_side_in_an_actor_are_the_same_and_no_second_is_charged_
     assert checksums(version) == undisturbed
 
 
+class DyingWhileOthersWait(BucketScorer):
+    """The first time that it has rows of a bucket while another waits to be compared, it kills its worker."""
+
+    def _parts(self, bucket: int, check: OnlineCheck, record: Record) -> Iterator[pa.Table]:
+        for rows in super()._parts(bucket, check, record):
+            yield rows
+            mark = Path(f"{self._run.version_path}.waited")
+            if self._waiting._waiting and not mark.exists():
+                mark.write_text("\n".join(str(one.record["bucket"]) for one in self._waiting._waiting))
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_buckets_that_die_with_an_actor_while_they_wait_to_be_compared_are_done_again(
+    world: Settings, undisturbed: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray, told that their calls are over, would end the run without them. Starts actors three times: half a minute."""
+    asked = asking(world, tmp_path)
+    monkeypatch.setattr(batch, "_BUCKETS_AT_ONCE", {"cpu": 2})
+    monkeypatch.setattr(batch, "BucketScorer", DyingWhileOthersWait)
+    version = batch_score.run(asked)
+    monkeypatch.undo()
+    waited = Path(f"{version.path}.waited").read_text().split()
+    assert version.manifest["lost_attempts"] >= 1 + len(waited)
+    num_rows = [pq.read_metadata(file).num_rows for file in version.files()]
+    compared = sum(min(rows, asked.batch_score.check_requests) for rows in num_rows)
+    assert version.manifest["online_check"]["requests"] == compared
+    assert checksums(version) == undisturbed
+
+
 class Poisoned(BucketScorer):
     """Dies of some bucket every time, as when memory runs out."""
 
@@ -169,21 +198,16 @@ def test_a_bucket_that_dies_beside_another_each_time_is_not_blamed_alone(tmp_pat
     run = Run(str(tmp_path))
     for n, beside in enumerate((8, 8, 8, 9)):
         for bucket in (7, beside, 5):
-            attempt = run.attempt(bucket, f"actor {n}", "batch_bytes")
-            attempt.__enter__()
+            run.begin(bucket, f"actor {n}", "batch_bytes")
             if bucket == 5:
-                attempt.__exit__(None, None, None)
-    with pytest.raises(UserError, match=r"^bucket 7: 4 actors died"), run.attempt(7, "actor 4", "batch_bytes"):
-        pass
+                run.end(bucket, f"actor {n}")
+    with pytest.raises(UserError, match=r"^bucket 7: 4 actors died"):
+        run.begin(7, "actor 4", "batch_bytes")
     assert sum(map(len, run.begun.values())) == 8
-    run.attempt(8, "actor 3", "batch_bytes").__enter__()
-    with (
-        pytest.raises(UserError, match=r"^bucket 7 \(and 8, beside it each time\): 4 actors"),
-        run.attempt(7, "actor 4", "batch_bytes"),
-    ):
-        pass
-    with run.attempt(9, "actor 4", "batch_bytes"):
-        pass
+    run.begin(8, "actor 3", "batch_bytes")
+    with pytest.raises(UserError, match=r"^bucket 7 \(and 8, beside it each time\): 4 actors"):
+        run.begin(7, "actor 4", "batch_bytes")
+    run.begin(9, "actor 4", "batch_bytes")
 
 
 class Stillborn(BucketScorer):

@@ -123,10 +123,10 @@ def test_an_event_at_the_very_moment_of_the_request_is_not_seen(world: Settings,
 def test_chunks_cut_anywhere_give_the_same_rows(
     world: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = BucketScorer(plan_scores(world), Run(str(tmp_path / "whole"))).write_bucket(1)
+    [whole] = BucketScorer(plan_scores(world), Run(str(tmp_path / "whole"))).write_bucket(1)
     monkeypatch.setattr(batch_input, "_CHUNK_REQUESTS", 3)
     monkeypatch.setattr(batch_input, "_CHUNK_EVENTS", 10)
-    cut = BucketScorer(plan_scores(world), Run(str(tmp_path / "cut"))).write_bucket(1)
+    [cut] = BucketScorer(plan_scores(world), Run(str(tmp_path / "cut"))).write_bucket(1)
     written = {"whole": whole, "cut": cut}.items()
     rows = [read_columns(f"{tmp_path}/{name}/{record['file']['path']}") for name, record in written]
     same = [name for name in rows[0].column_names if name != "score_label"]
@@ -163,7 +163,7 @@ def test_the_slower_of_two_runs_on_s3_uses_what_the_faster_has_published(
         faster.append(batch_score(asking(world, **chosen, batch_bytes=1 << 20)))
         monkeypatch.setattr(batch_input, "_CHUNK_REQUESTS", 1)
         monkeypatch.setattr(batch_output, "_ROW_GROUP_BYTES", 1)
-        return [first] + [scorer.write_bucket(bucket) for bucket in buckets[1:]]
+        return first + [record for bucket in buckets[1:] for record in scorer.write_bucket(bucket)]
 
     monkeypatch.setattr(batch, "_score_buckets", overtaken)
     slower = batch_score(asking(world, **chosen))

@@ -3,7 +3,7 @@
 Of users' vectors, the serving path's own states: the user's token once more from what a state keeps.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,8 @@ _SCORE = score_column("")
 _MOST_CANDIDATES = 200
 """Candidates of a request that are compared, the last of a long list among them."""
 
+_MOST_FOR_SCALE = 1 << 16
+
 _FEWEST_LEFT_OUT = 200
 _PART_LEFT_OUT = 0.01
 _NOTHING: Mapping[str, Any] = {}
@@ -51,6 +53,7 @@ Seed = tuple[int, ...]
 class _Scored:
     """A request to compare, with what the run says of its candidates, by task; or what they may have at most, if `is_left_out`."""
 
+    check: "OnlineCheck"
     request: ScoreRequest
     offline: dict[str, Float32]
     scales: dict[str, float]
@@ -61,11 +64,7 @@ class _Scored:
 
 @dataclass
 class OnlineCheck:
-    """Compares chosen rows of a bucket, requests `numbers` of it; keeps the largest difference.
-
-    Rows are noted as they come, and scored by the serving path together at the end: as a replica answers a batch, of
-    `most_candidates` at most or one request.
-    """
+    """What of a bucket is compared: requests `numbers` of it, noted as they come; keeps the largest difference."""
 
     plan: Plan
     scorer: Scorer | None
@@ -81,6 +80,11 @@ class OnlineCheck:
     _scored: list[_Scored] = field(default_factory=list)
     _vectors: list[tuple[Pending, Float32]] = field(default_factory=list)
 
+    @property
+    def num_candidates(self) -> int:
+        """Of what is noted so far."""
+        return sum(len(scored.request.item_ids) for scored in self._scored)
+
     def see(self, chunk: Chunk, rows: pa.Table) -> None:
         """Notes those of the chunk's rows that are chosen."""
         here = self.numbers[(self.numbers >= chunk.first) & (self.numbers < chunk.first + len(rows))] - chunk.first
@@ -95,21 +99,9 @@ class OnlineCheck:
             else:
                 self._note_scores(chunk, here, rows)
 
-    def finish(self) -> None:
-        """ArithmeticError if the serving path answers a noted request otherwise than its row says, or one was never seen."""
-        if self._num_seen != len(self.numbers):
-            raise ArithmeticError(
-                f"{len(self.numbers)} requests were to be compared, {self._num_seen} of them were met"
-            )
-        with stage("check"), collected_ms():  # the serving path's own stages are not the bucket's
-            for begin in range(0, len(self._vectors), BATCH_USERS):
-                self._compare_vectors(self._vectors[begin : begin + BATCH_USERS])
-            for together in self._batches():
-                self._compare(together)
-
     def _note_scores(self, chunk: Chunk, here: Int64, rows: pa.Table) -> None:
         tasks = [name.removeprefix(_SCORE) for name in rows.column_names if name.startswith(_SCORE)]
-        scales = {task: typical_size(_flat(rows[score_column(task)]), self._kind(task)) for task in tasks}
+        scales = {task: self._scale(_flat(rows[score_column(task)]), task) for task in tasks}
         for r in here.tolist():
             ids = rows["item_id"][r].as_py()
             if not ids:
@@ -118,7 +110,7 @@ class OnlineCheck:
             features = ({}, {}) if chunk.rows is None else self._features(chunk.rows.slice(r, 1), some)
             offline = {task: np.array(rows[score_column(task)][r].as_py(), np.float32) for task in tasks}
             of_some = {task: scores[some] for task, scores in offline.items()}
-            self._scored.append(_Scored(_request(chunk, r, [ids[i] for i in some], *features), of_some, scales))
+            self._scored.append(_Scored(self, _request(chunk, r, [ids[i] for i in some], *features), of_some, scales))
             if self.plan.top_k and self.items:
                 self._note_left_out(chunk, r, rows, offline[tasks[0]][-1], {tasks[0]: scales[tasks[0]]})
 
@@ -134,62 +126,7 @@ class OnlineCheck:
         for piece, begin in enumerate(range(0, len(others), size)):
             some = others.slice(begin, size)
             at_most = {task: np.full(len(some), last)}
-            self._scored.append(_Scored(_request(chunk, r, some), at_most, scales, is_left_out=True, piece=piece))
-
-    def _batches(self) -> Iterator[list[_Scored]]:
-        """Rows first, then pieces of what was left out."""
-        together: list[_Scored] = []
-        num_candidates = 0
-        for scored in sorted(self._scored, key=lambda scored: (scored.is_left_out, scored.piece)):
-            num_candidates += len(scored.request.item_ids)
-            if together and num_candidates > self.most_candidates:
-                yield together
-                together, num_candidates = [], len(scored.request.item_ids)
-            together.append(scored)
-        if together:
-            yield together
-
-    def _compare(self, together: list[_Scored]) -> None:
-        assert self.scorer
-        for scored, result in zip(together, self.scorer.score([scored.request for scored in together]), strict=True):
-            if isinstance(result, UserError):
-                raise result
-            for task, offline in scored.offline.items():
-                online = result.scores[task]
-                if scored.is_left_out:
-                    online = np.maximum(online, offline)
-                self._note(online, offline, self._kind(task), f"scores of {task}", scored.scales[task])
-            self.num_compared += not scored.is_left_out
-
-    def _compare_vectors(self, together: list[tuple[Pending, Float32]]) -> None:
-        online_BD = self._online_vectors([asked for asked, _ in together])
-        for online, (_, offline) in zip(online_BD, together, strict=True):
-            self._note(online, offline, "regression", "a user's vectors")
-            self.num_compared += 1
-
-    @torch.inference_mode()
-    @plainly()
-    def _online_vectors(self, asked: list[Pending]) -> np.ndarray:
-        """[B, D]: the users' own tokens, made from the states that the serving path has of them at the times of the requests."""
-        assert self.scorer
-        scorer, model = self.scorer, self.scorer.model
-        try:
-            scorer.states.resolve(asked)
-            for request in asked:
-                if request.error:
-                    raise request.error
-            states = [request.state for request in asked if request.state]
-            together = gather(model, scorer.cache.pool, states)
-            partial = Histories.concatenate([state.partial for state in states])
-            events = event_tensors(partial, model.norm_head.weight.device)
-            row_B = torch.arange(len(states), device=events.user_key_B.device)
-            groups = model.partial_groups(events, model.embedding.events(events), row_B, together.num_events_B)
-            partial_BD = model.embedding.groups(*groups)
-            tail = model.tail_of_groups(together.context, row_B, together.num_events_B, events.user_key_B, partial_BD)
-        finally:
-            scorer.cache.release()
-        assert tail.x_RTD is not None
-        return tail.x_RTD[:, -1].double().cpu().numpy()
+            self._scored.append(_Scored(self, _request(chunk, r, some), at_most, scales, is_left_out=True, piece=piece))
 
     def _features(self, request: pa.Table, some: Int64) -> tuple[dict[str, list[Any]], dict[str, Any]]:
         """Of some of its items, and its own."""
@@ -197,6 +134,12 @@ class OnlineCheck:
             {name: request[name][0].as_py() for name in self.plan.schema.features_of(of)} for of in ("item", "request")
         )
         return {name: [values[i] for i in some] for name, values in of_items.items()}, own
+
+    def _scale(self, scores_C: Float32, task: str) -> float:
+        """Of so many of a chunk's scores, drawn, that more would not tell it better."""
+        if len(scores_C) > _MOST_FOR_SCALE:
+            scores_C = scores_C[np.random.default_rng(self.seed).integers(len(scores_C), size=_MOST_FOR_SCALE)]
+        return typical_size(scores_C, self._kind(task))
 
     def _kind(self, task: str) -> TaskKind:
         assert self.scorer
@@ -208,6 +151,88 @@ class OnlineCheck:
         self.max_abs_diff = max(self.max_abs_diff, float(absolute_gaps(online, offline).max()))
         most = most_difference(self.plan.precision)
         check_gaps(online, offline, kind, what, "the offline and the serving path", scale, most)
+
+
+def compare(checks: Sequence[OnlineCheck]) -> None:
+    """Compares what buckets of one actor have noted; ArithmeticError if the serving path answers any of it otherwise than its row
+    says, or a request was never seen.
+
+    All is asked together, as a replica answers a batch: of `most_candidates` at most or one request.
+    """
+    for check in checks:
+        if check._num_seen != len(check.numbers):
+            raise ArithmeticError(
+                f"{len(check.numbers)} requests were to be compared, {check._num_seen} of them were met"
+            )
+    vectors = [(check, *noted) for check in checks for noted in check._vectors]
+    with stage("check"), collected_ms():  # the serving path's own stages are not the bucket's
+        for begin in range(0, len(vectors), BATCH_USERS):
+            _compare_vectors(vectors[begin : begin + BATCH_USERS])
+        for together in _batches(checks):
+            _compare_scores(together)
+
+
+def _batches(checks: Sequence[OnlineCheck]) -> Iterator[list[_Scored]]:
+    """Rows first, then pieces of what was left out."""
+    together: list[_Scored] = []
+    num_candidates = 0
+    all_scored = [scored for check in checks for scored in check._scored]
+    for scored in sorted(all_scored, key=lambda scored: (scored.is_left_out, scored.piece)):
+        num_candidates += len(scored.request.item_ids)
+        if together and num_candidates > scored.check.most_candidates:
+            yield together
+            together, num_candidates = [], len(scored.request.item_ids)
+        together.append(scored)
+    if together:
+        yield together
+
+
+def _compare_scores(together: list[_Scored]) -> None:
+    scorer = together[0].check.scorer
+    assert scorer
+    for scored, result in zip(together, scorer.score([scored.request for scored in together]), strict=True):
+        if isinstance(result, UserError):
+            raise result
+        check = scored.check
+        for task, offline in scored.offline.items():
+            online = result.scores[task]
+            if scored.is_left_out:
+                online = np.maximum(online, offline)
+            check._note(online, offline, check._kind(task), f"scores of {task}", scored.scales[task])
+        check.num_compared += not scored.is_left_out
+
+
+def _compare_vectors(together: list[tuple[OnlineCheck, Pending, Float32]]) -> None:
+    scorer = together[0][0].scorer
+    assert scorer
+    online_BD = _online_vectors(scorer, [asked for _, asked, _ in together])
+    for online, (check, _, offline) in zip(online_BD, together, strict=True):
+        check._note(online, offline, "regression", "a user's vectors")
+        check.num_compared += 1
+
+
+@torch.inference_mode()
+@plainly()
+def _online_vectors(scorer: Scorer, asked: list[Pending]) -> np.ndarray:
+    """[B, D]: the users' own tokens, made from the states that the serving path has of them at the times of the requests."""
+    model = scorer.model
+    try:
+        scorer.states.resolve(asked)
+        for request in asked:
+            if request.error:
+                raise request.error
+        states = [request.state for request in asked if request.state]
+        together = gather(model, scorer.cache.pool, states)
+        partial = Histories.concatenate([state.partial for state in states])
+        events = event_tensors(partial, model.norm_head.weight.device)
+        row_B = torch.arange(len(states), device=events.user_key_B.device)
+        groups = model.partial_groups(events, model.embedding.events(events), row_B, together.num_events_B)
+        partial_BD = model.embedding.groups(*groups)
+        tail = model.tail_of_groups(together.context, row_B, together.num_events_B, events.user_key_B, partial_BD)
+    finally:
+        scorer.cache.release()
+    assert tail.x_RTD is not None
+    return tail.x_RTD[:, -1].double().cpu().numpy()
 
 
 def _pending(chunk: Chunk, r: int) -> Pending:

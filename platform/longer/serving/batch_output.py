@@ -76,9 +76,8 @@ class Run:
         yield
         remove_tree(mark)
 
-    @contextmanager
-    def attempt(self, bucket: int, actor: str, setting: str) -> Iterator[None]:
-        """Around an actor's work at a bucket; a UserError if that has been the end of too many. `setting` bounds memory."""
+    def begin(self, bucket: int, actor: str, setting: str) -> None:
+        """Before an actor's work at a bucket; a UserError if that has been the end of too many. `setting` bounds memory."""
         begun = self.begun
         mine = begun.get(bucket, set())
         if len(mine) >= _MOST_ATTEMPTS:
@@ -88,10 +87,14 @@ class Run:
                 f"bucket {bucket}{beside}: {_MOST_ATTEMPTS} actors died while they had it, as they do when memory runs out: lower "
                 f"{setting} or the concurrency, then run again: buckets that are done stay"
             )
-        mark = f"{self.folder}/begun/{bucket:04d}/{actor}"
-        write_bytes(mark, b"")
-        yield
-        remove_tree(mark)
+        write_bytes(self._mark(bucket, actor), b"")
+
+    def end(self, bucket: int, actor: str) -> None:
+        """After it."""
+        remove_tree(self._mark(bucket, actor))
+
+    def _mark(self, bucket: int, actor: str) -> str:
+        return f"{self.folder}/begun/{bucket:04d}/{actor}"
 
     @property
     def begun(self) -> dict[int, set[str]]:

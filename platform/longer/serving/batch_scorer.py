@@ -21,15 +21,17 @@ from longer.data.records import Record
 from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import UserError
 from longer.serving.batch_answers import Answers
-from longer.serving.batch_check import OnlineCheck, chosen_numbers, num_left_out
+from longer.serving.batch_check import OnlineCheck, chosen_numbers, compare, num_left_out
 from longer.serving.batch_input import Reader
 from longer.serving.batch_output import Run, remember_bucket, write_rows
 from longer.serving.batch_plan import Plan
 from longer.serving.batch_roll import sign
+from longer.serving.batch_waiting import Waiting, Written
 from longer.serving.batch_warm import FirstSweep, warm_up
 from longer.serving.questions import Budget
 from longer.serving.scorer import Scorer
 from longer.serving.stages import collected_ms, stage
+from longer.serving.store import BATCH_USERS
 from longer.training.checkpoints import load_model
 from longer.training.loader import prefetch
 
@@ -83,7 +85,9 @@ class BucketScorer:
         answers = Answers.of(plan, Budget(model, plan.batch_bytes - check_bytes), run)
         self._answers = replace(answers, turn=_Turn(), before_sweep=FirstSweep(answers, run))
         num_groups = model.windows.history_groups + model.windows.stride_groups
-        self._most_checked = Budget(model, check_bytes).candidates(num_groups)
+        of_check = Budget(model, check_bytes)
+        self._most_checked = of_check.candidates(num_groups)
+        self._waiting = Waiting(min(BATCH_USERS, of_check.most_users) if self._scorer else 1, self._most_checked)
         requests = plan.inputs.get("requests")
         self._reader = Reader(
             plan=plan,
@@ -98,16 +102,31 @@ class BucketScorer:
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         with _memory_told(self._plan):
-            records = [self.write_bucket(bucket) for bucket in rows["bucket"].to_pylist()]
-        return pa.table({"record": [json.dumps(record) for record in records]})
+            records = [record for bucket in rows["bucket"].to_pylist() for record in self.write_bucket(bucket)]
+        return pa.table({"record": pa.array([json.dumps(record) for record in records], pa.string())})
 
-    def write_bucket(self, bucket: int) -> Record:
-        """Writes one bucket's file; its record, of no file if nobody is asked about in it."""
-        with self._run.attempt(bucket, self._id, f"{self._plan.section}.batch_bytes"):
-            return self._written(bucket)
+    def write_bucket(self, bucket: int) -> list[Record]:
+        """Writes one bucket's file, of which there is none if nobody is asked about in it; records of the buckets done by that.
 
-    def _written(self, bucket: int) -> Record:
+        This one is among them, or waits for others that this actor is at, to be compared with them; until then it is not done.
+        """
+        self._run.begin(bucket, self._id, f"{self._plan.section}.batch_bytes")
         started = _clocks()
+        with collected_ms() as stages:
+            with self._waiting.at_work():
+                written = self._written(bucket, stages, started)
+            if not (due := self._waiting.due(written)):
+                return []  # from here on its record is another thread's
+            # not in a turn, and no wait for what is queued on the device: another bucket is scored meanwhile
+            with self._checking, torch.cuda.stream(self._beside):
+                compare([one.check for one in due])
+        for name, seconds in self._charge(started).items():
+            written.record[name] += seconds
+        for one in due[:-1]:
+            one.record["stages_ms"]["wait"] = (time.perf_counter() - one.ended_s) * 1000
+        return [self._done(one) for one in due]
+
+    def _written(self, bucket: int, stages: dict[str, float], started: tuple[float, float]) -> Written:
         record: Record = {"bucket": bucket, "begun_at": time.time(), "num_requests": 0, "num_users": 0, "num_scores": 0}
         num_checked = self._plan.check_requests if self._scorer else 0
         num_requests, items = self._reader.num_requests(bucket), self._answers.items
@@ -115,27 +134,33 @@ class BucketScorer:
         numbers = chosen_numbers(num_requests, num_checked, seed)
         others = num_left_out(num_requests, len(items.item_id_I), len(numbers)) if items else 0
         check = OnlineCheck(self._plan, self._scorer, items, numbers, self._most_checked, seed, others)
-        with collected_ms() as stages:
-            written = write_rows(self._run.version_path, self._run.file_of(bucket), self._parts(bucket, check, record))
+        written = write_rows(self._run.version_path, self._run.file_of(bucket), self._parts(bucket, check, record))
         record |= {
-            "done_at": time.time(),
             "stages_ms": stages,
             "actor": self._actor,
-            "held_s": time.perf_counter() - self._began,
             "file": asdict(written) if written else None,
             "device": self._plan.device,
-            **self._charge(started),
             "check_requests": self._plan.check_requests,
+            **self._charge(started),
+        }
+        return Written(record, check, started[0])
+
+    def _done(self, written: Written) -> Record:
+        record = written.record | {
+            "done_at": time.time(),
+            "held_s": time.perf_counter() - self._began,
             "peak_bytes": _peak_bytes(),
             "peak_gpu_bytes": max(self._peak_of_start, _peak_gpu_bytes(self._plan)),
             "working_bytes": (_peak_gpu_bytes(self._plan) or _peak_bytes()) - self._held_bytes,
-            "max_abs_diff": check.max_abs_diff,
-            "num_compared": check.num_compared,
+            "max_abs_diff": written.check.max_abs_diff,
+            "num_compared": written.check.num_compared,
         }
-        return remember_bucket(self._run.version_path, record)
+        remember_bucket(self._run.version_path, record)
+        self._run.end(record["bucket"], self._id)
+        return record
 
     def _charge(self, started: tuple[float, float]) -> dict[str, float]:
-        """Seconds since then, of the device and of CPUs, that neither the actor's start nor another bucket was charged for."""
+        """Seconds since then, of the device and of CPUs, that neither the actor's start nor a bucket was charged for."""
         with self._charging:
             now = _clocks()
             device_s, cpu_s = (
@@ -165,9 +190,6 @@ class BucketScorer:
             last_user = chunk.user_id_R[-1]
             record["num_scores"] += self._answers.num_scores(chunk)
             yield rows
-        # not in a turn, and no wait for what is queued on the device: another bucket is scored meanwhile
-        with self._checking, torch.cuda.stream(self._beside):
-            check.finish()
 
 
 class _Turn:

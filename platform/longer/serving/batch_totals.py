@@ -62,7 +62,8 @@ def actors_of(fresh: Sequence[Record], started_at: float) -> list[dict[str, Any]
     """Where each actor's time went, from the moment that the run began.
 
     `stages_s` sums over its buckets, of which a GPU has two at once: `read` and `write` are waits for what is done meanwhile,
-    `queue` for the bucket before on the device. `encode` ends when it is launched, so `score` waits for both.
+    `queue` for the bucket before on the device, `wait` for others to be compared with, and the last of them has the `check` of all.
+    `encode` ends when it is launched, so `score` waits for both.
     """
     actors: dict[str, list[Record]] = {}
     for record in fresh:

@@ -94,6 +94,12 @@ class Budget:
         batch_B = np.cumsum(self.user_bytes(num_events_B, num_asked_B)[by_length]) // (self.num_bytes // 2)
         return [rows for rows in np.split(by_length, np.flatnonzero(np.diff(batch_B)) + 1) if len(rows)]
 
+    @property
+    def most_users(self) -> int:
+        """With full windows and a request each, in half of the bytes, or one."""
+        [one] = self.user_bytes(np.array([self.model.windows.max_history_events]), np.ones(1, np.int64))
+        return max(1, self.num_bytes // 2 // int(one))
+
     def candidates(self, num_groups: int) -> int:
         """Candidates in the other half. A CPU keeps copies of their tails and their attention weights over every group."""
         sizes = self.model.settings
