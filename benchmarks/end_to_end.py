@@ -7,7 +7,8 @@ A generated log of users with Zipf activity becomes tables by the platform's own
                   and the wait for a checkpoint's copy
     whole run     the same run, nothing left out: from the call of `train` to its manifest, with a validation and a checkpoint every
                   100 steps. The shorter the run, the more of it are fixed costs
-    model step    the same model and the same steps, their batches staged in memory before the clock starts
+    model step    the same model and the same steps, their batches staged in memory before the clock starts and, as in the run,
+                  filled up to one size: the largest of the steps that are timed, where the run takes its own largest
 
 Prints Markdown; last, one JSON line: the shares of the model step's rate, and the share of time between records that was spent
 waiting for data.
@@ -73,6 +74,8 @@ def measure(given: Sequence[str]) -> tuple[str, dict[str, Any]]:
         f"\nEnd to end, width {asked.width}: {lengths}\n\n| arm | impressions/s |\n|---|---|",
         f"| steps, end to end | {end_to_end:,.0f} |\n| whole run, {whole_s:.0f} s | {whole:,.0f} |",
         f"| model step | {alone:,.0f} |",
+        "\nA goal against the model step is one against batches that are filled up as well, to the largest of the steps that are "
+        f"timed, where the run fills up to its largest. Histories average under {asked.events / asked.users:,.0f} events.",
     ]
     return "\n".join(lines), {
         "impressions_per_s": {

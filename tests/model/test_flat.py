@@ -152,6 +152,32 @@ def test_a_captured_pass_gives_each_batch_its_own_gradients() -> None:
                 assert (a - b).norm() <= 1e-4 * max(float(b.norm()), 1.0)
 
 
+@pytest.mark.skipif(not ON_CUDA, reason="CUDA graphs need CUDA")
+def test_a_step_that_captures_its_graph_as_after_a_resume_drops_what_it_drops_in_an_undisturbed_run() -> None:
+    model = same_model(3, torch.float32, DEVICE, dropout=0.5).train()
+    batch, losses, gradients = request_batch(model, 0, [60, 5, 33]), [], []
+    with torch.compiler.set_stance("force_eager"):
+        staged = stage(batch, model, Sizes.of(batch, model.windows))
+
+        def captured_now() -> CapturedPass:
+            return CapturedPass(model, lambda outputs, labels, exists: (outputs[:, 0] ** 2 * exists).sum(), staged)
+
+        torch.manual_seed(1)
+        undisturbed = captured_now()
+        for seed, resumed in ((7, False), (7, True), (7, False), (8, False)):
+            torch.manual_seed(seed)
+            taken = captured_now() if resumed else undisturbed
+            losses.append(float(taken.forward(staged)))
+            taken.backward(torch.ones((), device=DEVICE))
+            gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+    assert abs(losses[3] - losses[0]) > 1e-2 * abs(losses[0]), "another seed drops others"
+    for first, *others in zip(*gradients[:3], strict=True):
+        for other in others:
+            assert (other - first).norm() <= 1e-4 * max(float(first.norm()), 1.0)
+
+
 @pytest.mark.skipif(not ON_CUDA, reason="the three steps use the kernels on CUDA only")
 @given(seed=st.integers(0, 2**32 - 1), lengths=st.lists(st.integers(0, 60), min_size=1, max_size=4))
 @settings(max_examples=10, deadline=None)

@@ -23,10 +23,10 @@ from longer.training.checkpoints import load_model, save_model
 from longer.training.content import tally
 from longer.training.continuous import _milliseconds
 from longer.training.cursor import Position
+from longer.training.lineage import finished, past_of
 from longer.training.loader import MS_PER_DAY, joined, read_part_since, score_split
 from longer.training.loop import Run, train_worker
 from longer.training.metrics import defined
-from longer.training.run import finished, past_of
 from longer.training.steps import task_metrics
 from tests.data.test_build_on_ray import run_all, settings_of
 from tests.training.commits import wait_for_commit
@@ -41,7 +41,8 @@ def publish_base(settings: Settings, **manifest: Any) -> Version:
     table = Table(settings.path("checkpoints"))
     model = Longer(settings.model, schema, tasks)
     version = save_model(table.begin("base"), model, settings.model, schema, tasks)
-    about = {"trained": [{"requests": "earlier"}], "trained_until": requests.manifest["valid_from"]}
+    until = requests.manifest["valid_from"]
+    about = {"trained": [{"requests": "earlier", "until": until}], "trained_until": until}
     return table.publish("base", {"schema_hash": schema.hash(), "model_version": version, **about, **manifest})
 
 
@@ -92,7 +93,7 @@ def test_every_new_day_is_trained_once_in_order_though_a_worker_was_killed(
     new = [requests.read(split, bucket) for split in ("valid", "test") for bucket in range(requests.num_buckets)]
     ids, times = (np.concatenate([getattr(part, name) for part in new]) for name in ("request_id_R", "request_ts_R"))
     earlier, now = version.manifest["trained"]
-    assert earlier == {"requests": "earlier"}
+    assert earlier == base.manifest["trained"][0]
     assert (now["requests"], now["from"]) == (requests.version.id, base.manifest["trained_until"])
     for day, number in zip(now["days"], np.unique(times // MS_PER_DAY), strict=True):
         assert day["day"] == str(np.datetime64(int(number), "D"))
@@ -138,7 +139,7 @@ def test_the_first_runs_command_does_not_roll_a_continued_model_back(
     found = finished(table, base.id)
     assert found
     assert found.id == base.id
-    assert f"{version.id}, which continues it, is served" in capsys.readouterr().err
+    assert f"{version.id}, which comes from it, is served" in capsys.readouterr().err
     served = table.current()
     assert served
     assert served.id == version.id
@@ -148,9 +149,10 @@ def test_weights_of_a_continued_model_keep_until_when_they_were_trained(
     continued: tuple[Settings, Version, Version],
 ) -> None:
     _, base, version = continued
-    trained, until = past_of(version.path)
-    assert until == version.manifest["trained_until"] > base.manifest["trained_until"]
-    assert trained == version.manifest["trained"]
+    past = past_of(version.path, base.manifest["trained_until"])
+    assert past.until == version.manifest["trained_until"] > base.manifest["trained_until"]
+    assert past.trained == version.manifest["trained"]
+    assert past.is_leaking
 
 
 def test_a_test_split_that_was_trained_is_not_evaluated(continued: tuple[Settings, Version, Version]) -> None:

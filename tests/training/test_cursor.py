@@ -66,6 +66,17 @@ def test_resuming_with_another_number_of_workers_goes_on_with_the_same_steps(
     assert np.bincount(np.concatenate(trained)).tolist() == [2] * len(costs)
 
 
+@pytest.mark.parametrize("start", [Position(), Position(0, 2), Position(1, 0), Position(2, 0)])
+@pytest.mark.parametrize("every", [1, 3, 100])
+def test_as_many_checkpoints_are_announced_as_are_made_from_wherever_a_run_resumes(start: Position, every: int) -> None:
+    cursor = cursor_of([10] * 20, 30)
+    position, num_made = start, 0
+    while position.epoch < cursor.num_epochs:
+        position = cursor.after(position)
+        num_made += cursor.global_step(position) % every == 0 or position.step == 0
+    assert cursor.num_saves(start, every) == num_made
+
+
 def test_epochs_of_different_packs_follow_one_another() -> None:
     days = [np.array([0, 3]), np.array([1, 2, 4, 5, 6, 7])]
     cursor = DataCursor("table/0", np.full(8, 10), days, 30)

@@ -45,7 +45,7 @@ def test_waiting_for_items_is_timed_and_what_is_done_with_them_is_not() -> None:
 
 
 def test_shares_are_of_the_time_without_pauses_and_a_note_tells_the_wait() -> None:
-    meter = Meter(num_steps=4, first_step=0, device=CPU)
+    meter = Meter(num_steps=4, num_pauses=1, device=CPU)
     with meter.paused():
         time.sleep(0.2)
     meter.add(num_requests=10, num_candidates=50)
@@ -57,8 +57,21 @@ def test_shares_are_of_the_time_without_pauses_and_a_note_tells_the_wait() -> No
     assert "waiting for data" in meter.note(1)
 
 
+def test_the_time_left_has_the_pauses_to_come_and_not_those_that_are_over() -> None:
+    meter = Meter(num_steps=3, num_pauses=3, device=CPU)
+    with meter.paused():  # as a day is tested before its first step: no reason to expect it of every step
+        time.sleep(0.2)
+    meter.add(num_requests=10, num_candidates=50)
+    assert 2 * 0.2 <= meter.left_s(done=1) < 3 * 0.2
+    for _ in range(2):
+        with meter.paused():
+            time.sleep(0.2)
+    assert meter.left_s(done=1) < 0.2
+    assert meter.rates()["paused_share"] > 0.9
+
+
 def test_a_share_told_between_two_records_is_that_of_the_last_one_and_does_not_fade() -> None:
-    meter = Meter(num_steps=4, first_step=0, device=CPU)
+    meter = Meter(num_steps=4, num_pauses=1, device=CPU)
     meter.add(num_requests=10, num_candidates=50)
     time.sleep(0.05)
     meter.add_phases({"data_wait": 0.05})

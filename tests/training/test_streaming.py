@@ -34,6 +34,18 @@ def test_batches_of_users_in_turn_on_any_number_of_workers_give_the_metrics_of_a
     assert found.auc == pytest.approx(expected.auc, abs=workers[0].auc_error + 1e-12, nan_ok=True)
 
 
+def test_the_base_rate_of_fractional_labels_is_their_mean_not_the_share_above_zero() -> None:
+    rng = np.random.default_rng(0)
+    logit, user = rng.normal(0, 1, 200), np.zeros(200, np.int64)
+    label = rng.uniform(0, 1, 200) * rng.integers(0, 2, 200)  # a share of a video that was watched
+    halves = [BinaryTotals(), BinaryTotals()]
+    for totals, rows in zip(halves, (slice(0, 100), slice(100, 200)), strict=True):
+        totals.add(logit[rows], label[rows], user[rows])
+        totals.close()
+    halves[0].merge(halves[1])
+    assert halves[0].metrics().ne == pytest.approx(binary_metrics(logit, label, user).ne, rel=1e-12)
+
+
 def test_the_rounding_of_auc_is_bounded_and_small() -> None:
     rng = np.random.default_rng(0)
     label = rng.integers(0, 2, 100_000).astype(np.float32)

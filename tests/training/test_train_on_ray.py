@@ -343,6 +343,7 @@ def test_one_and_two_workers_have_the_same_gradient_from_the_same_checkpoint(
         settings = settings_for(tables, tmp_path / str(num_workers), **one_step)
         run = train.run(settings, from_=trained[1].path)
         assert run.manifest["from"] == trained[1].manifest["model_version"]
+        assert (run.manifest["base"], run.manifest["validation_may_be_seen"]) == (trained[1].id, False)
         largest_rate = settings.train.embedding_learning_rate
         for name, tensor in load_model(run.path)[0].state_dict().items():
             torch.testing.assert_close(tensor, start[name], rtol=1e-3, atol=1.01 * largest_rate)

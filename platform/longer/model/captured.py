@@ -72,20 +72,21 @@ class CapturedPass:
             for name, table in model.large_tables().items():
                 table.held = self._held[name] = table.room(len(keys[name]))
         self._tables = [table for table in model.large_tables().values() if table.reads is not None]
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            for _ in range(_WARM_UP_STEPS):
-                self._backward(self._forward())
-        torch.cuda.current_stream().wait_stream(beside)
-        model.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()  # of the warm-up: the graph has memory of its own
-        self._forward_graph, self._backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        mode = "thread_local"  # another thread stages batches meanwhile
-        with torch.cuda.graph(self._forward_graph, capture_error_mode=mode):
-            value = self._forward()
-        with torch.cuda.graph(self._backward_graph, pool=self._forward_graph.pool(), capture_error_mode=mode):
-            self._backward(value)
+        with torch.random.fork_rng(devices=[self.device]):  # what warm-up and capture draw is not the step's
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                for _ in range(_WARM_UP_STEPS):
+                    self._backward(self._forward())
+            torch.cuda.current_stream().wait_stream(beside)
+            model.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()  # of the warm-up: the graph has memory of its own
+            self._forward_graph, self._backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            mode = "thread_local"  # another thread stages batches meanwhile
+            with torch.cuda.graph(self._forward_graph, capture_error_mode=mode):
+                value = self._forward()
+            with torch.cuda.graph(self._backward_graph, pool=self._forward_graph.pool(), capture_error_mode=mode):
+                self._backward(value)
         self._value = value.detach()
         self.gradients = [parameter.grad for parameter in model.parameters()]
         self.reads = [list(table.reads or ()) for table in self._tables]

@@ -1,9 +1,9 @@
 """Continuous training: the served checkpoint goes on with the days that have come since it was trained.
 
-A checkpoint's manifest says up to which request time it was trained (`trained_until`). Every request of the served table from
-then on, whatever its split, is trained once, a day after the other and shuffled within a day; each day is tested just before
-its first step, so that these metrics are of requests that no weight has seen. A request that comes into the table later than
-`trained_until` has passed its time is left out.
+A checkpoint's manifest says up to which request time each of its runs has trained which log (`trained`). Every request of the
+served table from where that ends, whatever its split, is trained once, a day after the other and shuffled within a day; each
+day is tested just before its first step, so that these metrics are of requests that no weight has seen. A request that comes into
+the table later than the training has passed its time is left out.
 """
 
 from datetime import datetime
@@ -21,7 +21,8 @@ from longer.schema import TIMESTAMP
 from longer.storage import Table, Version, fingerprint
 from longer.training.checkpoints import FORMAT_VERSION, check_start
 from longer.training.content import Job
-from longer.training.run import chosen_settings, finished, fit, pin_tables, publish
+from longer.training.lineage import finished, later, trained_of_log
+from longer.training.run import chosen_settings, fit, pin_tables, publish
 from longer.training.trainer_state import TRAINER_VERSION, read_trainer_state
 
 
@@ -37,7 +38,7 @@ def train_new_days(settings: Settings) -> Version:
         raise UserError(
             f"{base.path}: says not until when it was trained: run `python -m jobs.train` without --continue"
         )
-    since, until = base.manifest["trained_until"], requests_end(requests)
+    since, until = trained_of_log(base, requests), requests_end(requests)
     chosen = chosen_settings(settings)
     run_id = fingerprint("continued", FORMAT_VERSION, TRAINER_VERSION, base.id, versions, chosen)
     if published := finished(table, run_id):
@@ -45,6 +46,12 @@ def train_new_days(settings: Settings) -> Version:
     if not _num_requests_since(requests, since):
         say("train", f"no requests since {since} in {requests.path}: {base.id} has seen all, nothing changed")
         return base
+    seen_until = base.manifest["trained_until"]
+    if may_be_seen := later(seen_until, since) != since:
+        say(
+            "train",
+            f"{base.id} has trained requests of another log until {seen_until}: metrics may be of requests that it has seen",
+        )
     check_start(base.path, settings)  # a mistake is told here once, not by every worker
     table.claim()
     last = fit(Job(settings, versions, base.path, _milliseconds(since)), run_id)
@@ -57,8 +64,9 @@ def train_new_days(settings: Settings) -> Version:
         "continues": base.id,
         "step": state.checkpoints[-1]["step"],
         "validation": days[-1]["tested"],
+        "validation_may_be_seen": may_be_seen,
         "trained": [*base.manifest["trained"], {"requests": requests.id, "from": since, "until": until, "days": days}],
-        "trained_until": until,
+        "trained_until": later(seen_until, until),
     }
     version = publish(settings, table, run_id, last, state, about)
     num_requests = sum(day["num_requests"] for day in days)

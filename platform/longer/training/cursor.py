@@ -102,6 +102,11 @@ class DataCursor:
         last = position.step + 1 == self._steps_E[position.epoch]
         return Position(position.epoch + 1, 0) if last else Position(position.epoch, position.step + 1)
 
+    def num_saves(self, position: Position, every: int) -> int:
+        """Steps from this position on that are the last ones of an epoch, or of `every` ones."""
+        ends, before = map(int, self._first_step_E + self._steps_E), self.global_step(position)
+        return sum(step > before for step in {*ends, *range(every, self.num_steps + 1, every)})
+
     def plan(self, epoch: int, num_batches: int) -> EpochPlan:
         """All steps of an epoch, each divided into `num_batches`: the same on every worker. The last one asked for is kept."""
         if self._plan is None or self._plan[0] != (epoch, num_batches):

@@ -103,7 +103,7 @@ def _check_held_out(checkpoint: Version, requests: Version) -> None:
     if datetime.fromisoformat(trained_until) > datetime.fromisoformat(test_from):
         raise UserError(
             f"{checkpoint.path}: has trained requests until {trained_until}, the test split starts at {test_from}: see each day's "
-            "metrics from before it was trained in its manifest, or train without --continue"
+            "metrics from before it was trained in its manifest, or train without --continue and --from"
         )
 
 

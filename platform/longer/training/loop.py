@@ -104,7 +104,7 @@ class Run:
         self._say(f"{len(self.content.data.requests)} requests {over}, {num_steps} steps, {started}")
         every = self.settings.train.validate_every_steps
         record_every = max(1, every // _RECORDS_PER_VALIDATION)
-        meter = Meter(num_steps, first_step, self.stepper.device)
+        meter = Meter(num_steps, self._num_pauses(), self.stepper.device)
         loss_sum, num_candidates = torch.zeros((), dtype=torch.float64, device=self.stepper.device), 0
         for work in self.timer.waits(prefetch(self._work(), _STEPS_AHEAD), "data_wait"):
             if self.job.trains_days and work.position.step == 0:
@@ -136,6 +136,12 @@ class Run:
                     self._checkpoint(done)
         if self.scalars:
             self.scalars.close()
+
+    def _num_pauses(self) -> int:
+        """Of `train`, from the state's position on."""
+        position = self.state.position
+        days = self.cursor.num_epochs - position.epoch - (position.step > 0) if self.job.trains_days else 0
+        return self.cursor.num_saves(position, self.settings.train.validate_every_steps) + days
 
     def _make_stepper(self) -> Stepper:
         settings = self.settings

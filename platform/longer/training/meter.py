@@ -17,10 +17,14 @@ _SECONDS_BETWEEN_NOTES = 0.5
 
 
 class Meter:
-    """Speed since the start of this process, without the time of validations; a note is due every half a second."""
+    """Speed since the start of this process, without pauses, and the time left, with them; a note is due every half a second.
 
-    def __init__(self, num_steps: int, first_step: int, device: torch.device) -> None:
+    `num_pauses` are to come: validations with their checkpoints, and tests of days.
+    """
+
+    def __init__(self, num_steps: int, num_pauses: int, device: torch.device) -> None:
         self.num_steps, self.loss, self._device = num_steps, math.nan, device
+        self._num_pauses, self._num_paused, self._paused_s = num_pauses, 0, 0.0
         self._started = self._told = time.perf_counter()
         self._num_steps_here, self._num_requests, self._num_candidates = 0, 0, 0
         self._phase_s: dict[str, float] = {}
@@ -38,7 +42,10 @@ class Meter:
             self._phase_s[name] = self._phase_s.get(name, 0.0) + value
 
     def rates(self) -> dict[str, float]:
-        """Over all workers since this process started, and this one's share of time in each phase until they were last told."""
+        """Over all workers since this process started, and this one's share of time in each phase until they were last told.
+
+        `paused_share` is of all the time; what else is told is of the time without pauses.
+        """
         elapsed_s = time.perf_counter() - self._started
         shares = {f"{name}_share": value / self._phases_until_s for name, value in self._phase_s.items()}
         return {
@@ -47,6 +54,7 @@ class Meter:
             "requests_per_s": self._num_requests / elapsed_s,
             "impressions_per_s": self._num_candidates / elapsed_s,
             **shares,
+            "paused_share": self._paused_s / (elapsed_s + self._paused_s),
             **self._gpu_memory(),
         }
 
@@ -57,12 +65,17 @@ class Meter:
         self._told = now if due else self._told
         return due
 
+    def left_s(self, done: int) -> float:
+        """Until the end, if steps and pauses take as long as they did so far; before the first pause, without any."""
+        step_s = (time.perf_counter() - self._started) / self._num_steps_here
+        pause_s = self._paused_s / max(1, self._num_paused)
+        return (self.num_steps - done) * step_s + (self._num_pauses - self._num_paused) * pause_s
+
     def note(self, done: int) -> str:
         """What progress says beside the number of steps `done`."""
         rates = self.rates()
-        left_s = (self.num_steps - done) * (time.perf_counter() - self._started) / self._num_steps_here
         parts = [  # a narrow terminal shows the first ones
-            f"about {left_s:.0f} s left",
+            f"about {self.left_s(done):.0f} s left",
             f"{rates['requests_per_s']:.0f} requests/s",
             f"{rates['impressions_per_s']:.0f} impressions/s",
             *([f"GPU memory {rates['gpu_bytes'] / 2**30:.1f} GiB"] if "gpu_bytes" in rates else []),
@@ -75,10 +88,13 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside does not count."""
+        """Time spent inside counts for the time left only."""
         began = time.perf_counter()
         yield
-        self._started += time.perf_counter() - began
+        paused_s = time.perf_counter() - began
+        self._started += paused_s
+        self._paused_s += paused_s
+        self._num_paused += 1
 
     def _gpu_memory(self) -> dict[str, float]:
         """The most that tensors have held on this worker's GPU."""

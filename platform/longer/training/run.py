@@ -5,7 +5,6 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from typing import Any
 
 import ray
@@ -32,12 +31,12 @@ from longer.storage import (
     Version,
     arrow_filesystem,
     fingerprint,
-    manifest_of,
     read_bytes,
     write_bytes,
 )
 from longer.training.checkpoints import FORMAT_VERSION, check_start, load_model
 from longer.training.content import Job
+from longer.training.lineage import Past, finished, later, past_of
 from longer.training.loop import train_worker
 from longer.training.metrics import shown_all
 from longer.training.reading import requests_in_memory
@@ -49,7 +48,6 @@ _KEPT = {"keep_checkpoints", "keep_runs"}
 _HOW_NOT_WHAT = {"num_workers", "use_gpu", "max_failures", "max_tokens_per_batch", "table_sharding", *_KEPT}
 """Settings that do not change what is learned: an interrupted run may go on with other values."""
 
-_NEVER = "1970-01-01T00:00:00+00:00"
 _WAIT_FOR_MORE_WORKERS_S = "10"
 """Ray counts on a lost node for up to 20 s; then it would wait a minute for workers there, where fewer would do."""
 
@@ -59,7 +57,7 @@ def train(settings: Settings, start_from: str | None = None) -> Version:
 
     It is the model that was best by validation at the end of an epoch: one that has trained every request of the split, each as
     often as the others. With `start_from`, the path of a checkpoint, its weights are the first ones. A finished run is found and
-    trains nothing; it is served, unless what is served continues it. An interrupted one goes on from its last checkpoint.
+    trains nothing; it is served, unless what is served comes from it. An interrupted one goes on from its last checkpoint.
     """
     requests, versions = pin_tables(settings)
     _check_split(requests, "train", "lower requests.test_days_share and validation_days_share")
@@ -74,7 +72,7 @@ def train(settings: Settings, start_from: str | None = None) -> Version:
         return published
     _say_cost(settings, requests)
     own_until = requests.manifest["valid_from"]
-    past, past_until = past_of(start_from) if start_from else ([], own_until)
+    past = past_of(start_from, own_until) if start_from else Past([], own_until, is_leaking=False, version=None)
     table.claim()
     run_path = settings.path("training", run_id)
     if start_from:
@@ -87,43 +85,18 @@ def train(settings: Settings, start_from: str | None = None) -> Version:
         "inputs": versions,
         "settings": chosen,
         **first,
+        "base": past.version,
         "step": best["step"],
         "validation": validation,
-        "trained": [*past, {**trained, "published_after_epochs": best["epochs"]}],
-        "trained_until": max(own_until, past_until, key=datetime.fromisoformat),
+        "validation_may_be_seen": past.is_leaking,
+        "trained": [*past.trained, {**trained, "published_after_epochs": best["epochs"]}],
+        "trained_until": later(own_until, past.until),
     }
     version = publish(settings, table, run_id, f"{run_path}/{step_folder(best['step'])}", state, about)
     after = f"epoch {best['epochs']} of {settings.train.epochs}, step {best['step']}"
     unscored = "" if best["score"] is not None else ", the last one: no epoch's validation score is defined"
     say("train", f"run {run_id}: published as it was after {after}{unscored}: validation {shown_all(validation)}")
     return version
-
-
-def finished(table: Table, run_id: str) -> Version | None:
-    """The version of a finished run, and served; what is served stays if it continues this one. A line says which."""
-    served = table.current()
-    ancestor = served
-    while ancestor and ancestor.id != run_id:
-        base = ancestor.manifest.get("continues")
-        ancestor = table.find(base) if base else None
-    if served and ancestor and ancestor.is_whole():
-        is_continued = f"; {served.id}, which continues it, is served" if served.id != run_id else ""
-        say("train", f"run {run_id} is already finished, nothing changed{is_continued}")
-        return ancestor
-    if published := table.reuse(run_id):
-        say("train", f"run {run_id} is already finished, and is served{f' in place of {served.id}' if served else ''}")
-    return published
-
-
-def past_of(start_from: str) -> tuple[list[dict[str, Any]], str]:
-    """What the weights of a checkpoint were trained on before, and until when; a line if it does not say."""
-    manifest = manifest_of(start_from) or {}
-    if "trained_until" not in manifest:
-        say(
-            "train",
-            f"{start_from} does not say what it was trained on: test metrics may be of requests that it has seen",
-        )
-    return manifest.get("trained", []), manifest.get("trained_until", _NEVER)
 
 
 def pin_tables(settings: Settings) -> tuple[Version, dict[str, str]]:

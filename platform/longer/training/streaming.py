@@ -23,7 +23,7 @@ class BinaryTotals:
 
     def __init__(self) -> None:
         self._rows_B, self._positives_B = np.zeros(_NUM_BINS, np.int64), np.zeros(_NUM_BINS, np.int64)
-        self._loss_sum, self._gauc_sum, self._gauc_rows = 0.0, 0.0, 0
+        self._label_sum, self._loss_sum, self._gauc_sum, self._gauc_rows = 0.0, 0.0, 0.0, 0
         self._open: tuple[npt.NDArray, npt.NDArray, Ints] | None = None
 
     def add(self, logit_C: npt.NDArray, label_C: npt.NDArray, user_C: Ints) -> None:
@@ -36,6 +36,7 @@ class BinaryTotals:
         self._positives_B += np.bincount(bin_C[label_C > 0], minlength=_NUM_BINS)
         logits, labels = torch.from_numpy(logit_C.astype(np.float64)), torch.from_numpy(label_C.astype(np.float64))
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+        self._label_sum += float(labels.sum())
         self._loss_sum += float(loss)
         rows = (logit_C, label_C, user_C)
         if self._open:
@@ -54,12 +55,13 @@ class BinaryTotals:
         """Adds what another, closed, has of other users."""
         self._rows_B += other._rows_B
         self._positives_B += other._positives_B
+        self._label_sum += other._label_sum
         self._loss_sum += other._loss_sum
         self._gauc_sum += other._gauc_sum
         self._gauc_rows += other._gauc_rows
 
     def metrics(self) -> BinaryMetrics:
-        num_rows, num_positives = int(self._rows_B.sum()), int(self._positives_B.sum())
+        num_rows = int(self._rows_B.sum())
         if not num_rows:
             return BinaryMetrics(math.nan, math.nan, math.nan, math.nan)
         negatives_B = self._rows_B - self._positives_B
@@ -69,7 +71,7 @@ class BinaryTotals:
             auc=float(self._positives_B @ won_B) / self._num_pairs if self._num_pairs else math.nan,
             gauc=self._gauc_sum / self._gauc_rows if self._gauc_rows else math.nan,
             logloss=logloss,
-            ne=normalized_entropy(logloss, num_positives / num_rows),
+            ne=normalized_entropy(logloss, self._label_sum / num_rows),
         )
 
     @property
