@@ -15,12 +15,13 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from longer.serving.stages import collected_ms
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
+Returned = TypeVar("Returned")
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class MicroBatcher(Generic[Item, Outcome]):
         started_s = time.perf_counter()
         try:
             with collected_ms() as stages_ms:
-                outcomes = self._work([one.item for one in batch])
+                outcomes = with_error_for_future(self._work, [one.item for one in batch])
         except Exception as error:
             if len(batch) == 1:
                 loop.call_soon_threadsafe(_fail, batch, error)
@@ -171,6 +172,14 @@ class MicroBatcher(Generic[Item, Outcome]):
             loop.call_soon_threadsafe(_fail, back, error)
         elif starts:
             self._worker.submit(self._run, loop)
+
+
+def with_error_for_future(function: Callable[..., Returned], *args: Any) -> Returned:
+    """What the function returns; a StopIteration, which is a bug, becomes an error that a future takes: else its caller waits."""
+    try:
+        return function(*args)
+    except StopIteration as error:
+        raise RuntimeError("StopIteration where nothing is iterated") from error
 
 
 def _deliver(answered: Sequence[tuple[_Waiting[Item, Outcome], Outcome]], times: Sequence[Times]) -> None:

@@ -5,6 +5,7 @@ All of it in the background, once the replica answers and knows who the others a
 Files and tables are read beside the worker thread, which takes in one file's states, or some users' events, or encodes a few
 users, between two batches of requests. Events come first: nobody else has them, and states are true that hold the same. Only free
 room is filled: nothing goes for it that the model could answer from. It is done again when the ring, the dumps or the model change.
+What all replicas have brought is removed.
 Dumps are looked for as often as the keeper is asked to while a replica that has left the ring may still dump; else each minute.
 """
 
@@ -90,10 +91,12 @@ class StateKeeper:
                     self._dumps.done(listing)
                 if began_s >= self._often_until_s:
                     self._next_look_s = began_s + _LOOK_EVERY_S
+                if self._dumps:
+                    await asyncio.to_thread(self._dumps.remove_old, listing)
             except Exception:
                 _logger.exception(
-                    "states and events of before: not all could be brought back; what is missing is tried again, and states "
-                    "are encoded when they are asked for"
+                    "states and events of before: not all could be brought back, or removed when all replicas had them; what is "
+                    "missing is tried again, and states are encoded when they are asked for"
                 )
 
     def _is_due(self, ring: Ring) -> bool:

@@ -23,7 +23,7 @@ from serve_apps.access_log import AccessLog, Call
 from serve_apps.account import service_status
 from serve_apps.affinity import Affinity
 from serve_apps.arguments import ScoringArgs
-from serve_apps.batcher import MicroBatcher
+from serve_apps.batcher import MicroBatcher, with_error_for_future
 from serve_apps.desk import Desk
 from serve_apps.direct import DirectServer
 from serve_apps.holdings import Ledger
@@ -211,7 +211,8 @@ class ScoringService:
         return [reads[id(one.asked)] if one.outcome is None else (one.outcome, version) for one in scorings]
 
     async def _in_worker(self, function: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._worker, with_error_for_future, function, *args)
 
     # -- called by other replicas -------------------------------------------------------------------------------------
 

@@ -6,12 +6,13 @@ layer; pages would put a table look-up into every kernel and a gather into every
 
 Why this wastes nothing over time: the stretch is cut into equal slabs, a slab holds slots of one size, and an empty slab belongs
 to no size. When no slab is free, a size with a slab's worth of free slots in several slabs moves the few slots of its emptiest
-one into the others. So a request can only fail while each size has less than one slab of free slots: never more than
-`num_sizes * slab_units` units lie idle, however long the pool runs. Inside a slot at most about a third is unused: sizes are a
-slab's halves, thirds, quarters, and so on, and nobody asks for less than the smallest.
+one into the others. So a request can only fail while each size has less than one slab of free slots: never more than a slab for
+each size, and what is too little for a slot at the end of each slab, lie idle, however long the pool runs (`units_for`). Inside a
+slot at most about a third is unused: sizes are a slab's halves, thirds, quarters, and so on, and nobody asks for less than the
+smallest.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 Move = tuple[int, int, int]
@@ -58,7 +59,8 @@ class SlotAllocator:
     @property
     def most_idle_units(self) -> int:
         """An allocation fails only while fewer units than this are free."""
-        return len(self.sizes) * self._slab_units
+        num_slabs = self.num_units // self._slab_units
+        return self.num_units - (num_slabs - len(self.sizes)) * _usable_units(self._slab_units, self.sizes)
 
     def size_for(self, num_units: int) -> int:
         """The size of the slot that `num_units` get."""
@@ -156,3 +158,13 @@ def slot_sizes(slab_units: int, smallest_units: int) -> list[int]:
         counts += [octave, octave * 5 // 4, octave * 3 // 2]
     sizes = {slab_units // count for count in counts}
     return sorted(size for size in sizes if size >= smallest_units) or [slab_units // 2]
+
+
+def units_for(slot_units: int, slab_units: int, sizes: Sequence[int]) -> int:
+    """Units of memory in which slots of `slot_units` in all always find room, whatever lies idle."""
+    return (-(-slot_units // _usable_units(slab_units, sizes)) + len(sizes)) * slab_units
+
+
+def _usable_units(slab_units: int, sizes: Sequence[int]) -> int:
+    """Of a slab, whatever the size of its slots."""
+    return min(slab_units // size * size for size in sizes)

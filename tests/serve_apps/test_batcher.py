@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from serve_apps.batcher import MicroBatcher, Times
+from serve_apps.batcher import MicroBatcher, Times, with_error_for_future
 
 
 class Scorer:
@@ -99,6 +99,25 @@ def test_an_item_that_cannot_be_scored_fails_alone(worker: ThreadPoolExecutor) -
 
     asyncio.run(run())
     assert scorer.batches == [[1, -1, 3], [1], [-1], [3]]
+
+
+def test_a_bug_that_raises_what_no_future_takes_leaves_nobody_waiting(worker: ThreadPoolExecutor) -> None:
+    def score(numbers: list[int]) -> list[int]:
+        return [next(iter(())) if number < 0 else number for number in numbers]
+
+    batcher = MicroBatcher(worker, score, 3, lambda _: None)
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(10):
+            with pytest.raises(RuntimeError, match="StopIteration"):
+                await batcher.ask(-1)
+            with pytest.raises(RuntimeError, match="StopIteration"):
+                await loop.run_in_executor(worker, with_error_for_future, score, [-1])
+            [(outcome, _)] = await batcher.ask(2)
+            assert outcome == 2
+
+    asyncio.run(run())
 
 
 class Reader:

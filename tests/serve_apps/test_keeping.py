@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,30 @@ def test_what_was_read_of_dumps_and_models_that_are_gone_is_not_remembered(tmp_p
         assert keeper._read == set()
 
     asyncio.run(run())
+
+
+def test_the_bytes_of_a_forgotten_user_do_not_stay_in_a_dump_until_the_next_replica_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dump holds her events as they were sent, and a service may run for months."""
+    folder, (leaving, before), (keeper, scorer) = one_leaves_and_one_stays(tmp_path)
+    answered(before, 4, 5)
+    clock_s = [1000.0]
+    monkeypatch.setattr(keeping, "monotonic", lambda: clock_s[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock_s[0])
+
+    async def run() -> None:
+        await leaving.leave()
+        await keeper.bring(Ring(["me"]))
+        await keeper.mark_forgotten(4)
+        keeper.forget(4)
+        for _ in range(13):
+            clock_s[0] += 60
+            await keeper.bring(Ring(["me"]))
+
+    asyncio.run(run())
+    assert [path.name for path in folder.iterdir()] == ["forgotten"]
+    assert len(scorer.online) == 1
 
 
 def answered(before: Scorer, *users: int) -> None:

@@ -333,15 +333,14 @@ def test_the_mark_of_a_forgotten_user_goes_when_no_dump_can_hold_the_user(world:
         dumps.forgotten.mark(scorer.user_key(user))
         [mark] = (dumped / "forgotten").glob(f"{scorer.user_key(user)}-*")
         mark.rename(mark.with_name(f"{scorer.user_key(user)}-{int(mark.name.rpartition('-')[2]) - age_s * 1000}"))
-    restore(dumps, scorer)
-    dumps.write(scorer.cache, scorer.online, scorer.version, 60)
+    dumps.remove_old(dumps.listed())
     assert set(dumps.forgotten.times_s()) == {scorer.user_key(4)}
 
 
-def test_a_dump_goes_when_a_replica_that_had_it_leaves_its_own(
+def test_a_dump_goes_when_a_replica_has_known_it_so_long_that_all_have_brought_it(
     world: Settings, dumped: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that dumps do not pile up; one that other replicas may be reading, or that is being written, stays."""
+    """So that dumps, and forgotten users in them, do not stay; one that others may be reading, or that is being written, does."""
     neighbour, scorer = StateDumps(str(dumped), "neighbour"), scorer_of(world)
     dumps, now_s = StateDumps(str(dumped), "after"), time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now_s)
@@ -353,8 +352,8 @@ def test_a_dump_goes_when_a_replica_that_had_it_leaves_its_own(
     (dumped / "writes just now").mkdir()
     (dumped / "writes just now" / "states-00000.safetensors").write_bytes(b"half")
     restore(dumps, scorer)
-    leave_as(dumps, world)
-    assert sorted(path.name for path in dumped.iterdir()) == ["after", "neighbour", "writes just now"]
+    dumps.remove_old(dumps.listed())
+    assert sorted(path.name for path in dumped.iterdir()) == ["neighbour", "writes just now"]
 
 
 def leave_as(dumps: StateDumps, world: Settings) -> None:
@@ -363,7 +362,23 @@ def leave_as(dumps: StateDumps, world: Settings) -> None:
     assert dumps.write(scorer.cache, scorer.online, scorer.version, 60) == 1
 
 
-def test_a_dump_that_a_replica_has_not_brought_back_stays_when_it_leaves_its_own(
+def test_a_dump_stays_that_was_long_in_writing_until_all_have_had_time_to_bring_what_was_written_last(
+    world: Settings, dumped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dumps, now_s = StateDumps(str(dumped), "after"), time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    (dumped / "before" / "_DUMP.json").rename(dumped / "whole later")
+    dumps.listed()
+    now_s += 500
+    (dumped / "whole later").rename(dumped / "before" / "_DUMP.json")
+    restore(dumps, scorer_of(world))
+    for waits_s, is_there in ((500, True), (200, False)):
+        now_s += waits_s
+        dumps.remove_old(dumps.listed())
+        assert (dumped / "before").exists() == is_there
+
+
+def test_a_dump_that_a_replica_has_not_brought_back_stays(
     world: Settings, dumped: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The events in it are nowhere else: it had not begun, or one was written to the end after it looked."""
@@ -376,8 +391,8 @@ def test_a_dump_that_a_replica_has_not_brought_back_stays_when_it_leaves_its_own
     shutil.copytree(dumped / "before", dumped / "unread", dirs_exist_ok=True)
     dumps.listed()
     now_s += 700
-    leave_as(dumps, world)
-    assert sorted(path.name for path in dumped.iterdir()) == ["after", "before", "unread"]
+    dumps.remove_old(dumps.listed())
+    assert sorted(path.name for path in dumped.iterdir()) == ["before", "unread"]
 
 
 def test_events_come_back_of_a_dump_whose_states_are_cut(world: Settings, tmp_path: Path) -> None:

@@ -174,6 +174,36 @@ def test_states_of_all_sizes_fill_host_memory_up_to_its_budget() -> None:
         assert (room.store.counters.evict > before) == (would_be_bytes > room.store.host_budget_bytes)
 
 
+def test_a_large_full_host_tier_of_states_that_leave_the_end_of_each_slab_fails_no_batch() -> None:
+    """What is left of slabs grows with their number, and so must what lies beside the budget."""
+    assert 2 * LARGEST % SMALLEST
+    room, most = Room(0, 600), 600 * LARGEST // SMALLEST
+    for user in range(most):
+        room.put(user, SMALLEST)
+    assert (len(room.store), room.store.counters.evict) == (most, 0)
+    for user in range(most, most + 10):
+        room.put(user, SMALLEST)
+    assert (len(room.store), room.store.counters.evict) == (most, 10)
+
+
+def test_a_host_tier_without_a_slot_for_what_its_budget_has_room_for_loses_states_and_no_batch() -> None:
+    """Were the room beside a budget ever counted too small, each batch would fail from then on."""
+    room = Room(0, 4)
+    host = room.store._host
+    assert host is not None
+    while host.slots.free_units > 2 * LARGEST:
+        host.slots.allocate(LARGEST)
+    room.num_hits(range(5))
+    assert (room.num_held(range(5)), room.num_held([3, 4]), room.store.counters.evict) == (2, 2, 3)
+    for user in range(5):
+        room.store.forget(user)
+    while host.slots.allocate(LARGEST):
+        pass
+    assert not room.store.restore(5, OLD, room.entry(), torch.zeros(LARGEST, host.words_NI.shape[1]), True)
+    room.put(6, LARGEST)
+    assert (len(room.store), room.store.counters.evict) == (0, 4)
+
+
 @pytest.mark.parametrize("budgets", [(2, 12), (0, 3), (1, 0), (3, 1)])
 def test_what_is_free_takes_new_states_without_anybody_going_for_them(budgets: tuple[int, int]) -> None:
     """As warm-up counts: so many of the largest states, in one batch."""

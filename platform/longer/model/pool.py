@@ -21,7 +21,7 @@ from torch import Tensor
 from longer.arrays import Int64
 from longer.model.longer import Longer
 from longer.model.pinned import pinned_words
-from longer.slots import Move, SlotAllocator, slot_sizes
+from longer.slots import Move, SlotAllocator, slot_sizes, units_for
 from longer.windows import WindowRule
 
 Precision = Literal["float64", "float32", "bf16", "int8", "fp8"]
@@ -185,6 +185,12 @@ class StatePool:
     def sizes_of(layout: StateLayout) -> list[int]:
         """Rows of the sizes that slots have."""
         return slot_sizes(2 * layout.largest_rows, layout.smallest_rows)
+
+    @staticmethod
+    def bytes_for(layout: StateLayout, slot_bytes: int) -> int:
+        """Of a pool in which slots of so many bytes in all always find room."""
+        slot_rows, slab_rows = slot_bytes // layout.row_bytes, 2 * layout.largest_rows
+        return units_for(slot_rows, slab_rows, StatePool.sizes_of(layout)) * layout.row_bytes
 
     @property
     def device(self) -> torch.device:

@@ -12,7 +12,7 @@ beyond that: a state that disagrees with the user's history is found out by its 
 that was true is so where the very events that go with it are known (`KeptState.knows_events`), and needs no look at the table.
 
 A forgotten user stays out of every dump that had begun by then; their bytes go with the dump. That is removed by a replica that
-stops, has taken in what was its own of it, and has known it for so long that the others have too: their events are nowhere else.
+has taken in what was its own of it, and has known it as it is for so long that the others have too: their events are nowhere else.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ from longer.storage import file_sizes, read_bytes, remove_tree, write_bytes
 
 _NUM_WRITERS, _WRITES_AHEAD = 4, 8
 _READ_BY_ALL_S = 600.0
-"""By when all replicas have read a dump, or its replica has written it to the end."""
+"""By when all replicas have read a dump that no longer changes, or its replica will never write it to the end."""
 
 _DUMP, _EVENTS = "_DUMP.json", "events.parquet"
 _logger = logging.getLogger("ray.serve")
@@ -88,7 +88,7 @@ class StateDumps:
 
     def __init__(self, folder: str, replica: str) -> None:
         self._folder, self._replica = folder.rstrip("/"), replica
-        self._seen_s: dict[str, float] = {}
+        self._seen: dict[str, tuple[dict[str, int], float]] = {}
         self._done = Listing({}, {})
         self._told: set[tuple[str, StateVersion]] = set()
         self.counters, self.forgotten = DumpCounters(), ForgottenUsers(self._folder)
@@ -97,10 +97,7 @@ class StateDumps:
 
     def write(self, store: StateStore, online: OnlineEvents, version: StateVersion, within_s: float) -> int:
         """Dumps all online events, and this version's states, the hottest first, as far as the time and the next host tier go; how
-        many states.
-
-        Dumps that nobody needs any more go.
-        """
+        many states."""
         began_s, deadline_s = time.time(), time.monotonic() + within_s
         tables, pool = list[str](), ThreadPoolExecutor(_NUM_WRITERS)
         writes = [pool.submit(self._write_file, _EVENTS, events_content(online))] if len(online) else []
@@ -130,7 +127,6 @@ class StateDumps:
         write_bytes(f"{self._own}/{_DUMP}", manifest.model_dump_json().encode())
         self.counters.dumped += (num_states := sum(len(file.user_ids) for file in files))
         self.counters.dumped_event_users += len(manifest.events.user_ids) if manifest.events else 0
-        self._remove_old()
         return num_states
 
     @property
@@ -143,18 +139,6 @@ class StateDumps:
         write_bytes(f"{self._own}/{name}", data)
         return DumpFile(path=name, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), user_ids=user_ids)
 
-    def _remove_old(self) -> None:
-        """Dumps that are as they were when all of them had been brought, and marks of users whom no dump can hold any more."""
-        first_s, known_since_s = time.time(), time.monotonic() - _READ_BY_ALL_S
-        for name, sizes in self.listed().dumps.items():
-            if self._done.dumps.get(name) == sizes and self._seen_s[name] <= known_since_s:
-                with suppress(FileNotFoundError):  # others stop at the same time
-                    for path in (f"{name}/{_DUMP}", name):  # so that its JSON is never there with half of the files
-                        remove_tree(f"{self._folder}/{path}")
-            elif manifest := self._read(name, sizes).manifest:
-                first_s = min(first_s, manifest.began_s)
-        self.forgotten.remove_before(first_s)
-
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def listed(self) -> Listing:
@@ -165,12 +149,33 @@ class StateDumps:
             if file and name != self._replica:
                 dumps.setdefault(name, {})[file] = num_bytes
         listing = Listing(dumps, marked_s(dumps.pop(FORGOTTEN, {})))
-        self._seen_s = {name: self._seen_s.get(name, time.monotonic()) for name in listing.dumps}
+        seen, now_s = self._seen, time.monotonic()
+        self._seen = {
+            name: seen[name] if name in seen and seen[name][0] == sizes else (sizes, now_s)
+            for name, sizes in dumps.items()
+        }
         return listing
 
     def done(self, listing: Listing) -> None:
         """Of all that was listed, this replica has what is its own: it needs none of it any more."""
         self._done = listing
+
+    def remove_old(self, listing: Listing) -> None:
+        """Removes dumps that all replicas have brought, and marks of users whom no dump can hold any more."""
+        known_since_s = time.monotonic() - _READ_BY_ALL_S
+        stay = dict[str, dict[str, int]]()
+        for name, sizes in listing.dumps.items():
+            if self._done.dumps.get(name) == sizes and self._seen[name][1] <= known_since_s:
+                for path in (f"{name}/{_DUMP}", name):  # so that its JSON is never there with half of the files
+                    with suppress(FileNotFoundError):  # others remove it at the same time
+                        remove_tree(f"{self._folder}/{path}")
+            else:
+                stay[name] = sizes
+        now_s = time.time()
+        if all(may_hold(now_s, forgotten_s) for forgotten_s in listing.forgotten_s.values()):
+            return  # all marks are too young to go
+        began_s = [manifest.began_s for name in stay if (manifest := self._read(name, stay[name]).manifest)]
+        self.forgotten.remove_before(min([now_s, *began_s]))
 
     def events(
         self, listing: Listing, schema_hash: str, is_wanted: Callable[[int | str], bool]

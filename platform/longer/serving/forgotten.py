@@ -34,7 +34,7 @@ class ForgottenUsers:
         for name in file_sizes(self._folder):
             for forgotten_s in marked_s([name]).values():
                 if not may_hold(began_s, forgotten_s):
-                    with suppress(FileNotFoundError):  # others stop at the same time
+                    with suppress(FileNotFoundError):  # others remove it at the same time
                         remove_tree(f"{self._folder}/{name}")
 
 

@@ -54,10 +54,10 @@ class StateStore:
     def _allocate(self, layout: StateLayout, device: torch.device) -> None:
         self.layout = layout
         self._copies = Copies(device)
-        idle_bytes = 2 * len(StatePool.sizes_of(layout)) * self.most_state_bytes  # `SlotAllocator.most_idle_units`
         batch_bytes = 2 * BATCH_USERS * self.most_state_bytes  # a state that outgrows its slot has two for a moment
-        self.pool = DevicePool(layout, self.budget_bytes + batch_bytes + idle_bytes, device, self._copies)
-        host_bytes = self.host_budget_bytes + idle_bytes
+        device_bytes = StatePool.bytes_for(layout, self.budget_bytes + batch_bytes)
+        self.pool = DevicePool(layout, device_bytes, device, self._copies)
+        host_bytes = StatePool.bytes_for(layout, self.host_budget_bytes)
         self._host = HostPool(layout, host_bytes, self._copies) if self.host_budget_bytes else None
 
     def serve(self, version: StateVersion) -> None:
@@ -250,9 +250,8 @@ class StateStore:
             if held.version == version:
                 return False
             self._index.drop_stale(user_key)
-        made_room = self._make_room_in_host(len(words_NI))
-        assert made_room
-        slot = self._host_slot(len(words_NI))
+        if not self._make_room_in_host(len(words_NI)) or (slot := self._host_slot(self._host, len(words_NI))) is None:
+            return False
         self._copies.finish()  # the slot's memory may still be read or written
         self._host.words_NI[slot.start : slot.start + slot.size].copy_(words_NI)
         entry = replace(entry, state=replace(entry.state, slot=slot))
@@ -277,16 +276,21 @@ class StateStore:
         tier = self._index.tiers[Tier.DEVICE]
         held = tier.victim()
         assert held is not None  # there is room for a batch beside the budget
-        slot = held.entry.state.slot
-        if self._host is None or tier.is_outdated(held) or not self._make_room_in_host(slot.size):
+        if self._host is None or tier.is_outdated(held) or (there := self._copied_to(self._host, held)) is None:
             self._index.evict(held)
             return
-        if (there := self._copied_from.pop(held, None)) is None:
-            there = self._host_slot(slot.size)
-            self._copies.copy(self.pool, slot, self._host, there)
-        self.pool.slots.free(slot)
+        self.pool.slots.free(held.entry.state.slot)
         _lies_in(held, there)
         self._index.move(held, Tier.HOST)
+
+    def _copied_to(self, host: HostPool, held: HeldState) -> Slot | None:
+        """Where the state on the device has its copy from here on; None if there is no room for it."""
+        slot = held.entry.state.slot
+        if not self._make_room_in_host(slot.size):
+            return None
+        if (there := self._copied_from.pop(held, None)) is None and (there := self._host_slot(host, slot.size)):
+            self._copies.copy(self.pool, slot, host, there)
+        return there
 
     def _make_room_in_host(self, num_rows: int) -> bool:
         """Whether so much is within the budget there; others go for good for it, unless they are in use."""
@@ -299,11 +303,18 @@ class StateStore:
             self._index.evict(victim)
         return True
 
-    def _host_slot(self, num_rows: int) -> Slot:
-        """For what is within the budget; copies of what is on the device go for it."""
-        assert self._host is not None
-        while (slot := self._host.slots.allocate(num_rows)) is None:
-            self._free_copy(next(iter(self._copied_from)))
+    def _host_slot(self, host: HostPool, num_rows: int) -> Slot | None:
+        """For what is within the budget; copies of what is on the device go for it.
+
+        That is enough. Were it not, states would go too: an error here would be one of every batch from then on.
+        """
+        while (slot := host.slots.allocate(num_rows)) is None:
+            if self._copied_from:
+                self._free_copy(next(iter(self._copied_from)))
+            elif victim := self._index.tiers[Tier.HOST].victim():
+                self._index.evict(victim)
+            else:
+                return None
         return slot
 
     def _free_copy(self, held: HeldState) -> None:
