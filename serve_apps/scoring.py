@@ -17,8 +17,8 @@ Send `x-session-id: USER` (percent-encoded if not ASCII) with every request: it 
 found where it was left, and so are the events sent for it. A request that comes without it, or to another replica than its own
 because that one is full or has just started, is answered from the table all the same, and counted. `x-timeout-ms` says how long
 an answer is worth waiting for. The scorer is the ingress (a second hop would double the latency), and torch runs in one thread
-beside the event loop. With `direct_host` replicas listen themselves too, and clients that know the ring send a user's calls straight
-to hers (`direct.py`): all that is said here is so for those calls as well.
+beside the event loop. With `direct_host` replicas listen themselves too, and clients that know the ring send a user's calls
+straight to hers (`direct.py`): all that is said here is so for those calls as well.
 
 Events sent online are known to one replica, the user's where it answers and else the one that they came to, until it drops them for
 their number or age, or is killed; where it stops, with `state_dump`, they are known to whose user she is then, some seconds later.

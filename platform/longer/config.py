@@ -37,7 +37,10 @@ SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 class ServeSettings(Section):
     """Ray Serve and the replica's cache of user states."""
 
-    host: str = Field("127.0.0.1", description="Address that the HTTP proxy, and replicas themselves, bind; anything but loopback is your decision.")
+    host: str = Field(
+        "127.0.0.1",
+        description="Address that the HTTP proxy, and replicas themselves, bind; anything but loopback is your decision.",
+    )
     port: int = Field(8321, ge=1, le=65535, description="Port of the HTTP proxy.")
     num_replicas: int = Field(1, ge=1, description="Replicas at the start.")
     max_replicas: int = Field(2, ge=1, description="Replicas that autoscaling may reach.")
