@@ -33,13 +33,59 @@ class Slow:
         while len(list(self._signed.iterdir())) < 2 and time.time() < self._most_until:
             time.sleep(0.1)
         time.sleep(0.2)
-        counts = dict.fromkeys(("num_scores", "num_users", "num_requests", "num_compared"), 1)
-        costs = dict.fromkeys(
-            ("device_s", "cpu_s", "peak_bytes", "peak_gpu_bytes", "working_bytes", "check_requests", "max_abs_diff"), 0
-        )
-        actor = {"name": str(os.getpid()), "device_s": 0, "cpu_s": 0}
-        told = {**counts, **costs, "begun_at": begun_at, "done_at": time.time(), "device": "cpu", "actor": actor}
-        return pa.table({"record": [json.dumps(told | {"bucket": bucket}) for bucket in rows["bucket"].to_pylist()]})
+        return told_of(rows, begun_at)
+
+
+def told_of(rows: pa.Table, begun_at: float) -> pa.Table:
+    """The record of a bucket that is done now, as an actor hands it over."""
+    [bucket], done_at = rows["bucket"].to_pylist(), time.time()
+    counts = dict.fromkeys(("num_scores", "num_users", "num_requests", "num_compared"), 1)
+    costs = dict.fromkeys(
+        ("device_s", "cpu_s", "peak_bytes", "peak_gpu_bytes", "working_bytes", "check_requests", "max_abs_diff"), 0
+    )
+    actor = {"name": str(os.getpid()), "device_s": 0, "cpu_s": 0, "start_ms": {}}
+    told = {**counts, **costs, "bucket": bucket, "device": "cpu", "actor": actor, "file": None, "stages_ms": {}}
+    times = {"begun_at": begun_at, "done_at": done_at, "held_s": 0, "own_begun_at": begun_at, "own_done_at": done_at}
+    return pa.table({"record": [json.dumps(told | times)]})
+
+
+class Timed:
+    """Takes its time for each bucket."""
+
+    SECONDS = 1.5
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        begun_at = time.time()
+        time.sleep(self.SECONDS)
+        return told_of(rows, begun_at)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_bucket_is_clocked_as_it_is_done_not_when_the_next_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else rates are those of a run that is shorter by a bucket. Its buckets take seconds, against which a busy machine's Ray is
+    fast."""
+    monkeypatch.setattr(batch, "BucketScorer", Timed)
+    records, on_this_clock = list[dict](), batch.on_this_clock
+
+    def noted(record: dict) -> dict:
+        records.append(on_this_clock(record))
+        return records[-1]
+
+    monkeypatch.setattr(batch, "on_this_clock", noted)
+    plan = batch.plan_scores(world_with_requests(tmp_path / "world"))
+    manifest, _ = batch._scored(
+        plan, BatchSettings(concurrency=(1, 1)), RaySettings(), Run(str(tmp_path)), "batch_score"
+    )
+    assert len(records) > 2
+    assert max(record["done_at"] - record["own_done_at"] for record in records) < Timed.SECONDS / 2
+    span = max(record["own_done_at"] for record in records) - min(record["own_begun_at"] for record in records)
+    assert manifest["seconds"] - manifest["start_s"] > span - Timed.SECONDS / 2
+    assert manifest["rows_per_s"] < len(records) / (span - Timed.SECONDS / 2)
 
 
 @pytest.mark.usefixtures("local_ray")

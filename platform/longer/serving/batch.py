@@ -212,9 +212,11 @@ def _score_buckets(
             return f"{scores}{rates['users_per_s']:.1f} users/s{cost_in_words(totals_of(records))}"
 
         def finished() -> Generator[Record]:
-            for row in written.iter_rows():
-                records.append(on_this_clock(json.loads(row["record"])))
-                yield records[-1]
+            # Not iter_rows: it keeps each row until the next block is there, and a record is clocked as it comes.
+            for together in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                for record in together["record"].to_pylist():
+                    records.append(on_this_clock(json.loads(record)))
+                    yield records[-1]
 
         def part_done() -> float:
             done = {record["bucket"] for record in records}
