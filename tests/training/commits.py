@@ -5,12 +5,10 @@ from pathlib import Path
 
 from longer.training.runs import RECORD, step_folder
 
-_WITHIN_S = 60
 
-
-def wait_for_commit(root: Path, step: int) -> None:
+def wait_for_commit(root: Path, step: int, within_s: float = 60) -> None:
     """Until Ray has recorded the checkpoint of this step: a worker that is killed from now on costs the steps after it."""
-    deadline = time.monotonic() + _WITHIN_S
+    deadline = time.monotonic() + within_s
     while not any(step_folder(step) in record.read_text() for record in root.glob(f"training/*/{RECORD}")):
         assert time.monotonic() < deadline
         time.sleep(0.02)
