@@ -1,7 +1,7 @@
 """What a replica runs, whole, against the float64 reference: on a GPU compiled and captured, most of it in bf16."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ import torch
 
 from longer.arrays import Candidates
 from longer.hashing import stable_keys
+from longer.model import captured_call
+from longer.model.captured_call import CapturedCall, Graphs
 from longer.model.outputs import to_scores
 from longer.model.pool import Precision
 from longer.serving.scorer import EventsRequest, Scorer, ScoreRequest, ScoreResult
@@ -20,7 +22,7 @@ from longer.training.checkpoints import load_appendable
 from tests.model.reference import reference_outputs
 from tests.model.test_precision import TOLERANCE as SHORTENED
 from tests.serving.tables import START_MS, build_world, checkpoint_path, tiny_settings
-from tests.serving.test_online import CANDIDATES, HOUR_MS, columns_of, event, histories, in_order, publish
+from tests.serving.test_online import CANDIDATES, HOUR_MS, Event, columns_of, event, histories, in_order, publish
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="has no GPU")
 USERS = (1, 2, 3, 4)
@@ -94,25 +96,55 @@ def test_a_replica_answers_as_the_reference_whatever_it_runs(tmp_path: Path, pre
     assert 0 < max(difference for _, difference in found) <= MOST_DIFFERENCE[device][precision]
 
 
+def graphs_of(replica: Replica) -> list[CapturedCall]:
+    return [call for captured in replica.scorer._engine._captured for call in captured._graphs._calls.values()]
+
+
+def num_found(events: Iterable[Event], calls: list[CapturedCall]) -> int:
+    """How many times of these events stand in what graphs were given."""
+    own_ts = np.array(sorted({ts for ts, *_ in events}))
+    buffers = [buffer.cpu().numpy() for call in calls for buffer in (call._host, call._device)]
+    return sum(int(np.isin(buffer.view(np.int64), own_ts).sum()) for buffer in buffers)
+
+
 @ON_GPU
 def test_nothing_of_a_user_who_is_forgotten_is_left_in_what_graphs_were_given(tmp_path: Path) -> None:
     with torch.compiler.set_stance("force_eager"):
         replica = Replica(tmp_path, "float32", "cuda")
         list(replica.differences(*USERS))
         list(replica.differences(1, sent=replica.act(1, 3)))
-        own_ts = np.array(sorted({ts for ts, *_ in replica.events[1]}))
-
-        def num_found() -> int:
-            engine = replica.scorer._engine
-            graphs = [call for captured in engine._captured for call in captured._graphs._calls.values()]
-            buffers = [buffer.cpu().numpy() for call in graphs for buffer in (call._host, call._device)]
-            return sum(int(np.isin(buffer.view(np.int64), own_ts).sum()) for buffer in buffers)
-
-        assert num_found() > 0
+        calls = graphs_of(replica)
+        assert num_found(replica.events[1], calls) > 0
         assert replica.scorer.forget(1)
-        assert num_found() == 0
+        assert num_found(replica.events[1], calls) == 0
         for _, difference in replica.differences(2, 3):
             assert difference <= MOST_DIFFERENCE["cuda"]["float32"]
+
+
+@ON_GPU
+def test_nothing_of_a_user_is_left_in_the_graphs_of_a_model_that_is_replaced(tmp_path: Path) -> None:
+    """Who is forgotten later is looked for in the graphs that are there then."""
+    with torch.compiler.set_stance("force_eager"):
+        replica = Replica(tmp_path, "float32", "cuda")
+        list(replica.differences(*USERS))
+        calls = graphs_of(replica)
+        assert num_found(replica.events[1], calls) > 0
+        replica.scorer.adopt(replica.scorer.model, replica.scorer.info)
+        assert num_found(replica.events[1], calls) == 0
+
+
+@ON_GPU
+def test_nothing_that_a_graph_was_given_is_left_when_others_take_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured_call, "MAX_GRAPHS", 1)
+    sevens = {"x": np.full(8, 7)}
+    with torch.inference_mode():
+        graphs = Graphs[str](torch.device("cuda"), torch.cuda.graph_pool_handle())
+        first = graphs.of("first", lambda tensors: tensors["x"] + 1, lambda: {"x": np.zeros(8, np.int64)})
+        assert first(sevens).tolist() == [8] * 8
+        graphs.of("second", lambda tensors: tensors["x"] + 2, lambda: {"x": np.zeros(8, np.int64)})
+        assert list(graphs.sizes) == ["second"]
+        assert not first._host.any()
+        assert not first._device.any()
 
 
 @ON_GPU

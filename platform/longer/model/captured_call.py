@@ -89,7 +89,8 @@ class Graphs(Generic[S]):
         if size not in self._calls:
             self._calls[size] = CapturedCall(function, example(), self._device, self._memory)
             if len(self._calls) > MAX_GRAPHS:
-                self._calls.popitem(last=False)
+                _, dropped = self._calls.popitem(last=False)
+                dropped.forget()  # its memory is anybody's from now on, and nobody overwrites it then
         self._calls.move_to_end(size)
         return self._calls[size]
 

@@ -82,7 +82,8 @@ def append(
     """The states with each user's new events added: `new.first_index_B[b] == states[b].num_events`; rows may be empty.
 
     With its own slot a state grows in place and the old one is no more; with another (`rows_for`) it stays as it is. Costs what
-    the new events cost, but for once in a stride, when the query window's rows are recomputed from kept inputs.
+    the new events cost, but for once in a stride, when the query window's rows are recomputed from kept inputs; and but for the
+    interaction index: its pairs, one word for each field of each event of the window, are merged with the new ones.
     """
     growth = Growth(
         pool=pool,

@@ -89,6 +89,7 @@ class Scorer:
 
         Where its states' memory cannot be had, the error leaves the old model serving, from an empty store.
         """
+        self._engine.forget_inputs()  # nobody can when its graphs are gone
         del self._engine, self.states  # they hold the pool and its graphs
         try:
             self.cache.fit(model)
