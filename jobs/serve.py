@@ -31,9 +31,9 @@ def free_port(host: str, preferred: int) -> int:
 
 
 def direct_host(settings: Settings) -> str | None:
-    """Where replicas listen themselves: as the proxy does, but not on the loopback of machines that are not this one."""
+    """Where replicas listen themselves: as the proxy does, but on a cluster at no address that is one machine's."""
     host = socket.gethostbyname(settings.serve.host)
-    return None if settings.ray.cluster and ip_address(host).is_loopback else host
+    return host if settings.ray.cluster is None or ip_address(host).is_unspecified else None
 
 
 def scoring_args(settings: Settings, inputs: Inputs) -> ScoringArgs:

@@ -107,6 +107,10 @@ class ScoringArgs(BaseModel):
         "that send a user's calls straight to hers (`longer.client`): 0.0.0.0, or 127.0.0.1 on a machine alone; null: all calls go "
         "through Serve's proxy.",
     )
+    direct_ports: tuple[int, int] | None = Field(
+        None,
+        description="First and last port that replicas on a node may listen at, one each; null: any that is free.",
+    )
     timeout_s: float = Field(
         10, gt=0, description="Longest time a request may take; a caller may ask for a shorter one."
     )
@@ -147,6 +151,8 @@ class ScoringArgs(BaseModel):
             raise ValueError(f"state_dump={self.state_dump} is read into host memory: set host_cache_bytes too")
         if self.max_events > self.max_user_events:
             raise ValueError(f"max_events={self.max_events} exceeds max_user_events={self.max_user_events}: lower it")
+        if self.direct_ports and not 0 < self.direct_ports[0] <= self.direct_ports[1] < 1 << 16:
+            raise ValueError(f"direct_ports={self.direct_ports}: expected a first and a last port, from 1 to 65535")
         return self
 
     @property
@@ -156,8 +162,9 @@ class ScoringArgs(BaseModel):
 
     @property
     def stop_within_s(self) -> float:
-        """What Serve gives a replica to end: for the requests that it has, then for its dump."""
-        return self.timeout_s + _DRAIN_MARGIN_S + (self.state_dump_s if self.state_dump else 0)
+        """What Serve gives a replica to end: for the requests that it has from Serve, then those from elsewhere, then its dump."""
+        direct_s = self.timeout_s if self.direct_host else 0
+        return self.timeout_s + direct_s + _DRAIN_MARGIN_S + (self.state_dump_s if self.state_dump else 0)
 
     @property
     def limits(self) -> Limits:

@@ -56,6 +56,10 @@ class Desk:
         self._note(call, outcome.status if isinstance(outcome, Refusal) else 200)
         return outcome
 
+    def turned_away(self) -> None:
+        """Notes a call that found no room, of which nothing was read."""
+        self._note(Call("no room"), 503)
+
     def _note(self, call: Call, status: int) -> None:
         latency_ms = call.latency_ms
         self._metrics.record(call.route, latency_ms, status)

@@ -5,6 +5,7 @@ head. That costs a call of 500 candidates more than scoring them does, and bound
 """
 
 import asyncio
+import math
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,30 +17,31 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from longer.errors import UserError
+from serve_apps.bounded_http import BoundedHttp
 
 _KEEP_ALIVE_S = 75
-_ANY_PORT = 0
+_ANY_PORT = (0, 0)
 
 
 class DirectServer:
-    """Listens from its start on, and answers once `serve` runs: the same calls with the same outcome as through the proxy.
+    """Listens from its start on, at the first free one of its ports, and answers once `serve` runs: the same calls with the same
+    outcome as through the proxy.
 
-    Serve does not know of them: `num_ongoing` is for its autoscaling, those above `most_ongoing` are answered 503, and `close`
-    comes before the replica ends.
+    Serve does not know of them: `num_ongoing` is for its autoscaling, those above `most_ongoing` are answered 503 and told to
+    `on_refused`, and `close` comes before the replica ends.
     """
 
-    def __init__(self, host: str, most_ongoing: int, retry_after_s: int) -> None:
-        self._most_ongoing, self._retry_after_s = most_ongoing, retry_after_s
+    def __init__(
+        self,
+        host: str,
+        ports: tuple[int, int] | None,
+        most_ongoing: int,
+        retry_after_s: int,
+        on_refused: Callable[[], None],
+    ) -> None:
+        self._most_ongoing, self._retry_after_s, self._on_refused = most_ongoing, retry_after_s, on_refused
         self.num_ongoing = 0
-        try:
-            is_ipv6 = ip_address(host).version == 6
-            self._socket = socket.create_server(
-                (host, _ANY_PORT), family=socket.AF_INET6 if is_ipv6 else socket.AF_INET
-            )
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"direct_host={host}: use an IP address of every node that runs replicas, or 0.0.0.0: {error}"
-            ) from None
+        self._socket = _listening(host, ports or _ANY_PORT)
         shown = ray.util.get_node_ip_address() if ip_address(host).is_unspecified else host
         port = self._socket.getsockname()[1]
         self.url = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
@@ -51,22 +53,24 @@ class DirectServer:
 
         async def bounded(scope: Scope, receive: Receive, send: Send) -> None:
             if self.num_ongoing >= self._most_ongoing:
+                self._on_refused()
                 headers = {"retry-after": str(self._retry_after_s)}
-                answer: ASGIApp = JSONResponse({"error": "this replica has no room: try again later"}, 503, headers)
-            else:
-                answer = app()
+                refusal = JSONResponse({"error": "this replica has no room: try again later"}, 503, headers)
+                await refusal(scope, receive, send)
+                return
             with self._counted():
-                await answer(scope, receive, send)
+                await app()(scope, receive, send)
 
         config = uvicorn.Config(
             bounded,
+            http=BoundedHttp,
+            ws="none",
             lifespan="off",
             access_log=False,
             log_config=None,
             log_level="critical",
-            ws="none",
             timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=round(ends_within_s),
+            timeout_graceful_shutdown=math.ceil(ends_within_s),
         )
         self._server = uvicorn.Server(config)
         self._serving = asyncio.get_running_loop().create_task(self._server.serve(sockets=[self._socket]))
@@ -84,3 +88,23 @@ class DirectServer:
             yield
         finally:
             self.num_ongoing -= 1
+
+
+def _listening(host: str, ports: tuple[int, int]) -> socket.socket:
+    first, last = ports
+    try:
+        is_ipv6 = ip_address(host).version == 6
+        family, dualstack = (socket.AF_INET6, host == "::") if is_ipv6 else (socket.AF_INET, False)
+        for port in range(first, last + 1):
+            try:
+                return socket.create_server((host, port), family=family, dualstack_ipv6=dualstack)
+            except OSError:
+                if port == last:
+                    raise
+        raise AssertionError("ports are checked to be some")
+    except (OSError, ValueError) as error:
+        at = f" with direct_ports={first}-{last}" if first else ""
+        raise UserError(
+            f"direct_host={host}{at}: use an IP address of every node that runs replicas, or 0.0.0.0, and a port for each of a "
+            f"node's replicas: {error}"
+        ) from None

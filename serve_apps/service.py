@@ -59,14 +59,12 @@ class ScoringService:
         )
         self._scorer = self._worker.submit(self._load).result()
         self._replica = serve.get_replica_context().replica_id.unique_id
-        self._direct = (
-            DirectServer(args.direct_host, args.max_ongoing_requests, RETRY_AFTER_S) if args.direct_host else None
-        )
-        self._affinity = Affinity(self._replica, self._direct and self._direct.url)
-        self._peers, metrics = Peers(), ReplicaMetrics()
+        metrics = ReplicaMetrics()
         self._keeper = StateKeeper(args, self._scorer, self._replica, self._in_worker)
         access_log = AccessLog(get_serve_logs_dir(), self._replica) if args.access_log else None
         self._desk = Desk(self._gate, metrics, access_log)
+        self._direct = self._direct_server(args)
+        self._affinity, self._peers = Affinity(self._replica, self._direct and self._direct.url), Peers()
         size = args.max_batch_requests
         self._parts = Parts(self._affinity, self._peers, most_waiting=args.max_ongoing_requests // 2)
         self._reads = TableReads(self._scorer.history, 2 * size)
@@ -105,6 +103,12 @@ class ScoringService:
         self._teller.tell()
         gc.set_threshold(*gc.get_threshold()[:2], _OLDEST_AFTER)
         gc.freeze()
+
+    def _direct_server(self, args: ScoringArgs) -> DirectServer | None:
+        if not args.direct_host:
+            return None
+        places = args.max_ongoing_requests
+        return DirectServer(args.direct_host, args.direct_ports, places, RETRY_AFTER_S, self._desk.turned_away)
 
     def _load(self) -> Scorer:
         args = self._args
@@ -265,7 +269,7 @@ class ScoringService:
         self._teller.tell()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What `longer/autoscaling.py` goes by, twice a second. Async, as Serve runs in threads what is not."""
+        """What `longer/autoscaling.py` goes by, asked by Serve now and then. Async, as Serve runs in threads what is not."""
         return await self._teller.load()
 
     def _touch_device(self) -> None:
@@ -277,8 +281,13 @@ class ScoringService:
 
     async def __del__(self) -> None:
         """Serve calls it once the replica has answered all that came through it, before it ends."""
-        if self._direct:
-            await self._direct.close()
+        try:
+            if self._direct:
+                await self._direct.close()
+        finally:
+            await self._leave()
+
+    async def _leave(self) -> None:
         await self._keeper.leave()
         if self._access_log:
             self._access_log.close()

@@ -93,6 +93,7 @@ class Teller:
 
     async def load(self) -> dict[str, float]:
         """A `longer.autoscaling.ReplicaLoad` since the last call."""
+        num_direct = self._num_direct()  # before the wait, which ends just when a batch has been answered
         held, now_s = await self._ledger.look(_GLANCE_WITHIN_S), time.monotonic()
         num_evicted = held.cache_counters["evict"]
         (since_s, before), self._evicted = self._evicted, (now_s, num_evicted)
@@ -103,7 +104,7 @@ class Teller:
             "cache_share": held.device_share,
             "evictions_per_s": (num_evicted - before) / max(now_s - since_s, 1e-3),
             "gpu_memory_share": self._gpu_memory_share,
-            "direct_requests": self._num_direct(),
+            "direct_requests": num_direct,
         }
 
     def _gpu_memory(self) -> float:

@@ -12,7 +12,7 @@ from serve_apps.keeping import StateKeeper
 from serve_apps.newer_tables import NewerTables
 from serve_apps.rollout import Rollouts
 
-_LOOK_S = 1.0
+_LOOK_S, _LOOK_WITHIN_S = 1.0, 0.2
 
 
 class Upkeep:
@@ -43,10 +43,10 @@ class Upkeep:
             self._begin(work)
 
     async def look(self) -> None:
-        """Who the others are is known as of the last second afterwards, if any can be asked."""
+        """Who the others are is known as of the last second afterwards, if they can be asked at once; else as of the last time."""
         if time.monotonic() - self._looked_s >= _LOOK_S:
             self._begin(self._look_at_ring)
-            await asyncio.shield(self._under_way[self._look_at_ring.__name__])
+            await asyncio.wait([self._under_way[self._look_at_ring.__name__]], timeout=_LOOK_WITHIN_S)
 
     def _begin(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         if (last := self._under_way.get(work.__name__)) is None or last.done():

@@ -39,7 +39,7 @@ class Floor:
 
     def __init__(self, answer: bytes) -> None:
         self._answer = answer
-        self._direct = DirectServer("127.0.0.1", _MOST_ONGOING, retry_after_s=1)
+        self._direct = DirectServer("127.0.0.1", None, _MOST_ONGOING, 1, lambda: None)
         self._direct.serve(lambda: self.app, ends_within_s=1)
 
     async def own_url(self) -> tuple[str, str]:

@@ -28,6 +28,7 @@ _PART_BYTES = 1 << 16
 _CONNECT_WITHIN_S = 0.25
 """How long a replica is waited for before the call goes through the proxy instead."""
 _REPLICAS_WITHIN_S = 1.0
+_NOT_FOUND, _FULL = 404, 503
 
 
 class ScoringClient:
@@ -53,6 +54,7 @@ class ScoringClient:
         self._url, self._timeout_s, self._max_retries = url.rstrip("/"), timeout_s, max_retries
         self._session = requests.Session()
         self._session.trust_env = False  # ~/.netrc would replace the token
+        self.num_direct = 0  # calls that replicas answered themselves
         self._replicas = ReplicaUrls(self._url, self._ask_replicas) if direct else None
         if token:
             self._session.headers["authorization"] = f"Bearer {token}"
@@ -110,25 +112,33 @@ class ScoringClient:
     def _straight(
         self, method: str, path: str, body: bytes, headers: Mapping[str, str], patience: Patience
     ) -> bytes | None:
-        """What the user's own replica answers; None if it has no room or is not to be reached, for the proxy to find another."""
-        url = self._replicas and self._replicas.of(headers["x-session-id"])
-        if not self._replicas or not url:
+        """What the user's own replica answers; None if it has no room or is not to be reached, for the proxy to do so."""
+        found = self._replicas and self._replicas.of(headers["x-session-id"])
+        if not self._replicas or not found:
             return None
         try:
-            answer, content = self._attempt(method, path, body, headers, patience, url)
-        except requests.ReadTimeout:
-            raise
-        except requests.ConnectionError:
-            self._replicas.avoid(url)
+            answer, content = self._attempt(method, path, body, headers, patience, found.url)
+        except requests.RequestException as error:
+            self._replicas.avoid(found.url)
+            if isinstance(error, requests.ReadTimeout):
+                raise
             return None
-        return None if answer.status_code in _REPEATED else self._content(answer, content)
+        if answer.headers.get("x-replica") != found.replica:  # another one that has got the port, or one without room
+            self._replicas.avoid(found.url, *([_least_pause_s(answer)] if answer.status_code == _FULL else []))
+            return None
+        if answer.status_code in _REPEATED:
+            return None
+        self.num_direct += 1
+        return self._content(answer, content)
 
-    def _ask_replicas(self) -> dict[str, str | None]:
+    def _ask_replicas(self) -> dict[str, str | None] | None:
         try:
             answer = self._session.get(f"{self._url}/v1/replicas", timeout=min(self._timeout_s / 2, _REPLICAS_WITHIN_S))
-            return answer.json()["urls"] if answer.status_code == 200 else {}
+            if answer.status_code == _NOT_FOUND:  # a service that does not tell
+                return {}
+            return answer.json()["urls"] if answer.status_code == 200 else None
         except requests.RequestException:
-            return {}
+            return None
 
     def _content(self, answer: requests.Response, content: bytes) -> bytes:
         if answer.status_code >= 400 and (reason := _reason(answer, content)):

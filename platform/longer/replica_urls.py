@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from longer.ring import Ring
@@ -10,40 +11,52 @@ _REFRESH_S, _AVOID_S = 10.0, 30.0
 """How often a client asks for the replicas, and how long it leaves one alone that it could not reach."""
 
 
+class ReplicaUrl(NamedTuple):
+    """A replica, and where it answers itself."""
+
+    replica: str
+    url: str
+
+
 class ReplicaUrls:
-    """The URL of a session's replica, as the service at `url` told it within the last ten seconds.
+    """The replica of a session, as the service at `url` told it within the last ten seconds, or last told it.
 
     What cannot be reached is not tried for a while: a client elsewhere may see the front only. Of a front that speaks TLS no
     replica is used, as they do not, and on loopback only what is asked for there.
     """
 
-    def __init__(self, url: str, ask: Callable[[], Mapping[str, str | None]]) -> None:
-        """`ask` gives the URL of each replica, none if it cannot be told."""
+    def __init__(self, url: str, ask: Callable[[], Mapping[str, str | None] | None]) -> None:
+        """`ask` gives the URL of each replica; None if it cannot be told at the moment."""
         self._front, self._ask = urlsplit(url), ask
         self._ring: Ring | None = None
         self._urls: dict[str, str] = {}
         self._asked_s = -_REFRESH_S
-        self._avoided_s: dict[str, float] = {}
+        self._avoided_until_s: dict[str, float] = {}
 
-    def of(self, session: str) -> str | None:
+    def of(self, session: str) -> ReplicaUrl | None:
         """None: through the front."""
         if self._front.scheme != "http":
             return None
         if time.monotonic() - self._asked_s >= _REFRESH_S:
             self._refresh()
-        url = self._urls.get(self._ring.owner(session)) if self._ring else None
-        return url if url and time.monotonic() - self._avoided_s.get(url, -_AVOID_S) >= _AVOID_S else None
+        if self._ring is None:
+            return None
+        replica = self._ring.owner(session)
+        url = self._urls.get(replica)
+        return ReplicaUrl(replica, url) if url and time.monotonic() >= self._avoided_until_s.get(url, 0.0) else None
 
-    def avoid(self, url: str) -> None:
-        """It could not be reached; perhaps there are other replicas now."""
-        self._avoided_s[url] = time.monotonic()
+    def avoid(self, url: str, for_s: float = _AVOID_S) -> None:
+        """It could not be reached, or asked to be left alone; perhaps there are other replicas now."""
+        self._avoided_until_s[url] = time.monotonic() + for_s
         self._asked_s = -_REFRESH_S
 
     def _refresh(self) -> None:
         told = self._ask()
         self._asked_s = time.monotonic()
-        self._ring = Ring(told) if told else None
-        self._urls = {replica: url for replica, url in told.items() if url and self._is_reachable(url)}
+        if told is not None:
+            self._ring = Ring(told) if told else None
+            self._urls = {replica: url for replica, url in told.items() if url and self._is_reachable(url)}
+            self._avoided_until_s = {url: s for url, s in self._avoided_until_s.items() if url in self._urls.values()}
 
     def _is_reachable(self, url: str) -> bool:
         return not _is_loopback(urlsplit(url).hostname) or _is_loopback(self._front.hostname)

@@ -172,7 +172,7 @@ def test_a_step_that_captures_its_graph_as_after_a_resume_drops_what_it_drops_in
             gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert losses[2] == pytest.approx(losses[0], rel=1e-5)
-    assert abs(losses[3] - losses[0]) > 1e-2 * abs(losses[0]), "another seed drops others"
+    assert abs(losses[3] - losses[0]) > 1e-3 * abs(losses[0]), "another seed drops others"
     for first, *others in zip(*gradients[:3], strict=True):
         for other in others:
             assert (other - first).norm() <= 1e-4 * max(float(first.norm()), 1.0)

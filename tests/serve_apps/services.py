@@ -121,12 +121,14 @@ def num_answered(account: dict[str, Any]) -> int:
 
 @dataclass
 class Answers:
-    """What clients were told: answers by user, and how often each refusal came; `lost` had no answer at all."""
+    """What clients were told: answers by user, and how often each refusal came; `lost` had no answer at all.
+    `num_direct` of the calls, told once clients have ended, were answered by the replica without Serve's proxy."""
 
     answered: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
     latencies_ms: list[float] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
     lost: Counter[str] = field(default_factory=Counter)
+    num_direct: int = 0
 
     def users(self) -> set[int]:
         return {user for user, _ in self.answered}
@@ -180,6 +182,8 @@ def load(
                 time.sleep(_REFUSED_PAUSE_S)
             except requests.RequestException as error:
                 answers.lost[repr(error)] += 1
+
+        answers.num_direct += client.num_direct
 
     with ThreadPoolExecutor(NUM_CLIENTS) as pool:
         clients = [pool.submit(ask_on, number) for number in range(NUM_CLIENTS)]

@@ -122,6 +122,7 @@ def test_a_replica_that_is_killed_costs_no_wrong_answer_and_is_replaced(service:
         after = service.wait_for(lambda replicas: len(replicas) == 2 and victim["replica"] not in replicas)
         answers.wait_for(lambda so_far: {user for user, _ in so_far.answered[num_before:]} == USERS)
     assert len(after.keys() & before.keys()) == 1
+    assert 0 < answers.num_direct < len(answers.answered)  # both ways
     for told in (answers, batches):
         print(len(told.answered), told.refused, told.lost)
         told.assert_equal(offline_scores(world, checkpoint_path(world)))
@@ -145,6 +146,7 @@ def test_replicas_come_and_go_without_a_request_lost(service: Service, world: Se
         service.wait_for(lambda replicas: len(replicas) == 1)
         num_before = len(answers.answered)
         answers.wait_for(lambda so_far: {user for user, _ in so_far.answered[num_before:]} == USERS)
+    assert 0 < answers.num_direct < len(answers.answered)  # both ways
     for told in (answers, batches):
         print(len(told.answered), told.refused, told.lost)
         assert (told.lost, told.refused) == ({}, {})
@@ -186,6 +188,7 @@ def test_models_roll_and_roll_back_without_a_request_lost_and_a_broken_one_is_re
         service.deploy(2)  # without user_config
         assert wait_for(first, False) == replicas
     assert (answers.lost, answers.refused) == ({}, {})
+    assert 0 < answers.num_direct < len(answers.answered)
     answers.assert_equal(expected)
     seen = {(answer["model_version"], answer["user_state"]["source"]) for _, answer in answers.answered}
     assert seen >= {(version, source) for version in (first, second) for source in ("load", "hit")}

@@ -1,0 +1,139 @@
+"""A replica's own port, without Serve: what has no room, who is answered before the end, and what strangers may hold."""
+
+import asyncio
+import socket
+from contextlib import suppress
+
+import httpx
+import pytest
+from starlette.types import Receive, Scope, Send
+
+from longer.errors import UserError
+from serve_apps import bounded_http
+from serve_apps.direct import DirectServer
+
+HOST = "127.0.0.1"
+HEAD = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+class Slow:
+    """Answers once it may."""
+
+    def __init__(self, may_end: bool = False) -> None:
+        self.may_end, self.num_begun = asyncio.Event(), 0
+        if may_end:
+            self.may_end.set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.num_begun += 1
+        await self.may_end.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+
+def serving(app: Slow, host: str = HOST, places: int = 9) -> tuple[DirectServer, list[int]]:
+    """In the running event loop; and what it refuses."""
+    refusals = list[int]()
+    server = DirectServer(host, None, places, retry_after_s=7, on_refused=lambda: refusals.append(1))
+    server.serve(lambda: app, ends_within_s=10)
+    return server, refusals
+
+
+def test_what_has_no_room_is_told_to_come_back_and_who_has_it_is_answered_before_the_end() -> None:
+    async def run() -> None:
+        slow = Slow()
+        server, refusals = serving(slow, places=2)
+        async with httpx.AsyncClient(timeout=10) as client:
+            asked = [asyncio.ensure_future(client.get(server.url)) for _ in range(2)]
+            while slow.num_begun < 2:
+                await asyncio.sleep(0.01)
+            refused = await client.get(server.url)
+            assert (refused.status_code, refused.headers["retry-after"], server.num_ongoing) == (503, "7", 2)
+            assert len(refusals) == 1
+            closing = asyncio.ensure_future(server.close())
+            await asyncio.sleep(0.3)
+            assert not closing.done()
+            slow.may_end.set()
+            assert [answer.text for answer in await asyncio.gather(*asked)] == ["ok", "ok"]
+            await closing
+            with pytest.raises(httpx.ConnectError):
+                await client.get(server.url)
+
+    asyncio.run(run())
+
+
+def test_an_address_that_is_not_the_nodes_is_a_mistake_with_its_remedy() -> None:
+    for host in ("203.0.113.1", "no address"):
+        with pytest.raises(UserError, match=f"direct_host={host}: use an IP address"):
+            DirectServer(host, None, 1, 1, lambda: None)
+
+
+def test_replicas_of_a_node_share_a_range_of_ports_and_one_too_many_is_told_so() -> None:
+    with socket.create_server((HOST, 0)) as taken:
+        first = taken.getsockname()[1]
+        second = DirectServer(HOST, (first, first + 1), 1, 1, lambda: None)
+        assert second.url == f"http://{HOST}:{first + 1}"
+        with pytest.raises(UserError, match=f"direct_ports={first}-{first + 1}: .* a port for each"):
+            DirectServer(HOST, (first, first + 1), 1, 1, lambda: None)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_every_interface_is_told_as_an_address_that_answers(host: str) -> None:
+    async def run() -> None:
+        server, _ = serving(Slow(may_end=True), host)
+        async with httpx.AsyncClient(timeout=10) as client:
+            assert (await client.get(server.url)).text == "ok"
+        await server.close()
+
+    asyncio.run(run())
+
+
+async def is_cut(reader: asyncio.StreamReader, within_s: float = 5) -> bool:
+    try:
+        return await asyncio.wait_for(reader.read(1), within_s) == b""
+    except ConnectionError:
+        return True
+
+
+def test_a_head_without_an_end_is_cut_before_it_fills_the_memory() -> None:
+    """No token is asked for before its end."""
+
+    async def run() -> None:
+        server, _ = serving(Slow(may_end=True))
+        port = int(server.url.rpartition(":")[2])
+        for start, more in ((b"GET /", b"x"), (b"GET / HTTP/1.1\r\n", b"a: b\r\n")):
+            reader, writer = await asyncio.open_connection(HOST, port)
+            writer.write(start)
+            with suppress(ConnectionError):
+                for _ in range(100):
+                    writer.write(more * (64 << 10))
+                    await writer.drain()
+            assert await is_cut(reader)
+        async with httpx.AsyncClient(timeout=10) as client:  # a long body is no long head
+            assert (await client.post(server.url, content=b"x" * (1 << 20))).text == "ok"
+        await server.close()
+
+    asyncio.run(run())
+
+
+def test_silent_connections_are_cut_and_there_are_never_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded_http, "HEAD_WITHIN_S", 0.5)
+    monkeypatch.setattr(bounded_http, "MOST_CONNECTIONS", 5)
+
+    async def run() -> None:
+        server, _ = serving(Slow(may_end=True))
+        port = int(server.url.rpartition(":")[2])
+        silent = [await asyncio.open_connection(HOST, port) for _ in range(5)]
+        one_more, _ = await asyncio.open_connection(HOST, port)
+        assert await is_cut(one_more, 0.3)
+        assert all([await is_cut(reader) for reader, _ in silent])
+        reader, writer = await asyncio.open_connection(HOST, port)
+        writer.write(HEAD)
+        assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
+        await asyncio.sleep(0.7)
+        writer.write(HEAD + b"GET")  # who has been answered may come again, but not with half of a head
+        assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
+        assert await is_cut(reader)
+        await server.close()
+
+    asyncio.run(run())
