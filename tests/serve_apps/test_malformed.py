@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import cycle
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -29,7 +30,7 @@ from schemathesis.specs.openapi import checks
 
 from longer.config import Settings
 from serve_apps.arrow_body import ARROW
-from tests.serve_apps.services import CANDIDATES, END_MS, Front, offline_scores, running
+from tests.serve_apps.services import CANDIDATES, END_MS, HOST, Front, offline_scores, running
 from tests.serve_apps.test_arrow_body import stream
 from tests.serving.tables import START_MS, build_world, checkpoint_path
 
@@ -54,9 +55,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 @pytest.fixture(scope="module")
 def url(front: Front, world: Settings) -> Iterator[str]:
-    limits = {"cache_bytes": 4 << 20, "events_bytes": 4 << 20, "max_body_bytes": 1 << 16}
+    limits = {"cache_bytes": 4 << 20, "events_bytes": 4 << 20, "max_body_bytes": 1 << 16, "direct_host": HOST}
     with running(front, world, **limits) as service:
         yield service
+
+
+@pytest.fixture(scope="module")
+def both(url: str) -> tuple[str, str]:
+    """Serve's proxy, and the replica itself."""
+    [direct] = httpx.get(f"{url}/v1/replicas", timeout=30).json()["urls"].values()
+    return url, direct
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +99,11 @@ def assert_well(url: str, expected: dict[int, np.ndarray]) -> None:
 
 @pytest.mark.ray
 def test_the_service_does_what_its_openapi_document_says(
-    url: str, expected: dict[int, np.ndarray], request: pytest.FixtureRequest
+    url: str, both: tuple[str, str], expected: dict[int, np.ndarray], request: pytest.FixtureRequest
 ) -> None:
     operations = [found.ok() for found in schemathesis.openapi.from_url(f"{url}/openapi.json").get_all_operations()]
-    assert len(operations) == 9
+    assert len(operations) == 10
+    places = cycle(both)
     num_each = max(request.config.getoption("--malformed") // (4 * len(operations)), 5)
     with requests.Session() as session:
         for operation in operations:
@@ -105,7 +114,7 @@ def test_the_service_does_what_its_openapi_document_says(
                 @settings(max_examples=num_each, deadline=None, database=None, suppress_health_check=list(HealthCheck))
                 @given(case=operation.as_strategy(generation_mode=mode))
                 def keeps_to_it(case: Case) -> None:
-                    response = case.call(session=session, timeout=30)
+                    response = case.call(base_url=next(places), session=session, timeout=30)
                     if response.status_code == 504 and "x-timeout-ms" in (case.headers or {}):
                         return  # it asked for an answer sooner than there could be one
                     case.validate_response(response, checks=CHECKS)
@@ -141,7 +150,7 @@ def damaged(rng: random.Random) -> tuple[str, str, bytes]:
 
 @pytest.mark.ray
 def test_damaged_bodies_have_their_reason_and_leave_nothing_behind(
-    url: str, expected: dict[int, np.ndarray], request: pytest.FixtureRequest
+    url: str, both: tuple[str, str], expected: dict[int, np.ndarray], request: pytest.FixtureRequest
 ) -> None:
     num_requests = request.config.getoption("--malformed")
     assert_well(url, expected)
@@ -151,7 +160,9 @@ def test_damaged_bodies_have_their_reason_and_leave_nothing_behind(
         with httpx.Client(timeout=30) as http:
             for _ in range(num_requests // NUM_CLIENTS):
                 path, content_type, body = damaged(rng)
-                answer = http.post(f"{url}/v1/{path}", content=body, headers={"content-type": content_type})
+                answer = http.post(
+                    f"{rng.choice(both)}/v1/{path}", content=body, headers={"content-type": content_type}
+                )
                 counts[answer.status_code] += 1
                 assert answer.status_code in (200, 400, 413, 415, 422), (path, content_type, body, answer.text)
                 if answer.status_code != 200:
@@ -175,9 +186,12 @@ def test_damaged_bodies_have_their_reason_and_leave_nothing_behind(
 
 
 @pytest.mark.ray
-def test_bytes_that_are_no_http_end_their_own_connection_only(url: str, expected: dict[int, np.ndarray]) -> None:
-    address, rng = urlsplit(url), random.Random(0)
-    for number in range(50):
+def test_bytes_that_are_no_http_end_their_own_connection_only(
+    url: str, both: tuple[str, str], expected: dict[int, np.ndarray]
+) -> None:
+    rng = random.Random(0)
+    for number in range(100):
+        address = urlsplit(both[number // 2 % 2])
         with socket.create_connection((address.hostname, address.port), timeout=10) as connection:
             head = b"" if number % 2 else b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: 999999\r\n\r\n"
             connection.sendall(head + rng.randbytes(rng.randrange(1, 5000)))
