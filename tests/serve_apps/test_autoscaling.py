@@ -2,8 +2,10 @@
 
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 
 import httpx
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from ray.serve.config import AutoscalingConfig
 
 from longer.autoscaling import ReplicaLoad, ReplicaPolicy, Rule, eviction_age_s, wanted_replicas
-from tests.serve_apps.services import END_MS, Front, running
+from tests.serve_apps.services import END_MS, HOST, Front, running
 from tests.serving.tables import build_world
 
 RULE = Rule(warm_s=600, gpu_memory_share=0.9)
@@ -112,3 +114,29 @@ def test_states_that_do_not_fit_bring_a_replica_though_there_are_few_requests(fr
             httpx.post(f"{url}/v1/score", json=body, headers={"x-session-id": str(user)}, timeout=30).raise_for_status()
         evicted = httpx.get(f"{url}/v1/status", timeout=30).json()["cache"]["evict"]
     assert evicted > 0
+
+
+@pytest.mark.ray
+def test_load_that_serve_knows_nothing_of_brings_a_replica(front: Front, tmp_path: Path) -> None:
+    """Slow: a replica has to come."""
+    sizes = {"max_replicas": 2, "upscale_delay_s": 0, "target_ongoing_requests": 2, "direct_host": HOST}
+    ended = Event()
+    with running(front, build_world(tmp_path), **sizes) as url, ThreadPoolExecutor(8) as pool:
+        [straight] = httpx.get(f"{url}/v1/replicas", timeout=30).json()["urls"].values()
+
+        def ask_on(user: int) -> None:
+            body = {"user_id": user, "candidates": ["item1"] * 1000, "request_ts": END_MS}
+            with httpx.Client(timeout=30) as http:
+                while not ended.is_set():
+                    http.post(f"{straight}/v1/score", json=body).raise_for_status()
+
+        asking = [pool.submit(ask_on, user) for user in range(1, 9)]
+        deadline = time.monotonic() + 60
+        try:
+            while len(httpx.get(f"{url}/v1/replicas", timeout=30).json()["urls"]) < 2:
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
+        finally:
+            ended.set()
+        for one in asking:
+            one.result()
