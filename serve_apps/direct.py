@@ -48,7 +48,7 @@ class DirectServer:
         self._server: uvicorn.Server | None = None
         self._serving: asyncio.Task[None] | None = None
 
-    def serve(self, app: Callable[[], ASGIApp], ends_within_s: float) -> None:
+    def serve(self, app: ASGIApp, ends_within_s: float) -> None:
         """Begins to answer, in the running event loop; `close` lets calls end for so long."""
 
         async def bounded(scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,7 +59,7 @@ class DirectServer:
                 await refusal(scope, receive, send)
                 return
             with self._counted():
-                await app()(scope, receive, send)
+                await app(scope, receive, send)
 
         config = uvicorn.Config(
             bounded,
@@ -97,7 +97,11 @@ def _listening(host: str, ports: tuple[int, int]) -> socket.socket:
         family, dualstack = (socket.AF_INET6, host == "::") if is_ipv6 else (socket.AF_INET, False)
         for port in range(first, last + 1):
             try:
-                return socket.create_server((host, port), family=family, dualstack_ipv6=dualstack)
+                listening = socket.create_server((host, port), family=family, dualstack_ipv6=dualstack)
+                listening.setsockopt(
+                    socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
+                )  # else answers wait 40 ms for each other
+                return listening
             except OSError:
                 if port == last:
                     raise

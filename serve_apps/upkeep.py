@@ -12,7 +12,7 @@ from serve_apps.keeping import StateKeeper
 from serve_apps.newer_tables import NewerTables
 from serve_apps.rollout import Rollouts
 
-_LOOK_S, _LOOK_WITHIN_S = 1.0, 0.2
+_LOOK_S, _LOOK_WITHIN_S, _FIRST_LOOK_WITHIN_S = 1.0, 0.2, 2.0
 
 
 class Upkeep:
@@ -46,7 +46,8 @@ class Upkeep:
         """Who the others are is known as of the last second afterwards, if they can be asked at once; else as of the last time."""
         if time.monotonic() - self._looked_s >= _LOOK_S:
             self._begin(self._look_at_ring)
-            await asyncio.wait([self._under_way[self._look_at_ring.__name__]], timeout=_LOOK_WITHIN_S)
+            within_s = _LOOK_WITHIN_S if self._affinity.ring else _FIRST_LOOK_WITHIN_S
+            await asyncio.wait([self._under_way[self._look_at_ring.__name__]], timeout=within_s)
 
     def _begin(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         if (last := self._under_way.get(work.__name__)) is None or last.done():

@@ -16,7 +16,7 @@ import pyarrow as pa
 from fastapi import FastAPI, Request, Response
 from ray import serve
 from ray.serve.schema import LoggingConfig
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from benchmarks.serving_arms.load import BODY_MS_HEADER
 from serve_apps.affinity import ROUTER
@@ -40,7 +40,10 @@ class Floor:
     def __init__(self, answer: bytes) -> None:
         self._answer = answer
         self._direct = DirectServer("127.0.0.1", None, _MOST_ONGOING, 1, lambda: None)
-        self._direct.serve(lambda: self.app, ends_within_s=1)
+        self._direct.serve(self._straight, ends_within_s=1)
+
+    async def _straight(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app(scope, receive, send)
 
     async def own_url(self) -> tuple[str, str]:
         """As the service's replicas tell it each other."""

@@ -1,6 +1,7 @@
 """Calls that go straight to a replica have the same answers and the same bounds as those through Serve's proxy."""
 
 import socket
+import time
 from pathlib import Path
 
 import httpx
@@ -24,9 +25,7 @@ def test_a_users_calls_go_to_the_replica_that_has_the_state_with_the_scores_of_t
     token_file.write_text(TOKEN)
     how = {"num_replicas": 2, "max_replicas": 2, "direct_host": HOST, "token_file": str(token_file)}
     with running(front, build_world(tmp_path), **how) as url:
-        urls = httpx.get(f"{url}/v1/replicas", headers=BEARER, timeout=30).json()["urls"]
-        ring = Ring(urls)
-        assert len(set(urls.values())) == 2
+        ring = Ring(urls := _urls(url))
         straight, proxied = (ScoringClient(url, TOKEN, timeout_s=30, direct=direct) for direct in (True, False))
         for user in USERS:
             body = {"user_id": user, "candidates": CANDIDATES, "request_ts": END_MS}
@@ -42,6 +41,16 @@ def test_a_users_calls_go_to_the_replica_that_has_the_state_with_the_scores_of_t
         told = httpx.get(f"{url}/v1/status", headers=BEARER, timeout=30).json()["replicas"]
         assert [one["lost_affinity"] for one in told] == [{"no_session": 0, "other_replica": 0}] * 2
         _bounds_hold(urls[ring.owner("1")])
+
+
+def _urls(url: str) -> dict[str, str]:
+    """Of both replicas, once the one that is asked knows of the other."""
+    deadline = time.monotonic() + 30
+    while len(urls := httpx.get(f"{url}/v1/replicas", headers=BEARER, timeout=30).json()["urls"]) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert len(set(urls.values())) == 2
+    return urls
 
 
 def _bounds_hold(url: str) -> None:

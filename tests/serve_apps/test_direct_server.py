@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import time
 from contextlib import suppress
 
 import httpx
@@ -35,7 +36,7 @@ def serving(app: Slow, host: str = HOST, places: int = 9) -> tuple[DirectServer,
     """In the running event loop; and what it refuses."""
     refusals = list[int]()
     server = DirectServer(host, None, places, retry_after_s=7, on_refused=lambda: refusals.append(1))
-    server.serve(lambda: app, ends_within_s=10)
+    server.serve(app, ends_within_s=10)
     return server, refusals
 
 
@@ -83,6 +84,22 @@ def test_every_interface_is_told_as_an_address_that_answers(host: str) -> None:
         server, _ = serving(Slow(may_end=True), host)
         async with httpx.AsyncClient(timeout=10) as client:
             assert (await client.get(server.url)).text == "ok"
+        await server.close()
+
+    asyncio.run(run())
+
+
+def test_an_answer_waits_for_no_acknowledgement_of_the_one_before() -> None:
+    """40 ms a call, where the event loop does not see that a socket speaks TCP."""
+
+    async def run() -> None:
+        server, _ = serving(Slow(may_end=True))
+        async with httpx.AsyncClient(timeout=10) as client:
+            await client.get(server.url)
+            began_s = time.perf_counter()
+            for _ in range(10):
+                await client.get(server.url)
+            assert time.perf_counter() - began_s < 0.3
         await server.close()
 
     asyncio.run(run())

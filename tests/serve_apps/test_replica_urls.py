@@ -97,7 +97,7 @@ def test_a_replica_that_is_gone_full_silent_or_another_is_not_asked_again_and_th
     async def run() -> None:
         front, full, other = (DirectServer(HOST, None, places, 60, lambda: None) for places in (100, 0, 100))
         for server in (front, full, other):
-            server.serve(lambda: app, ends_within_s=1)
+            server.serve(app, ends_within_s=1)
         for url in ("http://127.0.0.1:9", full.url, other.url):
             urls["its"] = url
             client = ScoringClient(front.url, max_retries=0)
