@@ -1,12 +1,16 @@
 """Requests see only the past, and negatives say nothing but what they should."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longer.data import ray_requests
 from longer.data.columns import histories_of
 from longer.data.requests import (
     SPLITS,
@@ -21,6 +25,7 @@ from longer.data.requests import (
 )
 from longer.data.sequences import KeepRule
 from longer.schema import EventSchema
+from longer.storage import checked_output
 from longer.windows import WindowRule
 from tests.data.logs import BASKETS, DAY_MS, STRINGS, log, logs
 from tests.data.tables import sequences_of
@@ -165,3 +170,27 @@ def test_the_newest_days_are_test_and_those_before_them_validation() -> None:
     assert split_times(0, DAY_MS, 0.03, 0.5) is None
     edges = np.array([times.valid_from_ms - 1, times.valid_from_ms, times.test_from_ms])
     assert [SPLITS[s] for s in times.split_of(edges)] == ["train", "valid", "test"]
+
+
+def test_a_row_group_holds_few_requests_where_they_have_very_many_candidates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else whoever reads one holds all of their candidates. Only where there are so many is the file another than before."""
+    sizes = [3, 40, 2, 5, 1, 0, 11, 2]
+    rows = pa.table({"request_id": range(8), "item_id": pa.array([list(range(size)) for size in sizes])})
+
+    def write(most_requests: int, most_candidates: int) -> tuple[bytes, list[int]]:
+        monkeypatch.setattr(ray_requests, "_ROW_GROUP_REQUESTS", most_requests)
+        monkeypatch.setattr(ray_requests, "_ROW_GROUP_CANDIDATES", most_candidates)
+        with checked_output(str(tmp_path), "rows.parquet") as sink:
+            ray_requests._write_rows(rows, sink)
+        assert pq.read_table(tmp_path / "rows.parquet").equals(rows)
+        metadata = pq.read_metadata(tmp_path / "rows.parquet")
+        groups = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+        return (tmp_path / "rows.parquet").read_bytes(), groups
+
+    assert write(3, 8)[1] == [1, 1, 3, 1, 1, 1]
+    content, groups = write(3, 1_000)
+    assert groups == [3, 3, 2]
+    pq.write_table(rows, tmp_path / "plain.parquet", compression="zstd", row_group_size=3)
+    assert content == (tmp_path / "plain.parquet").read_bytes()

@@ -88,6 +88,22 @@ def test_requests_come_in_bounded_tables_whole_and_in_order_whatever_the_row_gro
     assert [row for table in tables for row in table.to_pylist()] == pq.read_table(path).to_pylist()
 
 
+def test_requests_with_very_many_candidates_are_not_in_one_table_because_others_have_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row group of 200 requests, 20 of them with 1,000 candidates: on average it has 100."""
+    sizes, path = [1_000 if row % 10 == 3 else 1 for row in range(200)], f"{tmp_path}/requests.parquet"
+    rows = pa.table({"row": range(200), "item_id": [list(range(size)) for size in sizes]})
+    pq.write_table(rows, path)
+    file = open_encoded(path, Path(path).stat().st_size, [])
+    for most in (3_000, 500):
+        monkeypatch.setattr(batch_input, "_CHUNK_VALUES", most)
+        tables = list(batch_input._tables(file, rows.column_names))
+        assert all(len(t["item_id"].combine_chunks().flatten()) <= most or len(t) == 1 for t in tables)
+        assert sum(sizes) / most <= len(tables) <= 45
+        assert pa.concat_tables(tables).to_pylist() == rows.to_pylist()
+
+
 def test_rows_go_to_the_file_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most the row group that is made, the one that is written and the one that waits are ahead of the file."""
     monkeypatch.setattr(batch_output, "_ROW_GROUP_BYTES", 1 << 20)

@@ -37,6 +37,23 @@ def test_offline_scores_are_the_forward_pass_of_each_request_alone(sizes: dict) 
 
 
 @pytest.mark.parametrize("sizes", STATELESS, ids=["din", "uniform queries", "paper"])
+def test_a_request_with_very_many_candidates_is_scored_a_part_at_a_time(sizes: dict) -> None:
+    """Else it takes memory by its candidates, whatever `batch_bytes` is: models without user states had no bound on a request."""
+    rng, num_bytes, ends = np.random.default_rng(5), 1 << 20, np.array([70, 9])
+    model = make_model(ModelSettings(**sizes), SCHEMA, TASKS).eval()
+    questions = Questions(random_histories(rng, [70, 9]), np.arange(2), ends, np.full(2, 2 * 10**12))
+    candidates = random_candidates(rng, [3_000, 4])
+    whole = score_lists(questions, candidates, Budget(model, 1 << 40))
+    asked = list[int]()
+    model.register_forward_pre_hook(lambda _, batch: asked.append(int(batch[0].source.candidates.offsets_R1[-1])))
+    found = score_lists(questions, candidates, Budget(model, num_bytes))
+    np.testing.assert_allclose(found, whole, rtol=1e-5, atol=1e-5)
+    a_candidate = Budget(model, num_bytes).token_bytes + 4 * model.cells_per_candidate(model.settings.history_events)
+    assert sum(asked) == 3_004
+    assert max(asked) * a_candidate <= num_bytes
+
+
+@pytest.mark.parametrize("sizes", STATELESS, ids=["din", "uniform queries", "paper"])
 def test_whoever_keeps_states_refuses_the_model_in_one_line(sizes: dict, tmp_path: Path) -> None:
     settings = ModelSettings(**sizes)
     save_model(str(tmp_path), make_model(settings, SCHEMA, TASKS), settings, SCHEMA, TASKS)

@@ -83,7 +83,7 @@ def test_packs_are_chosen_where_few_windows_are_encoded_again() -> None:
         end_R = np.concatenate([ends[user] for user in users])
         questions = Questions(histories, row_R, end_R, np.full(len(row_R), 2 * 10**12))
         candidates = random_candidates(rng, [n for user in users for n in sizes[user]])
-        return packs_pay(Packed.of(MODEL, questions, candidates, 64).cut(Budget(MODEL, num_bytes).pack_tokens))
+        return packs_pay(Packed.of(MODEL, questions, candidates, 64).cut(Budget(MODEL, num_bytes).pack_tokens()))
 
     assert not pay([0, 2], 1 << 30), "on a CPU"
     with patch.object(offline, "has_kernels", lambda _: True):

@@ -1,5 +1,7 @@
 """Arrow list columns to flat NumPy arrays and back: the one place that knows how stored values become keys and floats."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -102,6 +104,17 @@ def keys_of_lists(lists: pa.ChunkedArray) -> Int64:
     """Keys of all values of all lists. Chunks may be encoded, each by a dictionary of its own."""
     keys = [stable_keys(chunk.flatten()) for chunk in lists.chunks]
     return keys[0] if len(keys) == 1 else np.concatenate([np.zeros(0, np.int64), *keys])
+
+
+def cut_lists(lists: pa.ChunkedArray | pa.Array, most_rows: int, most_values: int) -> Iterator[tuple[int, int]]:
+    """Where to cut rows so that each part has at most so many, and their lists at most so many values, or one row alone."""
+    ends_R1 = np.append(0, np.cumsum(pc.list_value_length(lists).to_numpy(), dtype=np.int64))
+    begin = 0
+    while begin < len(lists):
+        end = int(np.searchsorted(ends_R1, ends_R1[begin] + most_values, side="right")) - 1
+        end = max(begin + 1, min(end, begin + most_rows))
+        yield begin, end
+        begin = end
 
 
 def list_columns(offsets: Int64, values: pa.Table) -> dict[str, pa.Array]:

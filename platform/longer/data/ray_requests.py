@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from longer.data.columns import histories_of, milliseconds, single_array
+from longer.data.columns import cut_lists, histories_of, milliseconds, single_array
 from longer.data.impressions import requests_shown
 from longer.data.layout import rows_path
 from longer.data.ray_tasks import each
@@ -27,10 +27,12 @@ from longer.data.requests import (
 )
 from longer.data.tables import SequenceTable
 from longer.schema import EventSchema
-from longer.storage import DataFile, checked_output
+from longer.storage import CheckedOutput, DataFile, checked_output
 from longer.windows import WindowRule
 
 _ROW_GROUP_REQUESTS = 4096
+_ROW_GROUP_CANDIDATES = 1 << 20
+"""Of all of its requests, or of one that has more."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,16 @@ def _written(
         stats["num_candidates"][split] = len(chosen["item_id"].combine_chunks().flatten())
         if len(chosen):
             with checked_output(version_path, f"split={split}/{rows_path(bucket)}") as sink:
-                pq.write_table(chosen, sink, compression="zstd", row_group_size=_ROW_GROUP_REQUESTS)
+                _write_rows(chosen, sink)
             stats["files"].append(sink.data_file)
     return stats
+
+
+def _write_rows(rows: pa.Table, sink: CheckedOutput) -> None:
+    """In row groups that are small also where some requests have very many candidates: whoever reads holds one of them."""
+    with pq.ParquetWriter(sink, rows.schema, compression="zstd") as writer:
+        for begin, end in cut_lists(rows["item_id"], _ROW_GROUP_REQUESTS, _ROW_GROUP_CANDIDATES):
+            writer.write_table(rows.slice(begin, end - begin))
 
 
 def build_catalogue(sequences: SequenceTable, splits: SplitTimes) -> Catalogue:

@@ -57,6 +57,10 @@ class Longer(Ranker):
         """Whether the flat pass on CUDA computes this model."""
         return self.settings.is_appendable
 
+    def cells_per_candidate(self, num_events: int) -> int:
+        """Its scores, weights and mask over every group, of one layer."""
+        return 3 * self.settings.num_heads * self.windows.num_groups(num_events)
+
     def forward(self, batch: BatchTensors) -> Tensor:
         """[C, tasks]: logits of binary tasks, values of regression tasks, for every candidate of every request."""
         histories, windows = batch.histories, self.windows

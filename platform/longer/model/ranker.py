@@ -59,6 +59,10 @@ class Ranker(nn.Module):
         """[C, tasks]: logits of binary tasks, values of regression tasks, for every candidate of every request."""
         raise NotImplementedError
 
+    def cells_per_candidate(self, num_events: int) -> int:
+        """Numbers that a candidate takes where it reads so many events in the forward pass of a model without user states."""
+        raise NotImplementedError
+
     def embedding_parameters(self) -> list[nn.Parameter]:
         """Those of tables that are trained."""
         tables = [cast(nn.Parameter, m.weight) for m in self.modules() if isinstance(m, nn.Embedding)]

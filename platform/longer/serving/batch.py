@@ -7,12 +7,13 @@ interrupted run keeps its finished buckets, a dead actor or node costs its bucke
 import json
 import re
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
 import ray.data
 
 from longer.batch_settings import ScorerPool
@@ -213,7 +214,8 @@ def _score_buckets(
 
         def finished() -> Generator[Record]:
             # Not iter_rows: it keeps each row until the next block is there, and a record is clocked as it comes.
-            for together in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            blocks = written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+            for together in cast("Iterable[pa.Table]", blocks):
                 for record in together["record"].to_pylist():
                     records.append(on_this_clock(json.loads(record)))
                     yield records[-1]

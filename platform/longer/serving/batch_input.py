@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from longer.arrays import Histories, Int64
 from longer.data.batches import Requests, rows_of_requests
-from longer.data.columns import changes, missing_features, requests_of, single_array
+from longer.data.columns import changes, cut_lists, missing_features, requests_of, single_array
 from longer.data.id_lists import read_spool, read_spread
 from longer.data.items import ItemTable, read_items
 from longer.data.layout import bucket_files
@@ -179,20 +179,28 @@ def _runs(user_ids: pa.Array, counts: pa.Table, max_rows: int) -> Iterator[tuple
 
 
 def _tables(file: pq.ParquetFile, names: list[str]) -> Iterator[pa.Table]:
-    """The file's rows in tables of `_rows_at_once` at most; each row group's lists of strings have a dictionary of their own."""
-    most, held = _rows_at_once(file.metadata), list[pa.RecordBatch]()
+    """The file's rows in tables of at most `_CHUNK_REQUESTS` and `_CHUNK_VALUES` candidates, or one request.
+
+    Each row group's lists of strings have a dictionary of their own.
+    """
+    held, num_values = list[pa.RecordBatch](), 0
     for group in range(file.num_row_groups):
-        for batch in file.iter_batches(most, row_groups=[group], columns=names):
-            if held and sum(map(len, held)) + len(batch) > most:
-                yield pa.Table.from_batches(held)
-                held = []
-            held.append(batch)
+        for batch in file.iter_batches(_rows_at_once(file.metadata), row_groups=[group], columns=names):
+            for begin, end in cut_lists(batch["item_id"], _CHUNK_REQUESTS, _CHUNK_VALUES):
+                part = batch.slice(begin, end - begin)
+                num_more = len(part["item_id"].flatten())
+                is_full = num_values + num_more > _CHUNK_VALUES or sum(map(len, held)) + len(part) > _CHUNK_REQUESTS
+                if held and is_full:
+                    yield pa.Table.from_batches(held)
+                    held, num_values = [], 0
+                held.append(part)
+                num_values += num_more
     if held:
         yield pa.Table.from_batches(held)
 
 
 def _rows_at_once(metadata: pq.FileMetaData) -> int:
-    """Requests that have about `_CHUNK_VALUES` candidates, by the file's averages."""
+    """Requests that have about `_CHUNK_VALUES` candidates, by the averages of row groups, of which none has many more."""
     columns = [metadata.schema.column(c).path.split(".")[0] for c in range(metadata.num_columns)]
     item_column = columns.index("item_id")
     groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]

@@ -31,8 +31,7 @@ _PACKED_GAIN = 3.0
 candidates a second in packs that computed twice as many as the sweep, which scored 2.7 M."""
 
 _STATELESS_PACK_REQUESTS = 64
-_STATELESS_COST = 1 << 15
-"""Events and candidates scored together by encoders that keep no user state."""
+"""The same for encoders that keep no user state, each of whose requests reads its history anew."""
 
 
 def waves(questions: Questions, budget: Budget) -> Iterator[tuple[Int64, Asked]]:
@@ -81,9 +80,12 @@ def score_lists(
         return outputs_CT
     if not budget.model.settings.is_appendable:
         packed = Packed.of(budget.model, questions, candidates, _STATELESS_PACK_REQUESTS)
-        score_packed(packed, packed.num_events_P + packed.num_candidates_P, _STATELESS_COST, outputs_CT, turn)
+        read_bytes = budget.read_bytes(int(packed.num_events_P.max()))
+        packed = packed.cut(budget.pack_tokens(read_bytes))
+        cost_P = _bytes(packed, budget) + read_bytes * packed.num_candidates_P
+        score_packed(packed, cost_P, budget.num_bytes, outputs_CT, turn)
         return outputs_CT
-    packed = Packed.of(budget.model, questions, candidates, _PACK_REQUESTS).cut(budget.pack_tokens)
+    packed = Packed.of(budget.model, questions, candidates, _PACK_REQUESTS).cut(budget.pack_tokens())
     if packs_pay(packed):
         score_packed(packed, _bytes(packed, budget), budget.num_bytes, outputs_CT, turn)
     else:

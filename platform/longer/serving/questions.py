@@ -17,6 +17,9 @@ _NUMBERS_PER_TOKEN = 24
 _FLOATS_PER_EVENT = 16
 """The same for an event's width, in the transformer inside a group."""
 
+_COPIES_READ = 4
+"""Of the widest step in which a candidate reads a history: what goes in, what comes out, and what is made on the way."""
+
 
 @dataclass(frozen=True)
 class Questions:
@@ -71,10 +74,13 @@ class Budget:
         num_tokens_P = self._num_queries + self._num_tail(num_requests_P) + num_candidates_P
         return self._encoding_bytes(num_events_P) + self.token_bytes * num_tokens_P
 
-    @property
-    def pack_tokens(self) -> int:
+    def read_bytes(self, num_events: int) -> int:
+        """What a candidate takes, besides its token, where it reads so many events without a user's state."""
+        return 4 * _COPIES_READ * self.model.cells_per_candidate(num_events)
+
+    def pack_tokens(self, read_bytes: int = 0) -> int:
         """Of candidates and requests, half as many as a pack may have, which leaves the other half of the bytes to its history."""
-        return max(1, self.num_bytes // 4 // self.token_bytes)
+        return max(1, self.num_bytes // 4 // (self.token_bytes + read_bytes))
 
     @property
     def _num_queries(self) -> int:

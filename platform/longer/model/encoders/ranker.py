@@ -69,6 +69,11 @@ class EncoderRanker(Ranker):
         """Whether the encoder forgets its activations, some histories at a time, and computes them again in the backward pass."""
         self.recompute = recompute
 
+    def cells_per_candidate(self, num_events: int) -> int:
+        """A share of what its encoder holds for very many."""
+        longest, many = max(1, num_events), 1 << 16
+        return longest * self.encoder.cells_per_slot(longest, many) // many if self.encoder else 0
+
     def forward(self, batch: BatchTensors) -> Tensor:
         """[C, tasks]: logits of binary tasks, values of regression tasks, for every candidate of every request."""
         x_CD, features_CF = self.entered(batch)
