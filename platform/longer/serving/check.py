@@ -1,16 +1,14 @@
 """Asks a running service what the test split asks, over real HTTP, and compares its scores with the offline ones.
 
-Whole users in time order, each by one client with the affinity header, several clients at once; every few requests one is sent
-again at once. So states are loaded, appended to and hit, as in service.
+Whole users in time order, each by one client, which goes straight to the user's replica, several clients at once; every few
+requests one is sent again at once. So states are loaded, appended to and hit, as in service.
 """
 
-import asyncio
-import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
 
 import httpx
 import numpy as np
@@ -18,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from longer.client import ScoringClient
 from longer.config import Settings
 from longer.data.batches import Requests
 from longer.data.scores import check_difference, read_scores, score_rows
@@ -25,6 +24,7 @@ from longer.data.tables import RequestTable
 from longer.errors import UserError
 from longer.hashing import hash_int64
 from longer.progress import say
+from longer.ring import session_of
 from longer.storage import TABLE_FORMAT, Table, Version, checked_output, fingerprint
 from longer.training.inputs import Inputs
 from longer.training.loader import concat_requests
@@ -104,48 +104,39 @@ class Replay:
 
 
 def replay(url: str, users: list[Requests], logged: dict[int, Logged], token: str | None = None) -> Replay:
-    """Sends every user's requests to the service at `url`; raises on the first that is not answered with scores."""
-    return asyncio.run(_replay(url, users, logged, token))
-
-
-async def _replay(url: str, users: list[Requests], logged: dict[int, Logged], token: str | None) -> Replay:
-    queue, answers = iter(users), list[Answer]()
-    limits = httpx.Limits(max_connections=NUM_CLIENTS)
+    """Sends every user's requests to the service at `url`, as callers would; raises on the first that has no scores."""
+    queue, answers = list(reversed(users)), list[Answer]()
+    with ThreadPoolExecutor(NUM_CLIENTS) as pool:
+        clients = [
+            pool.submit(_ask_for, ScoringClient(url, token, _TIMEOUT_S), queue, logged, answers)
+            for _ in range(NUM_CLIENTS)
+        ]
+        for client in clients:
+            client.result()
     headers = {"authorization": f"Bearer {token}"} if token else {}
-    async with httpx.AsyncClient(base_url=url, timeout=_TIMEOUT_S, limits=limits, headers=headers) as http:
-        await asyncio.gather(*(_client(http, queue, logged, answers) for _ in range(NUM_CLIENTS)))
-        replicas = {}
-        for user in users:
-            stats = (await http.get("/v1/stats", headers=_session(user))).json()
-            replicas[stats["replica"]] = stats["cache"]
+    replicas = {}
+    for user in users:
+        session = {"x-session-id": session_of(user.user_id_R[0].as_py())}
+        stats = httpx.get(f"{url}/v1/stats", headers={**headers, **session}, timeout=_TIMEOUT_S).json()
+        replicas[stats["replica"]] = stats["cache"]
     return Replay(
         answers, {name: sum(cache[name] for cache in replicas.values()) for name in next(iter(replicas.values()))}
     )
 
 
-async def _client(
-    http: httpx.AsyncClient, users: Iterator[Requests], logged: dict[int, Logged], answers: list[Answer]
-) -> None:
-    """Takes users off the common queue until it is empty; a user's requests go one after the other."""
-    for user in users:
-        headers = _session(user)
-        for number, (request_id, body) in enumerate(_bodies(user, logged)):
+def _ask_for(client: ScoringClient, users: list[Requests], logged: dict[int, Logged], answers: list[Answer]) -> None:
+    """Takes users off the common list until it is empty; a user's requests go one after the other."""
+    while users:
+        for number, (request_id, body) in enumerate(_bodies(users.pop(), logged)):
             for _ in range(2 if number % REPEAT_EVERY == 1 else 1):
                 started = time.perf_counter()
-                response = await http.post("/v1/score", content=body, headers=headers)
+                answer = client.score(**body)
                 latency_ms = (time.perf_counter() - started) * 1000
-                if response.status_code != 200:
-                    raise RuntimeError(f"POST /v1/score: {response.status_code} {response.text}")
-                answer = response.json()
                 answers.append(Answer(request_id, latency_ms, answer["user_state"]["source"], answer["scores"]))
 
 
-def _session(user: Requests) -> dict[str, str]:
-    return {"x-session-id": quote(str(user.user_id_R[0].as_py()), safe="")}  # headers are ASCII, ids need not be
-
-
-def _bodies(user: Requests, logged: dict[int, Logged]) -> Iterator[tuple[int, bytes]]:
-    """Each request's id and JSON body: candidates by id, with the catalogue's features, or with those that were logged."""
+def _bodies(user: Requests, logged: dict[int, Logged]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each request's id and fields: candidates by id, with the catalogue's features, or with those that were logged."""
     offsets = user.candidates.offsets_R1.tolist()
     ids = user.item_id_C.to_pylist()
     for r, request_id in enumerate(user.request_id_R.tolist()):
@@ -158,7 +149,7 @@ def _bodies(user: Requests, logged: dict[int, Logged]) -> Iterator[tuple[int, by
             body["request_features"] = about.own
             pairs = zip(body["candidates"], about.of_candidates, strict=True)
             body["candidates"] = [{"id": item, "features": features} for item, features in pairs]
-        yield request_id, json.dumps(body).encode()
+        yield request_id, body
 
 
 def summary(answers: list[Answer]) -> dict[str, Any]:
