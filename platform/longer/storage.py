@@ -248,7 +248,10 @@ class Table:
         self.claim()
         if not self.path.startswith("s3://"):
             for folder in glob.glob(f"{glob.escape(self.path)}/*/"):
-                if os.path.basename(folder[:-1]) != but and not os.path.exists(f"{folder}{_MANIFEST}"):
+                is_kept = any(
+                    os.path.exists(folder + name) for name in (_MANIFEST, _CURRENT)
+                )  # a table inside has the latter
+                if os.path.basename(folder[:-1]) != but and not is_kept:
                     remove_tree(folder[:-1])
 
     def _claim_unpublished(self, version_id: str) -> Version | None:

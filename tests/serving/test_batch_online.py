@@ -54,8 +54,27 @@ def test_a_bf16_run_is_compared_with_float32_answers_at_its_own_precision(
     )
     with pytest.raises(UserError, match=r"^batch_score.precision=bf16: scores of label differ by .* set float32, or"):
         check_against_online(world, rough)
-    with pytest.raises(ArithmeticError, match="more than 1e-05"):
+    with pytest.raises(ArithmeticError, match=f"more than 1e-05.*{exact.id} is published all the same, and current"):
         check_against_online(world, exact)
+
+
+def test_what_a_killed_run_of_another_version_left_goes_and_the_comparisons_with_served_scores_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On local disk it would else stay for ever."""
+    world = world_with_requests(tmp_path / "world")
+    monkeypatch.setattr(batch, "_score_buckets", score_here)
+    exact = batch_score(world)
+    checked = check_against_online(world, exact)
+    left = Path(exact.table_path) / "0123456789ab/bucket=0000/part-0.parquet"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    monkeypatch.setattr(batch, "plan_scores", lambda settings: replace(plan_scores(settings), precision="bf16"))
+    rough = batch_score(world)
+    assert not (Path(exact.table_path) / "0123456789ab").exists()
+    assert exact.is_whole()
+    assert Table(exact.table_path).current() == rough
+    assert Table(world.path("batch_scores", "check")).current() == checked
 
 
 def test_row_groups_without_a_request_that_is_asked_for_are_not_read(tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def _run(plan: Plan, pool: ScorerPool, where: RaySettings, job: str) -> Version:
         say(job, f"version {plan.version_id} is already there, nothing changed{_less_checked(published, plan)}")
         return published
     run = Run(table.resume(plan.version_id))
+    table.sweep(but=plan.version_id)
     check_model(plan)
     with marked_alive(run.alive) if run.is_on_s3 else nullcontext():  # until its files are named, or removed by itself
         told = _publish(table, plan, run, partial(_scored, plan, pool, where, run, job))

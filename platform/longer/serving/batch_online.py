@@ -34,10 +34,12 @@ def check_against_online(settings: Settings, scored: Version) -> Version:
         try:
             diff, compared = check_difference(asked, ours, settings.train.tasks, most_difference(precision))
         except ArithmeticError as error:
+            stays = f"{scored.path} is published all the same, and current"
             if precision == "float32":
-                raise
+                raise ArithmeticError(f"{error}; {stays}") from error
             raise UserError(
-                f"batch_score.precision={precision}: {error}: set float32, or, if its code was another, run serve_check again"
+                f"batch_score.precision={precision}: {error}; {stays}: set float32, or, if its code was another, run serve_check "
+                "again"
             ) from error
         record |= {"max_abs_diff_vs_online": diff if compared else None, "compared_requests": compared}
     about = {

@@ -10,7 +10,8 @@ from longer.data.records import Record
 def totals_of(records: Sequence[Record]) -> dict[str, Any]:
     """Of all buckets, whichever run has done them on what; a device is a GPU, its share that an actor has, or a CPU.
 
-    What it costs that actors start, with their load and warm-up, is told apart, and a part of the whole.
+    What it costs that actors start, with their load and warm-up, is told apart, and a part of the whole; it counts from the
+    actor's constructor, so the start of its process and its imports, some seconds, are in neither.
     """
     num_scores, compared = (sum(record[name] for record in records) for name in ("num_scores", "num_compared"))
     actors = {record["actor"]["name"]: record["actor"] for record in records}.values()
