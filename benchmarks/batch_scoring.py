@@ -192,8 +192,8 @@ DEFAULTS = {
     | {"scratch_requests": 1_000, "linear_users": 200, "top_k_users": 50, "items": 10_000},
     "cuda": {"precision": "bf16", "scorers": 4, "batch_bytes": 8_000_000_000, "runs": 1}
     | {"history_events": 10_000, "merge_size": 8, "query_groups": 100, "event_width": 32, "self_layers": 3}
-    | {"users": 6_400, "requests_per_user": 200, "negatives": 99, "candidates": 50_000}
-    | {"scratch_requests": 40_000, "linear_users": 0, "top_k_users": 0, "items": 50_000},
+    | {"users": 6_400, "requests_per_user": 200, "negatives": 99, "candidates": 10_000}
+    | {"scratch_requests": 40_000, "linear_users": 6_400, "top_k_users": 0, "items": 50_000},
 }
 """Sizes that keep the device busy for some seconds; all of it takes minutes."""
 

@@ -200,7 +200,11 @@ def _linear(runs: dict[int, Version]) -> list[str]:
 def steady_seconds(version: Version) -> float:
     """Of GPUs, or of CPU time, in buckets: without the start of actors."""
     told, of = version.manifest, _clock(version)
-    return told[of] - told[f"start_{of}"]
+    seconds = told[of] - told[f"start_{of}"]
+    assert told["device"] != "cuda" or seconds <= told["seconds"] * 1.02, (
+        "one GPU has computed for longer than the run took"
+    )
+    return seconds
 
 
 def _clock(version: Version) -> str:
