@@ -92,12 +92,12 @@ def summary(measured: Measured) -> dict[str, Any]:
         "loss_vs_no_sequence",
     )
     figures = dict.fromkeys(names) | _figures(measured.arms) if "hit" in measured.arms else dict.fromkeys(names)
-    proxied = _proxied(measured.arms) if "hit_proxied" in measured.arms else None
+    arms = measured.arms
+    proxied = _against(arms["hit_proxied"], arms["floor_proxied"]) if "hit_proxied" in arms else None
     return {**figures, "proxied": proxied, "warm_share_after_scale_up": measured.warm_share}
 
 
-def _proxied(arms: dict[str, Arm]) -> dict[str, float | None]:
-    hit, floor = arms["hit_proxied"], arms["floor_proxied"]
+def _against(hit: Arm, floor: Arm) -> dict[str, float | None]:
     return {
         "p50_ms": hit.one_client.percentile_ms(50),
         "p99_ms": hit.at_load.percentile_ms(99) if hit.at_load else None,
@@ -108,14 +108,10 @@ def _proxied(arms: dict[str, Arm]) -> dict[str, float | None]:
 
 
 def _figures(arms: dict[str, Arm]) -> dict[str, float | None]:
-    hit, floor = arms["hit"], arms["floor"]
+    hit = arms["hit"]
     kept = throughput_ratio(hit, arms["without"])
     return {
-        "p50_ms": hit.one_client.percentile_ms(50),
-        "p99_ms": hit.at_load.percentile_ms(99) if hit.at_load else None,
-        "floor_p50_ms": floor.one_client.percentile_ms(50),
-        "overhead_ms": extra_ms(hit, floor),
-        "vs_floor_rps": throughput_ratio(hit, floor),
+        **_against(hit, arms["floor"]),
         "vs_plain_server_rps": throughput_ratio(hit, arms["plain"]),
         "loss_vs_no_sequence": None if kept is None else 1 - kept,
     }

@@ -18,7 +18,7 @@ from pydantic_core import to_json
 
 from longer.errors import UserError
 from longer.patience import Patience, as_ms
-from longer.replica_urls import ReplicaUrls
+from longer.replica_urls import AVOID_S, ReplicaUrls
 from longer.ring import session_of
 
 _ARROW = "application/vnd.apache.arrow.stream"
@@ -95,8 +95,10 @@ class ScoringClient:
         if user_id is not None:
             headers["x-session-id"] = session_of(user_id)
         patience = Patience(self._timeout_s, self._max_retries)
-        if user_id is not None and (told := self._straight(method, path, body, headers, patience)):
-            return told
+        if user_id is not None and self._replicas:
+            told = self._straight(self._replicas, method, path, body, headers, patience)
+            if told is not None:
+                return told
         while True:
             try:
                 answer, content = self._attempt(method, path, body, headers, patience)
@@ -110,21 +112,27 @@ class ScoringClient:
         return self._content(answer, content)
 
     def _straight(
-        self, method: str, path: str, body: bytes, headers: Mapping[str, str], patience: Patience
+        self,
+        replicas: ReplicaUrls,
+        method: str,
+        path: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        patience: Patience,
     ) -> bytes | None:
         """What the user's own replica answers; None if it has no room or is not to be reached, for the proxy to do so."""
-        found = self._replicas and self._replicas.of(headers["x-session-id"])
-        if not self._replicas or not found:
+        found = replicas.of(headers["x-session-id"])
+        if found is None:
             return None
         try:
             answer, content = self._attempt(method, path, body, headers, patience, found.url)
         except requests.RequestException as error:
-            self._replicas.avoid(found.url)
+            replicas.avoid(found.url)
             if isinstance(error, requests.ReadTimeout):
                 raise
             return None
         if answer.headers.get("x-replica") != found.replica:  # another one that has got the port, or one without room
-            self._replicas.avoid(found.url, *([_least_pause_s(answer)] if answer.status_code == _FULL else []))
+            replicas.avoid(found.url, _least_pause_s(answer) if answer.status_code == _FULL else AVOID_S)
             return None
         if answer.status_code in _REPEATED:
             return None

@@ -8,12 +8,12 @@ Needs `grpcio` and `protobuf`, which Ray brings along.
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from urllib.parse import quote
 
 import grpc
 
 from longer.errors import UserError
 from longer.patience import Patience, as_ms
+from longer.ring import session_of
 from longer.rpc import scoring_pb2 as pb
 from longer.rpc.scoring_pb2_grpc import ScoringStub
 
@@ -97,7 +97,7 @@ class GrpcScoringClient:
     def _call(self, method: Callable[..., Any], request: Any, user_id: int | str | None) -> Any:
         metadata = self._metadata
         if user_id is not None:
-            metadata = [*metadata, ("session_id", quote(str(user_id), safe=""))]  # as over HTTP: the same replica
+            metadata = [*metadata, ("session_id", session_of(user_id))]  # as over HTTP: the same replica
         patience = Patience(self._timeout_s, self._max_retries)
         while True:
             left_s = patience.left_s()

@@ -7,8 +7,10 @@ from urllib.parse import urlsplit
 
 from longer.ring import Ring
 
-_REFRESH_S, _AVOID_S = 10.0, 30.0
-"""How often a client asks for the replicas, and how long it leaves one alone that it could not reach."""
+_REFRESH_S = 10.0
+"""How often a client asks for the replicas."""
+AVOID_S = 30.0
+"""How long it leaves one alone that it could not reach."""
 
 
 class ReplicaUrl(NamedTuple):
@@ -45,7 +47,7 @@ class ReplicaUrls:
         url = self._urls.get(replica)
         return ReplicaUrl(replica, url) if url and time.monotonic() >= self._avoided_until_s.get(url, 0.0) else None
 
-    def avoid(self, url: str, for_s: float = _AVOID_S) -> None:
+    def avoid(self, url: str, for_s: float = AVOID_S) -> None:
         """It could not be reached, or asked to be left alone; perhaps there are other replicas now."""
         self._avoided_until_s[url] = time.monotonic() + for_s
         self._asked_s = -_REFRESH_S

@@ -44,13 +44,21 @@ def test_a_users_calls_go_to_the_replica_that_has_the_state_with_the_scores_of_t
 
 
 def _urls(url: str) -> dict[str, str]:
-    """Of both replicas, once the one that is asked knows of the other."""
+    """Of both replicas, once the one that is asked knows of the other, and the proxy of both."""
     deadline = time.monotonic() + 30
-    while len(urls := httpx.get(f"{url}/v1/replicas", headers=BEARER, timeout=30).json()["urls"]) < 2:
+    while True:
+        urls = httpx.get(f"{url}/v1/replicas", headers=BEARER, timeout=30).json()["urls"]
+        ring, sessions = Ring(urls), map(session_of, USERS)
+        if len(urls) == 2 and all(ring.owner(session) == _replica_by_proxy(url, session) for session in sessions):
+            break
         assert time.monotonic() < deadline
         time.sleep(0.2)
     assert len(set(urls.values())) == 2
     return urls
+
+
+def _replica_by_proxy(url: str, session: str) -> str:
+    return httpx.get(f"{url}/v1/model", headers={**BEARER, "x-session-id": session}, timeout=30).headers["x-replica"]
 
 
 def _bounds_hold(url: str) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import socket
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import pytest
 import requests
@@ -30,11 +31,23 @@ class Told:
         return self.urls
 
 
+@dataclass
+class Clock:
+    """What the client takes for the time."""
+
+    now_s: float = 100.0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(replica_urls.time, "monotonic", lambda: clock.now_s)
+    return clock
+
+
 def test_a_replica_that_cannot_be_reached_is_left_alone_for_a_while_and_its_successors_are_asked_for(
-    monkeypatch: pytest.MonkeyPatch,
+    clock: Clock,
 ) -> None:
-    now_s = 100.0
-    monkeypatch.setattr(replica_urls.time, "monotonic", lambda: now_s)
     told = Told(URLS)
     found = ReplicaUrls("http://service", told)
     assert {found.of(str(user)) for user in range(100)} == {("a", URLS["a"]), ("b", URLS["b"]), None}
@@ -42,27 +55,23 @@ def test_a_replica_that_cannot_be_reached_is_left_alone_for_a_while_and_its_succ
     found.avoid("http://10.0.0.1:5")
     assert (found.of(session), told.num_asked) == (None, 2)
     told.urls = {**URLS, "a": "http://10.0.0.3:5"}
-    now_s += 11
+    clock.now_s += 11
     assert (found.of(session), told.num_asked) == (("a", "http://10.0.0.3:5"), 3)
     found.avoid("http://10.0.0.3:5", for_s=2)
     assert found.of(session) is None
-    now_s += 3
+    clock.now_s += 3
     assert found.of(session) == ("a", "http://10.0.0.3:5")
     told.urls = {}
-    now_s += 11
+    clock.now_s += 11
     assert found.of(session) is None
 
 
-def test_a_service_too_busy_to_tell_its_replicas_does_not_bring_all_clients_to_its_proxy(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    now_s = 100.0
-    monkeypatch.setattr(replica_urls.time, "monotonic", lambda: now_s)
+def test_a_service_too_busy_to_tell_its_replicas_does_not_bring_all_clients_to_its_proxy(clock: Clock) -> None:
     told = Told(URLS)
     found = ReplicaUrls("http://service", told)
     before = [found.of(str(user)) for user in range(100)]
     told.urls = None
-    now_s += 11
+    clock.now_s += 11
     assert ([found.of(str(user)) for user in range(100)], told.num_asked) == (before, 2)
 
 
