@@ -248,9 +248,8 @@ class Table:
         self.claim()
         if not self.path.startswith("s3://"):
             for folder in glob.glob(f"{glob.escape(self.path)}/*/"):
-                is_kept = any(
-                    os.path.exists(folder + name) for name in (_MANIFEST, _CURRENT)
-                )  # a table inside has the latter
+                # a version has the former, a table inside this one the latter
+                is_kept = any(os.path.exists(folder + name) for name in (_MANIFEST, _CURRENT))
                 if os.path.basename(folder[:-1]) != but and not is_kept:
                     remove_tree(folder[:-1])
 

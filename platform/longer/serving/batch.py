@@ -115,13 +115,11 @@ def _scored(
     if done:
         say(job, f"{len(buckets) - len(missing)} of {len(buckets)} buckets are there from an interrupted run")
     started, started_at = time.perf_counter(), time.time()
-    fresh = list[Record]()
-    while left := missing.keys() - {
-        record["bucket"] for record in fresh
-    }:  # again, if what had waited died with an actor
-        fresh += _score_buckets(
-            plan, pool, where, run, {bucket: missing[bucket] for bucket in missing if bucket in left}, job
-        )
+    fresh, left = list[Record](), missing
+    while left:  # again, if what had waited died with an actor
+        fresh += _score_buckets(plan, pool, where, run, left, job)
+        scored = {record["bucket"] for record in fresh}
+        left = {bucket: size for bucket, size in missing.items() if bucket not in scored}
     seconds = time.perf_counter() - started
     start_s = min((record["begun_at"] for record in fresh), default=started_at) - started_at
     records = [done[bucket] for bucket in buckets if bucket in done] + fresh
