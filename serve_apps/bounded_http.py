@@ -1,49 +1,57 @@
-"""HTTP of a port that strangers may reach: connections, and the heads of requests, are bounded before a token is looked at."""
+"""HTTP of a port that strangers may reach: connections, and what each may send, are bounded before a token is looked at."""
 
 import asyncio
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-HEAD_WITHIN_S = 5.0
+REQUEST_WITHIN_S = 5.0
 MOST_HEAD_BYTES = 64 << 10
 MOST_CONNECTIONS = 1_000
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """A connection is cut where a head is too long, or not complete in time, or where there are too many of them.
+    """A connection is cut where a request is not complete in time, though it has been answered; where a head, or anything else that
+    is no body, is too long; where another request comes before the last one's answer; or where there are too many connections.
 
-    uvicorn bounds none of these: its own timer is for connections that have been answered once.
+    uvicorn bounds none of these: its own timer is for connections that have been answered once and keep silent.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._head_bytes, self._head_timer = 0, self._timer()
-        self._is_in_head = True
+        self._num_bytes, self._is_in_request, self._timer = 0, True, self._new_timer()
         if len(self.connections) > MOST_CONNECTIONS:
             transport.abort()
 
     def data_received(self, data: bytes) -> None:
+        self._num_bytes += len(data)
         super().data_received(data)
-        if not self._is_in_head:
-            return
-        self._head_bytes += len(data)
-        if self._head_timer.cancelled():  # the head of another request on this connection
-            self._head_timer = self._timer()
-        if self._head_bytes > MOST_HEAD_BYTES:
+        if self._num_bytes > MOST_HEAD_BYTES:
             self.transport.abort()
+        if self._is_in_request and self._timer.cancelled():  # another request on this connection
+            self._timer = self._new_timer()
 
     def on_message_begin(self) -> None:
+        self._is_in_request = True
         super().on_message_begin()
-        self._is_in_head = True
 
     def on_headers_complete(self) -> None:
-        self._is_in_head, self._head_bytes = False, 0
-        self._head_timer.cancel()
+        if self.cycle and not self.cycle.response_complete:
+            raise ValueError("a request before the last one's answer")  # which ends the connection
+        self._num_bytes = 0
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        self._num_bytes = 0  # what comes between the last of it and the end is kept as headers are
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._num_bytes, self._is_in_request = 0, False
+        self._timer.cancel()
+        super().on_message_complete()
+
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head_timer.cancel()
+        self._timer.cancel()
         super().connection_lost(exc)
 
-    def _timer(self) -> asyncio.TimerHandle:
-        return self.loop.call_later(HEAD_WITHIN_S, self.transport.abort)
+    def _new_timer(self) -> asyncio.TimerHandle:
+        return self.loop.call_later(REQUEST_WITHIN_S, self.transport.abort)

@@ -134,7 +134,7 @@ def test_a_head_without_an_end_is_cut_before_it_fills_the_memory() -> None:
 
 
 def test_silent_connections_are_cut_and_there_are_never_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounded_http, "HEAD_WITHIN_S", 0.5)
+    monkeypatch.setattr(bounded_http, "REQUEST_WITHIN_S", 0.5)
     monkeypatch.setattr(bounded_http, "MOST_CONNECTIONS", 5)
 
     async def run() -> None:
@@ -154,3 +154,70 @@ def test_silent_connections_are_cut_and_there_are_never_too_many(monkeypatch: py
         await server.close()
 
     asyncio.run(run())
+
+
+async def opened(server: DirectServer) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    return await asyncio.open_connection(HOST, int(server.url.rpartition(":")[2]))
+
+
+def test_what_comes_after_a_body_is_cut_before_it_fills_the_memory_as_headers_do() -> None:
+    """Trailers are kept with the headers, though the request has long been refused."""
+
+    async def run() -> None:
+        server, _ = serving(Slow(may_end=True))
+        head = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+        for start, more in ((b"1\r\nx\r\n0\r\n", b"a: b\r\n"), (b"0\r\na: ", b"x")):
+            reader, writer = await opened(server)
+            writer.write(head + start)
+            assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
+            with suppress(ConnectionError):
+                for _ in range(100):
+                    writer.write(more * (64 << 10))
+                    await writer.drain()
+            assert await is_cut(reader)
+        reader, writer = await opened(server)
+        for _ in range(2):  # a body in many pieces, and some trailers, are no such thing
+            writer.write(head + b"400\r\n" + b"x" * 1024 + b"\r\n")
+            for _ in range(1000):
+                writer.write(b"400\r\n" + b"x" * 1024 + b"\r\n")
+                await writer.drain()
+            writer.write(b"0\r\na: b\r\n\r\n")
+            assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
+        await server.close()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_requests_sent_all_at_once_do_not_wait_in_memory() -> None:
+    """Each of some twenty bytes would be a scope, events and a place in line, of a kilobyte."""
+
+    async def run() -> None:
+        slow = Slow()
+        server, _ = serving(slow)
+        reader, writer = await opened(server)
+        writer.write(HEAD * 1000)
+        assert (await reader.read(1000)).startswith(b"HTTP/1.1 400")
+        assert await is_cut(reader)
+        assert slow.num_begun == 1
+        slow.may_end.set()
+        await server.close()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_a_body_that_never_ends_holds_no_connection_though_it_has_been_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A thousand such would leave no room for anybody else, for ever."""
+    monkeypatch.setattr(bounded_http, "REQUEST_WITHIN_S", 0.5)
+
+    async def run() -> None:
+        server, _ = serving(Slow(may_end=True))
+        reader, writer = await opened(server)
+        writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n")
+        assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
+        writer.write(b"x")  # which ends the wait of a connection that has been answered
+        assert await is_cut(reader)
+        await server.close()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
