@@ -126,3 +126,34 @@ def test_a_replica_that_is_gone_full_silent_or_another_is_not_asked_again_and_th
         await asyncio.gather(front.close(), full.close(), other.close())
 
     asyncio.run(run())
+
+
+def test_connections_to_many_replicas_stay_open() -> None:
+    """`requests` keeps those to ten addresses: each call to one of more would open another one."""
+    urls, connections = dict[str, str](), set[object]()
+
+    def replica(name: str) -> DirectServer:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            connections.add(scope["client"])
+            answer = {"urls": urls} if scope["path"] == "/v1/replicas" else {"scores": {}}
+            headers = [(b"content-type", b"application/json"), (b"x-replica", name.encode())]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": json.dumps(answer).encode()})
+
+        server = DirectServer(HOST, None, 100, 60, lambda: None)
+        server.serve(app, ends_within_s=1)
+        urls[name] = server.url
+        return server
+
+    def ask(client: ScoringClient) -> None:
+        for user in [*range(50)] * 2:
+            client.score(user, [1])
+
+    async def run() -> None:
+        servers = [replica(str(number)) for number in range(12)]
+        client = ScoringClient(servers[0].url)
+        await asyncio.to_thread(ask, client)
+        assert (client.num_direct, len(connections)) == (100, len(servers))
+        await asyncio.gather(*(server.close() for server in servers))
+
+    asyncio.run(run())
