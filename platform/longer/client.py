@@ -124,7 +124,8 @@ class ScoringClient:
         headers: Mapping[str, str],
         patience: Patience,
     ) -> bytes | None:
-        """What the user's own replica answers; None if it has no room or is not to be reached, for the proxy to do so."""
+        """What the user's own replica answers; None if it has no room or is not to be reached, for the proxy to do so, or if it is
+        to be asked again, once that may be."""
         found = replicas.of(headers["x-session-id"])
         if found is None:
             return None
@@ -138,7 +139,7 @@ class ScoringClient:
         if answer.headers.get("x-replica") != found.replica:  # another one that has got the port, or one without room
             replicas.avoid(found.url, _least_pause_s(answer) if answer.status_code == _FULL else AVOID_S)
             return None
-        if answer.status_code in _REPEATED:
+        if answer.status_code in _REPEATED and patience.pauses(_least_pause_s(answer)):
             return None
         self.num_direct += 1
         return self._content(answer, content)

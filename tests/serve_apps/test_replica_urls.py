@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from longer import replica_urls
 from longer.client import ScoringClient
+from longer.errors import UserError
 from longer.replica_urls import ReplicaUrls
 from serve_apps.direct import DirectServer
 
@@ -155,5 +157,41 @@ def test_connections_to_many_replicas_stay_open() -> None:
         await asyncio.to_thread(ask, client)
         assert (client.num_direct, len(connections)) == (100, len(servers))
         await asyncio.gather(*(server.close() for server in servers))
+
+    asyncio.run(run())
+
+
+def test_a_replica_that_asks_for_a_pause_has_it_and_is_asked_again_no_more_often_than_allowed() -> None:
+    """As while the table cannot be read: asked again through the proxy at once, it would have twice the calls."""
+    urls: dict[str, str] = {}
+    num_proxied = 0
+
+    async def replica(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"application/json"), (b"x-replica", b"its"), (b"retry-after", b"1")]
+        await send({"type": "http.response.start", "status": 503, "headers": headers})
+        await send({"type": "http.response.body", "body": b'{"error": "cannot be read"}'})
+
+    async def proxy(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal num_proxied
+        num_proxied += scope["path"] == "/v1/score"
+        answer = {"urls": urls} if scope["path"] == "/v1/replicas" else {"scores": {}}
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": json.dumps(answer).encode()})
+
+    def ask(url: str, max_retries: int) -> object:
+        return ScoringClient(url, timeout_s=5, max_retries=max_retries).score(1, [1])
+
+    async def run() -> None:
+        front, its = (DirectServer(HOST, None, 100, 60, lambda: None) for _ in range(2))
+        front.serve(proxy, ends_within_s=1)
+        its.serve(replica, ends_within_s=1)
+        urls["its"] = its.url
+        with pytest.raises(UserError, match="cannot be read"):
+            await asyncio.to_thread(ask, front.url, 0)
+        assert num_proxied == 0
+        began_s = time.monotonic()
+        assert await asyncio.to_thread(ask, front.url, 1) == {"scores": {}}
+        assert (num_proxied, time.monotonic() - began_s >= 1) == (1, True)
+        await asyncio.gather(front.close(), its.close())
 
     asyncio.run(run())
