@@ -24,12 +24,15 @@ class Peers:
         self._handle: DeploymentHandle | None = None
 
     async def ask(self, method: Callable[..., Any], *args: Any) -> list[Any]:
-        """What each replica's method of that name returns, or the error instead; one error if none could be asked."""
+        """What each replica's method of that name returns, or the error instead, a TimeoutError where it is silent; one error if
+        none could be asked."""
         asked = self._deployment().broadcast(method.__name__, *args)
-        try:
-            return await asked.results_async(timeout_s=_WITHIN_S, return_exceptions=True)
+        try:  # `results_async` would have nobody's answer where one is silent
+            replies = await asyncio.wait_for(asked._fetch_replica_results_async(), _WITHIN_S)
         except (RayServeException, TimeoutError) as error:
             return [error]
+        answers = (asyncio.wait_for(reply.get_async(), _WITHIN_S) for reply in replies)
+        return await asyncio.gather(*answers, return_exceptions=True)
 
     async def ask_owner(
         self, session: str, method: Callable[..., Any], *args: Any, within_s: float = OWNER_WITHIN_S

@@ -97,7 +97,7 @@ class ScoringService:
             self._affinity,
             self._keeper,
             self._rollouts,
-            ask_urls=partial(self._of_peers, self.own_url),
+            ask_urls=partial(self._peers.ask, self.own_url),
             refresh_s=args.refresh_s,
         )
         self._teller.tell()
@@ -199,9 +199,9 @@ class ScoringService:
     async def status(self) -> dict[str, Any]:
         """What all replicas hold and have done lately."""
         schema = self._scorer.info.schema
-        told = [one for one in await self._peers.ask(self.account) if isinstance(one, dict)]
-        told = told or [await self.account()]
-        num_silent = max(len(self._affinity.ring.replica_ids) - len(told), 0) if self._affinity.ring else 0
+        asked = await self._peers.ask(self.account)
+        told = [one for one in asked if isinstance(one, dict)] or [await self.account()]
+        num_silent = max(len(self._affinity.urls), len(asked)) - len(told)
         ids = {"user_id": schema.user_id, "item_id": schema.item_id}
         return {"answered_by": self._replica, "ids": ids, **service_status(told, num_silent)}
 

@@ -25,7 +25,7 @@ class Upkeep:
         affinity: Affinity,
         keeper: StateKeeper,
         rollouts: Rollouts,
-        ask_urls: Callable[[], Awaitable[list[tuple[str, str | None]]]],
+        ask_urls: Callable[[], Awaitable[list[tuple[str, str | None] | BaseException]]],
         refresh_s: float,
     ) -> None:
         self._tables, self._affinity, self._keeper, self._rollouts = tables, affinity, keeper, rollouts
@@ -54,10 +54,11 @@ class Upkeep:
             self._under_way[work.__name__] = asyncio.ensure_future(work())
 
     async def _look_at_ring(self) -> None:
-        urls = dict(await self._ask_urls())
+        told = await self._ask_urls()
         self._looked_s = time.monotonic()
-        if urls:  # else the ring stays what it was
-            self._affinity.see(urls)
+        if urls := dict(one for one in told if not isinstance(one, BaseException)):  # else the ring stays what it was
+            is_one_silent = any(isinstance(one, TimeoutError) for one in told)  # it may be well again soon
+            self._affinity.see({**self._affinity.urls, **urls} if is_one_silent else urls)
         self._begin(self._bring)
 
     async def _bring(self) -> None:
