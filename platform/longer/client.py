@@ -19,7 +19,7 @@ from requests.adapters import HTTPAdapter
 
 from longer.errors import UserError
 from longer.patience import Patience, as_ms
-from longer.replica_urls import AVOID_S, ReplicaUrls
+from longer.replica_urls import ReplicaUrls
 from longer.ring import session_of
 
 _ARROW = "application/vnd.apache.arrow.stream"
@@ -137,7 +137,10 @@ class ScoringClient:
                 raise
             return None
         if answer.headers.get("x-replica") != found.replica:  # another one that has got the port, or one without room
-            replicas.avoid(found.url, _least_pause_s(answer) if answer.status_code == _FULL else AVOID_S)
+            if answer.status_code == _FULL:
+                replicas.spare(found.url, _least_pause_s(answer))
+            else:
+                replicas.avoid(found.url)
             return None
         if answer.status_code in _REPEATED and patience.pauses(_least_pause_s(answer)):
             return None

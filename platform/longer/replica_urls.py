@@ -9,7 +9,7 @@ from longer.ring import Ring
 
 _REFRESH_S = 10.0
 """How often a client asks for the replicas."""
-AVOID_S = 30.0
+_AVOID_S = 30.0
 """How long it leaves one alone that it could not reach."""
 
 
@@ -47,10 +47,14 @@ class ReplicaUrls:
         url = self._urls.get(replica)
         return ReplicaUrl(replica, url) if url and time.monotonic() >= self._avoided_until_s.get(url, 0.0) else None
 
-    def avoid(self, url: str, for_s: float = AVOID_S) -> None:
-        """It could not be reached, or asked to be left alone; perhaps there are other replicas now."""
-        self._avoided_until_s[url] = time.monotonic() + for_s
+    def avoid(self, url: str) -> None:
+        """It could not be reached: perhaps there are other replicas now."""
+        self.spare(url, _AVOID_S)
         self._asked_s = -_REFRESH_S
+
+    def spare(self, url: str, for_s: float) -> None:
+        """It asked to be left alone for so long."""
+        self._avoided_until_s[url] = time.monotonic() + for_s
 
     def _refresh(self) -> None:
         told = self._ask()

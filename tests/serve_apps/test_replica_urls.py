@@ -59,8 +59,8 @@ def test_a_replica_that_cannot_be_reached_is_left_alone_for_a_while_and_its_succ
     told.urls = {**URLS, "a": "http://10.0.0.3:5"}
     clock.now_s += 11
     assert (found.of(session), told.num_asked) == (("a", "http://10.0.0.3:5"), 3)
-    found.avoid("http://10.0.0.3:5", for_s=2)
-    assert found.of(session) is None
+    found.spare("http://10.0.0.3:5", for_s=2)
+    assert (found.of(session), told.num_asked) == (None, 3)  # it is only full, and so is the proxy soon
     clock.now_s += 3
     assert found.of(session) == ("a", "http://10.0.0.3:5")
     told.urls = {}
