@@ -66,6 +66,7 @@ class DirectServer:
             http=BoundedHttp,
             ws="none",
             lifespan="off",
+            proxy_headers=False,
             access_log=False,
             log_config=None,
             log_level="critical",

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
+import orjson
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -20,7 +21,6 @@ from pydantic import (
     ValidationError,
     WithJsonSchema,
 )
-from pydantic_core import to_json
 
 from longer.errors import UserError
 from longer.serving.requests import LAST_MS, EventsRequest, EventsResult, ScoreRequest, ScoreResult
@@ -301,12 +301,12 @@ def about_result(result: ScoreResult, model_version: str) -> dict[str, Any]:
 
 
 def score_answer(asked: Asked, result: ScoreResult, model_version: str) -> dict[str, Any]:
-    """A `ScoreAnswer`."""
+    """A `ScoreAnswer`, its scores as arrays."""
     ids, scores = asked.request.item_ids, result.scores
     if asked.top_k is not None:
         places = chosen(result, asked.top_k)
         ids, scores = [ids[c] for c in places], {task: values[places] for task, values in scores.items()}
-    told = {task: values.tolist() for task, values in scores.items()}
+    told = {task: np.ascontiguousarray(values) for task, values in scores.items()}  # as `as_json` takes them
     return {"candidates": ids, "scores": told, **about_result(result, model_version)}
 
 
@@ -316,4 +316,5 @@ def events_answer(result: EventsResult, replica: str) -> dict[str, Any]:
 
 
 def as_json(content: dict[str, Any]) -> bytes:
-    return to_json(content)  # of a thousand scores, an eighth of the time of `json.dumps`
+    """Scores in as few digits as tell a float32 from all others."""
+    return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)

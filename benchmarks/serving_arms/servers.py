@@ -115,7 +115,8 @@ def plain_app(args: ServerArgs) -> FastAPI:
         end = history.end_before(body.request_ts)
         window = history.window(end, model.windows)
         request = ScoreRequest(body.user_id, body.candidates)  # type: ignore[arg-type]
-        features = reader.candidates(request, items)
+        [features] = reader.candidates([request], items)
+        assert isinstance(features, dict)
         asked = Candidates(np.array([0, len(body.candidates)]), features)
         row, ends = np.zeros(1, np.int64), np.array([end])
         batch = RequestBatch(window, row, ends, np.array([body.request_ts]), asked, row)

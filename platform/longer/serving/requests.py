@@ -1,13 +1,13 @@
 """What is asked of the scorer and what it answers; values as sent become keys and columns here. No torch, no Ray, no HTTP.
 
-C candidates of one request.
+C candidates of one request, N of several.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from time import time
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,8 @@ from longer.schema import EventSchema
 
 Source = Literal["hit", "append", "load", "cold"]
 Columns = Mapping[str, Sequence[Any] | pa.Array]
+Features = dict[str, npt.NDArray]
+T = TypeVar("T")
 
 LAST_MS = 253_402_300_799_999
 """The end of the year 9999, the last time that there is."""
@@ -72,6 +74,22 @@ class EventsResult:
     num_new: int
 
 
+class User(NamedTuple):
+    """The id, one row of its column, and what the user is known by in here."""
+
+    id: pa.Array
+    key: int
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """Candidates, in columns, and what was sent of their features; those of the request are as the model reads them."""
+
+    item_ids: pa.Array
+    item_features: dict[str, pa.Array]
+    request_features: Features
+
+
 class RequestReader:
     """Values as sent to what the scorer works with; a UserError names the field at fault and repeats nothing of it."""
 
@@ -82,34 +100,59 @@ class RequestReader:
     def user(self, user_id: int | str) -> pa.Array:
         return _column("user_id", [user_id], self._schema.id_types[0])
 
-    def time(self, request_ts: int | None) -> int:
-        """In milliseconds; now, if none is given."""
+    def users(self, asked: Sequence["ScoreRequest | EventsRequest"]) -> list[User | UserError]:
+        """Each request's user, or the error. Looked at together, here and below: that costs little more than one alone."""
+        found = [_or_error(self.user, request.user_id) for request in asked]
+        ids = [user_id for user_id in found if isinstance(user_id, pa.Array)]
+        keys = iter(stable_keys(pa.concat_arrays(ids)).tolist() if ids else [])
+        return [one if isinstance(one, UserError) else User(one, next(keys)) for one in found]
+
+    def time(self, request_ts: int | None) -> int | UserError:
+        """In milliseconds, or the error; now, if none is given."""
         if request_ts is None:
             return now_ms()
         if not 0 <= request_ts <= LAST_MS:
-            raise UserError("request_ts: expected milliseconds since 1970, up to the year 9999")
+            return UserError("request_ts: expected milliseconds since 1970, up to the year 9999")
         return request_ts
 
-    def candidates(self, request: ScoreRequest, items: ItemTable | None) -> dict[str, npt.NDArray]:
-        """Item keys and features [C] of the candidates: features as given, else from the catalogue, else missing.
+    def candidates(self, requests: Sequence[ScoreRequest], items: ItemTable | None) -> list[Features | UserError]:
+        """Item keys and features [C] of each request's candidates, or its error: features as given, else from the catalogue, else
+        missing. With them the features of the request, the same for all."""
+        sent = [_or_error(self._sent, request) for request in requests]
+        ids = [one.item_ids for one in sent if isinstance(one, _Sent)]
+        if not ids:
+            return [one for one in sent if isinstance(one, UserError)]
+        item_key_N = stable_keys(pa.concat_arrays(ids))
+        found = items.lookup(item_key_N) if items else missing_features(self._schema, "item", len(item_key_N))
+        found = {"item_id": item_key_N, **found}
+        outcomes, begin = list[Features | UserError](), 0
+        for one in sent:
+            if isinstance(one, _Sent):
+                end = begin + len(one.item_ids)
+                outcomes.append(self._with_sent({name: values[begin:end] for name, values in found.items()}, one))
+                begin = end
+            else:
+                outcomes.append(one)
+        return outcomes
 
-        With them the features of the request, the same for all.
-        """
+    def _sent(self, request: ScoreRequest) -> "_Sent":
         schema, known = self._schema, self._schema.features_of("item")
         if not request.item_features.keys() <= set(known):
             raise UserError(f"candidates: unknown item feature: this model reads {', '.join(known) or 'item ids only'}")
-        item_key_C = stable_keys(_column("candidates", request.item_ids, schema.id_types[1]))
+        item_ids = _column("candidates", request.item_ids, schema.id_types[1])
         given = {
             name: _column(f"candidates.{name}", values, self._types[name])
             for name, values in request.item_features.items()
         }
-        found = items.lookup(item_key_C) if items else missing_features(schema, "item", len(item_key_C))
-        for name, values_C in feature_arrays(schema, given).items():
-            is_given_C = given[name].is_valid().to_numpy(zero_copy_only=False)
-            found[name] = np.where(is_given_C, values_C, found[name])
-        return {"item_id": item_key_C, **found, **self._of_request(request.request_features, len(item_key_C))}
+        return _Sent(item_ids, given, self._of_request(request.request_features, len(item_ids)))
 
-    def _of_request(self, given: Mapping[str, Any], num_candidates: int) -> dict[str, npt.NDArray]:
+    def _with_sent(self, found: Features, sent: "_Sent") -> Features:
+        for name, values_C in feature_arrays(self._schema, sent.item_features).items():
+            is_given_C = sent.item_features[name].is_valid().to_numpy(zero_copy_only=False)
+            found[name] = np.where(is_given_C, values_C, found[name])
+        return found | sent.request_features
+
+    def _of_request(self, given: Mapping[str, Any], num_candidates: int) -> Features:
         known = self._schema.features_of("request")
         if not given.keys() <= set(known):
             raise UserError(f"request_features: unknown feature: this model reads {', '.join(known) or 'none'}")
@@ -119,7 +162,7 @@ class RequestReader:
 
     def events(self, asked: Sequence["ScoreRequest | EventsRequest"]) -> list[pa.Table | UserError | None]:
         """The events that each request brings, as rows of the log (`events_arrow`), each as fit for it as the import job asks; or
-        the error of the first that is not; None if there are none. Checked together: that costs little more than one alone."""
+        the error of the first that is not; None if there are none."""
         outcomes = [self._raw_events(request) for request in asked]
         raw = [outcome for outcome in outcomes if isinstance(outcome, pa.Table)]
         if not raw:
@@ -158,6 +201,13 @@ class RequestReader:
 
 def now_ms() -> int:
     return int(time() * 1000)
+
+
+def _or_error(function: Callable[[Any], T], given: Any) -> T | UserError:
+    try:
+        return function(given)
+    except UserError as error:
+        return error
 
 
 def _column(field_name: str, values: Sequence[Any] | pa.Array, wanted: pa.DataType) -> pa.Array:

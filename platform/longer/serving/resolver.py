@@ -184,6 +184,8 @@ class StateResolver:
         return [update for update in planned if update is not None]
 
     def _histories(self, requests: Sequence[tuple[Pending, TableRow, HeldState | None]]) -> list[UserHistory]:
+        if not requests:
+            return []
         online = self._online.of([request.user_key for request, _, _ in requests])
         user_ids = [request.user_id for request, _, _ in requests]
         return self._history.with_online(user_ids, [row for _, row, _ in requests], online)

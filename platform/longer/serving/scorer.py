@@ -246,9 +246,10 @@ class Scorer:
         states = [request.state for request in requests if request.state is not None]
         request_ts_R = np.array([request.request_ts for request in requests], np.int64)
         outputs_CT = self._engine.score(states, request_ts_R, Candidates(offsets_R1, features))
+        scores = to_scores(outputs_CT, self.model.tasks)
         for request, state, start, end in zip(requests, states, offsets_R1[:-1], offsets_R1[1:], strict=True):
             assert request.source is not None
-            scores = to_scores(outputs_CT[start:end], self.model.tasks)
+            own = {task: values[start:end] for task, values in scores.items()}
             last = None if state.last_event_ts == NO_EVENT_TS else state.last_event_ts
-            request.result = ScoreResult(scores, request.request_ts, request.source, state.num_events, last)
+            request.result = ScoreResult(own, request.request_ts, request.source, state.num_events, last)
             self.cache.counters.count(request.source)

@@ -4,14 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-import numpy.typing as npt
 import pyarrow as pa
 
 from longer.data.items import ItemTable
 from longer.errors import UserError
-from longer.hashing import stable_keys
 from longer.serving.pending import Pending
-from longer.serving.requests import EventsRequest, RequestReader, ScoreRequest, ScoreResult, now_ms
+from longer.serving.requests import EventsRequest, Features, RequestReader, ScoreRequest, ScoreResult, User, now_ms
 from longer.serving.store import BATCH_USERS
 
 P = TypeVar("P", bound=Pending)
@@ -21,7 +19,7 @@ P = TypeVar("P", bound=Pending)
 class Asked(Pending):
     """A score request whose candidates are keys and numbers."""
 
-    candidates: dict[str, npt.NDArray] = field(default_factory=dict)
+    candidates: Features = field(default_factory=dict)
     items: ItemTable | None = None
     result: ScoreResult | None = None
 
@@ -46,43 +44,42 @@ class Scoring:
 def prepare(scorings: Sequence[Scoring], reader: RequestReader, items: ItemTable | None) -> None:
     """Those that are new have users, times, events and candidates of this catalogue, or their error; the others its candidates."""
     new = [one for one in scorings if one.asked is None]
-    events = reader.events([one.request for one in new])
-    for one, own in zip(new, events, strict=True):
-        one.asked = _asked(one.request, own, reader, items)
-    for one in scorings:
-        if isinstance(one.asked, Asked) and one.asked.items is not items:  # the tables have moved meanwhile
-            one.asked.items, one.asked.candidates = items, reader.candidates(one.request, items)
+    requests = [one.request for one in new]
+    users, events = reader.users(requests), reader.events(requests)
+    for one, user, own, found in zip(new, users, events, reader.candidates(requests, items), strict=True):
+        one.asked = _asked(user, reader.time(one.request.request_ts), found, own, items)
+    moved = [one for one in scorings if isinstance(one.asked, Asked) and one.asked.items is not items]
+    for one, found in zip(moved, reader.candidates([one.request for one in moved], items), strict=True):
+        assert isinstance(one.asked, Asked)
+        assert isinstance(found, dict)  # as it was of the catalogue before
+        one.asked.items, one.asked.candidates = items, found
 
 
 def _asked(
-    request: ScoreRequest, events: pa.Table | UserError | None, reader: RequestReader, items: ItemTable | None
+    user: User | UserError,
+    request_ts: int | UserError,
+    candidates: Features | UserError,
+    events: pa.Table | UserError | None,
+    items: ItemTable | None,
 ) -> Asked | UserError:
-    try:
-        user_id, request_ts = reader.user(request.user_id), reader.time(request.request_ts)
-        candidates = reader.candidates(request, items)
-    except UserError as error:
-        return error
+    """The first error is what the caller is told."""
+    if isinstance(user, UserError):
+        return user
+    if isinstance(request_ts, UserError):
+        return request_ts
+    if isinstance(candidates, UserError):
+        return candidates
     if isinstance(events, UserError):
         return events
-    return Asked(user_id, int(stable_keys(user_id)[0]), request_ts, events, candidates=candidates, items=items)
+    return Asked(user.id, user.key, request_ts, events, candidates=candidates, items=items)
 
 
 def prepared_events(requests: Sequence[EventsRequest], reader: RequestReader) -> list[Pending | UserError]:
     """Each with its user and events, as of now, or its error."""
-    events = reader.events(requests)
-    return [_with_events(request, own, reader) for request, own in zip(requests, events, strict=True)]
-
-
-def _with_events(
-    request: EventsRequest, events: pa.Table | UserError | None, reader: RequestReader
-) -> Pending | UserError:
-    try:
-        user_id = reader.user(request.user_id)
-    except UserError as error:
-        return error
-    if isinstance(events, UserError):
-        return events
-    return Pending(user_id, int(stable_keys(user_id)[0]), now_ms(), events)
+    return [
+        user if isinstance(user, UserError) else own if isinstance(own, UserError) else Pending(*user, now_ms(), own)
+        for user, own in zip(reader.users(requests), reader.events(requests), strict=True)
+    ]
 
 
 def waves(requests: Sequence[P]) -> list[list[P]]:
