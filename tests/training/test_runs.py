@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 
 from longer import s3 as longer_s3
 from longer.storage import Table, file_sizes, read_bytes, remove_tree, write_bytes
@@ -14,6 +16,7 @@ from longer.training.runs import RECORD, KeepBestAndLast, mend_record, note_star
 from longer.training.trainer_state import TrainerState, read_trainer_state, save_trainer
 from tests.s3.proxy import Fault, Proxy
 
+WEIGHTS = safetensors.torch.save({"a": torch.zeros(8), "b": torch.zeros(3)})
 FILES = ("model.json", "model.safetensors", "trainer.json", "trainer.safetensors")
 
 
@@ -137,8 +140,8 @@ def test_a_damaged_record_names_the_whole_checkpoints_or_goes(tmp_path: Path, ca
     assert not (tmp_path / RECORD).exists()
     assert "starts anew" in capsys.readouterr().err
     for step in (2, 3, 4):
-        for file in FILES[:2]:
-            write_bytes(f"{run}/{step_folder(step)}/{file}", b"x")
+        write_bytes(f"{run}/{step_folder(step)}/model.json", b"x")
+        write_bytes(f"{run}/{step_folder(step)}/model.safetensors", WEIGHTS)
         save_trainer(f"{run}/{step_folder(step)}", {}, TrainerState(Position(0, step), checkpoints=[{"step": step}]))
     os.truncate(f"{run}/{step_folder(4)}/trainer.json", 9)
     write_bytes(f"{run}/{RECORD}", b"{}")
@@ -151,3 +154,28 @@ def test_a_damaged_record_names_the_whole_checkpoints_or_goes(tmp_path: Path, ca
     before = (tmp_path / RECORD).read_bytes()
     mend_record(run)
     assert (tmp_path / RECORD).read_bytes() == before
+
+
+@pytest.mark.parametrize("file", FILES[1:])
+@pytest.mark.parametrize("left", [0, 5, 60])
+def test_a_run_whose_newest_checkpoint_has_lost_a_part_goes_on_from_the_one_before(
+    root: str, file: str, left: int, capsys: pytest.CaptureFixture
+) -> None:
+    """The record names it all the same: each start would fail at it."""
+    run = f"{root}/training/run"
+    for step in (1, 2):
+        write_bytes(f"{run}/{step_folder(step)}/model.json", b"x")
+        write_bytes(f"{run}/{step_folder(step)}/model.safetensors", WEIGHTS)
+        state = TrainerState(Position(0, step), checkpoints=[{"step": step}])
+        save_trainer(f"{run}/{step_folder(step)}", {"a/step": torch.zeros(())}, state)
+    results = [{"checkpoint_dir_name": step_folder(step)} for step in (1, 2)]
+    record = json.dumps({"checkpoint_results": results, "latest_checkpoint_result": results[-1]}).encode()
+    write_bytes(f"{run}/{RECORD}", record)
+    mend_record(run)
+    assert read_bytes(f"{run}/{RECORD}") == record
+    damaged = f"{run}/{step_folder(2)}/{file}"
+    write_bytes(damaged, read_bytes(damaged)[:left])
+    mend_record(run)
+    named = json.loads(read_bytes(f"{run}/{RECORD}"))["checkpoint_results"]
+    assert [result["checkpoint_dir_name"] for result in named] == [step_folder(1)]
+    assert "its newest checkpoint was damaged: made anew from the 1 whole checkpoints" in capsys.readouterr().err
