@@ -12,7 +12,15 @@ import torch
 from longer import s3 as longer_s3
 from longer.storage import Table, file_sizes, read_bytes, remove_tree, write_bytes
 from longer.training.cursor import Position
-from longer.training.runs import RECORD, KeepBestAndLast, mend_record, note_start, remove_old_runs, step_folder
+from longer.training.runs import (
+    RECORD,
+    KeepBestAndLast,
+    best_that_is_whole,
+    mend_record,
+    note_start,
+    remove_old_runs,
+    step_folder,
+)
 from longer.training.trainer_state import TrainerState, read_trainer_state, save_trainer
 from tests.s3.proxy import Fault, Proxy
 
@@ -28,6 +36,15 @@ def make_run(root: str, run: str, published_at: str | None = None, folder: str =
         table = Table(f"{root}/checkpoints")
         write_bytes(f"{table.begin(run)}/model.json", b"x")
         table.publish(run, {"published_at": published_at})
+
+
+def save_checkpoint(run: str, step: int) -> None:
+    """A whole one, as far as its files tell."""
+    path = f"{run}/{step_folder(step)}"
+    write_bytes(f"{path}/model.json", b"x")
+    write_bytes(f"{path}/model.safetensors", WEIGHTS)
+    state = TrainerState(Position(0, step), checkpoints=[{"step": step}])
+    save_trainer(path, {"a/step": torch.zeros(())}, state)
 
 
 def runs_with_checkpoints(root: str) -> set[str]:
@@ -164,10 +181,7 @@ def test_a_run_whose_newest_checkpoint_has_lost_a_part_goes_on_from_the_one_befo
     """The record names it all the same: each start would fail at it."""
     run = f"{root}/training/run"
     for step in (1, 2):
-        write_bytes(f"{run}/{step_folder(step)}/model.json", b"x")
-        write_bytes(f"{run}/{step_folder(step)}/model.safetensors", WEIGHTS)
-        state = TrainerState(Position(0, step), checkpoints=[{"step": step}])
-        save_trainer(f"{run}/{step_folder(step)}", {"a/step": torch.zeros(())}, state)
+        save_checkpoint(run, step)
     results = [{"checkpoint_dir_name": step_folder(step)} for step in (1, 2)]
     record = json.dumps({"checkpoint_results": results, "latest_checkpoint_result": results[-1]}).encode()
     write_bytes(f"{run}/{RECORD}", record)
@@ -179,3 +193,20 @@ def test_a_run_whose_newest_checkpoint_has_lost_a_part_goes_on_from_the_one_befo
     named = json.loads(read_bytes(f"{run}/{RECORD}"))["checkpoint_results"]
     assert [result["checkpoint_dir_name"] for result in named] == [step_folder(1)]
     assert "its newest checkpoint was damaged: made anew from the 1 whole checkpoints" in capsys.readouterr().err
+
+
+def test_a_run_whose_best_checkpoint_is_damaged_or_gone_publishes_the_next_best(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """It could never end: all is trained, and the command fails at what it copies."""
+    run, scores = str(tmp_path), {1: 0.9, 2: 0.6, 3: 0.7}
+    checkpoints = [{"step": step, "score": score, "epochs": step} for step, score in scores.items()]
+    for step in scores:
+        save_checkpoint(run, step)
+    assert best_that_is_whole(run, checkpoints)["step"] == 1
+    assert capsys.readouterr().err == ""
+    os.truncate(f"{run}/{step_folder(1)}/model.safetensors", 60)
+    assert best_that_is_whole(run, checkpoints)["step"] == 3
+    assert f"{step_folder(1)}, the best by validation, is damaged: step 3" in capsys.readouterr().err
+    remove_tree(f"{run}/{step_folder(1)}")
+    assert best_that_is_whole(run, checkpoints)["step"] == 3

@@ -7,6 +7,7 @@ RUN/tensorboard/...                      scalars
 """
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -16,7 +17,7 @@ from ray.train import Checkpoint, UserCallback
 from longer.errors import StorageError, UserError
 from longer.progress import say
 from longer.storage import Table, file_sizes, open_input, read_bytes, remove_tree, write_bytes
-from longer.training.trainer_state import TrainerState, read_trainer_state
+from longer.training.trainer_state import TrainerState, best_of_epochs, read_trainer_state
 
 RECORD = "checkpoint_manager_snapshot.json"
 _STARTED_FROM = "started_from.json"
@@ -91,14 +92,10 @@ def mend_record(run_path: str) -> None:
     A kill while Ray writes it leaves half of it, and a disk may lose a part of the checkpoint that it names last: with either, no
     run would ever start again.
     """
-    parts: dict[str, dict[str, int]] = {}
-    for path, num_bytes in file_sizes(run_path).items():
-        folder, _, file = path.partition("/")
-        parts.setdefault(folder, {})[file] = num_bytes
+    parts = _parts_of(run_path)
     if RECORD not in parts or _is_whole(run_path, parts):
         return
-    found = {folder: _state_of(f"{run_path}/{folder}", parts[folder]) for folder in sorted(parts)}
-    states = {folder: state for folder, state in found.items() if state}
+    states = _whole_checkpoints(run_path, parts)
     if not states:
         remove_tree(f"{run_path}/{RECORD}")
         say("train", f"{run_path}/{RECORD} was damaged and no checkpoint is whole: the run starts anew")
@@ -124,6 +121,35 @@ def mend_record(run_path: str) -> None:
         "train",
         f"{run_path}/{RECORD} or its newest checkpoint was damaged: made anew from the {len(results)} whole checkpoints there",
     )
+
+
+def best_that_is_whole(run_path: str, checkpoints: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What `best_of_epochs` says of the checkpoints that are whole, as the last one is; a line if that is not the best of all."""
+    whole = _whole_checkpoints(run_path, _parts_of(run_path))
+    (best,) = best_of_epochs(checkpoints)
+    (found,) = best_of_epochs([one for one in checkpoints if step_folder(one["step"]) in whole])
+    if found != best:
+        damaged = f"{run_path}/{step_folder(best['step'])}"
+        say(
+            "train",
+            f"{damaged}, the best by validation, is damaged: step {found['step']}, the next best, takes its place",
+        )
+    return found
+
+
+def _parts_of(run_path: str) -> dict[str, dict[str, int]]:
+    """The sizes of the files in each folder of a run; a file beside them counts as a folder."""
+    parts: dict[str, dict[str, int]] = {}
+    for path, num_bytes in file_sizes(run_path).items():
+        folder, _, file = path.partition("/")
+        parts.setdefault(folder, {})[file] = num_bytes
+    return parts
+
+
+def _whole_checkpoints(run_path: str, parts: dict[str, dict[str, int]]) -> dict[str, TrainerState]:
+    """By folder, in the order of steps."""
+    found = {folder: _state_of(f"{run_path}/{folder}", parts[folder]) for folder in sorted(parts)}
+    return {folder: state for folder, state in found.items() if state}
 
 
 def _is_whole(run_path: str, parts: dict[str, dict[str, int]]) -> bool:
