@@ -7,8 +7,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict
 
 
 def same_for_workers(path: str) -> str:
-    """The path as Ray's workers find it, who run in folders of their own; s3:// prefixes are."""
-    return path if "://" in path else os.path.abspath(path)
+    """The path as Ray's workers find it, who run in folders of their own; without a slash at its end, which S3 takes for a name."""
+    return path.rstrip("/") if "://" in path else os.path.abspath(path)
 
 
 WorkersPath = Annotated[str, AfterValidator(same_for_workers)]

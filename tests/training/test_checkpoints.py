@@ -15,6 +15,7 @@ from longer.config import Settings
 from longer.errors import UserError
 from longer.model.longer import Longer
 from longer.schema import EventSchema
+from longer.section import same_for_workers
 from longer.storage import read_bytes, write_bytes
 from longer.training.checkpoints import check_start, load_model, save_model
 from longer.training.cursor import Position
@@ -182,6 +183,13 @@ def test_a_worker_may_start_from_a_checkpoint_on_s3_as_from_a_local_one(saved: t
         assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
     with pytest.raises(UserError, match="no such file on the node of this worker: start from s3://"):
         load_own_weights(f"{directory}/elsewhere", other)
+
+
+def test_a_checkpoint_on_s3_is_found_though_its_path_ends_with_a_slash(saved: tuple[str, Longer], s3: str) -> None:
+    """As consoles and listings show it: S3 would look for another name, and training could not tell what it was trained on."""
+    for file in ("model.json", "model.safetensors"):
+        write_bytes(f"{s3}/checkpoint/{file}", read_bytes(f"{saved[0]}/{file}"))
+    assert check_start(same_for_workers(f"{s3}/checkpoint/"), settings_like(saved[1])).model_version
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from longer.storage import Table, Version
-from longer.training.lineage import finished, past_of, trained_of_log
+from longer.training.lineage import finished, past_of, trained_of_log, unknown_bases
 
 MARCH, APRIL, JUNE = (f"2026-0{month}-01T00:00:00.000+00:00" for month in (3, 4, 6))
 
@@ -58,6 +58,20 @@ def test_a_validation_that_a_base_may_have_trained_on_does_not_pass_for_held_out
     past = past_of(published(checkpoints, "base", **manifest).path, MARCH)
     assert past.is_leaking
     assert "may be of requests that it has seen" in capsys.readouterr().err
+
+
+def test_a_test_split_that_a_base_without_a_manifest_may_have_trained_on_is_told_at_any_remove(
+    tmp_path: Path, checkpoints: Table, requests: Version
+) -> None:
+    """A checkpoint in the folder of a run of --continue has trained the test split, and cannot say so."""
+    past = past_of(str(tmp_path / "training" / "continued" / "step_0000008"), MARCH)
+    own = {"requests": "own", "until": MARCH}
+    tuned = published(checkpoints, "tuned", trained=[*past.trained, own], trained_until=MARCH)
+    assert unknown_bases(tuned) == [str(tmp_path / "training" / "continued" / "step_0000008")]
+    assert trained_of_log(tuned, requests) == MARCH
+    again = published(checkpoints, "again", trained=[*past_of(tuned.path, MARCH).trained, own], trained_until=MARCH)
+    assert unknown_bases(again) == unknown_bases(tuned)
+    assert not unknown_bases(published(checkpoints, "first", trained=[own], trained_until=MARCH))
 
 
 def test_a_base_that_ended_where_validation_starts_raises_no_alarm(

@@ -6,14 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 
 from longer import s3 as longer_s3
 from longer.storage import Table, file_sizes, read_bytes, remove_tree, write_bytes
 from longer.training.cursor import Position
-from longer.training.runs import RECORD, KeepBestAndLast, mend_record, note_start, remove_old_runs, step_folder
+from longer.training.runs import (
+    RECORD,
+    KeepBestAndLast,
+    best_that_is_whole,
+    mend_record,
+    note_start,
+    remove_old_runs,
+    step_folder,
+)
 from longer.training.trainer_state import TrainerState, read_trainer_state, save_trainer
 from tests.s3.proxy import Fault, Proxy
 
+WEIGHTS = safetensors.torch.save({"a": torch.zeros(8), "b": torch.zeros(3)})
 FILES = ("model.json", "model.safetensors", "trainer.json", "trainer.safetensors")
 
 
@@ -25,6 +36,15 @@ def make_run(root: str, run: str, published_at: str | None = None, folder: str =
         table = Table(f"{root}/checkpoints")
         write_bytes(f"{table.begin(run)}/model.json", b"x")
         table.publish(run, {"published_at": published_at})
+
+
+def save_checkpoint(run: str, step: int) -> None:
+    """A whole one, as far as its files tell."""
+    path = f"{run}/{step_folder(step)}"
+    write_bytes(f"{path}/model.json", b"x")
+    write_bytes(f"{path}/model.safetensors", WEIGHTS)
+    state = TrainerState(Position(0, step), checkpoints=[{"step": step}])
+    save_trainer(path, {"a/step": torch.zeros(())}, state)
 
 
 def runs_with_checkpoints(root: str) -> set[str]:
@@ -137,8 +157,8 @@ def test_a_damaged_record_names_the_whole_checkpoints_or_goes(tmp_path: Path, ca
     assert not (tmp_path / RECORD).exists()
     assert "starts anew" in capsys.readouterr().err
     for step in (2, 3, 4):
-        for file in FILES[:2]:
-            write_bytes(f"{run}/{step_folder(step)}/{file}", b"x")
+        write_bytes(f"{run}/{step_folder(step)}/model.json", b"x")
+        write_bytes(f"{run}/{step_folder(step)}/model.safetensors", WEIGHTS)
         save_trainer(f"{run}/{step_folder(step)}", {}, TrainerState(Position(0, step), checkpoints=[{"step": step}]))
     os.truncate(f"{run}/{step_folder(4)}/trainer.json", 9)
     write_bytes(f"{run}/{RECORD}", b"{}")
@@ -151,3 +171,42 @@ def test_a_damaged_record_names_the_whole_checkpoints_or_goes(tmp_path: Path, ca
     before = (tmp_path / RECORD).read_bytes()
     mend_record(run)
     assert (tmp_path / RECORD).read_bytes() == before
+
+
+@pytest.mark.parametrize("file", FILES[1:])
+@pytest.mark.parametrize("left", [0, 5, 60])
+def test_a_run_whose_newest_checkpoint_has_lost_a_part_goes_on_from_the_one_before(
+    root: str, file: str, left: int, capsys: pytest.CaptureFixture
+) -> None:
+    """The record names it all the same: each start would fail at it."""
+    run = f"{root}/training/run"
+    for step in (1, 2):
+        save_checkpoint(run, step)
+    results = [{"checkpoint_dir_name": step_folder(step)} for step in (1, 2)]
+    record = json.dumps({"checkpoint_results": results, "latest_checkpoint_result": results[-1]}).encode()
+    write_bytes(f"{run}/{RECORD}", record)
+    mend_record(run)
+    assert read_bytes(f"{run}/{RECORD}") == record
+    damaged = f"{run}/{step_folder(2)}/{file}"
+    write_bytes(damaged, read_bytes(damaged)[:left])
+    mend_record(run)
+    named = json.loads(read_bytes(f"{run}/{RECORD}"))["checkpoint_results"]
+    assert [result["checkpoint_dir_name"] for result in named] == [step_folder(1)]
+    assert "its newest checkpoint was damaged: made anew from the 1 whole checkpoints" in capsys.readouterr().err
+
+
+def test_a_run_whose_best_checkpoint_is_damaged_or_gone_publishes_the_next_best(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """It could never end: all is trained, and the command fails at what it copies."""
+    run, scores = str(tmp_path), {1: 0.9, 2: 0.6, 3: 0.7}
+    checkpoints = [{"step": step, "score": score, "epochs": step} for step, score in scores.items()]
+    for step in scores:
+        save_checkpoint(run, step)
+    assert best_that_is_whole(run, checkpoints)["step"] == 1
+    assert capsys.readouterr().err == ""
+    os.truncate(f"{run}/{step_folder(1)}/model.safetensors", 60)
+    assert best_that_is_whole(run, checkpoints)["step"] == 3
+    assert f"{step_folder(1)}, the best by validation, is damaged: step 3" in capsys.readouterr().err
+    remove_tree(f"{run}/{step_folder(1)}")
+    assert best_that_is_whole(run, checkpoints)["step"] == 3

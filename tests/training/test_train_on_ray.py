@@ -200,7 +200,7 @@ def test_a_run_whose_record_a_kill_has_damaged_goes_on_from_its_newest_whole_che
     else:
         shutil.rmtree(run / step_folder(4 * EVERY))
     again = train.run(settings_for(settings, tmp_path, num_workers=1))
-    assert f"{RECORD} was damaged: made anew from" in capsys.readouterr().err
+    assert f"{RECORD} or its newest checkpoint was damaged: made anew from" in capsys.readouterr().err
     assert again.manifest["trained"][-1]["epochs"] == version.manifest["trained"][-1]["epochs"]
     assert [r["step"] for r in again.manifest["history"]] == [r["step"] for r in version.manifest["history"]]
 

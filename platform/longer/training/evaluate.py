@@ -34,6 +34,7 @@ from longer.storage import TABLE_FORMAT, Table, Version, checked_output, fingerp
 from longer.training.baselines import count_in_history, item_counts, popularity
 from longer.training.checkpoints import CheckpointInfo, load_model
 from longer.training.inputs import Inputs
+from longer.training.lineage import unknown_bases
 from longer.training.loader import read_split, score_split
 from longer.training.metrics import auc, defined, gauc, shown
 from longer.training.steps import task_metrics
@@ -71,7 +72,7 @@ def evaluate(settings: Settings) -> Version:
         raise UserError(
             f"{requests.path}: no requests in the test split: raise requests.test_days_share, build them again"
         )
-    _check_held_out(checkpoint, requests)
+    may_be_seen = _check_held_out(checkpoint, requests)
     load_model(checkpoint.path, expected_schema=settings.event_schema)  # a mistake is told here once, not by every task
     train_end_ms = round(datetime.fromisoformat(requests.manifest["valid_from"]).timestamp() * 1000)
     scorer = BucketScorer(settings, inputs.ids, checkpoint.path, table.begin(version_id), train_end_ms)
@@ -87,6 +88,7 @@ def evaluate(settings: Settings) -> Version:
         "settings": chosen,
         "inputs": inputs.ids,
         "model_version": checkpoint.manifest["model_version"],
+        "test_may_be_seen": may_be_seen,
         "num_requests": sum(part.num_requests for part in parts),
         "num_rows": sum(len(part.item_C) for part in parts),
     }
@@ -98,13 +100,22 @@ def evaluate(settings: Settings) -> Version:
     return version
 
 
-def _check_held_out(checkpoint: Version, requests: Version) -> None:
+def _check_held_out(checkpoint: Version, requests: Version) -> bool:
+    """A UserError if the test split has been trained; whether it may have been, which a line tells."""
     trained_until, test_from = checkpoint.manifest["trained_until"], requests.manifest["test_from"]
     if datetime.fromisoformat(trained_until) > datetime.fromisoformat(test_from):
         raise UserError(
             f"{checkpoint.path}: has trained requests until {trained_until}, the test split starts at {test_from}: see each day's "
             "metrics from before it was trained in its manifest, or train without --continue and --from"
         )
+    unknown = unknown_bases(checkpoint)
+    if unknown:
+        say(
+            "evaluate",
+            f"{checkpoint.path} comes from {', '.join(unknown)}, which does not say what it was trained on: metrics may be of "
+            "requests that it has seen",
+        )
+    return bool(unknown)
 
 
 @dataclass(frozen=True)

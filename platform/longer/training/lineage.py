@@ -8,6 +8,8 @@ from longer.progress import say
 from longer.storage import Table, Version, manifest_of
 
 _NEVER = "1970-01-01T00:00:00+00:00"
+_UNKNOWN = "unknown"
+"""In place of a request table's version: what a checkpoint has trained that does not say so, as one in the folder of a run."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,13 @@ def past_of(start_from: str, valid_from: str) -> Past:
             "train",
             f"{start_from} {why}: metrics, those that choose the best epoch too, may be of requests that it has seen",
         )
-    return Past(manifest.get("trained", []), until or _NEVER, bool(why), manifest.get("version"))
+    unknown = [] if until else [{"requests": _UNKNOWN, "until": _NEVER, "checkpoint": start_from}]
+    return Past(manifest.get("trained", unknown), until or _NEVER, bool(why), manifest.get("version"))
+
+
+def unknown_bases(checkpoint: Version) -> list[str]:
+    """Checkpoints that it comes from, at any remove, of which nobody knows what they have trained."""
+    return [run["checkpoint"] for run in checkpoint.manifest["trained"] if run["requests"] == _UNKNOWN]
 
 
 def trained_of_log(checkpoint: Version, requests: Version) -> str:

@@ -41,8 +41,15 @@ from longer.training.loop import train_worker
 from longer.training.metrics import shown_all
 from longer.training.reading import requests_in_memory
 from longer.training.relay import relayed_lines
-from longer.training.runs import KeepBestAndLast, mend_record, note_start, remove_old_runs, step_folder
-from longer.training.trainer_state import TRAINER_VERSION, TrainerState, best_of_epochs, read_trainer_state
+from longer.training.runs import (
+    KeepBestAndLast,
+    best_that_is_whole,
+    mend_record,
+    note_start,
+    remove_old_runs,
+    step_folder,
+)
+from longer.training.trainer_state import TRAINER_VERSION, TrainerState, read_trainer_state
 
 _KEPT = {"keep_checkpoints", "keep_runs"}
 _HOW_NOT_WHAT = {"num_workers", "use_gpu", "max_failures", "max_tokens_per_batch", "table_sharding", *_KEPT}
@@ -78,7 +85,7 @@ def train(settings: Settings, start_from: str | None = None) -> Version:
     if start_from:
         note_start(run_path, start_from)
     state = read_trainer_state(fit(Job(settings, versions, start_from), run_id))
-    (best,) = best_of_epochs(state.checkpoints)
+    best = best_that_is_whole(run_path, state.checkpoints)
     (validation,) = (r["validation"] for r in state.history if r["step"] == best["step"] and "validation" in r)
     trained = {"requests": requests.id, "split": "train", "until": own_until, "epochs": state.epochs}
     about = {

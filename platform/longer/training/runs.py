@@ -7,6 +7,7 @@ RUN/tensorboard/...                      scalars
 """
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -15,8 +16,8 @@ from ray.train import Checkpoint, UserCallback
 
 from longer.errors import StorageError, UserError
 from longer.progress import say
-from longer.storage import Table, file_sizes, read_bytes, remove_tree, write_bytes
-from longer.training.trainer_state import read_trainer_state
+from longer.storage import Table, file_sizes, open_input, read_bytes, remove_tree, write_bytes
+from longer.training.trainer_state import TrainerState, best_of_epochs, read_trainer_state
 
 RECORD = "checkpoint_manager_snapshot.json"
 _STARTED_FROM = "started_from.json"
@@ -86,25 +87,15 @@ def remove_old_runs(folder: str, table: Table, num_kept: int) -> None:
 
 
 def mend_record(run_path: str) -> None:
-    """Makes Ray's record of a run one that Ray can read, or removes it; says a line where it was not.
+    """Makes Ray's record of a run one from which the run can go on, or removes it; says a line where it was not.
 
-    A kill while Ray writes it leaves half of it, with which no run would ever start again.
+    A kill while Ray writes it leaves half of it, and a disk may lose a part of the checkpoint that it names last: with either, no
+    run would ever start again.
     """
-    parts: dict[str, set[str]] = {}
-    for path in file_sizes(run_path):
-        folder, _, file = path.partition("/")
-        parts.setdefault(folder, set()).add(file)
-    if RECORD not in parts or _is_whole(read_bytes(f"{run_path}/{RECORD}"), parts):
+    parts = _parts_of(run_path)
+    if RECORD not in parts or _is_whole(run_path, parts):
         return
-    states = {}
-    for folder in sorted(parts):
-        if folder.startswith("step_") and parts[folder] >= _FILES:
-            try:
-                states[folder] = read_trainer_state(f"{run_path}/{folder}")
-            except StorageError:  # what cannot be read now may be whole
-                raise
-            except UserError:  # half a file, or another release's
-                continue
+    states = _whole_checkpoints(run_path, parts)
     if not states:
         remove_tree(f"{run_path}/{RECORD}")
         say("train", f"{run_path}/{RECORD} was damaged and no checkpoint is whole: the run starts anew")
@@ -126,14 +117,76 @@ def mend_record(run_path: str) -> None:
         "failed_validation_checkpoint_dir_names": [],
     }
     write_bytes(f"{run_path}/{RECORD}", json.dumps(record).encode())
-    say("train", f"{run_path}/{RECORD} was damaged: made anew from the {len(results)} whole checkpoints there")
+    say(
+        "train",
+        f"{run_path}/{RECORD} or its newest checkpoint was damaged: made anew from the {len(results)} whole checkpoints there",
+    )
 
 
-def _is_whole(record: bytes, parts: dict[str, set[str]]) -> bool:
+def best_that_is_whole(run_path: str, checkpoints: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What `best_of_epochs` says of the checkpoints that are whole, as the last one is; a line if that is not the best of all."""
+    whole = _whole_checkpoints(run_path, _parts_of(run_path))
+    (best,) = best_of_epochs(checkpoints)
+    (found,) = best_of_epochs([one for one in checkpoints if step_folder(one["step"]) in whole])
+    if found != best:
+        damaged = f"{run_path}/{step_folder(best['step'])}"
+        say(
+            "train",
+            f"{damaged}, the best by validation, is damaged: step {found['step']}, the next best, takes its place",
+        )
+    return found
+
+
+def _parts_of(run_path: str) -> dict[str, dict[str, int]]:
+    """The sizes of the files in each folder of a run; a file beside them counts as a folder."""
+    parts: dict[str, dict[str, int]] = {}
+    for path, num_bytes in file_sizes(run_path).items():
+        folder, _, file = path.partition("/")
+        parts.setdefault(folder, {})[file] = num_bytes
+    return parts
+
+
+def _whole_checkpoints(run_path: str, parts: dict[str, dict[str, int]]) -> dict[str, TrainerState]:
+    """By folder, in the order of steps."""
+    found = {folder: _state_of(f"{run_path}/{folder}", parts[folder]) for folder in sorted(parts)}
+    return {folder: state for folder, state in found.items() if state}
+
+
+def _is_whole(run_path: str, parts: dict[str, dict[str, int]]) -> bool:
     try:
-        about = json.loads(record)
+        about = json.loads(read_bytes(f"{run_path}/{RECORD}"))
         latest = about["latest_checkpoint_result"]
         named = {result["checkpoint_dir_name"] for result in about["checkpoint_results"]}
     except (ValueError, KeyError, TypeError):
         return False
-    return named <= parts.keys() and (latest is None or parts[latest["checkpoint_dir_name"]] >= _FILES)
+    if latest is None:
+        return named <= parts.keys()
+    newest = latest["checkpoint_dir_name"]
+    return named <= parts.keys() and _state_of(f"{run_path}/{newest}", parts[newest]) is not None
+
+
+def _state_of(path: str, num_bytes: dict[str, int]) -> TrainerState | None:
+    """Of a checkpoint whose files, of these sizes, are whole; else None."""
+    if not num_bytes.keys() >= _FILES:
+        return None
+    tensors = (file for file in _FILES if file.endswith(".safetensors"))
+    if not all(_has_its_tensors(f"{path}/{file}", num_bytes[file]) for file in tensors):
+        return None
+    try:
+        return read_trainer_state(path)
+    except StorageError:  # what cannot be read now may be whole
+        raise
+    except UserError:  # half a file, or another release's
+        return None
+
+
+def _has_its_tensors(path: str, num_bytes: int) -> bool:
+    """Whether a safetensors file has the size that its header says: eight bytes, so many of JSON, and then the tensors."""
+    with open_input(path, num_bytes) as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(min(length, num_bytes)))
+        except ValueError:
+            return False
+    ends = [about["data_offsets"][1] for name, about in header.items() if name != "__metadata__"]
+    return 8 + length + max(ends, default=0) == num_bytes
