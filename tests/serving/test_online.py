@@ -220,6 +220,14 @@ def test_an_event_at_the_time_of_the_request_is_not_seen(world: Settings) -> Non
     assert ask(scorer, 5, LATER + 1).num_events == 27
 
 
+def test_newer_events_do_not_hide_an_older_one_that_a_state_lacks(world: Settings) -> None:
+    scorer = scorer_of(world)
+    assert ask(scorer, 5, LATER + 2, [event(LATER, 0), event(LATER + 4, 1)]).num_events == 26
+    again = ask(scorer, 5, LATER + 2, [event(LATER + 8, 0)])
+    assert (again.source, again.num_events) == ("hit", 26)
+    assert [ask(scorer, 5, LATER + hour).num_events for hour in (6, 9)] == [27, 28]
+
+
 def test_an_event_no_younger_than_the_last_one_cut_from_the_table_is_left_out(world: Settings) -> None:
     events = random_events(world.event_schema, seed=0)
     times = events.filter(pa.compute.equal(events["user_id"], 9))["event_ts"].cast(pa.int64()).to_pylist()
