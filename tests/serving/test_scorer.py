@@ -325,6 +325,18 @@ def test_a_state_in_host_memory_stays_there_when_it_is_looked_at_again(tmp_path:
         assert_same(result, ask(scorer_of(world), one)[0])
 
 
+def test_a_row_that_was_read_before_the_tables_moved_once_more_brings_no_state_up_to_date(tmp_path: Path) -> None:
+    world = build_world(tmp_path)
+    scorer = scorer_of(world)
+    ask(scorer, (5, END_MS + DAY_MS))
+    move_to_newer(scorer, world, [(6, END_MS)])
+    users = pending_users(scorer.held_of_other_tables())
+    read_rows(scorer.history, users)
+    move_to_newer(scorer, world, [(5, END_MS + 1)])
+    scorer.bring_up_to_date(users)
+    assert ask(scorer, (5, END_MS + DAY_MS))[0].num_events == 26
+
+
 def test_events_sent_online_while_the_table_was_read_are_seen_and_a_row_of_another_version_is_read_again(
     tmp_path: Path,
 ) -> None:
