@@ -163,7 +163,7 @@ class Replay:
 
 
 def replay(log: Log, num_requests: int, share: float) -> dict[str, Any]:
-    """The log's last requests at a budget of this share of what all users' states need at the end."""
+    """The log's last requests at a budget of this share of what the states of all who ask in them need at the end."""
     torch.manual_seed(0)
     model = Longer(log.model, log.schema, (TaskSettings(name="click"),)).eval()
     store = StateStore(model, 0)

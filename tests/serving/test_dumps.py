@@ -249,6 +249,19 @@ def test_a_state_whose_events_did_not_come_back_is_made_anew(world: Settings, tm
     assert (answer.source, answer.num_events, after.cache.counters.stale) == ("load", 25, 1)
 
 
+def test_a_state_that_lacks_a_late_event_is_made_anew_where_all_events_come_back(
+    world: Settings, tmp_path: Path
+) -> None:
+    """That it holds some of them, and that exactly those are known that were, does not make it true."""
+    before, after = scorer_of(world), scorer_of(world)
+    assert ask(before, 5, request_ts=END_MS + 5, events=sent(END_MS, 2)).num_events == 27
+    before.add_events([EventsRequest(5, sent(END_MS - 40 * DAY_MS, 1))])
+    stop(before, tmp_path)
+    assert restore(StateDumps(str(tmp_path), "after"), after) == [5]
+    answer = ask(after, 5, request_ts=END_MS + 5)
+    assert (answer.source, answer.num_events, after.cache.counters.stale) == ("load", 28, 1)
+
+
 def test_a_state_of_a_table_that_was_rebuilt_otherwise_is_made_anew(tmp_path: Path) -> None:
     world = build_world(tmp_path / "world")
     leave(world, tmp_path / "dumps")

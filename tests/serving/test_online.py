@@ -220,6 +220,34 @@ def test_an_event_at_the_time_of_the_request_is_not_seen(world: Settings) -> Non
     assert ask(scorer, 5, LATER + 1).num_events == 27
 
 
+def test_newer_events_do_not_hide_an_older_one_that_a_state_lacks(world: Settings) -> None:
+    scorer = scorer_of(world)
+    assert ask(scorer, 5, LATER + 2, [event(LATER, 0), event(LATER + 4, 1)]).num_events == 26
+    again = ask(scorer, 5, LATER + 2, [event(LATER + 8, 0)])
+    assert (again.source, again.num_events) == ("hit", 26)
+    assert [ask(scorer, 5, LATER + hour).num_events for hour in (6, 9)] == [27, 28]
+
+
+def test_a_state_whose_growth_has_failed_is_made_anew(world: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be half-written: a request before the new event would be answered with what came after it."""
+    scorer = scorer_of(world)
+    before, append = ask(scorer, 5, LATER), scorer._engine.append
+
+    def fails(*args: Any) -> None:
+        append(*args)
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(scorer._engine, "append", fails)
+        with pytest.raises(MemoryError):
+            ask(scorer, 5, LATER + 2, [event(LATER, 0)])
+    cache = scorer.cache
+    assert (len(cache), cache.num_bytes, cache.pool.slots.used_units) == (0, 0, 0)
+    again = ask(scorer, 5, LATER)
+    assert (again.source, again.num_events) == ("load", 25)
+    np.testing.assert_array_equal(again.scores["label"], before.scores["label"])
+
+
 def test_an_event_no_younger_than_the_last_one_cut_from_the_table_is_left_out(world: Settings) -> None:
     events = random_events(world.event_schema, seed=0)
     times = events.filter(pa.compute.equal(events["user_id"], 9))["event_ts"].cast(pa.int64()).to_pylist()

@@ -120,12 +120,13 @@ def test_a_state_ends_strictly_before_the_request(world: Settings) -> None:
 
 
 def test_a_question_about_the_past_leaves_the_newer_state(world: Settings) -> None:
+    """The time of the last event is past, too."""
     scorer = scorer_of(world)
-    middle = times_of(world, 6)[20]
     ask(scorer, (6, END_MS))
-    past = ask(scorer, (6, middle))[0]
-    assert past.source == "load"
-    assert_same(past, ask(scorer_of(world), (6, middle))[0])
+    for past_ts in (times_of(world, 6)[20], times_of(world, 6)[-1]):
+        past = ask(scorer, (6, past_ts))[0]
+        assert past.source == "load"
+        assert_same(past, ask(scorer_of(world), (6, past_ts))[0])
     assert ask(scorer, (6, END_MS))[0].source == "hit"
 
 
@@ -324,6 +325,18 @@ def test_a_state_in_host_memory_stays_there_when_it_is_looked_at_again(tmp_path:
         assert_same(result, ask(scorer_of(world), one)[0])
 
 
+def test_a_row_that_was_read_before_the_tables_moved_once_more_brings_no_state_up_to_date(tmp_path: Path) -> None:
+    world = build_world(tmp_path)
+    scorer = scorer_of(world)
+    ask(scorer, (5, END_MS + DAY_MS))
+    move_to_newer(scorer, world, [(6, END_MS)])
+    users = pending_users(scorer.held_of_other_tables())
+    read_rows(scorer.history, users)
+    move_to_newer(scorer, world, [(5, END_MS + 1)])
+    scorer.bring_up_to_date(users)
+    assert ask(scorer, (5, END_MS + DAY_MS))[0].num_events == 26
+
+
 def test_events_sent_online_while_the_table_was_read_are_seen_and_a_row_of_another_version_is_read_again(
     tmp_path: Path,
 ) -> None:
@@ -343,6 +356,28 @@ def test_events_sent_online_while_the_table_was_read_are_seen_and_a_row_of_anoth
     assert scorer.attempt(waits) == []
     results = [one.outcome for one in waits if isinstance(one.outcome, ScoreResult)]
     assert [(result.source, result.num_events) for result in results] == [("load", 26), ("load", 37), ("hit", 26)]
+
+
+def test_what_an_attempt_that_failed_has_left_is_not_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its state is nobody's any more, and the table may have moved since."""
+    world = build_world(tmp_path)
+    scorer, waits = scorer_of(world, 0), [Scoring(ScoreRequest(5, CANDIDATES, request_ts=END_MS + DAY_MS))]
+    read_rows(scorer.history, scorer.attempt(waits))
+
+    def fails(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(scorer._engine, "score", fails)
+        with pytest.raises(MemoryError):
+            scorer.attempt(waits)
+    move_to_newer(scorer, world, [(5, END_MS)])
+    unread = scorer.attempt(waits)
+    assert ([one.user_key for one in unread], waits[0].outcome) == ([scorer.user_key(5)], None)
+    read_rows(scorer.history, unread)
+    assert scorer.attempt(waits) == []
+    assert isinstance(waits[0].outcome, ScoreResult)
+    assert waits[0].outcome.num_events == 26
 
 
 def test_states_of_another_model_are_misses_and_a_checkpoint_that_cannot_serve_is_refused(tmp_path: Path) -> None:

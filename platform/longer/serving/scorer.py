@@ -218,8 +218,7 @@ class Scorer:
 
         `events_revision` is that of the user's online events when they were exactly those that the replica had.
         """
-        is_so = events_revision is not None and events_revision == self.online.revision(kept.user_key)
-        entry = kept.entry_with(events_revision if is_so else None)
+        entry = kept.entry_with(events_revision)
         return self.cache.restore(kept.user_key, self.version, entry, kept.words_NI, kept.is_protected)
 
     def user_key(self, user_id: int | str) -> int:
