@@ -243,13 +243,16 @@ class Table:
             self._unpublish(version_id)
         return f"{self.path}/{version_id}"
 
-    def sweep(self, but: str) -> None:
-        """Removes what killed builds left of unpublished versions `but` one. On S3, where no lock tells whose it is, it stays."""
+    def sweep(self, but: str, *marks: str) -> None:
+        """Removes what killed builds left of unpublished versions, `but` one and those that have a file of a name in `marks`.
+
+        On S3, where no lock tells whose it is, it stays.
+        """
         self.claim()
         if not self.path.startswith("s3://"):
             for folder in glob.glob(f"{glob.escape(self.path)}/*/"):
-                # a version has the former, a table inside this one the latter
-                is_kept = any(os.path.exists(folder + name) for name in (_MANIFEST, _CURRENT))
+                # a version has the first, a table inside this one the second
+                is_kept = any(os.path.exists(folder + name) for name in (_MANIFEST, _CURRENT, *marks))
                 if os.path.basename(folder[:-1]) != but and not is_kept:
                     remove_tree(folder[:-1])
 

@@ -134,6 +134,19 @@ def test_users_are_encoded_together_within_half_of_the_bytes_or_alone() -> None:
     assert 1 < len(batches) < 200
 
 
+def test_one_long_history_does_not_pad_many_short_ones_beyond_the_bytes() -> None:
+    """The keys and values of its groups alone, once for each who is encoded with it: the rest of a batch is with it by chance."""
+    budget, together = Budget(small_model(dtype=torch.float32), 8 << 20), list[int]()
+    model = budget.model
+    padded_bytes = 2 * 4 * model.settings.width * 3000 // model.windows.merge_size
+    for num_users in range(2, 1000, 7):
+        num_events_B = np.array([5] * (num_users - 1) + [3000])
+        batches = budget.users(num_events_B, np.ones(num_users, np.int64))
+        [with_it] = [batch for batch in batches if num_users - 1 in batch]
+        together.append(len(with_it))
+    assert 1 < max(together) <= budget.num_bytes // 2 // padded_bytes
+
+
 def test_requests_with_more_history_than_the_table_holds_are_refused(world: Settings, tmp_path: Path) -> None:
     reader = BucketScorer(plan_scores(world), Run(str(tmp_path)))._reader
     questions = next(iter(reader.chunks(1))).questions

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pytest
 
 from longer.config import Settings
 from longer.data.parquet import read_columns
+from longer.data.records import Record
 from longer.data.scores import read_scores
 from longer.errors import StorageError, UserError
 from longer.serving import batch
@@ -17,7 +19,8 @@ from longer.serving.batch import batch_score
 from longer.serving.batch_online import check_against_online
 from longer.serving.batch_plan import Plan, plan_scores
 from longer.storage import Table, Version, checked_output
-from tests.serving.batch_runs import score_here, world_with_requests
+from tests.serving.batch_runs import asking, score_here, world_with_requests
+from tests.serving.tables import NUM_BUCKETS, publish_random_model
 
 
 def publish_online(world: Settings, scored: Version, rows: pa.Table, name: str) -> None:
@@ -75,6 +78,39 @@ def test_what_a_killed_run_of_another_version_left_goes_and_the_comparisons_with
     assert exact.is_whole()
     assert Table(exact.table_path).current() == rough
     assert Table(world.path("batch_scores", "check")).current() == checked
+
+
+def test_a_killed_run_goes_on_though_another_question_was_asked_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as there is no other model or table, of which it would be asked anew."""
+    world, scored = world_with_requests(tmp_path / "world"), list[int]()
+
+    def ask(top_k: int, num_buckets: int = NUM_BUCKETS) -> Version:
+        def score_some(*of: Any) -> list[Record]:
+            some = dict(list(of[4].items())[:num_buckets])
+            scored.extend(some)
+            records = score_here(*of[:4], some, of[5])
+            if num_buckets < NUM_BUCKETS:
+                raise KeyboardInterrupt
+            return records
+
+        scored.clear()
+        monkeypatch.setattr(batch, "_score_buckets", score_some)
+        return batch_score(asking(world, catalogue=True, top_k=top_k))
+
+    with pytest.raises(KeyboardInterrupt):
+        ask(2, num_buckets=2)
+    ask(3)
+    ask(2)
+    assert len(scored) == 1, "what was done is done again"
+    with pytest.raises(KeyboardInterrupt):
+        ask(4, num_buckets=2)
+    publish_random_model(world, seed=1)
+    ask(3)
+    assert len(list(Path(world.path("top_items")).glob("*/"))) == 3, (
+        "what is of a model that is no more lies there for ever"
+    )
 
 
 def test_row_groups_without_a_request_that_is_asked_for_are_not_read(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Scores of many requests in bounded memory are those of the training forward pass, whatever the bounds."""
 
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from longer.arrays import Candidates, Float32, Histories, RequestBatch
 from longer.data.batches import plan_packs
@@ -205,3 +208,31 @@ def test_one_users_many_candidates_never_exceed_a_block(num_candidates: int) -> 
         scored = score_lists(questions, candidates, budget)
     assert sum(blocks) == len(scored) == num_candidates
     assert max(blocks) <= budget.candidates(MODEL.windows.history_groups)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that is made."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        sizes = [leaf.untyped_storage().nbytes() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        self.num_bytes = max([self.num_bytes, *sizes])
+        return out
+
+
+def test_one_request_with_very_many_candidates_costs_others_in_its_block_nothing() -> None:
+    """Padded to its length, the lookups of 299 users with one candidate each took three times the budget."""
+    rng, num_users, budget = np.random.default_rng(0), 300, Budget(MODEL, 16 << 20)
+    questions = Questions(
+        random_histories(rng, [40] * num_users),
+        np.arange(num_users),
+        np.full(num_users, 40),
+        np.full(num_users, 2 * 10**12),
+    )
+    candidates = random_candidates(rng, [6_000] + [1] * (num_users - 1))
+    with Largest() as largest:
+        scored = score_lists(questions, candidates, budget)
+    assert 1 << 18 < largest.num_bytes <= budget.num_bytes // 8
+    np.testing.assert_allclose(scored, forward(MODEL, questions, candidates), rtol=1e-5, atol=1e-5)

@@ -90,17 +90,25 @@ class InteractionIndex:
         return features_of_counts(keys_CF, count_CFV, newest_CF, newest_ts_CF, end_C, request_ts_C, dtype)
 
     def _rank(self, row_C: Tensor, pairs_CFV: Tensor) -> Tensor:
-        """How many pairs of the row's field are smaller: one batched binary search, candidates of a row side by side."""
-        num_rows, num_fields, _ = self.pairs_BFL.shape
+        """How many pairs of the row's field are smaller: batched binary searches, candidates of a row side by side.
+
+        Rows of about as many candidates are searched together: padded to one width, a row of many would cost that for each.
+        """
         if row_C.is_cuda:
             return rank_on_cuda(self.pairs_BFL, row_C, pairs_CFV)
-        per_row_B = torch.bincount(row_C, minlength=num_rows)
+        per_row_B = torch.bincount(row_C, minlength=len(self.pairs_BFL))
         slot_C = torch.arange(len(row_C), device=row_C.device) - (per_row_B.cumsum(0) - per_row_B)[row_C]
-        widest = int(per_row_B.max()) if len(row_C) else 0
-        padded = pairs_CFV.new_zeros(num_rows, num_fields, widest, pairs_CFV.shape[-1])
-        padded[row_C, :, slot_C] = pairs_CFV
-        rank = torch.searchsorted(self.pairs_BFL.contiguous(), padded.flatten(2))
-        return rank.view_as(padded)[row_C, :, slot_C]
+        width_B = per_row_B.double().log2().ceil().exp2().long()  # at most twice as many as there are
+        rank_CFV = torch.empty_like(pairs_CFV)
+        for width in width_B[per_row_B > 0].unique().tolist():
+            rows = (width_B == width).nonzero()[:, 0]
+            some_C = (width_B[row_C] == width).nonzero()[:, 0]
+            place = torch.searchsorted(rows, row_C[some_C]), slice(None), slot_C[some_C]
+            padded = pairs_CFV.new_zeros(len(rows), pairs_CFV.shape[1], width, pairs_CFV.shape[2])
+            padded[place] = pairs_CFV[some_C]
+            ranks = torch.searchsorted(self.pairs_BFL[rows].contiguous(), padded.flatten(2))
+            rank_CFV[some_C] = ranks.view_as(padded)[place]
+        return rank_CFV
 
 
 @fused_on_cuda

@@ -84,8 +84,9 @@ class Sweep:
     def advance(self, end_B: Int64) -> None:
         """The first `len(end_B)` users now stand at absolute event index `end_B`; the users behind them are dropped for good.
 
-        Costs what the events since the last stand cost, and once in a stride the query window (`Longer.extend`); a user whose
-        windows have left everything behind that is kept starts anew.
+        Costs what the events since the last stand cost, and once in a stride the query window (`Longer.extend`); besides, the index
+        that interactions are counted with, which is sorted anew. A user whose windows have left everything behind that is kept
+        starts anew.
         """
         windows, num_users = self._model.windows, len(end_B)
         first_B, query_first_B = windows.history_start(end_B), windows.query_start(end_B)

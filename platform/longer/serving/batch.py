@@ -38,7 +38,7 @@ from longer.serving.batch_totals import (
     rates_of,
     totals_of,
 )
-from longer.storage import DataFile, Table, Version, remove_tree
+from longer.storage import DataFile, Table, Version, remove_tree, write_bytes
 
 _BUCKETS_AT_ONCE = {"cpu": 1, "cuda": 2}
 """In an actor: on a GPU one is read and written while another is scored. A CPU has nothing to wait for."""
@@ -64,7 +64,8 @@ def _run(plan: Plan, pool: ScorerPool, where: RaySettings, job: str) -> Version:
         say(job, f"version {plan.version_id} is already there, nothing changed{_less_checked(published, plan)}")
         return published
     run = Run(table.resume(plan.version_id))
-    table.sweep(but=plan.version_id)
+    table.sweep(plan.version_id, plan.mark)
+    write_bytes(f"{run.version_path}/{plan.mark}", b"")
     check_model(plan)
     with marked_alive(run.alive) if run.is_on_s3 else nullcontext():  # until its files are named, or removed by itself
         told = _publish(table, plan, run, partial(_scored, plan, pool, where, run, job))

@@ -10,6 +10,7 @@ from longer.config import Settings
 from longer.data.events import iso_time
 from longer.data.id_lists import IdList
 from longer.data.items import items_version
+from longer.data.records import SCRATCH
 from longer.data.tables import open_version
 from longer.errors import UserError
 from longer.schema import EventSchema
@@ -72,6 +73,12 @@ class Plan:
     @cached_property
     def version_id(self) -> str:
         return fingerprint("offline", TABLE_FORMAT, self.content, self.inputs)
+
+    @property
+    def mark(self) -> str:
+        """A file in an unfinished version that says of which model and table it is: its question may be asked again until there
+        are others."""
+        return f"{SCRATCH}/of-{self.checkpoint.id}-{self.sequences.id}"
 
     @property
     def items_path(self) -> str | None:

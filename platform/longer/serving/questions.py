@@ -95,10 +95,25 @@ class Budget:
         return 4 * (4 * num_groups_B * sizes.width + _FLOATS_PER_EVENT * sizes.event_width * num_events_B)
 
     def users(self, num_events_B: Int64, num_asked_B: Int64) -> list[Int64]:
-        """Users of similar length in batches, each in half of the bytes, or one user alone: less padding."""
+        """Users of similar length in batches, each in half of the bytes with what it takes to pad them, or one user alone."""
         by_length = np.argsort(num_events_B, kind="stable")
-        batch_B = np.cumsum(self.user_bytes(num_events_B, num_asked_B)[by_length]) // (self.num_bytes // 2)
-        return [rows for rows in np.split(by_length, np.flatnonzero(np.diff(batch_B)) + 1) if len(rows)]
+        padded_B = self._padded_bytes(num_events_B)[by_length]
+        beside_B = self.user_bytes(num_events_B, num_asked_B)[by_length] - padded_B
+        beside_B1 = np.append(0, np.cumsum(beside_B)).tolist()
+        starts = [0]
+        for end, padded in enumerate(padded_B.tolist(), 1):  # of the longest so far, for each
+            num_bytes = (end - starts[-1]) * padded + beside_B1[end] - beside_B1[starts[-1]]
+            if num_bytes > self.num_bytes // 2 and end - starts[-1] > 1:
+                starts.append(end - 1)
+        return np.split(by_length, starts[1:])
+
+    def _padded_bytes(self, num_events_B: Int64) -> Int64:
+        """What every user of a batch takes as the one with the longest history does: groups in the first layer, and the index that
+        interactions are counted with, its pairs three times while they are sorted."""
+        model = self.model
+        index_bytes = 8 * (3 * len(model.interaction_fields) + 1) if model.settings.interactions else 0
+        num_groups_B = num_events_B // model.windows.merge_size + 1
+        return 4 * 4 * num_groups_B * model.settings.width + index_bytes * num_events_B
 
     @property
     def most_users(self) -> int:
