@@ -1,8 +1,8 @@
 """Scores offline with the served checkpoint: a split of the requests table, or users and items.
 
-python -m jobs.batch_score --config my.yaml                                                      # a split
-python -m jobs.batch_score --config my.yaml --batch_score.users U --batch_score.candidates C     # every user x every candidate
-python -m jobs.batch_score --config my.yaml --batch_score.catalogue --batch_score.top_k 100      # everybody's best items
+python -m jobs.batch_score --config my.yaml                                          # the test split
+python -m jobs.batch_score --config my.yaml --users U --candidates C                 # every user x every candidate
+python -m jobs.batch_score --config my.yaml --users U --catalogue --top-k 100        # their best items; without --users everybody's
 """
 
 from longer.config import Settings
@@ -11,6 +11,8 @@ from longer.runner import run_job
 from longer.serving.batch import batch_score
 from longer.serving.batch_online import check_against_online
 from longer.storage import Version
+
+SHORT = [f"batch_score.{name}" for name in ("users", "candidates", "catalogue", "top_k")]
 
 
 def run(settings: Settings) -> Version:
@@ -30,4 +32,4 @@ def run(settings: Settings) -> Version:
 
 
 if __name__ == "__main__":
-    run_job(__doc__, run)
+    run_job(__doc__, run, short=SHORT)

@@ -1,9 +1,11 @@
-"""Writes the users' vectors, one row a user: python -m jobs.export_embeddings --config configs/quickstart.yaml"""
+"""Writes the users' vectors, one row a user: python -m jobs.export_embeddings --config configs/quickstart.yaml [--users FILE]"""
 
 from longer.config import Settings
 from longer.runner import run_job
 from longer.serving.batch import export_vectors
 from longer.storage import Version
+
+SHORT = ["export_embeddings.users"]
 
 
 def run(settings: Settings) -> Version:
@@ -12,4 +14,4 @@ def run(settings: Settings) -> Version:
 
 
 if __name__ == "__main__":
-    run_job(__doc__, run)
+    run_job(__doc__, run, short=SHORT)

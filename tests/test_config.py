@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs import batch_score, export_embeddings
 from longer.cli import parse_settings
 from longer.config import Settings, load_settings
 from longer.errors import UserError
@@ -103,6 +104,22 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path:
     assert (settings.seed, settings.train.epochs, settings.train.learning_rate) == (7, 4, 0.5)
     assert settings.train.clip_norm == Settings().train.clip_norm
     assert flags == {"fresh": True, "from": "there", "to": None, "dry-run": False}
+
+
+def test_what_is_asked_offline_needs_no_section_before_it() -> None:
+    """Short flags are the settings, checked as such."""
+    told = ["--users", "s3://here/u", "--candidates", "s3://here/c"], ["--catalogue", "--top-k", "100"]
+    lists, best = (parse_settings("a job", argv, short=batch_score.SHORT)[0].batch_score for argv in told)
+    assert (lists.users, lists.candidates) == ("s3://here/u", "s3://here/c")
+    assert (best.catalogue, best.top_k) == (True, 100)
+    vectors, _ = parse_settings("a job", told[0][:2], short=export_embeddings.SHORT)
+    assert (vectors.export_embeddings.users, vectors.batch_score.users) == ("s3://here/u", None)
+    with pytest.raises(UserError, match=r"batch_score: .*catalogue without top_k"):
+        parse_settings("a job", ["--catalogue"], short=batch_score.SHORT)
+    with pytest.raises(UserError, match=r"--top_k 5: did you mean --top-k\?"):
+        parse_settings("a job", ["--top_k", "5"], short=batch_score.SHORT)
+    with pytest.raises(UserError, match="unrecognized arguments: --users"):
+        parse_settings("a job", told[0])
 
 
 def test_help_documents_every_setting_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:

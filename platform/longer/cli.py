@@ -23,15 +23,21 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_settings(
-    description: str, argv: Sequence[str] | None = None, flags: Sequence[tuple[str, ...]] = ()
+    description: str,
+    argv: Sequence[str] | None = None,
+    flags: Sequence[tuple[str, ...]] = (),
+    short: Sequence[str] = (),
 ) -> tuple[Settings, dict[str, Any]]:
     """Settings from the command line of a job, and the values of its own `flags`, (name, help) or (name, help, metavar).
 
-    One without a metavar is True or False; one with it is what was given, or None.
+    One without a metavar is True or False; one with it is what was given, or None. Settings that are named in `short` may be given
+    without their section too: `batch_score.top_k` as `--top-k`.
 
     Exits with code 0 after `--help`; raises UserError for every mistake.
     """
+    shortcuts = {setting: setting.rpartition(".")[2].replace("_", "-") for setting in short}
     own = "".join(f" [--{name}{''.join(f' {word}' for word in metavar)}]" for name, _, *metavar in flags)
+    own += "".join(f" [--{name} ...]" for name in shortcuts.values())
     parser = _Parser(
         usage=f"python -m jobs.{Path(sys.argv[0]).stem} [--config FILE]{own} [--SECTION.FIELD VALUE ...]",
         description=description,
@@ -42,7 +48,7 @@ def parse_settings(
     for name, text, *metavar in flags:
         how: dict[str, Any] = {"metavar": metavar[0]} if metavar else {"action": "store_true"}
         parser.add_argument(f"--{name}", help=text, **how)
-    source: CliSettingsSource = CliSettingsSource(Settings, root_parser=parser)
+    source: CliSettingsSource = CliSettingsSource(Settings, root_parser=parser, cli_shortcuts=shortcuts)
     args = parser.parse_args(list(argv) if argv is not None else None)
     given = {name: getattr(args, name.replace("-", "_")) for name, *_ in flags}
     overrides = source(parsed_args=args)()

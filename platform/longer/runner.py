@@ -23,17 +23,21 @@ _CAUSES = "cause", "controller_failure", "__cause__", "__context__"
 
 
 def run_job(
-    description: str, run: Callable[..., Any], flags: Sequence[tuple[str, ...]] = (), needs_ray: bool = True
+    description: str,
+    run: Callable[..., Any],
+    flags: Sequence[tuple[str, ...]] = (),
+    needs_ray: bool = True,
+    short: Sequence[str] = (),
 ) -> Any:
     """Runs a job and gives what it returns; exits with 2 and one line on stderr for a UserError; bugs keep their traceback.
 
     Ctrl-C ends it with one line, too, and 130, as shells have it.
 
     `run` gets the settings, and each of its own `flags` (`parse_settings`) as a keyword argument, `from_` where Python has a
-    word of its own.
+    word of its own. Settings named in `short` may be given without their section.
     """
     try:
-        settings, given = parse_settings(description, flags=flags)
+        settings, given = parse_settings(description, flags=flags, short=short)
         _check_root(settings)
         if needs_ray:
             start_ray(settings.ray)
