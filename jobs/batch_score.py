@@ -1,6 +1,7 @@
-"""Scores offline with the served checkpoint: a split of the requests table, or users and items.
+"""Scores offline with the served checkpoint: a requests table, or users and items.
 
-python -m jobs.batch_score --config my.yaml                                          # the test split
+python -m jobs.batch_score --config my.yaml                                          # the test split of the root's requests
+python -m jobs.batch_score --config my.yaml --requests-table R --split all           # every request of another table
 python -m jobs.batch_score --config my.yaml --users U --candidates C                 # every user x every candidate
 python -m jobs.batch_score --config my.yaml --users U --catalogue --top-k 100        # their best items; without --users everybody's
 """
@@ -12,11 +13,11 @@ from longer.serving.batch import batch_score
 from longer.serving.batch_online import check_against_online
 from longer.storage import Version
 
-SHORT = [f"batch_score.{name}" for name in ("users", "candidates", "catalogue", "top_k")]
+SHORT = [f"batch_score.{name}" for name in ("requests_table", "split", "users", "candidates", "catalogue", "top_k")]
 
 
 def run(settings: Settings) -> Version:
-    """The published scores; of a split, the record of rows, rows a second, and the largest difference from scores served online."""
+    """The published scores; of requests, the record of rows, rows a second, and the largest difference from scores served."""
     scored = batch_score(settings)
     if settings.batch_score.of_users:
         return scored

@@ -15,7 +15,7 @@ from longer.config import Settings
 from longer.data.batches import rows_of_requests
 from longer.data.columns import requests_of
 from longer.data.scores import score_rows
-from longer.data.tables import RequestTable, SequenceTable
+from longer.data.tables import SequenceTable
 from longer.model.longer import Longer
 from longer.model.outputs import to_scores
 from longer.serving.batch import scorer_options
@@ -129,9 +129,8 @@ def bare_loops(settings: Settings, device: str) -> dict[str, Loop]:
     plan = plan_scores(settings)
     model, _ = load_model(plan.checkpoint.path, device)
     assert isinstance(model, Longer)
-    requests = RequestTable(settings.path("tables", "requests"), plan.schema)
     sequences = SequenceTable(settings.path("tables", "sequences"), plan.schema, plan.sequences.id)
-    reader = Reader(plan, sequences, requests, Run(""), model.windows, 1)
+    reader = Reader(plan, sequences, Run(""), model.windows, 1)
     chunks = list(_first_chunks(reader, sequences.buckets))
     budget = Budget(model, settings.batch_score.batch_bytes)
 

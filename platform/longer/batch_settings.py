@@ -63,7 +63,7 @@ class UserSettings(ScorerPool):
 
 
 class BatchSettings(UserSettings):
-    """Offline scoring: a split of the requests table, or users times candidates, or users' best items of the catalogue."""
+    """Offline scoring: a requests table, or users times candidates, or users' best items of the catalogue."""
 
     precision: Literal["float32", "bf16"] = Field(
         "float32",
@@ -71,7 +71,12 @@ class BatchSettings(UserSettings):
         "by up to 0.04 in log-odds, 4 % of a small probability, and more where log-odds are beyond 4 or wide apart; values of "
         "a regression by a hundredth of their size.",
     )
-    split: str = Field("test", description="Split of the requests table to score, if no items are named here.")
+    requests_table: WorkersPath | None = Field(
+        None,
+        description="Folder or s3:// prefix of a requests table to score, as jobs.build_requests publishes it, made from a version "
+        "of the root's sequence table. null: the root's own, if no items are named here.",
+    )
+    split: str = Field("test", description="Split of the requests table to score, or 'all' of them.")
     candidates: WorkersPath | None = Field(
         None,
         description="Parquet file, or folder of such, whose column item_id names the items that every user is asked about.",
@@ -97,6 +102,10 @@ class BatchSettings(UserSettings):
             raise ValueError("candidates and catalogue both say what the users are asked about: drop one")
         if self.catalogue and self.top_k is None:
             raise ValueError("catalogue without top_k would write every score of every item: set top_k")
+        if self.of_users and self.requests_table:
+            raise ValueError(
+                "requests_table has requests with items of their own: drop it, or candidates and catalogue"
+            )
         if not self.of_users:
             for name in ("users", "request_ts", "top_k"):
                 if getattr(self, name) is not None:
@@ -105,7 +114,7 @@ class BatchSettings(UserSettings):
 
     @property
     def of_users(self) -> bool:
-        """Whether users are asked about named items, rather than a split of the requests table scored."""
+        """Whether users are asked about named items, rather than a requests table scored."""
         return self.catalogue or self.candidates is not None
 
 

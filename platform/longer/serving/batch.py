@@ -21,7 +21,6 @@ from longer.config import RaySettings, Settings
 from longer.data.id_lists import spool, spread
 from longer.data.layout import bucket_files
 from longer.data.records import Record, scratch
-from longer.data.tables import RequestTable
 from longer.errors import UserError
 from longer.progress import say, track
 from longer.serving.batch_alive import marked_alive, meanwhile
@@ -153,14 +152,8 @@ def _buckets(plan: Plan, run: Run) -> dict[int, int]:
         num_buckets = plan.sequences.manifest["settings"]["num_buckets"]
         count_P = spread(plan.users, plan.inputs["users"], num_buckets, run.users)
         return {int(bucket): int(count_P[bucket]) for bucket in np.argsort(-count_P, kind="stable") if count_P[bucket]}
-    sizes = dict[int, int]()
     if plan.kind == "requests":
-        requests = RequestTable(f"{plan.root}/tables/requests", plan.schema, plan.inputs["requests"]).version
-        prefix = f"split={plan.split}/bucket="
-        for file in requests.data_files():
-            if file.path.startswith(prefix):
-                bucket = int(file.path.removeprefix(prefix)[:4])
-                sizes[bucket] = sizes.get(bucket, 0) + file.num_bytes
+        sizes = {bucket: sum(file.num_bytes for file in files) for bucket, files in plan.request_files.items()}
     else:
         sizes = {bucket: files.rows.num_bytes for bucket, files in bucket_files(plan.sequences).items()}
     return dict(sorted(sizes.items(), key=lambda of_bucket: -of_bucket[1]))

@@ -20,7 +20,7 @@ from longer.data.id_lists import read_spool, read_spread
 from longer.data.items import ItemTable, read_items
 from longer.data.layout import bucket_files
 from longer.data.parquet import open_encoded, read_columns
-from longer.data.tables import RequestTable, SequenceTable
+from longer.data.tables import SequenceTable
 from longer.errors import UserError
 from longer.hashing import stable_keys
 from longer.serving.batch_output import Run
@@ -74,41 +74,40 @@ class Reader:
 
     plan: Plan
     sequences: SequenceTable
-    requests: RequestTable | None
     run: Run
     windows: WindowRule
     outputs_a_request: int
 
     def num_requests(self, bucket: int) -> int:
-        if self.requests:
+        if self.plan.requests:
             return sum(file.metadata.num_rows for file in self._request_files(bucket))
         return len(self._named(bucket) if self.plan.users else _event_counts(self.sequences, bucket))
 
     def chunks(self, bucket: int) -> Iterator[Chunk]:
-        """All questions of a bucket, in the order of its table, or users ascending."""
-        return self._request_chunks(bucket) if self.requests else self._user_chunks(bucket)
+        """All questions of a bucket, users ascending, a user's requests in the order of their table."""
+        return self._request_chunks(bucket) if self.plan.requests else self._user_chunks(bucket)
 
-    def _request_files(self, bucket: int) -> Iterator[pq.ParquetFile]:
-        assert self.requests
-        prefix, version = f"split={self.plan.split}/bucket={bucket:04d}/", self.requests.version
-        for file in version.data_files():
-            if file.path.startswith(prefix):
-                yield open_encoded(version.path_of(file), file.num_bytes, self.plan.schema.features_of("item"))
+    def _request_files(self, bucket: int) -> list[pq.ParquetFile]:
+        requests, files = self.plan.requests, self.plan.request_files.get(bucket, [])
+        assert requests
+        # rows of several are joined, which Arrow does not do with lists that are encoded
+        encoded = self.plan.schema.features_of("item") if len(files) == 1 else ()
+        return [open_encoded(requests.path_of(file), file.num_bytes, encoded) for file in files]
 
     def _request_chunks(self, bucket: int) -> Iterator[Chunk]:
         schema, counts, first = self.plan.schema, _event_counts(self.sequences, bucket), 0
         names = [name for name in schema.requests_arrow().names if name not in schema.tasks]
-        for file in self._request_files(bucket):
-            for together in _tables(file, names):
-                for begin, end in _runs(single_array(together["user_id"]), counts, _CHUNK_REQUESTS):
-                    rows = together.slice(begin, end - begin)
-                    requests = requests_of(rows, schema, with_labels=False)
-                    histories = self.sequences.get(requests.user_id_R.unique())
-                    row_R = rows_of_requests(histories, requests)
-                    questions = Questions(histories, row_R, requests.history_end_R, requests.request_ts_R)
-                    self._check(questions)
-                    yield Chunk(first, questions, requests.user_id_R, requests, rows)
-                    first += len(rows)
+        files = self._request_files(bucket)
+        for together in _by_user([_tables(file, names, len(files)) for file in files]):
+            for begin, end in _runs(single_array(together["user_id"]), counts, _CHUNK_REQUESTS):
+                rows = together.slice(begin, end - begin)
+                requests = requests_of(rows, schema, with_labels=False)
+                histories = self.sequences.get(requests.user_id_R.unique())
+                row_R = rows_of_requests(histories, requests)
+                questions = Questions(histories, row_R, requests.history_end_R, requests.request_ts_R)
+                self._check(questions)
+                yield Chunk(first, questions, requests.user_id_R, requests, rows)
+                first += len(rows)
 
     def _user_chunks(self, bucket: int) -> Iterator[Chunk]:
         counts = _event_counts(self.sequences, bucket)
@@ -127,7 +126,7 @@ class Reader:
         return read_spread(self.run.users, bucket, "user_id")
 
     def _check(self, questions: Questions) -> None:
-        """A UserError if a history window is not all in the sequence table, or a request has more events than that."""
+        """A UserError if a history window is not all in the sequence table, or a history is not the events before its request."""
         histories, row_R, end_R = questions.histories, questions.row_R, questions.history_end_R
         start_R = self.windows.history_start(end_R) * self.windows.merge_size
         path, model = (
@@ -135,15 +134,19 @@ class Reader:
             f"model.history_events={self.windows.history_groups * self.windows.merge_size}",
         )
         if num_cut := int((start_R < histories.first_index_B[row_R]).sum()):
-            asked = f"{self.plan.split} requests" if self.requests else "users at this request_ts"
             raise UserError(
-                f"{model}: the history windows of {num_cut} {asked} start before the events that {path} keeps: "
+                f"{model}: the history windows of {num_cut} {self.plan.asked} start before the events that {path} keeps: "
                 "build sequences and requests again with these settings, ask for a later time, or lower history_events"
             )
+        verify = "run `python -m jobs.verify`, which names them"
         if num_beyond := int((end_R > histories.end_index_B[row_R]).sum()):
             raise UserError(
-                f"{num_beyond} {self.plan.split} requests have more history than {path} holds of their users: run "
-                "`python -m jobs.verify`, which names them"
+                f"{num_beyond} {self.plan.asked} have more history than {path} holds of their users: {verify}"
+            )
+        if num_untimely := _num_untimely(questions):
+            raise UserError(
+                f"{num_untimely} {self.plan.asked} have a history with events at or after their time, or without some "
+                f"before it: {verify}"
             )
 
 
@@ -178,18 +181,39 @@ def _runs(user_ids: pa.Array, counts: pa.Table, max_rows: int) -> Iterator[tuple
             yield first, min(first + max_rows, end)
 
 
-def _tables(file: pq.ParquetFile, names: list[str]) -> Iterator[pa.Table]:
+def _by_user(parts: list[Iterator[pa.Table]]) -> Iterator[pa.Table]:
+    """The rows of parts that ascend by user, as one that does: of a user, those of the first part come first.
+
+    At most a table of each part is held. A user of whom a part has more comes in several tables.
+    """
+    if len(parts) == 1:
+        yield from parts[0]
+        return
+    heads = [next(part, None) for part in parts]
+    while there := [head["user_id"][-1].as_py() for head in heads if head]:
+        until, together = min(there), list[pa.Table]()
+        for n, head in enumerate(heads):
+            if head:
+                size = pc.less_equal(single_array(head["user_id"]), until).true_count
+                together.append(head.slice(0, size))
+                heads[n] = head.slice(size) if size < len(head) else next(parts[n], None)
+        rows = pa.concat_tables(together)
+        yield rows.take(pc.sort_indices(rows["user_id"])).combine_chunks()  # which keeps the order of equal ones
+
+
+def _tables(file: pq.ParquetFile, names: list[str], num_parts: int = 1) -> Iterator[pa.Table]:
     """The file's rows in tables of at most `_CHUNK_REQUESTS` and `_CHUNK_VALUES` candidates, or one request.
 
-    Each row group's lists of strings have a dictionary of their own.
+    Of so many parts of what is held at once this is one. Each row group's lists of strings have a dictionary of their own.
     """
     held, num_values = list[pa.RecordBatch](), 0
+    most_requests, most_values = max(1, _CHUNK_REQUESTS // num_parts), max(1, _CHUNK_VALUES // num_parts)
     for group in range(file.num_row_groups):
         for batch in file.iter_batches(_rows_at_once(file.metadata), row_groups=[group], columns=names):
-            for begin, end in cut_lists(batch["item_id"], _CHUNK_REQUESTS, _CHUNK_VALUES):
+            for begin, end in cut_lists(batch["item_id"], most_requests, most_values):
                 part = batch.slice(begin, end - begin)
                 num_more = len(part["item_id"].flatten())
-                is_full = num_values + num_more > _CHUNK_VALUES or sum(map(len, held)) + len(part) > _CHUNK_REQUESTS
+                is_full = num_values + num_more > most_values or sum(map(len, held)) + len(part) > most_requests
                 if held and is_full:
                     yield pa.Table.from_batches(held)
                     held, num_values = [], 0
@@ -206,6 +230,16 @@ def _rows_at_once(metadata: pq.FileMetaData) -> int:
     groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
     most = max((g.column(item_column).num_values / max(1, g.num_rows) for g in groups), default=1.0)
     return int(min(_CHUNK_REQUESTS, max(1, _CHUNK_VALUES // max(1.0, most))))
+
+
+def _num_untimely(questions: Questions) -> int:
+    """Questions whose history is not the events strictly before their time."""
+    histories, row_R, end_R = questions.histories, questions.row_R, questions.history_end_R
+    time_X = np.append(histories.event_ts_E, 0)  # there is none after the last, nor before the first
+    next_R = histories.offsets_B1[row_R] + end_R - histories.first_index_B[row_R]
+    sees_more_R = (end_R > histories.first_index_B[row_R]) & (time_X[next_R - 1] >= questions.request_ts_R)
+    sees_less_R = (end_R < histories.end_index_B[row_R]) & (time_X[next_R] < questions.request_ts_R)
+    return int((sees_more_R | sees_less_R).sum())
 
 
 def _ends_before(histories: Histories, request_ts: int) -> Int64:

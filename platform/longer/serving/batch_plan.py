@@ -10,11 +10,12 @@ from longer.config import Settings
 from longer.data.events import iso_time
 from longer.data.id_lists import IdList
 from longer.data.items import items_version
+from longer.data.layout import bucket_of_path
 from longer.data.records import SCRATCH
 from longer.data.tables import open_version
 from longer.errors import UserError
 from longer.schema import EventSchema
-from longer.storage import TABLE_FORMAT, Version, fingerprint
+from longer.storage import TABLE_FORMAT, DataFile, Table, Version, fingerprint
 from longer.training.checkpoints import load_appendable, load_model
 from longer.training.inputs import Inputs
 
@@ -26,6 +27,8 @@ _TABLES: dict[Kind, str] = {
     "vectors": "user_vectors",
 }
 """Under the root, one table a kind of question: their rows differ."""
+
+_ALL = "all"
 
 _EPOCH, _MILLISECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(milliseconds=1)
 
@@ -40,6 +43,7 @@ class Plan:
     checkpoint: Version
     sequences: Version
     inputs: dict[str, str]
+    requests: Version | None = None
     split: str | None = None
     request_ts: int | None = None
     users: IdList | None = None
@@ -75,6 +79,25 @@ class Plan:
         return fingerprint("offline", TABLE_FORMAT, self.content, self.inputs)
 
     @property
+    def asked(self) -> str:
+        """What is asked, as mistakes name it."""
+        if self.requests is None:
+            return "users at this request_ts"
+        return "requests" if self.split == _ALL else f"{self.split} requests"
+
+    @cached_property
+    def request_files(self) -> dict[int, list[DataFile]]:
+        """Files of the requests that are asked, by bucket; each ascends by user and time, and later ones have later requests."""
+        assert self.requests
+        assert self.split
+        files = dict[int, list[DataFile]]()
+        for split in _splits(self.requests, self.split):
+            for file in self.requests.data_files():
+                if file.path.startswith(f"split={split}/"):
+                    files.setdefault(bucket_of_path(file.path), []).append(file)
+        return files
+
+    @property
     def mark(self) -> str:
         """A file in an unfinished version that says of which model and table it is: its question may be asked again until there
         are others."""
@@ -97,14 +120,18 @@ class Plan:
 
 
 def plan_scores(settings: Settings) -> Plan:
-    """What `batch_score` asks; a UserError names a table, file or split that is not there."""
+    """What `batch_score` asks; a UserError names a table, file or split that is not there, or tables that do not fit."""
     asked, schema = settings.batch_score, settings.event_schema
     if asked.of_users:
         return _plan_users(settings, asked, "top_k" if asked.top_k else "lists")
-    inputs = Inputs.served(settings)
-    if not inputs.requests.manifest["num_requests"].get(asked.split):
-        splits = ", ".join(inputs.requests.manifest["num_requests"])
-        raise UserError(f"batch_score.split={asked.split}: no requests in it: choose one of {splits} that has some")
+    if asked.requests_table:
+        _check_named(settings, asked.requests_table)
+    inputs = Inputs.served(settings, asked.requests_table)
+    sizes = inputs.requests.manifest["num_requests"]
+    if not sum(sizes.get(split, 0) for split in _splits(inputs.requests, asked.split)):
+        raise UserError(
+            f"batch_score.split={asked.split}: no requests in it: choose one of {', '.join(sizes)} that has some, or {_ALL}"
+        )
     return Plan(
         kind="requests",
         schema=schema,
@@ -112,6 +139,7 @@ def plan_scores(settings: Settings) -> Plan:
         checkpoint=inputs.checkpoint,
         sequences=inputs.sequences,
         inputs=inputs.ids,
+        requests=inputs.requests,
         split=asked.split,
         check_requests=asked.check_requests,
         batch_bytes=asked.batch_bytes,
@@ -120,6 +148,27 @@ def plan_scores(settings: Settings) -> Plan:
         device=asked.device,
         device_share=asked.num_gpus_per_scorer or 1.0,
     )
+
+
+def _splits(requests: Version, split: str) -> list[str]:
+    """In the order of their times."""
+    return list(requests.manifest["num_requests"]) if split == _ALL else [split]
+
+
+def _check_named(settings: Settings, path: str) -> None:
+    """A UserError if what is published there is no request table, or was made from sequences that are not the root's."""
+    named, sequences = Table(path).current(), settings.path("tables", "sequences")
+    if named is None or not isinstance(named.manifest.get("num_requests"), dict):
+        raise UserError(
+            f"batch_score.requests_table={path}: no published request table: name a folder that jobs.build_requests has "
+            "written, such as ROOT/tables/requests"
+        )
+    made_from = named.manifest["inputs"]["sequences"]
+    if named.manifest["schema_hash"] == settings.event_schema.hash() and Table(sequences).find(made_from) is None:
+        raise UserError(
+            f"batch_score.requests_table={path}: made from version {made_from} of the sequences, which {sequences} does not "
+            "have: name requests that were made from one of its versions"
+        )
 
 
 def plan_vectors(settings: Settings) -> Plan:

@@ -18,7 +18,7 @@ import torch
 from ray.actor import ActorHandle
 
 from longer.data.records import Record
-from longer.data.tables import RequestTable, SequenceTable
+from longer.data.tables import SequenceTable
 from longer.errors import UserError
 from longer.serving.batch_answers import Answers
 from longer.serving.batch_check import OnlineCheck, chosen_numbers, compare, num_left_out
@@ -88,11 +88,9 @@ class BucketScorer:
         of_check = Budget(model, check_bytes)
         self._most_checked = of_check.candidates(num_groups)
         self._waiting = Waiting(min(BATCH_USERS, of_check.most_users) if self._scorer else 1, self._most_checked)
-        requests = plan.inputs.get("requests")
         self._reader = Reader(
             plan=plan,
             sequences=SequenceTable(sequences, plan.schema, plan.sequences.id),
-            requests=RequestTable(f"{plan.root}/tables/requests", plan.schema, requests) if requests else None,
             run=run,
             windows=model.windows,
             outputs_a_request=self._answers.values_a_user,

@@ -16,11 +16,15 @@ class Inputs:
     requests: Version
 
     @staticmethod
-    def served(settings: Settings) -> "Inputs":
-        """The checkpoint and requests that are served now, and the sequences that the requests were built from."""
+    def served(settings: Settings, requests_table: str | None = None) -> "Inputs":
+        """The checkpoint and requests that are served now, and the sequences that the requests were built from.
+
+        The requests are the root's, or those of another table.
+        """
         schema = settings.event_schema
         checkpoint = open_version(settings.path("checkpoints"), schema, None, "jobs.train")
-        requests = open_version(settings.path("tables", "requests"), schema, None, "jobs.build_requests")
+        path = requests_table or settings.path("tables", "requests")
+        requests = open_version(path, schema, None, "jobs.build_requests")
         built_from = requests.manifest["inputs"]["sequences"]
         sequences = open_version(settings.path("tables", "sequences"), schema, built_from, "jobs.build_sequences")
         return Inputs(checkpoint, sequences, requests)
