@@ -1,5 +1,6 @@
 """A table never shows half a version, on disk and on S3."""
 
+import errno
 import hashlib
 import json
 import os
@@ -118,20 +119,40 @@ def test_an_unknown_scheme_is_one_line() -> None:
 
 
 def test_a_second_writer_is_refused_and_harms_nothing(tmp_path: Path) -> None:
-    """Two runs of one job: the later one must not clear what the earlier one is writing."""
+    """Two runs of one job: the later one must not clear what the earlier one is writing.
+
+    Two machines that mount a disk have nothing else in common, and may mount it at other paths.
+    """
     table = Table(str(tmp_path / "table"))
     write_bytes(f"{table.begin('v1')}/part-0.bin", b"data")
-    environment = {**os.environ, "PYTHONPATH": str(Path(longer.__file__).parents[1])}
+    (tmp_path / "tmp_of_another_machine").mkdir()
+    (tmp_path / "mounted_elsewhere").symlink_to(tmp_path)
+    there = {"TMPDIR": str(tmp_path / "tmp_of_another_machine"), "PYTHONPATH": str(Path(longer.__file__).parents[1])}
     for attempt in ("begin('v1')", "resume('v1')", "clear()"):
         second = f"from longer.storage import Table; import sys; Table(sys.argv[1]).{attempt}"
         done = subprocess.run(
-            [sys.executable, "-c", second, table.path], env=environment, capture_output=True, text=True, check=False
+            [sys.executable, "-c", second, str(tmp_path / "mounted_elsewhere/table")],
+            env=os.environ | there,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert "another run is writing this table" in done.stderr
     version = table.publish("v1", {})
     assert read_bytes(version.files()[0]) == b"data"
     with pytest.raises(UserError, match="another run has just published version v1"):
         Table(table.path).begin("v1")
+
+
+def test_a_disk_without_locks_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.lockf", no_locks)
+    with pytest.raises(
+        UserError, match=r"\.table\.lock: cannot be locked \(No locks available\): choose another --root"
+    ):
+        Table(str(tmp_path / "table")).begin("v1")
 
 
 def test_a_version_that_lost_a_file_is_built_again_not_served(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import glob
 import hashlib
 import json
 import os
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -208,19 +207,24 @@ class Table:
         return version
 
     def claim(self) -> None:
-        """Makes this process the table's only writer until it ends; UserError if another process is. S3 has no such locks.
+        """Makes this process the table's only writer until it ends; UserError if another process is, on any machine of those that
+        mount the disk. S3 has no such locks, nor has NFS that is mounted with local ones.
 
-        The lock lies apart from the table, on this machine, and is never removed: it outlives whatever is removed there.
+        The lock lies beside the table and is never removed: it outlives whatever is removed there.
         """
         if self.path.startswith("s3://") or self.path in _held_locks:
             return
-        name = hashlib.sha256(os.path.realpath(self.path).encode()).hexdigest()[:32]
-        lock = open(f"{tempfile.gettempdir()}/longer-{os.getuid()}-{name}.lock", "a")  # noqa: SIM115  (held to the end)
+        folder, name = os.path.split(os.path.realpath(self.path))
+        _make_folder(folder)
         try:
+            lock = open(f"{folder}/.{name}.lock", "a")  # noqa: SIM115  (held to the end)
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.close()
             raise UserError(f"{self.path}: another run is writing this table: wait for it, then run again") from None
+        except OSError as error:
+            raise UserError(
+                f"{folder}/.{name}.lock: cannot be locked ({error.strerror}): choose another --root, or mount the disk with locks"
+            ) from None
         _held_locks[self.path] = lock
 
     def clear(self) -> None:
