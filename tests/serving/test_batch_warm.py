@@ -71,12 +71,12 @@ def _noting(call: object, name: str, calls: list[str]) -> object:
     return noted
 
 
-ENTER = "import sys; from longer.serving.batch_turns import first_alone\nwith first_alone(sys.argv[1]): print(1, flush=True); {}"
+ENTER = "import sys; from longer.serving.batch_turns import first_alone\nwith first_alone(*sys.argv[1:]): print(1, flush=True); {}"
 
 
-def entering(name: str, then: str) -> subprocess.Popen[str]:
+def entering(name: str, then: str, run: str = "a run") -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", ENTER.format(then), name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", ENTER.format(then), name, run], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
 
 
@@ -108,6 +108,19 @@ def test_once_the_first_is_through_the_others_go_in_side_by_side() -> None:
         other.kill()
 
 
+def test_the_first_of_the_next_run_is_alone_again_and_no_run_leaves_a_file_of_its_own(tmp_path: Path) -> None:
+    """Another model has other kernels; a machine that scores every night would fill with files."""
+    environment, noted = {**os.environ, "TMPDIR": str(tmp_path)}, tmp_path / "noted"
+    enter = ENTER.format(f"open({str(noted)!r}, 'a').write(sys.argv[2][-1]); time.sleep(0.3)").replace(
+        "sys;", "sys, time;"
+    )
+    for run in ("run 1", "run 2"):
+        both = [subprocess.Popen([sys.executable, "-c", enter, "name", run], env=environment) for _ in range(2)]
+        assert [one.wait(20) for one in both] == [0, 0]
+    assert noted.read_text() == "1122"
+    assert [file.read_text() for file in tmp_path.glob("longer-*.lock")] == ["run 2"]
+
+
 def test_who_waits_too_long_says_so_and_goes_on_by_itself(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,6 +132,6 @@ def test_who_waits_too_long_says_so_and_goes_on_by_itself(
     monkeypatch.setattr(batch_turns, "_TOLD_EVERY_S", 0.5)
     monkeypatch.setattr(batch_turns, "_MOST_WAIT_S", 1.0)
     for _ in range(2):
-        with first_alone(name):
+        with first_alone(name, "a run"):
             assert re.search(r"this one waits\n.*goes on by itself", capsys.readouterr().err)
     first.kill()

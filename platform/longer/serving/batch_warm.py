@@ -34,7 +34,7 @@ def warm_up(answers: Answers, scorer: Scorer | None, run: Run) -> None:
     """Users of full windows, asked what the plan asks; on a CPU, where nothing is compiled, nothing."""
     if not answers.budget.model.norm_head.weight.is_cuda:
         return
-    with first_alone(f"longer-warm-up-{run.id}"):
+    with first_alone("warm-up", run.id):
         rehearse(answers)
         if scorer:
             for call in scorer.warm_ups(1, _NUM_CANDIDATES):
@@ -53,7 +53,7 @@ class FirstSweep:
         if self._is_over:
             return
         model = self._answers.budget.model
-        with stage("compile"), collected_ms(), first_alone(f"longer-sweep-{self._run.id}"):
+        with stage("compile"), collected_ms(), first_alone("sweep", self._run.id):
             for num_users in (_NUM_USERS, 1):
                 questions = _questions(model, num_users, _NUM_REQUESTS, num_windows=2)
                 candidates = _candidates(model.schema, len(questions))
