@@ -176,7 +176,7 @@ def _first_chunks(reader: Reader, buckets: list[int]) -> Iterator[Chunk]:
     """Until they have candidates enough."""
     num_candidates = 0
     for bucket in buckets:
-        for chunk in reader.chunks(bucket):
+        for chunk in reader.bucket(bucket)[1]:
             assert chunk.requests
             yield chunk
             num_candidates += len(chunk.requests.item_id_C)

@@ -35,7 +35,7 @@ def chunks_of(settings: Settings, folder: Path) -> list[Chunk]:
     plan, run = plan_scores(settings), Run(str(folder))
     buckets = spooled_buckets(plan, run)
     reader = BucketScorer(plan, run)._reader
-    return [chunk for bucket in buckets for chunk in reader.chunks(bucket)]
+    return [chunk for bucket in buckets for chunk in reader.bucket(bucket)[1]]
 
 
 @pytest.mark.parametrize("of_users", [False, True])
@@ -149,7 +149,7 @@ def test_one_long_history_does_not_pad_many_short_ones_beyond_the_bytes() -> Non
 
 def test_requests_with_more_history_than_the_table_holds_are_refused(world: Settings, tmp_path: Path) -> None:
     reader = BucketScorer(plan_scores(world), Run(str(tmp_path)))._reader
-    questions = next(iter(reader.chunks(1))).questions
+    questions = next(iter(reader.bucket(1)[1])).questions
     reader._check(questions)
     held_R = questions.histories.end_index_B[questions.row_R]
     with pytest.raises(UserError, match=r"1 test requests have more history than .* `python -m jobs\.verify`"):

@@ -21,6 +21,7 @@ from longer.serving.batch_input import Chunk
 from longer.serving.batch_output import Run, remember_bucket
 from longer.serving.batch_plan import Plan, check_model, plan_scores, plan_vectors
 from longer.serving.batch_scorer import BucketScorer
+from longer.serving.batch_totals import actors_of, totals_of
 from longer.storage import Table
 from longer.training_settings import TaskSettings
 from tests.serving.batch_runs import asking, expected_scores, ids_file, score_here, world_with_requests, written_here
@@ -57,7 +58,7 @@ def comparing(
 
 def test_a_request_that_was_to_be_compared_and_never_came_fails_the_run(world: Settings, tmp_path: Path) -> None:
     scorer = BucketScorer(plan_scores(world), Run(str(tmp_path)))
-    chunk = next(iter(scorer._reader.chunks(0)))
+    chunk = next(iter(scorer._reader.bucket(0)[1]))
     rows = scorer._answers.rows(chunk)
     with pytest.raises(ArithmeticError, match="2 requests were to be compared, 1 of them were met"):
         comparing(scorer, np.array([0, len(rows)]))(chunk, rows)
@@ -73,7 +74,7 @@ def test_all_that_is_compared_of_a_bucket_is_one_batch_of_the_serving_path(
     assert scorer._scorer
     asked, score = [], scorer._scorer.score
     monkeypatch.setattr(scorer._scorer, "score", lambda requests: (asked.append(requests), score(requests))[1])
-    [chunk] = scorer._reader.chunks(1)
+    [chunk] = scorer._reader.bucket(1)[1]
     rows = scorer._answers.rows(chunk)
     assert len(rows) > 1
     numbers = np.arange(len(rows))
@@ -102,7 +103,7 @@ def test_no_part_of_a_bucket_or_of_a_long_list_is_never_looked_at() -> None:
 def test_a_score_that_the_serving_path_does_not_give_fails_the_run(world: Settings, tmp_path: Path) -> None:
     for settings in (world, asking(world, catalogue=True, top_k=3)):
         scorer = BucketScorer(plan_scores(settings), Run(str(tmp_path)))
-        chunk = next(iter(scorer._reader.chunks(0)))
+        chunk = next(iter(scorer._reader.bucket(0)[1]))
         rows = scorer._answers.rows(chunk)
         compared = comparing(scorer, np.array([0]))
         assert compared(chunk, rows).num_compared == 1
@@ -135,7 +136,7 @@ def test_scores_of_rare_clicks_are_told_from_a_constant_from_others_and_from_the
     publish_model(world, model, "rare")
     plan = replace(plan_scores(asking(world, catalogue=True, top_k=NUM_ITEMS)), precision=precision)
     scorer = BucketScorer(plan, Run(str(tmp_path)))
-    chunk = next(iter(scorer._reader.chunks(0)))
+    chunk = next(iter(scorer._reader.bucket(0)[1]))
     rows = scorer._answers.rows(chunk)
     scores = np.array(rows["score_label"].to_pylist())
     assert scores.max() < 0.005
@@ -178,7 +179,7 @@ def test_a_block_lost_from_a_large_catalogue_is_met_by_the_items_drawn(world: Se
     plan = plan_scores(asking(world, candidates=strangers))
     spooled_buckets(plan, run)
     scorer = BucketScorer(plan, run)
-    chunk = next(iter(scorer._reader.chunks(1)))
+    chunk = next(iter(scorer._reader.bucket(1)[1]))
     one = scorer._answers.rows(chunk).slice(0, 1)
     ids, scores = (np.array(one[name][0].as_py()) for name in ("item_id", "score_label"))
     best, others = ids[scores == scores.max()][:30], ids[scores < scores.max()][: 30_000 - 30]
@@ -218,7 +219,7 @@ def test_a_regression_head_of_any_scale_is_compared_relative_to_it(tmp_path: Pat
     plan, run = plan_scores(asked), Run(str(tmp_path / "again"))
     spooled_buckets(plan, run)
     scorer = BucketScorer(plan, run)
-    chunk = next(iter(scorer._reader.chunks(1)))
+    chunk = next(iter(scorer._reader.bucket(1)[1]))
     rows = scorer._answers.rows(chunk)
     wrong = pa.array(
         [[score * 1.0001 for score in row] for row in rows["score_watch_ms"].to_pylist()], rows["score_watch_ms"].type
@@ -230,7 +231,7 @@ def test_a_regression_head_of_any_scale_is_compared_relative_to_it(tmp_path: Pat
 
 def test_a_vector_that_the_serving_path_does_not_give_fails_the_run(world: Settings, tmp_path: Path) -> None:
     scorer = BucketScorer(plan_vectors(world), Run(str(tmp_path)))
-    chunk = next(iter(scorer._reader.chunks(1)))
+    chunk = next(iter(scorer._reader.bucket(1)[1]))
     rows = scorer._answers.rows(chunk)
     compared = comparing(scorer, np.arange(len(rows)))
     check = compared(chunk, rows)
@@ -260,6 +261,15 @@ def test_a_finished_run_says_that_it_was_checked_less_than_is_asked_and_on_what_
     assert "compared" not in capsys.readouterr().err
     assert batch_score(asking(world, **chosen | {"check_requests": 3})) == version
     assert "2 requests of each bucket compared: for 3, remove" in capsys.readouterr().err
+
+
+def test_actors_of_one_host_and_process_number_are_told_apart(world: Settings, tmp_path: Path) -> None:
+    """As in containers that are started anew: all have one name, and a process number that is the same each time."""
+    scorers = [BucketScorer(plan_scores(world), Run(str(tmp_path))) for _ in range(2)]
+    records = [record for bucket, scorer in enumerate(scorers) for record in scorer.write_bucket(bucket)]
+    starts = [record["actor"]["device_s"] for record in records]
+    assert totals_of(records)["start_device_s"] == pytest.approx(sum(starts))
+    assert [actor["buckets"] for actor in actors_of(records, 0.0)] == [1, 1]
 
 
 def test_the_checkpoint_not_the_settings_says_whether_there_are_vectors(tmp_path: Path) -> None:

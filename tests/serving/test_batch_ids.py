@@ -1,6 +1,8 @@
 """Files that name users and candidates: read as they were when the run began, or refused in one line."""
 
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,11 +13,13 @@ from longer.config import Settings
 from longer.data.id_lists import IdList
 from longer.data.parquet import read_columns
 from longer.errors import UserError
+from longer.serving import batch, batch_input
 from longer.serving.batch import batch_score, spooled_buckets
 from longer.serving.batch_output import Run
 from longer.serving.batch_plan import plan_scores
 from longer.serving.batch_scorer import BucketScorer
-from tests.serving.batch_runs import asking, ids_file, world_with_requests
+from tests.serving.batch_runs import asking, ids_file, score_here, world_with_requests
+from tests.serving.tables import NUM_BUCKETS
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +42,30 @@ def test_files_replaced_under_a_run_never_become_its_answers(world: Settings, tm
     ids_file(tmp_path, item_id=["item1", "item2"])
     with pytest.raises(UserError, match=r"batch_score\.users=\S+: changed while this run read it"):
         spooled_buckets(plan, Run(str(tmp_path / "version")))
+
+
+def test_a_list_of_users_is_read_once_a_bucket_and_its_reading_is_in_the_seconds_of_the_run(
+    world: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For its digest and to spread it, before any bucket: a long list takes minutes, which a run must not leave out."""
+    pieces, read_spread, read = IdList.pieces, batch_input.read_spread, list[int]()
+
+    def slow(ids: IdList) -> Iterator[pa.Array]:
+        time.sleep(0.2)
+        return pieces(ids)
+
+    def noting(folder: str, bucket: int, column: str) -> pa.Array:
+        read.append(bucket)
+        return read_spread(folder, bucket, column)
+
+    monkeypatch.setattr(IdList, "pieces", slow)
+    monkeypatch.setattr(batch_input, "read_spread", noting)
+    monkeypatch.setattr(batch, "_score_buckets", score_here)
+    users, candidates = ids_file(tmp_path, user_id=list(range(1, 9))), ids_file(tmp_path, item_id=["item1"])
+    told = batch_score(asking(world, users=users, candidates=candidates)).manifest
+    assert sorted(read) == list(range(NUM_BUCKETS))
+    assert told["seconds"] > told["start_s"] > 4 * 0.2
+    assert told["rows_per_s"] == pytest.approx(told["num_rows"] / (told["seconds"] - told["start_s"]))
 
 
 def test_ids_of_other_files_are_other_inputs_however_they_are_cut(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_a_bucket_is_clocked_as_it_is_done_not_when_the_next_one_is(
     monkeypatch.setattr(batch, "on_this_clock", noted)
     plan = batch.plan_scores(world_with_requests(tmp_path / "world"))
     manifest, _ = batch._scored(
-        plan, BatchSettings(concurrency=(1, 1)), RaySettings(), Run(str(tmp_path)), "batch_score"
+        plan, BatchSettings(concurrency=(1, 1)), RaySettings(), Run(str(tmp_path)), "batch_score", time.time()
     )
     assert len(records) > 2
     assert max(record["done_at"] - record["own_done_at"] for record in records) < Timed.SECONDS / 2

@@ -65,9 +65,10 @@ def test_all_requests_of_a_user_come_in_one_chunk_in_time_order_or_in_bounded_on
     monkeypatch.setattr(batch_input, "_CHUNK_VALUES", most_values)
     reader = BucketScorer(plan_scores(asking(world, split="all")), Run(str(tmp_path)))._reader
     for bucket in range(NUM_BUCKETS):
-        chunks = [(chunk, chunk.rows) for chunk in reader.chunks(bucket) if chunk.rows]
+        num_requests, questions = reader.bucket(bucket)
+        chunks = [(chunk, chunk.rows) for chunk in questions if chunk.rows]
         rows = pa.concat_tables([rows for _, rows in chunks])
-        assert len(rows) == reader.num_requests(bucket)
+        assert len(rows) == num_requests
         assert rows["user_id"].to_pylist() == sorted(rows["user_id"].to_pylist())
         assert [chunk.first for chunk, _ in chunks] == [sum(len(r) for _, r in chunks[:n]) for n in range(len(chunks))]
         if most_values == 1 << 20:

@@ -104,11 +104,11 @@ class Dying(BucketScorer):
             attempts.write(f"{bucket}\n")
         return super().write_bucket(bucket)
 
-    def _parts(self, bucket: int, check: OnlineCheck, record: Record) -> Iterator[pa.Table]:
-        for rows in super()._parts(bucket, check, record):
+    def _parts(self, chunks: Iterator[Chunk], check: OnlineCheck, record: Record) -> Iterator[pa.Table]:
+        for rows in super()._parts(chunks, check, record):
             yield rows
             mark = Path(f"{self._run.version_path}.died")
-            if bucket % 10 == 7 and not mark.exists():
+            if record["bucket"] % 10 == 7 and not mark.exists():
                 mark.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -142,8 +142,8 @@ def test_buckets_side_by_side_in_an_actor_are_the_same_and_no_second_is_charged_
 class DyingWhileOthersWait(BucketScorer):
     """The first time that it has rows of a bucket while another waits to be compared, it kills its worker."""
 
-    def _parts(self, bucket: int, check: OnlineCheck, record: Record) -> Iterator[pa.Table]:
-        for rows in super()._parts(bucket, check, record):
+    def _parts(self, chunks: Iterator[Chunk], check: OnlineCheck, record: Record) -> Iterator[pa.Table]:
+        for rows in super()._parts(chunks, check, record):
             yield rows
             mark = Path(f"{self._run.version_path}.waited")
             if self._waiting._waiting and not mark.exists():
@@ -171,10 +171,10 @@ def test_buckets_that_die_with_an_actor_while_they_wait_to_be_compared_are_done_
 class Poisoned(BucketScorer):
     """Dies of some bucket every time, as when memory runs out."""
 
-    def _parts(self, bucket: int, check: OnlineCheck, record: Record) -> Iterator[pa.Table]:
-        if bucket % 10 == 7:
+    def _parts(self, chunks: Iterator[Chunk], check: OnlineCheck, record: Record) -> Iterator[pa.Table]:
+        if record["bucket"] % 10 == 7:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super()._parts(bucket, check, record)
+        return super()._parts(chunks, check, record)
 
 
 def test_a_bucket_that_kills_every_actor_ends_the_run_in_one_line(
@@ -265,16 +265,16 @@ def test_gpus_that_this_machine_does_not_have_are_refused_not_waited_for(world: 
 class Failing(BucketScorer):
     """Finds, in some bucket, that the serving path says something else."""
 
-    def _parts(self, bucket: int, check: OnlineCheck, record: Record) -> Iterator[pa.Table]:
+    def _parts(self, chunks: Iterator[Chunk], check: OnlineCheck, record: Record) -> Iterator[pa.Table]:
         original = check.see
 
         def see(chunk: Chunk, rows: pa.Table) -> None:
             original(chunk, rows)
-            if bucket % 10 == 7:
+            if record["bucket"] % 10 == 7:
                 raise ArithmeticError("scores of one request differ")
 
         check.see = see  # type: ignore[method-assign]
-        return super()._parts(bucket, check, record)
+        return super()._parts(chunks, check, record)
 
 
 def test_a_difference_from_the_serving_path_publishes_nothing(

@@ -47,15 +47,17 @@ _FIRST_TOLD_EVERY_S = 15.0
 
 def batch_score(settings: Settings) -> Version:
     """The published scores of what the settings ask, by the served checkpoint; a finished run is found and nothing changes."""
-    return _run(plan_scores(settings), settings.batch_score, settings.ray, "batch_score")
+    return _run(lambda: plan_scores(settings), settings.batch_score, settings.ray, "batch_score")
 
 
 def export_vectors(settings: Settings) -> Version:
     """The published vectors of the users, by the served checkpoint; a finished run is found and nothing changes."""
-    return _run(plan_vectors(settings), settings.export_embeddings, settings.ray, "export_embeddings")
+    return _run(lambda: plan_vectors(settings), settings.export_embeddings, settings.ray, "export_embeddings")
 
 
-def _run(plan: Plan, pool: ScorerPool, where: RaySettings, job: str) -> Version:
+def _run(asked: Callable[[], Plan], pool: ScorerPool, where: RaySettings, job: str) -> Version:
+    started_at = time.time()
+    plan = asked()  # which reads the users' and candidates' lists
     table = Table(plan.table_path)
     if published := table.reuse(plan.version_id):
         remove_unnamed(Run(published.path))  # if a run was killed before it could
@@ -67,7 +69,7 @@ def _run(plan: Plan, pool: ScorerPool, where: RaySettings, job: str) -> Version:
     write_bytes(f"{run.version_path}/{plan.mark}", b"")
     check_model(plan)
     with marked_alive(run.alive) if run.is_on_s3 else nullcontext():  # until its files are named, or removed by itself
-        told = _publish(table, plan, run, partial(_scored, plan, pool, where, run, job))
+        told = _publish(table, plan, run, partial(_scored, plan, pool, where, run, job, started_at))
         remove_unnamed(run)
     version = table.find(plan.version_id)  # of two runs that have published it at once, the later one's
     if version is None:
@@ -107,27 +109,26 @@ def _less_checked(published: Version, plan: Plan) -> str:
 
 
 def _scored(
-    plan: Plan, pool: ScorerPool, where: RaySettings, run: Run, job: str
+    plan: Plan, pool: ScorerPool, where: RaySettings, run: Run, job: str, started_at: float
 ) -> tuple[dict[str, Any], list[DataFile]]:
     """The manifest and the files of all buckets, once those that are missing are done."""
     buckets, done = spooled_buckets(plan, run), done_buckets(run.version_path)
     missing = {bucket: size for bucket, size in buckets.items() if bucket not in done}
     if done:
         say(job, f"{len(buckets) - len(missing)} of {len(buckets)} buckets are there from an interrupted run")
-    started, started_at = time.perf_counter(), time.time()
     fresh, left = list[Record](), missing
     while left:  # again, if what had waited died with an actor
         fresh += _score_buckets(plan, pool, where, run, left, job)
         scored = {record["bucket"] for record in fresh}
         left = {bucket: size for bucket, size in missing.items() if bucket not in scored}
-    seconds = time.perf_counter() - started
+    seconds = time.time() - started_at
     start_s = min((record["begun_at"] for record in fresh), default=started_at) - started_at
     records = [done[bucket] for bucket in buckets if bucket in done] + fresh
     manifest = {
         **plan.manifest,
         **totals_of(records),
         "seconds": seconds,
-        "start_s": start_s,  # of them, until the first actor was there with its model
+        "start_s": start_s,  # of them, until lists were read and the first actor was there with its model
         **rates_of(fresh, seconds - start_s),
         "held_device_s": held_device_s(fresh, plan.device_share, time.time()),  # by this run, with what waited
         "lost_attempts": sum(map(len, run.begun.values())),  # of this run, at buckets, which others have done since

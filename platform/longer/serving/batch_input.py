@@ -78,14 +78,14 @@ class Reader:
     windows: WindowRule
     outputs_a_request: int
 
-    def num_requests(self, bucket: int) -> int:
+    def bucket(self, bucket: int) -> tuple[int, Iterator[Chunk]]:
+        """How many questions a bucket has, and all of them, users ascending, a user's requests in the order of their table."""
         if self.plan.requests:
-            return sum(file.metadata.num_rows for file in self._request_files(bucket))
-        return len(self._named(bucket) if self.plan.users else _event_counts(self.sequences, bucket))
-
-    def chunks(self, bucket: int) -> Iterator[Chunk]:
-        """All questions of a bucket, users ascending, a user's requests in the order of their table."""
-        return self._request_chunks(bucket) if self.plan.requests else self._user_chunks(bucket)
+            files = self._request_files(bucket)
+            return sum(file.metadata.num_rows for file in files), self._request_chunks(bucket, files)
+        counts = _event_counts(self.sequences, bucket)
+        users = read_spread(self.run.users, bucket, "user_id") if self.plan.users else single_array(counts["user_id"])
+        return len(users), self._user_chunks(users, counts)
 
     def _request_files(self, bucket: int) -> list[pq.ParquetFile]:
         requests, files = self.plan.requests, self.plan.request_files.get(bucket, [])
@@ -94,10 +94,9 @@ class Reader:
         encoded = self.plan.schema.features_of("item") if len(files) == 1 else ()
         return [open_encoded(requests.path_of(file), file.num_bytes, encoded) for file in files]
 
-    def _request_chunks(self, bucket: int) -> Iterator[Chunk]:
+    def _request_chunks(self, bucket: int, files: list[pq.ParquetFile]) -> Iterator[Chunk]:
         schema, counts, first = self.plan.schema, _event_counts(self.sequences, bucket), 0
         names = [name for name in schema.requests_arrow().names if name not in schema.tasks]
-        files = self._request_files(bucket)
         for together in _by_user([_tables(file, names, len(files)) for file in files]):
             for begin, end in _runs(single_array(together["user_id"]), counts, _CHUNK_REQUESTS):
                 rows = together.slice(begin, end - begin)
@@ -109,9 +108,7 @@ class Reader:
                 yield Chunk(first, questions, requests.user_id_R, requests, rows)
                 first += len(rows)
 
-    def _user_chunks(self, bucket: int) -> Iterator[Chunk]:
-        counts = _event_counts(self.sequences, bucket)
-        users = self._named(bucket) if self.plan.users else single_array(counts["user_id"])
+    def _user_chunks(self, users: pa.Array, counts: pa.Table) -> Iterator[Chunk]:
         assert self.plan.request_ts is not None
         at_once = min(_CHUNK_REQUESTS, max(1, _CHUNK_VALUES // self.outputs_a_request))
         for begin, end in _runs(users, counts, at_once):
@@ -121,9 +118,6 @@ class Reader:
             questions = Questions(histories, np.arange(len(some)), _ends_before(histories, self.plan.request_ts), ts_R)
             self._check(questions)
             yield Chunk(begin, questions, some)
-
-    def _named(self, bucket: int) -> pa.Array:
-        return read_spread(self.run.users, bucket, "user_id")
 
     def _check(self, questions: Questions) -> None:
         """A UserError if a history window is not all in the sequence table, or a history is not the events before its request."""

@@ -22,7 +22,7 @@ from longer.data.tables import SequenceTable
 from longer.errors import UserError
 from longer.serving.batch_answers import Answers
 from longer.serving.batch_check import OnlineCheck, chosen_numbers, compare, num_left_out
-from longer.serving.batch_input import Reader
+from longer.serving.batch_input import Chunk, Reader
 from longer.serving.batch_output import Run, remember_bucket, write_rows
 from longer.serving.batch_plan import Plan
 from longer.serving.batch_roll import sign
@@ -61,7 +61,11 @@ class BucketScorer:
             self._held_bytes = torch.cuda.memory_allocated()
         else:
             self._held_bytes = _peak_bytes()
-        self._actor = {"name": f"{socket.gethostname()}:{os.getpid()}", "start_ms": stages, **self._charge(started)}
+        self._actor = {
+            "name": f"{socket.gethostname()}:{os.getpid()}:{self._id[:8]}",
+            "start_ms": stages,
+            **self._charge(started),
+        }
 
     def _start(self) -> None:
         plan, run = self._plan, self._run
@@ -127,12 +131,12 @@ class BucketScorer:
     def _written(self, bucket: int, stages: dict[str, float], started: tuple[float, float]) -> Written:
         record: Record = {"bucket": bucket, "begun_at": time.time(), "num_requests": 0, "num_users": 0, "num_scores": 0}
         num_checked = self._plan.check_requests if self._scorer else 0
-        num_requests, items = self._reader.num_requests(bucket), self._answers.items
+        (num_requests, chunks), items = self._reader.bucket(bucket), self._answers.items
         seed = int(self._plan.version_id, 16), bucket
         numbers = chosen_numbers(num_requests, num_checked, seed)
         others = num_left_out(num_requests, len(items.item_id_I), len(numbers)) if items else 0
         check = OnlineCheck(self._plan, self._scorer, items, numbers, self._most_checked, seed, others)
-        written = write_rows(self._run.version_path, self._run.file_of(bucket), self._parts(bucket, check, record))
+        written = write_rows(self._run.version_path, self._run.file_of(bucket), self._parts(chunks, check, record))
         record |= {
             "stages_ms": stages,
             "actor": self._actor,
@@ -167,15 +171,15 @@ class BucketScorer:
             self._charged = now
         return {"device_s": device_s * self._plan.device_share, "cpu_s": cpu_s}
 
-    def _parts(self, bucket: int, check: OnlineCheck, record: Record) -> Iterator[pa.Table]:
+    def _parts(self, chunks: Iterator[Chunk], check: OnlineCheck, record: Record) -> Iterator[pa.Table]:
         """The rows of each chunk, which is read while the one before it is scored; counts them, and compares some.
 
         Scored in the thread that asked for the bucket: others get memory for large tensors anew each time, which costs a tenth.
         """
-        last_user, chunks = None, prefetch(self._reader.chunks(bucket), 1)
+        last_user, ahead = None, prefetch(chunks, 1)
         while True:
             with stage("read"):
-                chunk = next(chunks, None)
+                chunk = next(ahead, None)
             if chunk is None:
                 break
             rows = self._answers.rows(chunk)
