@@ -73,8 +73,8 @@ class BatchSettings(UserSettings):
     )
     requests_table: WorkersPath | None = Field(
         None,
-        description="Folder or s3:// prefix of a requests table to score, as jobs.build_requests publishes it, made from a version "
-        "of the root's sequence table. null: the root's own, if no items are named here.",
+        description="Folder or s3:// prefix of a requests table to score, or of one of its versions, as jobs.build_requests "
+        "publishes it, made from a version of the root's sequence table. null: the root's own, if no items are named here.",
     )
     split: str = Field("test", description="Split of the requests table to score, or 'all' of them.")
     candidates: WorkersPath | None = Field(

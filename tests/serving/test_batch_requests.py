@@ -96,6 +96,7 @@ def test_the_requests_of_another_table_are_scored_beside_the_roots(
 
     named = published(world, tmp_path / "mine", without_the_first_item)
     mine, roots = scored(requests_table=named), scored()
+    assert scored(requests_table=f"{named}/another/") == mine, "a version of a table is named by its folder"
     assert mine.id != roots.id
     assert mine.manifest["inputs"] == roots.manifest["inputs"] | {"requests": "another"}
     shorter, rows = (by_id(pa.concat_tables([read_columns(file) for file in v.files()])) for v in (mine, roots))

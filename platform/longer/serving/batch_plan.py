@@ -124,9 +124,8 @@ def plan_scores(settings: Settings) -> Plan:
     asked, schema = settings.batch_score, settings.event_schema
     if asked.of_users:
         return _plan_users(settings, asked, "top_k" if asked.top_k else "lists")
-    if asked.requests_table:
-        _check_named(settings, asked.requests_table)
-    inputs = Inputs.served(settings, asked.requests_table)
+    named = _named_requests(settings, asked.requests_table) if asked.requests_table else None
+    inputs = Inputs.served(settings, named)
     sizes = inputs.requests.manifest["num_requests"]
     if not sum(sizes.get(split, 0) for split in _splits(inputs.requests, asked.split)):
         raise UserError(
@@ -155,20 +154,23 @@ def _splits(requests: Version, split: str) -> list[str]:
     return list(requests.manifest["num_requests"]) if split == _ALL else [split]
 
 
-def _check_named(settings: Settings, path: str) -> None:
-    """A UserError if what is published there is no request table, or was made from sequences that are not the root's."""
-    named, sequences = Table(path).current(), settings.path("tables", "sequences")
+def _named_requests(settings: Settings, path: str) -> Version:
+    """The version that a table of requests serves, or the one whose folder this is; a UserError if it does not fit the root."""
+    table_path, _, version_id = path.rpartition("/")
+    named = Table(path).current() or Table(table_path).find(version_id)
     if named is None or not isinstance(named.manifest.get("num_requests"), dict):
         raise UserError(
             f"batch_score.requests_table={path}: no published request table: name a folder that jobs.build_requests has "
             "written, such as ROOT/tables/requests"
         )
-    made_from = named.manifest["inputs"]["sequences"]
-    if named.manifest["schema_hash"] == settings.event_schema.hash() and Table(sequences).find(made_from) is None:
+    open_version(named.table_path, settings.event_schema, named.id, "jobs.build_requests")
+    made_from, sequences = named.manifest["inputs"]["sequences"], settings.path("tables", "sequences")
+    if Table(sequences).find(made_from) is None:
         raise UserError(
             f"batch_score.requests_table={path}: made from version {made_from} of the sequences, which {sequences} does not "
             "have: name requests that were made from one of its versions"
         )
+    return named
 
 
 def plan_vectors(settings: Settings) -> Plan:

@@ -16,15 +16,11 @@ class Inputs:
     requests: Version
 
     @staticmethod
-    def served(settings: Settings, requests_table: str | None = None) -> "Inputs":
-        """The checkpoint and requests that are served now, and the sequences that the requests were built from.
-
-        The requests are the root's, or those of another table.
-        """
+    def served(settings: Settings, requests: Version | None = None) -> "Inputs":
+        """The checkpoint that is served now, the root's requests, or those given, and the sequences that these were built from."""
         schema = settings.event_schema
         checkpoint = open_version(settings.path("checkpoints"), schema, None, "jobs.train")
-        path = requests_table or settings.path("tables", "requests")
-        requests = open_version(path, schema, None, "jobs.build_requests")
+        requests = requests or open_version(settings.path("tables", "requests"), schema, None, "jobs.build_requests")
         built_from = requests.manifest["inputs"]["sequences"]
         sequences = open_version(settings.path("tables", "sequences"), schema, built_from, "jobs.build_sequences")
         return Inputs(checkpoint, sequences, requests)
