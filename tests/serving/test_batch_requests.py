@@ -80,6 +80,19 @@ def test_all_requests_of_a_user_come_in_one_chunk_in_time_order_or_in_bounded_on
             assert all(num_values <= most_values or num <= len(SPLITS) for num, num_values in sizes)
 
 
+def test_parts_are_put_together_by_ids_of_texts_too_whatever_tables_they_come_in() -> None:
+    """By their bytes, as the tables ascend: capitals before small letters, both before other alphabets."""
+    ids = ["B", "B", "a", "a", "a", "b", "é", "я", "я"]
+    rows = pa.table({"user_id": ids, "row": range(len(ids))})
+    parts = [rows.take([n for n in range(len(ids)) if n % 3 == part]) for part in range(3)]
+    cut = [
+        [part.slice(n, size) for n in range(0, len(part), size)] for part, size in zip(parts, (1, 2, 3), strict=True)
+    ]
+    together = pa.concat_tables(batch_input._by_user([iter(tables) for tables in cut]))
+    assert together["user_id"].to_pylist() == ids
+    assert sorted(together["row"].to_pylist()) == list(range(len(ids)))
+
+
 def test_the_requests_of_another_table_are_scored_beside_the_roots(
     world: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -132,16 +132,17 @@ class Reader:
                 f"{model}: the history windows of {num_cut} {self.plan.asked} start before the events that {path} keeps: "
                 "build sequences and requests again with these settings, ask for a later time, or lower history_events"
             )
-        verify = "run `python -m jobs.verify`, which names them"
-        if num_beyond := int((end_R > histories.end_index_B[row_R]).sum()):
-            raise UserError(
-                f"{num_beyond} {self.plan.asked} have more history than {path} holds of their users: {verify}"
-            )
-        if num_untimely := _num_untimely(questions):
-            raise UserError(
-                f"{num_untimely} {self.plan.asked} have a history with events at or after their time, or without some "
-                f"before it: {verify}"
-            )
+        if requests := self.plan.requests:
+            verify = f"run `python -m jobs.verify --verify.requests {requests.table_path}`, which names them"
+            if num_beyond := int((end_R > histories.end_index_B[row_R]).sum()):
+                raise UserError(
+                    f"{num_beyond} {self.plan.asked} have more history than {path} holds of their users: {verify}"
+                )
+            if num_untimely := _num_untimely(questions):
+                raise UserError(
+                    f"{num_untimely} {self.plan.asked} have a history with events at or after their time, or without some "
+                    f"before it: {verify}"
+                )
 
 
 def _event_counts(sequences: SequenceTable, bucket: int) -> pa.Table:
