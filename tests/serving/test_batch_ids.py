@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from longer.config import Settings
-from longer.data.id_lists import IdList
+from longer.data import id_lists
+from longer.data.id_lists import IdList, read_spread, spread
 from longer.data.parquet import read_columns
 from longer.errors import UserError
 from longer.serving import batch, batch_input
@@ -77,6 +78,23 @@ def test_ids_of_other_files_are_other_inputs_however_they_are_cut(tmp_path: Path
 
     assert digest(["a", "b", "c"]) == digest(["a"], ["b", "c"])
     assert len({digest(["a", "b"]), digest(["b", "a"]), digest(["a"]), digest(["a", "b", "b"])}) == 4
+
+
+def test_users_named_in_very_many_files_are_few_parts_which_every_bucket_opens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, spread_to = tmp_path / "users", tmp_path / "spread"
+    folder.mkdir()
+    for number in range(20):
+        pq.write_table(pa.table({"user_id": [3 * number, 3 * number + 1, number]}), folder / f"{number:02d}.parquet")
+    ids = IdList(str(folder), "user_id", pa.int64(), "batch_score.users")
+    monkeypatch.setattr(id_lists, "_PART_IDS", 32)
+    count_P = spread(ids, ids.digest(), 5, str(spread_to))
+    assert len(list(spread_to.iterdir())) == 2
+    assert count_P.sum() == 60
+    users = [read_spread(str(spread_to), bucket, "user_id").to_pylist() for bucket in range(5)]
+    named = {3 * n + k for n in range(20) for k in (0, 1)} | set(range(20))
+    assert sorted(user for some in users for user in some) == sorted(named)
 
 
 def test_ids_that_cannot_be_read_are_one_line(world: Settings, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Ids that a user of a job names in Parquet files: read in pieces, checked, and spread over the buckets of users. No Ray."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,6 +17,7 @@ from longer.hashing import bucket_of, stable_keys
 from longer.storage import arrow_filesystem, checked_output, filesystem, open_input
 
 _PIECE_IDS = 1 << 20
+_PART_IDS = 1 << 23
 _ROW_GROUP_IDS = 1 << 16
 _SPOOL = "ids.parquet"
 
@@ -112,9 +113,9 @@ def read_spool(folder: str, column: str) -> pa.Array:
 
 
 def spread(ids: IdList, digest: str, num_buckets: int, folder: str) -> Int64:
-    """Writes the users' ids to `folder`, each piece sorted by bucket; how many each bucket has, [P]. A UserError as `again`."""
+    """Writes the users' ids to `folder` in parts, each sorted by bucket; how many each bucket has, [P]. A UserError as `again`."""
     count_P = np.zeros(num_buckets, np.int64)
-    for number, piece in enumerate(ids.again(digest)):
+    for number, piece in enumerate(_joined(ids.again(digest))):
         bucket = bucket_of(stable_keys(piece), num_buckets)
         order = np.argsort(bucket, kind="stable")
         rows = pa.table({"bucket": pa.array(bucket[order]), ids.column: piece.take(pa.array(order))})
@@ -122,6 +123,19 @@ def spread(ids: IdList, digest: str, num_buckets: int, folder: str) -> Int64:
             pq.write_table(rows, sink, compression="zstd", row_group_size=_ROW_GROUP_IDS)
         count_P += np.bincount(bucket, minlength=num_buckets)
     return count_P
+
+
+def _joined(pieces: Iterable[pa.Array]) -> Iterator[pa.Array]:
+    """The same ids in pieces of `_PART_IDS` or some more, however small the files are: each bucket opens every part."""
+    held, num_ids = list[pa.Array](), 0
+    for piece in pieces:
+        held.append(piece)
+        num_ids += len(piece)
+        if num_ids >= _PART_IDS:
+            yield pa.concat_arrays(held)
+            held, num_ids = [], 0
+    if held:
+        yield pa.concat_arrays(held)
 
 
 def read_spread(folder: str, bucket: int, column: str) -> pa.Array:
