@@ -3,6 +3,7 @@
     TABLE/<version>/...parquet        data
     TABLE/<version>/_MANIFEST.json    written after the data: a version without it does not exist
     TABLE/_CURRENT.json               written last: which version is served
+    .TABLE.lock                       beside it on a disk: locked by the process that writes versions
 
 A version id is the fingerprint of everything that decides its content, so a finished job that runs again finds its version.
 S3 credentials, region and endpoint (AWS_ENDPOINT_URL) come from the usual environment variables.
