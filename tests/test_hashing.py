@@ -5,7 +5,7 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longer.hashing import bucket_of, hash_int64, stable_keys
+from longer.hashing import bucket_of, hash_int64, stable_key, stable_keys
 
 
 def test_golden_keys() -> None:
@@ -37,6 +37,12 @@ def test_a_key_does_not_depend_on_how_the_column_is_stored(values: list[str | No
     assert stable_keys(column.dictionary_encode()).tolist() == expected
     assert stable_keys(pa.chunked_array([column[:3], column[3:]])).tolist() == expected
     assert [stable_keys(pa.array([value], pa.string()))[0] for value in values] == expected
+
+
+@given(st.integers(-(2**63), 2**63 - 1))
+def test_a_user_is_known_by_one_key_asked_for_alone_or_in_a_column(value: int) -> None:
+    assert stable_key(value) == stable_keys(pa.array([value], pa.int64()))[0]
+    assert stable_key(str(value)) == stable_keys(pa.array([str(value)]))[0]
 
 
 @given(st.lists(st.integers(-(2**63), 2**63 - 1), max_size=50))

@@ -1,5 +1,6 @@
 """What the job is compared with: each request from scratch in Ray Data, and bare loops over what is in memory."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 
@@ -72,7 +73,7 @@ class FromScratch:
         if begun - self._begun > _SCRATCH_S:
             return self._nothing
         scored = self._scored(rows)
-        clocks = {"begun": begun, "done": time.time(), "cpu_s": time.process_time() - cpu_s}
+        clocks = {"begun": begun, "done": time.time(), "cpu_s": time.process_time() - cpu_s, "actor": os.getpid()}
         times = {name: pa.array(np.full(len(rows), x)) for name, x in clocks.items()}
         told = pa.table({**{name: scored[name] for name in scored.column_names}, **times})
         self._nothing = told.slice(0, 0)
@@ -106,7 +107,7 @@ def from_scratch(settings: Settings, num_requests: int) -> float:
     remove_tree(output)
     requests = Table(settings.path("tables", "requests")).require("jobs.build_requests")
     rows = ray.data.read_parquet(requests.files("split=test/"), partitioning=None).limit(num_requests)
-    rows.map_batches(
+    rows.repartition(-(-num_requests // _MAP_REQUESTS[pool.device])).map_batches(  # one block would be one actor's
         FromScratch,
         fn_constructor_args=(settings, Run(output)),
         batch_size=_MAP_REQUESTS[pool.device],
@@ -115,6 +116,9 @@ def from_scratch(settings: Settings, num_requests: int) -> float:
         **scorer_options(pool, settings.ray),
     ).write_parquet(output)
     written = pq.read_table(output, partitioning=None)
+    num_actors = len(written["actor"].unique())
+    if num_actors < pool.concurrency[1]:
+        raise RuntimeError(f"from scratch: {num_actors} actors had something to do: give --scratch-requests")
     seconds = pa.compute.max(written["done"]).as_py() - pa.compute.min(written["begun"]).as_py()
     if pool.device == "cpu":
         seconds = sum(written.group_by("begun").aggregate([("cpu_s", "max")])["cpu_s_max"].to_pylist())

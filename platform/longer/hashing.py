@@ -13,16 +13,17 @@ import pyarrow.compute as pc
 Keys = npt.NDArray[np.int64]
 
 _MASK_63_BITS = np.uint64(2**63 - 1)
+_STEP, _ROUNDS, _LAST_SHIFT = 0x9E3779B97F4A7C15, ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)), 31
 
 
 def hash_int64(values: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
     """The splitmix64 finaliser (Steele et al., OOPSLA 2014): a bijection of 64 bits, so distinct ints never collide."""
-    x = values.astype(np.int64, copy=False).view(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    x = values.astype(np.int64, copy=False).view(np.uint64) + np.uint64(_STEP)
     high = np.empty_like(x)  # in place from here: temporaries would cost more than the arithmetic
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+    for shift, factor in _ROUNDS:
         x ^= np.right_shift(x, np.uint64(shift), out=high)
         x *= np.uint64(factor)
-    x ^= np.right_shift(x, np.uint64(31), out=high)
+    x ^= np.right_shift(x, np.uint64(_LAST_SHIFT), out=high)
     return x
 
 
@@ -48,6 +49,16 @@ def stable_keys(column: pa.Array | pa.ChunkedArray) -> Keys:
     keys = np.maximum((hashed & _MASK_63_BITS).view(np.int64), 1)
     keys[missing] = 0
     return keys
+
+
+def stable_key(value: int | str) -> int:
+    """The key of one value: of an integer, in a hundredth of the time that a column of one takes."""
+    if isinstance(value, str):
+        return int(stable_keys(pa.array([value]))[0])
+    x = (value + _STEP) % 2**64
+    for shift, factor in _ROUNDS:
+        x = (x ^ (x >> shift)) * factor % 2**64
+    return max((x ^ (x >> _LAST_SHIFT)) % 2**63, 1)
 
 
 def bucket_of(keys: Keys, num_buckets: int) -> npt.NDArray[np.int32]:

@@ -15,6 +15,7 @@ from serve_apps.protocol import (
     Asked,
     BodyError,
     Limits,
+    as_json,
     parse_events_body,
     parse_score_batch_body,
     parse_score_body,
@@ -111,11 +112,18 @@ def test_a_bad_body_has_one_line_without_its_values(body: Any, status: int, reas
 def test_top_k_are_the_best_by_the_first_task_and_tasks_stay_aligned() -> None:
     scores = {"click": np.array([0.1, 0.9, 0.5], np.float32), "buy": np.array([1, 2, 3], np.float32)}
     result = ScoreResult(scores, 5, "hit", 12, 4)
-    response = score_answer(Asked(ScoreRequest(7, [10, 20, 30]), 2), result, "m1")
+    response = json.loads(as_json(score_answer(Asked(ScoreRequest(7, [10, 20, 30]), 2), result, "m1")))
     assert response["candidates"] == [20, 30]
     assert response["scores"]["buy"] == [2, 3]
     assert np.float32(response["scores"]["click"][0]) == np.float32(0.9)
     assert response["user_state"] == {"source": "hit", "num_events": 12, "last_event_ts": 4}
+
+
+def test_scores_lose_nothing_in_json() -> None:
+    of_two_tasks = np.random.default_rng(1).random((500, 2), np.float32)  # a task's scores are not side by side
+    result = ScoreResult({"a": of_two_tasks[:, 0], "b": of_two_tasks[:, 1]}, 5, "hit", 12, 4)
+    told = json.loads(as_json(score_answer(Asked(ScoreRequest("u", list(range(500))), None), result, "m1")))["scores"]
+    assert np.array_equal(np.array([told["a"], told["b"]], np.float32).T, of_two_tasks)
 
 
 def test_events_become_columns_of_the_log_and_what_an_event_lacks_is_null() -> None:

@@ -18,7 +18,7 @@ from longer.data.columns import feature_arrays, missing_features
 from longer.data.events import check_rows
 from longer.data.items import ItemTable
 from longer.errors import UserError
-from longer.hashing import stable_keys
+from longer.hashing import stable_key, stable_keys
 from longer.schema import EventSchema
 
 Source = Literal["hit", "append", "load", "cold"]
@@ -97,15 +97,13 @@ class RequestReader:
         self._schema = schema
         self._types = {f.name: f.arrow_type for f in schema.features}
 
-    def user(self, user_id: int | str) -> pa.Array:
-        return _column("user_id", [user_id], self._schema.id_types[0])
+    def user(self, user_id: int | str) -> User:
+        """The user of this id; a UserError if it is none."""
+        return User(_column("user_id", [user_id], self._schema.id_types[0]), stable_key(user_id))
 
     def users(self, asked: Sequence["ScoreRequest | EventsRequest"]) -> list[User | UserError]:
-        """Each request's user, or the error. Looked at together, here and below: that costs little more than one alone."""
-        found = [_or_error(self.user, request.user_id) for request in asked]
-        ids = [user_id for user_id in found if isinstance(user_id, pa.Array)]
-        keys = iter(stable_keys(pa.concat_arrays(ids)).tolist() if ids else [])
-        return [one if isinstance(one, UserError) else User(one, next(keys)) for one in found]
+        """Each request's user, or the error."""
+        return [_or_error(self.user, request.user_id) for request in asked]
 
     def time(self, request_ts: int | None) -> int | UserError:
         """In milliseconds, or the error; now, if none is given."""
@@ -117,7 +115,7 @@ class RequestReader:
 
     def candidates(self, requests: Sequence[ScoreRequest], items: ItemTable | None) -> list[Features | UserError]:
         """Item keys and features [C] of each request's candidates, or its error: features as given, else from the catalogue, else
-        missing. With them the features of the request, the same for all."""
+        missing. With them the features of the request, the same for all. Together they cost little more than one's alone."""
         sent = [_or_error(self._sent, request) for request in requests]
         ids = [one.item_ids for one in sent if isinstance(one, _Sent)]
         if not ids:
@@ -189,7 +187,7 @@ class RequestReader:
             return UserError(f"events: unknown field: an event here has {', '.join(known)}")
         num_events = max(map(len, columns.values()))
         try:
-            raw: dict[str, pa.Array] = {"user_id": pa.repeat(self.user(request.user_id)[0], num_events)}
+            raw: dict[str, pa.Array] = {"user_id": pa.repeat(self.user(request.user_id).id[0], num_events)}
             for column in fields:
                 wanted = pa.int64() if column.name == "event_ts" else column.type
                 values = columns.get(column.name, [None] * num_events)

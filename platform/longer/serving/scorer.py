@@ -17,7 +17,6 @@ from longer.arrays import NO_EVENT_TS, Candidates
 from longer.data.items import ItemTable, items_version
 from longer.data.tables import SequenceTable
 from longer.errors import UserError
-from longer.hashing import stable_keys
 from longer.model.engine import StateEngine
 from longer.model.longer import Longer
 from longer.model.outputs import to_scores
@@ -223,7 +222,7 @@ class Scorer:
 
     def user_key(self, user_id: int | str) -> int:
         """What the user is known by in here. A UserError if it is no user id."""
-        return int(stable_keys(self._reader.user(user_id))[0])
+        return self._reader.user(user_id).key
 
     def forget(self, user_id: int | str) -> bool:
         """Drops the user's state, from all tiers, and online events; whether there was any. A UserError if it is no user id."""
