@@ -1,6 +1,7 @@
 """How often a store of states is hit, at budgets from 1% to 100% of all states: python -m benchmarks.hit_rate [--requests N]
 
-Two logs replayed in order of time through the store that serving uses, with a model of random weights, on one device:
+Two logs replayed in order of time through the store that serving uses, with a model of random weights, on one device; each budget
+once all on the device, and once a quarter of it there and the rest in host memory:
 
     complete_journey   a grocery's customers: a request just before each basket, with 50 candidates
     generated          the synthetic log with its daily rhythm: a request before every tenth event
@@ -9,8 +10,8 @@ A request is asked about the user's events strictly before it, in batches of up 
 something since their last one, so that a state which is there is appended to: a second page of the same visit would be a hit. The
 first half of the replay fills the store and is not counted. A user without a state is encoded from memory, so that `load` has no
 share of reading a table (`benchmarks.point_reads`). Requests per second are of the process's own time on one core, so that other
-work on the machine does not show as a dip in the curve. Prints a Markdown page; last, one JSON line. `--chart PATH` also writes
-throughput against hit rate as SVG.
+work on the machine does not show as a dip in the curve; on a CPU both tiers are the same memory, and what comes `from host` costs a
+copy within it. Prints a Markdown page; last, one JSON line. `--chart PATH` also writes throughput against hit rate as SVG.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,8 @@ from longer.table_settings import GenerateSettings
 from longer.training_settings import TaskSettings
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+HOST_PARTS = {"device": 0.0, "device + host": 0.75}
+"""Of a budget, how much is in host memory."""
 NUM_CANDIDATES, BATCH = 50, 16
 VERSION = StateVersion("benchmark", "schema", "appendable")
 NO_EVENTS = EventPrint(0, 0, np.zeros(1, np.uint64), np.uint64(0))
@@ -162,7 +166,7 @@ class Replay:
         self.store.counters.count(source)
 
 
-def replay(log: Log, num_requests: int, share: float) -> dict[str, Any]:
+def replay(log: Log, num_requests: int, share: float, tiers: str) -> dict[str, Any]:
     """The log's last requests at a budget of this share of what the states of all who ask in them need at the end."""
     torch.manual_seed(0)
     model = Longer(log.model, log.schema, (TaskSettings(name="click"),)).eval()
@@ -171,7 +175,8 @@ def replay(log: Log, num_requests: int, share: float) -> dict[str, Any]:
     row_R, end_R, ts_R = log.row_R[asked], log.end_R[asked], log.ts_R[asked]
     sizes = rows_for(store.layout, log.histories.end_index_B[np.unique(row_R)])
     all_bytes = sum(store.pool.slots.size_for(int(n)) for n in sizes) * store.layout.row_bytes
-    run = Replay(log, model, StateStore(model, int(share * all_bytes)))
+    host_bytes = int(share * all_bytes * HOST_PARTS[tiers])
+    run = Replay(log, model, StateStore(model, int(share * all_bytes) - host_bytes, host_bytes))
     before, started, counted_from = run.store.counters.as_dict(), time.process_time(), len(row_R) // 2
     num_counted = 0
     for batch in batches(row_R):
@@ -184,17 +189,18 @@ def replay(log: Log, num_requests: int, share: float) -> dict[str, Any]:
     shares = {name: counts[name] / num_counted for name in ("hit", "append", "load", "cold")}
     in_store = shares["hit"] + shares["append"]
     return {
-        "log": log.name, "budget_share": share, "budget_bytes": int(share * all_bytes), "users": len(sizes),
-        "requests": num_counted, **shares, "in_store": in_store, "evicted": counts["evict"],
+        "log": log.name, "tiers": tiers, "budget_share": share, "budget_bytes": int(share * all_bytes),
+        "users": len(sizes), "requests": num_counted, **shares, "in_store": in_store,
+        "from_host": counts["promote"] / num_counted, "evicted": counts["evict"],
         "requests_per_s": num_counted / seconds,
     }  # fmt: skip
 
 
 def shown(row: dict[str, Any]) -> str:
-    shares = " | ".join(f"{row[name]:.1%}" for name in ("hit", "append", "load", "cold"))
+    shares = " | ".join(f"{row[name]:.1%}" for name in ("hit", "append", "load", "cold", "from_host"))
     return (
-        f"| {row['log']} | {row['budget_share']:.0%} | {row['budget_bytes'] / 2**20:.1f} | {shares} | {row['evicted']} "
-        f"| {row['requests_per_s']:.0f} |"
+        f"| {row['log']} | {row['tiers']} | {row['budget_share']:.0%} | {row['budget_bytes'] / 2**20:.1f} "
+        f"| {shares} | {row['evicted']} | {row['requests_per_s']:.0f} |"
     )
 
 
@@ -214,30 +220,30 @@ def main() -> None:
     print(
         f"- {NUM_CANDIDATES} candidates a request, batches of up to {BATCH}; states in float32; seconds of the process's own time\n"
     )
-    print("| log | budget | MiB | hit | append | load | cold | evicted | requests/s |")
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    print("| log | tiers | budget | MiB | hit | append | load | cold | from host | evicted | requests/s |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
     rows = []
     for log in (complete_journey_log(args.users), generated_log()):
         print(f"{log.name}: {len(log.histories)} users, {len(log.row_R)} requests in all", file=sys.stderr)
-        for share in SHARES:
-            rows.append(replay(log, args.requests, share))
+        for tiers, share in product(HOST_PARTS, SHARES):
+            rows.append(replay(log, args.requests, share, tiers))
             print(shown(rows[-1]), flush=True)
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault(f"{row['log']}, {row['tiers']}", []).append(row)
     if args.chart:
-        lines = {
-            log: [(r["in_store"], r["requests_per_s"]) for r in rows if r["log"] == log]
-            for log in dict.fromkeys(r["log"] for r in rows)
-        }
-        args.chart.write_text(curve(lines, "share of requests whose user's state was in the store", "requests/s"))
+        points = {name: [(r["in_store"], r["requests_per_s"]) for r in line] for name, line in lines.items()}
+        args.chart.write_text(curve(points, "share of requests whose user's state was in the store", "requests/s"))
     ratios = {
-        log: {
+        name: {
             f"{r['budget_share']:.0%}": {
                 "in_store": round(r["in_store"], 4),
+                "from_host": round(r["from_host"], 4),
                 "requests_per_s": round(r["requests_per_s"], 1),
             }
-            for r in rows
-            if r["log"] == log
+            for r in line
         }
-        for log in dict.fromkeys(r["log"] for r in rows)
+        for name, line in lines.items()
     }
     print()
     print(json.dumps(ratios))

@@ -66,9 +66,9 @@ def histogram(values: Sequence[float], unit: str) -> str:
 
 
 def curve(lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str) -> str:
-    """One line of points a name."""
+    """One line of points a name, of four at most."""
     with _chart() as (axes, svg):
-        for (name, points), color in zip(lines.items(), (_ACCENT, _SECOND, _QUIET), strict=False):
+        for (name, points), color in zip(lines.items(), (_ACCENT, _SECOND, _QUIET, _INK), strict=False):
             axes.plot(*zip(*points, strict=True), marker="o", color=color, label=name)
         axes.set_ylim(bottom=0)
         axes.set_xlabel(x_label)

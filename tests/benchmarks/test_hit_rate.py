@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from benchmarks.hit_rate import BATCH, Log, _log, batches, replay
+from benchmarks.hit_rate import BATCH, HOST_PARTS, Log, _log, batches, replay
 from longer.datasets import generator
 from longer.model_settings import ModelSettings
 from longer.table_settings import GenerateSettings
@@ -44,7 +44,8 @@ def test_a_batch_has_each_user_once_and_no_request_overtakes_another() -> None:
     assert all(0 < len(set(row_R[batch])) == batch.stop - batch.start <= BATCH for batch in found)
 
 
-def test_shares_are_of_what_happened_in_the_counted_half() -> None:
+@pytest.mark.parametrize("tiers", HOST_PARTS)
+def test_shares_are_of_what_happened_in_the_counted_half(tiers: str) -> None:
     """With room for all, only a user's first request finds no state; with less, some go, and the shares still are of all."""
     log = tiny_log()
     last = slice(len(log.row_R) - NUM_REQUESTS, len(log.row_R))
@@ -56,10 +57,12 @@ def test_shares_are_of_what_happened_in_the_counted_half() -> None:
         "cold": (is_first_R & (end_R == 0))[counted_from:].sum(),
     }
     assert num_first["load"] > 0
-    whole, tenth = (replay(log, NUM_REQUESTS, share) for share in (1.0, 0.1))
+    whole, tenth = (replay(log, NUM_REQUESTS, share, tiers) for share in (1.0, 0.1))
     assert (whole["requests"], whole["evicted"]) == (NUM_REQUESTS - counted_from, 0)
     assert {name: round(whole[name] * whole["requests"]) for name in num_first} == num_first
     for row in (whole, tenth):
         assert sum(row[name] for name in ("hit", "append", "load", "cold")) == pytest.approx(1.0)
+        assert (row["from_host"] > 0) == (tiers == "device + host")
+        assert row["from_host"] <= row["in_store"]
     assert tenth["evicted"] > 0
     assert 0 < tenth["in_store"] < whole["in_store"]

@@ -12,7 +12,7 @@ from longer.model.longer import Longer
 from longer.serving.store import BATCH_USERS
 from longer.training.loader import SplitData
 from tests.model.generate import random_candidates, random_histories, small_model
-from tests.model.test_precision import TOLERANCE
+from tests.model.test_precision import OF_TESTED_MODELS
 
 
 def split_of(model: Longer, num_users: int) -> SplitData:
@@ -56,7 +56,7 @@ def test_states_answer_the_split_as_the_forward_pass_does_and_in_fewer_bits_near
     exact = from_states(model, data, "float32")
     np.testing.assert_allclose(by_forward(model, data).probability_C, exact.probability_C, rtol=1e-5, atol=1e-6)
     row = measured(from_states(model, data, "int8"), exact, data)
-    assert 0 < row["mean_difference"] < row["largest_difference"] <= TOLERANCE["int8"]
+    assert 0 < row["mean_difference"] < row["largest_difference"] <= OF_TESTED_MODELS["int8"]
     assert row["state_bytes"] < exact.state_bytes
     same = measured(exact, exact, data)
     assert (same["largest_difference"], 0.3 < same["auc"] < 0.7) == (0, True)

@@ -7,13 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longer.model.engine import _with_products_in
+from longer.model.longer import Longer
 from longer.model.pool import Precision, StateLayout, StatePool
 from longer.model.states import append, score
 from tests.model.generate import encoded, pool_for, random_candidates, random_histories, slots_for, small_model
 
 MODEL = small_model(dtype=torch.float32)
-TOLERANCE: dict[Precision, float] = {"bf16": 5e-4, "int8": 1e-3, "fp8": 5e-3}
-"""Most that a probability moves; keys and values are one input of a score, beside the candidate's own."""
+TOLERANCE: dict[Precision, float] = {"bf16": 2e-3, "int8": 8e-3, "fp8": 4e-2}
+"""Most that a probability moves, whatever the weights of a model of these sizes: twice as much as the most of a thousand. They are
+random, and log-odds reach 20; what it costs a trained model is measured by `benchmarks.state_precision`."""
+OF_TESTED_MODELS: dict[Precision, float] = {"bf16": 5e-4, "int8": 1e-3, "fp8": 5e-3}
+"""The same of the few models that states are tested with elsewhere: less, so that a wrong state does not pass for a rounded one."""
 
 
 def test_log_odds_of_rare_clicks_are_told_apart_though_products_are_in_bf16() -> None:
@@ -30,20 +34,30 @@ def test_log_odds_of_rare_clicks_are_told_apart_though_products_are_in_bf16() ->
         np.testing.assert_allclose(outputs, exact, atol=0.2)
 
 
-@pytest.mark.parametrize("precision", TOLERANCE)
-def test_scores_of_shortened_states_stay_within_their_stated_tolerance(precision: Precision) -> None:
-    rng = np.random.default_rng(8)
+def probabilities(model: Longer, kept: Precision, seed: int) -> np.ndarray:
+    """Of candidates of users whose states were encoded halfway, and appended to twice."""
+    rng = np.random.default_rng(seed)
     histories = random_histories(rng, [0, 5, 24, 55, 60, 41])
     candidates, request_ts = random_candidates(rng, [20] * 6), np.full(6, 2_000_000_000_000)
-    rows, ends = np.arange(6), histories.end_index_B
-    probabilities = []
-    for kept in ("float32", precision):
-        pool = pool_for(MODEL, 12, kept)
-        states = encoded(MODEL, pool, histories.slice_events(rows, rows * 0, ends // 2))
-        for begin, end in ((ends // 2, ends - ends // 4), (ends - ends // 4, ends)):
-            states = append(MODEL, pool, states, histories.slice_events(rows, begin, end), slots_for(pool, ends))
-        probabilities.append(torch.from_numpy(score(MODEL, pool, states, request_ts, candidates)[:, 0]).sigmoid())
-    assert 0 < (probabilities[0] - probabilities[1]).abs().max() <= TOLERANCE[precision]
+    rows, ends, pool = np.arange(6), histories.end_index_B, pool_for(model, 12, kept)
+    states = encoded(model, pool, histories.slice_events(rows, rows * 0, ends // 2))
+    for begin, end in ((ends // 2, ends - ends // 4), (ends - ends // 4, ends)):
+        states = append(model, pool, states, histories.slice_events(rows, begin, end), slots_for(pool, ends))
+    return torch.from_numpy(score(model, pool, states, request_ts, candidates)[:, 0]).sigmoid().numpy()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_scores_of_shortened_states_stay_within_their_stated_tolerance_whatever_the_model(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    sizes = {
+        "event_width": int(rng.choice([4, 8])),
+        "merge_size": int(rng.integers(1, 4)),
+        "num_self_layers": int(rng.integers(1, 4)),
+    }
+    model = small_model(seed, torch.float32, **sizes)
+    exact = probabilities(model, "float32", seed)
+    for precision, tolerance in TOLERANCE.items():
+        assert 0 < np.abs(probabilities(model, precision, seed) - exact).max() <= tolerance, (precision, sizes)
 
 
 @pytest.mark.parametrize("precision", ["float32", *TOLERANCE])

@@ -55,7 +55,7 @@ def ask(scorer: Scorer, *asked: tuple[int, int], item_ids: list[str] = CANDIDATE
 
 
 def assert_same(left: ScoreResult, right: ScoreResult) -> None:
-    np.testing.assert_allclose(left.scores["label"], right.scores["label"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(left.scores["label"], right.scores["label"], rtol=1e-5, atol=1e-7)
     assert (left.num_events, left.last_event_ts) == (right.num_events, right.last_event_ts)
 
 

@@ -19,10 +19,10 @@ from longer.model.states import UserState, append, computing_dtype, encode, rows
 from longer.serving.cache import Entry, Known, StateVersion, Tier
 from longer.serving.fingerprint import EventPrint
 from longer.serving.kept_states import pack, unpack
-from longer.serving.store import BATCH_USERS, StateStore
+from longer.serving.store import StateStore
 from tests.model.generate import random_candidates, random_histories, small_model
 from tests.model.reference import reference_outputs
-from tests.model.test_precision import TOLERANCE as SHORTENED
+from tests.model.test_precision import OF_TESTED_MODELS as SHORTENED
 
 NO_EVENTS = EventPrint(0, 0, np.zeros(1, np.uint64), np.uint64(0))
 NUM_USERS, MOST_EVENTS = 6, 60
@@ -305,37 +305,6 @@ def test_nothing_is_left_of_a_user_who_is_forgotten_in_any_tier(device: str) -> 
     assert (len(world.store), world.store.num_bytes, world.store.host_bytes) == (0, 0, 0)
     assert world.store.pool.slots.used_units == 0
     assert not any(user in world.store._index._gone for user in range(NUM_USERS))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_long_run_of_any_operations_accounts_for_every_byte_in_both_tiers(device: str) -> None:
-    """Slow: thirty thousand operations on the pools; a million of the allocator's alone are in tests/test_slots.py."""
-    model, rng = models_for("float32", device)[0], np.random.default_rng(0)
-    layout = StateLayout.of(model, "float32")
-    largest_bytes = layout.largest_rows * layout.row_bytes
-    store = StateStore(model, 40 * largest_bytes, 60 * largest_bytes, "float32")
-    with torch.compiler.set_stance("force_eager"):
-        [empty] = encode(model, store.pool, random_histories(rng, [0]), store.slots([1]))
-    store.release()
-    version, rows = StateVersion("m", "s", "appendable"), np.arange(layout.smallest_rows, layout.largest_rows + 1)
-    for _ in range(3_000):
-        users = rng.choice(400, 8, replace=False, p=(p := np.arange(1.0, 401) ** -0.8) / p.sum())
-        for user in users.tolist():
-            held = store.take(user, version)
-            if held is None or rng.random() < 0.1:
-                [slot] = store.slots([int(rng.choice(rows))])
-                store.put(user, version, Entry(replace(empty, slot=slot), 0, 0, Known("t", 0), NO_EVENTS, True))
-            else:
-                store.bring([held])
-        store.forget(int(rng.integers(400)))
-        store.drop_stale(int(rng.integers(400)))
-        store.release()
-        check_bytes(store)
-    counters = store.counters
-    assert min(counters.promote, counters.demote, counters.evict, counters.stale) > 100
-    device_bytes, host_bytes = store.reserved_bytes
-    assert store.budget_bytes < device_bytes < store.budget_bytes + 3 * (BATCH_USERS + 20) * largest_bytes
-    assert store.host_budget_bytes < host_bytes < store.host_budget_bytes + 3 * 20 * largest_bytes
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pins memory for CUDA")

@@ -225,6 +225,25 @@ def test_what_is_free_takes_new_states_without_anybody_going_for_them(budgets: t
                 store.drop_stale(int(rng.integers(60)) * int(rng.choice([1, 1_000])))
 
 
+@pytest.mark.parametrize(("merge_size", "stride_groups"), [(8, 4), (1, 1)])
+def test_what_python_keeps_of_a_state_is_told_with_its_fingerprints_sums(merge_size: int, stride_groups: int) -> None:
+    """One for each stride of the window: with the shortest strides they are most of it."""
+    sizes = {
+        "merge_size": merge_size,
+        "query_groups": 4,
+        "stride_groups": stride_groups,
+        "event_width": 2,
+        "num_heads": 1,
+    }
+    model = small_model(0, torch.float32, history_events=2_048, **sizes)
+    store, history = StateStore(model, 1 << 20), random_histories(np.random.default_rng(0), [2_048])
+    with torch.compiler.set_stance("force_eager"):
+        [state] = encode(model, store.pool, history, store.slots(rows_for(store.layout, history.end_index_B)))
+    events = EventPrint.of(history, model.windows.stride_events)
+    store.put(0, OLD, Entry(state, 0, 0, Known("t", 0), events, True))
+    assert 3_000 < store.index_bytes - events.sums_S.nbytes < 6_000
+
+
 def dirty(store: StateStore) -> None:
     for pool in (store.pool, store._host):
         if pool is not None:

@@ -9,6 +9,7 @@ as nobody needs the room there: if it goes again as it came, nothing is copied.
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,8 +24,8 @@ from longer.slots import Slot
 BATCH_USERS = 32
 """Most users whose states one batch uses: room for them stands beside the budget."""
 
-_ENTRY_BYTES = 4_000
-"""Of a state's Python objects, its partial group's arrays and its fingerprint's sums, as measured over thousands of states."""
+_ENTRY_BYTES = 5_000
+"""Of a state's Python objects and its partial group's arrays, as measured over thousands of states, the heap's gaps included."""
 
 _FP8_CAPABILITY = 8, 9
 """Of the first cards that compute with float8."""
@@ -105,8 +106,9 @@ class StateStore:
 
     @property
     def index_bytes(self) -> int:
-        """About what Python keeps of the states besides, in host memory."""
-        return len(self) * _ENTRY_BYTES
+        """About what Python keeps of the states besides, in host memory; a fingerprint has a sum for each stride of a window."""
+        num_sums = self.layout.windows.history_groups // self.layout.windows.stride_groups + 1
+        return len(self) * (_ENTRY_BYTES + num_sums * np.dtype(np.uint64).itemsize)
 
     @property
     def free_bytes(self) -> int:
