@@ -7,13 +7,16 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 REQUEST_WITHIN_S = 5.0
 MOST_HEAD_BYTES = 64 << 10
 MOST_CONNECTIONS = 1_000
+CALL = "call"
+"""In a scope's `state`: the task that answers, as soon as there is one."""
 
 
 class BoundedHttp(HttpToolsProtocol):
     """A connection is cut where a request is not complete in time, though it has been answered; where a head, or anything else that
     is no body, is too long; where another request comes before the last one's answer; or where there are too many connections.
+    A call whose connection is lost before its answer is cancelled, as Serve's proxy does it: the application says what to cancel.
 
-    uvicorn bounds none of these: its own timer is for connections that have been answered once and keep silent.
+    uvicorn does none of this: its own timer is for connections that have been answered once and keep silent.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -52,6 +55,8 @@ class BoundedHttp(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()
         super().connection_lost(exc)
+        if self.cycle and self.cycle.disconnected and (call := self.cycle.scope["state"].get(CALL)):
+            call.cancel()
 
     def _new_timer(self) -> asyncio.TimerHandle:
         return self.loop.call_later(REQUEST_WITHIN_S, self.transport.abort)

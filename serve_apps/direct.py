@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from longer.errors import UserError
-from serve_apps.bounded_http import BoundedHttp
+from serve_apps.bounded_http import CALL, BoundedHttp
 
 _KEEP_ALIVE_S = 75
 _ANY_PORT = (0, 0)
@@ -52,6 +52,7 @@ class DirectServer:
         """Begins to answer, in the running event loop; `close` lets calls end for so long."""
 
         async def bounded(scope: Scope, receive: Receive, send: Send) -> None:
+            scope["state"][CALL] = asyncio.current_task()
             if self.num_ongoing >= self._most_ongoing:
                 self._on_refused()
                 headers = {"retry-after": str(self._retry_after_s)}
