@@ -4,23 +4,27 @@ import asyncio
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-REQUEST_WITHIN_S = 5.0
+REQUEST_WITHIN_S = 5
+KEEP_ALIVE_S = 75
+"""How long a connection may idle once a call has been accepted on it; before, no longer than a request may take."""
 MOST_HEAD_BYTES = 64 << 10
 MOST_CONNECTIONS = 1_000
-CALL = "call"
-"""In a scope's `state`: the task that answers, as soon as there is one."""
+CALL, IS_ACCEPTED = "call", "is_accepted"
+"""What the application says in a scope's `state`: the task that answers and, before it does, that its caller is no stranger."""
 
 
 class BoundedHttp(HttpToolsProtocol):
     """A connection is cut where a request is not complete in time, though it has been answered; where a head, or anything else that
     is no body, is too long; where another request comes before the last one's answer; or where there are too many connections.
-    A call whose connection is lost before its answer is cancelled, as Serve's proxy does it: the application says what to cancel.
+    Strangers who have been answered may keep theirs for no longer than those who have not.
+    A call whose connection is lost before its answer is cancelled, as Serve's proxy does it.
 
-    uvicorn does none of this: its own timer is for connections that have been answered once and keep silent.
+    uvicorn does none of this: its own timer is for connections that have been answered once and keep silent, whosever they are.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.timeout_keep_alive = REQUEST_WITHIN_S
         self._num_bytes, self._is_in_request, self._timer = 0, True, self._new_timer()
         if len(self.connections) > MOST_CONNECTIONS:
             transport.abort()
@@ -51,6 +55,11 @@ class BoundedHttp(HttpToolsProtocol):
         self._num_bytes, self._is_in_request = 0, False
         self._timer.cancel()
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        if self.cycle.scope["state"].get(IS_ACCEPTED):
+            self.timeout_keep_alive = KEEP_ALIVE_S
+        super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()

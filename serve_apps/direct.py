@@ -19,7 +19,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from longer.errors import UserError
 from serve_apps.bounded_http import CALL, BoundedHttp
 
-_KEEP_ALIVE_S = 75
 _ANY_PORT = (0, 0)
 
 
@@ -71,7 +70,6 @@ class DirectServer:
             access_log=False,
             log_config=None,
             log_level="critical",
-            timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=math.ceil(ends_within_s),
         )
         self._server = uvicorn.Server(config)

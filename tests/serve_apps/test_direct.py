@@ -78,5 +78,6 @@ def _bounds_hold(url: str) -> None:
     ):
         wrong = httpx.post(f"{url}/v1/score", headers=headers, content=content, timeout=10)
         assert (wrong.status_code, list(wrong.json())) == (status, ["error"])
+        assert (wrong.headers.get("connection") == "close") == (status == 401)
     assert httpx.get(f"{url}/v1/replicas", timeout=10).status_code == 401
     assert httpx.get(f"{url}/readyz", timeout=10).json() == {"status": "ready"}

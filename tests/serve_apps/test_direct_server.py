@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from longer.errors import UserError
 from serve_apps import bounded_http
+from serve_apps.bounded_http import IS_ACCEPTED
 from serve_apps.direct import DirectServer
 
 HOST = "127.0.0.1"
@@ -18,7 +19,7 @@ HEAD = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
 class Slow:
-    """Answers once it may."""
+    """Answers once it may, strangers too."""
 
     def __init__(self, may_end: bool = False) -> None:
         self.may_end, self.num_begun = asyncio.Event(), 0
@@ -28,6 +29,7 @@ class Slow:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.num_begun += 1
         await self.may_end.wait()
+        scope["state"][IS_ACCEPTED] = scope["path"] != "/stranger"
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
         await send({"type": "http.response.body", "body": b"ok"})
 
@@ -154,6 +156,27 @@ def test_silent_connections_are_cut_and_there_are_never_too_many(monkeypatch: py
         await server.close()
 
     asyncio.run(run())
+
+
+def test_strangers_who_are_answered_hold_a_connection_no_longer_than_those_who_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A thousand who ask for the health once a minute would leave no room for callers."""
+    monkeypatch.setattr(bounded_http, "REQUEST_WITHIN_S", 0.5)
+
+    async def run() -> None:
+        server, _ = serving(Slow(may_end=True))
+        (caller, asks), (stranger, looks) = await opened(server), await opened(server)
+        for writer, path in ((asks, b"/"), (looks, b"/stranger")):
+            writer.write(HEAD.replace(b"/", path, 1))
+        for reader in (caller, stranger):
+            assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
+        assert await is_cut(stranger)
+        asks.write(HEAD)
+        assert (await caller.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
+        await server.close()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
 
 
 async def opened(server: DirectServer) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
