@@ -87,7 +87,7 @@ class ScoringClient:
 
     def forget(self, user_id: int | str) -> dict[str, int]:
         """Makes every replica drop what it holds of the user."""
-        return json.loads(self._send("DELETE", f"users/{quote(str(user_id), safe='')}", b"", user_id))
+        return json.loads(self._send("DELETE", f"users/{_in_path(user_id)}", b"", user_id))
 
     def _post(self, path: str, body: dict[str, Any], user_id: int | str | None) -> dict[str, Any]:
         return json.loads(self._send("POST", path, to_json(body), user_id))
@@ -180,10 +180,10 @@ class ScoringClient:
         }  # the replica's, and the proxy's
         url = f"{replica_url or self._url}/v1/{path}"
         content = bytearray()
+        asked = self._session.prepare_request(requests.Request(method, url, {**headers, **times}, data=body))
+        asked.url = url  # as it is: `requests` would take the user `..` for the folder above
         timeout_s = (min(left_s, _CONNECT_WITHIN_S), left_s) if replica_url else left_s
-        with self._session.request(
-            method, url, data=body, headers={**headers, **times}, timeout=timeout_s, stream=True
-        ) as answer:
+        with self._session.send(asked, timeout=timeout_s, stream=True) as answer:
             try:
                 while part := answer.raw.read1(_PART_BYTES, decode_content=True):
                     content += part
@@ -196,6 +196,11 @@ class ScoringClient:
             except urllib3.exceptions.HTTPError as error:
                 raise requests.ConnectionError(error) from None
         return answer, bytes(content)
+
+
+def _in_path(user_id: int | str) -> str:
+    """Percent-encoded, dots too: proxies would follow those of the users `.` and `..`."""
+    return quote(str(user_id), safe="").replace(".", "%2E")
 
 
 def _reason(answer: requests.Response, content: bytes) -> Any:

@@ -1,5 +1,6 @@
 """The client against a running service, and against one that is full at first."""
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -42,6 +43,8 @@ def test_the_client_does_all_that_the_service_does(front: Front, tmp_path_factor
         assert (len(one["scores"]["label"]), wrong["status"]) == (1, 422)
         assert client.forget(5)["held"] > 0
         assert client.forget(5) == {"replicas": 2, "held": 0}
+        with pytest.raises(UserError, match="user_id: expected int64"):
+            client.forget("..")
         with pytest.raises(UserError, match=r"candidates: expected string values \(422\)"):
             client.score(5, [1])
 
@@ -178,6 +181,23 @@ def test_the_time_is_for_the_whole_call_and_netrc_does_not_replace_the_token(
             ScoringClient(url, token="mine", timeout_s=0.3).score(1, [1])
         assert time.monotonic() - started_s < 0.6
     assert Trickling.told == ["Bearer mine"]
+
+
+class Paths(FullAtFirst):
+    """Repeats the path that it was asked for."""
+
+    def do_DELETE(self) -> None:
+        content = json.dumps({"path": self.path}).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+def test_a_user_of_dots_and_slashes_is_forgotten_and_not_a_path_followed() -> None:
+    with serving(Paths) as url:
+        for user, path in (("..", "%2E%2E"), (".", "%2E"), ("a/../b?", "a%2F%2E%2E%2Fb%3F"), ("ä", "%C3%A4"), (5, "5")):
+            assert ScoringClient(url).forget(user) == {"path": f"/v1/users/{path}"}
 
 
 class Full(FullAtFirst):
