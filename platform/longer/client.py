@@ -182,8 +182,8 @@ class ScoringClient:
         content = bytearray()
         asked = self._session.prepare_request(requests.Request(method, url, {**headers, **times}, data=body))
         asked.url = url  # as it is: `requests` would take the user `..` for the folder above
-        timeout_s = (min(left_s, _CONNECT_WITHIN_S), left_s) if replica_url else left_s
-        with self._session.send(asked, timeout=timeout_s, stream=True) as answer:
+        in_time = urllib3.Timeout(total=left_s, connect=_CONNECT_WITHIN_S if replica_url else None)
+        with self._session.send(asked, timeout=in_time, stream=True) as answer:
             try:
                 while part := answer.raw.read1(_PART_BYTES, decode_content=True):
                     content += part

@@ -1,6 +1,7 @@
 """The client against a running service, and against one that is full at first."""
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -8,12 +9,13 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import requests
+import urllib3
 
 from longer.client import ScoringClient
 from longer.errors import UserError
@@ -181,6 +183,22 @@ def test_the_time_is_for_the_whole_call_and_netrc_does_not_replace_the_token(
             ScoringClient(url, token="mine", timeout_s=0.3).score(1, [1])
         assert time.monotonic() - started_s < 0.6
     assert Trickling.told == ["Bearer mine"]
+
+
+def test_what_connecting_takes_is_taken_off_the_time_for_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = urllib3.util.connection.create_connection
+
+    def slow(*args: Any, **kwargs: Any) -> socket.socket:
+        time.sleep(0.5)
+        return connect(*args, **kwargs)
+
+    monkeypatch.setattr(urllib3.util.connection, "create_connection", slow)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        client = ScoringClient(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.8, direct=False)
+        started_s = time.monotonic()
+        with pytest.raises(requests.ReadTimeout):
+            client.score(1, [1])
+        assert time.monotonic() - started_s < 1.2  # not 0.5 more than it may take
 
 
 class Paths(FullAtFirst):
