@@ -35,8 +35,8 @@ _NOT_FOUND, _FULL = 404, 503
 
 
 class ScoringClient:
-    """A user's calls go straight to the replica that holds the state, where the service has such addresses (`direct_host`) and they
-    can be reached, else, and if not `direct`, through Serve's proxy at `url`.
+    """A user's calls go straight to the replica that holds the state, and those of several users to any, where the service has such
+    addresses (`direct_host`) and they can be reached, else, and if not `direct`, through Serve's proxy at `url`.
 
     Every call is safe to repeat, so one that finds no connection, a full service (503) or a replica that dies with it (500) is,
     after a pause that grows, no shorter than the service asks for. `timeout_s` is for all of it, and the service is told what is
@@ -99,7 +99,7 @@ class ScoringClient:
         if user_id is not None:
             headers["x-session-id"] = session_of(user_id)
         patience = Patience(self._timeout_s, self._max_retries)
-        if user_id is not None and self._replicas:
+        if self._replicas:
             told = self._straight(self._replicas, method, path, body, headers, patience)
             if told is not None:
                 return told
@@ -124,9 +124,9 @@ class ScoringClient:
         headers: Mapping[str, str],
         patience: Patience,
     ) -> bytes | None:
-        """What the user's own replica answers; None if it has no room or is not to be reached, for the proxy to do so, or if it is
-        to be asked again, once that may be."""
-        found = replicas.of(headers["x-session-id"])
+        """What the user's own replica answers, or any for several users; None if it has no room or is not to be reached, for the
+        proxy to do so, or if it is to be asked again, once that may be."""
+        found = replicas.of(headers.get("x-session-id"))
         if found is None:
             return None
         try:
