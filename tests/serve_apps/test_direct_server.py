@@ -3,11 +3,13 @@
 import asyncio
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 import httpx
 import pytest
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from longer.errors import UserError
 from serve_apps import bounded_http
@@ -34,7 +36,7 @@ class Slow:
         await send({"type": "http.response.body", "body": b"ok"})
 
 
-def serving(app: Slow, host: str = HOST, places: int = 9) -> tuple[DirectServer, list[int]]:
+def serving(app: ASGIApp, host: str = HOST, places: int = 9) -> tuple[DirectServer, list[int]]:
     """In the running event loop; and what it refuses."""
     refusals = list[int]()
     server = DirectServer(host, None, places, retry_after_s=7, on_refused=lambda: refusals.append(1))
@@ -105,6 +107,12 @@ def test_an_answer_waits_for_no_acknowledgement_of_the_one_before() -> None:
         await server.close()
 
     asyncio.run(run())
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not is_so():
+            await asyncio.sleep(0.001)
 
 
 async def is_cut(reader: asyncio.StreamReader, within_s: float = 5) -> bool:
@@ -241,6 +249,35 @@ def test_a_body_that_never_ends_holds_no_connection_though_it_has_been_answered(
         assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
         writer.write(b"x")  # which ends the wait of a connection that has been answered
         assert await is_cut(reader)
+        await server.close()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "more"), [(200_000, b""), (40_000, b""), (40_000, b"connection: close\r\n")], ids=str
+)
+def test_who_does_not_read_an_answer_holds_neither_a_connection_nor_a_place(
+    monkeypatch: pytest.MonkeyPatch, num_bytes: int, more: bytes
+) -> None:
+    """Who need not know the token could take all places, for ever: with a page of the documentation, again and again."""
+    monkeypatch.setattr(bounded_http, "REQUEST_WITHIN_S", 0.5)
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        await Response(b"x" * num_bytes)(scope, receive, send)
+
+    async def run() -> None:
+        server, _ = serving(answer)
+        server._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that it takes but one answer
+        with socket.socket() as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.connect((HOST, int(server.url.rpartition(":")[2])))
+            deaf.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n" + more + b"\r\n")
+            connections = server._server.server_state.connections
+            await until(lambda: any(one.transport.get_write_buffer_size() for one in connections))
+            await until(lambda: not connections and not server.num_ongoing)
+        async with httpx.AsyncClient(timeout=10) as client:  # who reads has all of it
+            assert len((await client.get(server.url)).content) == num_bytes
         await server.close()
 
     asyncio.run(asyncio.wait_for(run(), 20))
