@@ -1,6 +1,7 @@
 """HTTP of a port that strangers may reach: connections, and what each may send, are bounded before a token is looked at."""
 
 import asyncio
+from collections.abc import Callable
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -27,7 +28,7 @@ class BoundedHttp(HttpToolsProtocol):
         super().connection_made(transport)
         self.timeout_keep_alive = REQUEST_WITHIN_S
         self._num_bytes, self._is_in_request = 0, True
-        self._request, self._reading = _Deadline(self), _Deadline(self)
+        self._request, self._reading = (_Deadline(self.loop, transport.abort) for _ in range(2))
         self._request.set()
         if len(self.connections) > MOST_CONNECTIONS:
             transport.abort()
@@ -74,7 +75,8 @@ class BoundedHttp(HttpToolsProtocol):
         super().pause_writing()
 
     def resume_writing(self) -> None:
-        self._reading.lift()
+        if not self.transport.is_closing():
+            self._reading.lift()
         super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -86,15 +88,15 @@ class BoundedHttp(HttpToolsProtocol):
 
 
 class _Deadline:
-    """A connection is cut when it has been set for so long; setting it again changes nothing."""
+    """Cuts a connection once it has been set for so long; setting it again changes nothing."""
 
-    def __init__(self, of: HttpToolsProtocol) -> None:
-        self._of = of
+    def __init__(self, loop: asyncio.AbstractEventLoop, cut: Callable[[], None]) -> None:
+        self._loop, self._cut = loop, cut
         self._timer: asyncio.TimerHandle | None = None
 
     def set(self) -> None:
         if self._timer is None:
-            self._timer = self._of.loop.call_later(REQUEST_WITHIN_S, self._of.transport.abort)
+            self._timer = self._loop.call_later(REQUEST_WITHIN_S, self._cut)
 
     def lift(self) -> None:
         if self._timer is not None:
