@@ -17,9 +17,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from longer.errors import UserError
-from serve_apps.bounded_http import BoundedHttp
+from serve_apps.bounded_http import CALL, BoundedHttp
 
-_KEEP_ALIVE_S = 75
 _ANY_PORT = (0, 0)
 
 
@@ -52,6 +51,7 @@ class DirectServer:
         """Begins to answer, in the running event loop; `close` lets calls end for so long."""
 
         async def bounded(scope: Scope, receive: Receive, send: Send) -> None:
+            scope["state"][CALL] = asyncio.current_task()
             if self.num_ongoing >= self._most_ongoing:
                 self._on_refused()
                 headers = {"retry-after": str(self._retry_after_s)}
@@ -70,7 +70,6 @@ class DirectServer:
             access_log=False,
             log_config=None,
             log_level="critical",
-            timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=math.ceil(ends_within_s),
         )
         self._server = uvicorn.Server(config)

@@ -41,6 +41,9 @@ class Peers:
         call = self._deployment().options(method_name=method.__name__, session_id=session).remote(*args)
         try:
             return await asyncio.wait_for(call, within_s)
+        except asyncio.CancelledError:
+            call.cancel()
+            raise
         except (RayServeException, RayError, TimeoutError) as error:
             call.cancel()  # nobody waits for it any more
             _logger.warning("the replica whose user it is did not answer: %s", one_line(error))

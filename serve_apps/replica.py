@@ -15,6 +15,7 @@ from serve_apps.access_log import Call
 from serve_apps.account import in_short
 from serve_apps.arguments import ScoringArgs
 from serve_apps.arrow_body import ARROW, arrow_answer, parse_arrow_body
+from serve_apps.bounded_http import IS_ACCEPTED
 from serve_apps.desk import Refusal
 from serve_apps.openapi import about_call, body_of, errors, responds, with_security
 from serve_apps.protocol import (
@@ -207,8 +208,10 @@ class ScoringReplica(RpcService):
 
         outcome = await self._desk.attempt(route, request.headers, answer)
         if not isinstance(outcome, Refusal):
+            request.scope.setdefault("state", {})[IS_ACCEPTED] = True
             return self._response(*outcome)
-        headers = {503: {"retry-after": str(RETRY_AFTER_S)}, 401: {"www-authenticate": "Bearer"}}
+        stranger = {"www-authenticate": "Bearer", "connection": "close"}  # who holds no connection meant for callers
+        headers = {503: {"retry-after": str(RETRY_AFTER_S)}, 401: stranger}
         return self._response(as_json({"error": outcome.reason}), JSON, outcome.status, headers.get(outcome.status))
 
     def _response(

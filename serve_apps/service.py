@@ -61,8 +61,8 @@ class ScoringService:
         self._replica = serve.get_replica_context().replica_id.unique_id
         metrics = ReplicaMetrics()
         self._keeper = StateKeeper(args, self._scorer, self._replica, self._in_worker)
-        access_log = AccessLog(get_serve_logs_dir(), self._replica) if args.access_log else None
-        self._desk = Desk(self._gate, metrics, access_log)
+        self._access_log = AccessLog(get_serve_logs_dir(), self._replica) if args.access_log else None
+        self._desk = Desk(self._gate, metrics, self._access_log)
         self._direct = self._direct_server(args)
         self._affinity, self._peers = Affinity(self._replica, self._direct and self._direct.url), Peers()
         size = args.max_batch_requests
@@ -85,7 +85,7 @@ class ScoringService:
             self._scorer,
             Ledger(self._scorer, self._in_worker),
             metrics,
-            access_log,
+            self._access_log,
             self._affinity,
             self._keeper,
             self._rollouts,

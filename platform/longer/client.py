@@ -35,8 +35,8 @@ _NOT_FOUND, _FULL = 404, 503
 
 
 class ScoringClient:
-    """A user's calls go straight to the replica that holds the state, where the service has such addresses (`direct_host`) and they
-    can be reached, else, and if not `direct`, through Serve's proxy at `url`.
+    """A user's calls go straight to the replica that holds the state, and those of several users to any, where the service has such
+    addresses (`direct_host`) and they can be reached, else, and if not `direct`, through Serve's proxy at `url`.
 
     Every call is safe to repeat, so one that finds no connection, a full service (503) or a replica that dies with it (500) is,
     after a pause that grows, no shorter than the service asks for. `timeout_s` is for all of it, and the service is told what is
@@ -87,7 +87,7 @@ class ScoringClient:
 
     def forget(self, user_id: int | str) -> dict[str, int]:
         """Makes every replica drop what it holds of the user."""
-        return json.loads(self._send("DELETE", f"users/{quote(str(user_id), safe='')}", b"", user_id))
+        return json.loads(self._send("DELETE", f"users/{_in_path(user_id)}", b"", user_id))
 
     def _post(self, path: str, body: dict[str, Any], user_id: int | str | None) -> dict[str, Any]:
         return json.loads(self._send("POST", path, to_json(body), user_id))
@@ -99,7 +99,7 @@ class ScoringClient:
         if user_id is not None:
             headers["x-session-id"] = session_of(user_id)
         patience = Patience(self._timeout_s, self._max_retries)
-        if user_id is not None and self._replicas:
+        if self._replicas:
             told = self._straight(self._replicas, method, path, body, headers, patience)
             if told is not None:
                 return told
@@ -124,9 +124,9 @@ class ScoringClient:
         headers: Mapping[str, str],
         patience: Patience,
     ) -> bytes | None:
-        """What the user's own replica answers; None if it has no room or is not to be reached, for the proxy to do so, or if it is
-        to be asked again, once that may be."""
-        found = replicas.of(headers["x-session-id"])
+        """What the user's own replica answers, or any for several users; None if it has no room or is not to be reached, for the
+        proxy to do so, or if it is to be asked again, once that may be."""
+        found = replicas.of(headers.get("x-session-id"))
         if found is None:
             return None
         try:
@@ -180,10 +180,10 @@ class ScoringClient:
         }  # the replica's, and the proxy's
         url = f"{replica_url or self._url}/v1/{path}"
         content = bytearray()
-        timeout_s = (min(left_s, _CONNECT_WITHIN_S), left_s) if replica_url else left_s
-        with self._session.request(
-            method, url, data=body, headers={**headers, **times}, timeout=timeout_s, stream=True
-        ) as answer:
+        asked = self._session.prepare_request(requests.Request(method, url, {**headers, **times}, data=body))
+        asked.url = url  # as it is: `requests` would take the user `..` for the folder above
+        in_time = urllib3.Timeout(total=left_s, connect=_CONNECT_WITHIN_S if replica_url else None)
+        with self._session.send(asked, timeout=in_time, stream=True) as answer:
             try:
                 while part := answer.raw.read1(_PART_BYTES, decode_content=True):
                     content += part
@@ -196,6 +196,11 @@ class ScoringClient:
             except urllib3.exceptions.HTTPError as error:
                 raise requests.ConnectionError(error) from None
         return answer, bytes(content)
+
+
+def _in_path(user_id: int | str) -> str:
+    """Percent-encoded, dots too: proxies would follow those of the users `.` and `..`."""
+    return quote(str(user_id), safe="").replace(".", "%2E")
 
 
 def _reason(answer: requests.Response, content: bytes) -> Any:

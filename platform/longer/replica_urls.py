@@ -1,5 +1,6 @@
 """Where a client's calls go: straight to the replica whose user it is, where the service says that it can be reached so."""
 
+import random
 import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -21,7 +22,7 @@ class ReplicaUrl(NamedTuple):
 
 
 class ReplicaUrls:
-    """The replica of a session, as the service at `url` told it within the last ten seconds, or last told it.
+    """The replica of a session, or any, as the service at `url` told it within the last ten seconds, or last told it.
 
     What cannot be reached is not tried for a while: a client elsewhere may see the front only. Of a front that speaks TLS no
     replica is used, as they do not, and on loopback only what is asked for there.
@@ -35,17 +36,17 @@ class ReplicaUrls:
         self._asked_s = -_REFRESH_S
         self._avoided_until_s: dict[str, float] = {}
 
-    def of(self, session: str) -> ReplicaUrl | None:
-        """None: through the front."""
+    def of(self, session: str | None) -> ReplicaUrl | None:
+        """Without a session, any that can be reached; None: through the front."""
         if self._front.scheme != "http":
             return None
         if time.monotonic() - self._asked_s >= _REFRESH_S:
             self._refresh()
         if self._ring is None:
             return None
-        replica = self._ring.owner(session)
-        url = self._urls.get(replica)
-        return ReplicaUrl(replica, url) if url and time.monotonic() >= self._avoided_until_s.get(url, 0.0) else None
+        replicas = [*self._urls] if session is None else [self._ring.owner(session)]
+        found = list(filter(self._may_be_asked, replicas))
+        return ReplicaUrl(replica := random.choice(found), self._urls[replica]) if found else None
 
     def avoid(self, url: str) -> None:
         """It could not be reached: perhaps there are other replicas now."""
@@ -63,6 +64,10 @@ class ReplicaUrls:
             self._ring = Ring(told) if told else None
             self._urls = {replica: url for replica, url in told.items() if url and self._is_reachable(url)}
             self._avoided_until_s = {url: s for url, s in self._avoided_until_s.items() if url in self._urls.values()}
+
+    def _may_be_asked(self, replica: str) -> bool:
+        url = self._urls.get(replica)
+        return url is not None and time.monotonic() >= self._avoided_until_s.get(url, 0.0)
 
     def _is_reachable(self, url: str) -> bool:
         return not _is_loopback(urlsplit(url).hostname) or _is_loopback(self._front.hostname)

@@ -1,5 +1,7 @@
 """The client against a running service, and against one that is full at first."""
 
+import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -7,12 +9,13 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import requests
+import urllib3
 
 from longer.client import ScoringClient
 from longer.errors import UserError
@@ -42,6 +45,8 @@ def test_the_client_does_all_that_the_service_does(front: Front, tmp_path_factor
         assert (len(one["scores"]["label"]), wrong["status"]) == (1, 422)
         assert client.forget(5)["held"] > 0
         assert client.forget(5) == {"replicas": 2, "held": 0}
+        with pytest.raises(UserError, match="user_id: expected int64"):
+            client.forget("..")
         with pytest.raises(UserError, match=r"candidates: expected string values \(422\)"):
             client.score(5, [1])
 
@@ -178,6 +183,39 @@ def test_the_time_is_for_the_whole_call_and_netrc_does_not_replace_the_token(
             ScoringClient(url, token="mine", timeout_s=0.3).score(1, [1])
         assert time.monotonic() - started_s < 0.6
     assert Trickling.told == ["Bearer mine"]
+
+
+def test_what_connecting_takes_is_taken_off_the_time_for_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = urllib3.util.connection.create_connection
+
+    def slow(*args: Any, **kwargs: Any) -> socket.socket:
+        time.sleep(0.5)
+        return connect(*args, **kwargs)
+
+    monkeypatch.setattr(urllib3.util.connection, "create_connection", slow)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        client = ScoringClient(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.8, direct=False)
+        started_s = time.monotonic()
+        with pytest.raises(requests.ReadTimeout):
+            client.score(1, [1])
+        assert time.monotonic() - started_s < 1.2  # not 0.5 more than it may take
+
+
+class Paths(FullAtFirst):
+    """Repeats the path that it was asked for."""
+
+    def do_DELETE(self) -> None:
+        content = json.dumps({"path": self.path}).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+def test_a_user_of_dots_and_slashes_is_forgotten_and_not_a_path_followed() -> None:
+    with serving(Paths) as url:
+        for user, path in (("..", "%2E%2E"), (".", "%2E"), ("a/../b?", "a%2F%2E%2E%2Fb%3F"), ("ä", "%C3%A4"), (5, "5")):
+            assert ScoringClient(url).forget(user) == {"path": f"/v1/users/{path}"}
 
 
 class Full(FullAtFirst):

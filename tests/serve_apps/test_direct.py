@@ -38,23 +38,32 @@ def test_a_users_calls_go_to_the_replica_that_has_the_state_with_the_scores_of_t
             there = httpx.post(f"{urls[owner]}/v1/score", json=body, headers=about, timeout=30)
             assert (there.json()["user_state"]["source"], there.headers["x-replica"]) == ("hit", owner)
         assert (straight.num_direct, proxied.num_direct) == (2 * NUM_USERS, 0)
+        several = [{"user_id": user, "candidates": CANDIDATES, "request_ts": END_MS} for user in USERS]
+        for _ in range(4):  # any replica answers for all
+            assert straight.score_batch(several) == proxied.score_batch(several)
+        assert (straight.num_direct, proxied.num_direct) == (2 * NUM_USERS + 4, 0)
         told = httpx.get(f"{url}/v1/status", headers=BEARER, timeout=30).json()["replicas"]
         assert [one["lost_affinity"] for one in told] == [{"no_session": 0, "other_replica": 0}] * 2
         _bounds_hold(urls[ring.owner("1")])
 
 
 def _urls(url: str) -> dict[str, str]:
-    """Of both replicas, once the one that is asked knows of the other, and the proxy of both."""
+    """Of both replicas, once each knows of the other, and the proxy of both."""
     deadline = time.monotonic() + 30
     while True:
-        urls = httpx.get(f"{url}/v1/replicas", headers=BEARER, timeout=30).json()["urls"]
+        urls = _urls_by(url)
         ring, sessions = Ring(urls), map(session_of, USERS)
-        if len(urls) == 2 and all(ring.owner(session) == _replica_by_proxy(url, session) for session in sessions):
+        knows_both = len(urls) == 2 and all(_urls_by(one) == urls for one in urls.values())
+        if knows_both and all(ring.owner(session) == _replica_by_proxy(url, session) for session in sessions):
             break
         assert time.monotonic() < deadline
         time.sleep(0.2)
     assert len(set(urls.values())) == 2
     return urls
+
+
+def _urls_by(url: str) -> dict[str, str]:
+    return httpx.get(f"{url}/v1/replicas", headers=BEARER, timeout=30).json()["urls"]
 
 
 def _replica_by_proxy(url: str, session: str) -> str:
@@ -78,5 +87,6 @@ def _bounds_hold(url: str) -> None:
     ):
         wrong = httpx.post(f"{url}/v1/score", headers=headers, content=content, timeout=10)
         assert (wrong.status_code, list(wrong.json())) == (status, ["error"])
+        assert (wrong.headers.get("connection") == "close") == (status == 401)
     assert httpx.get(f"{url}/v1/replicas", timeout=10).status_code == 401
     assert httpx.get(f"{url}/readyz", timeout=10).json() == {"status": "ready"}

@@ -3,22 +3,27 @@
 import asyncio
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import httpx
 import pytest
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from longer.errors import UserError
 from serve_apps import bounded_http
+from serve_apps.bounded_http import IS_ACCEPTED
 from serve_apps.direct import DirectServer
 
 HOST = "127.0.0.1"
 HEAD = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+CLOSE = b"connection: close\r\n"
 
 
 class Slow:
-    """Answers once it may."""
+    """Answers once it may, strangers too."""
 
     def __init__(self, may_end: bool = False) -> None:
         self.may_end, self.num_begun = asyncio.Event(), 0
@@ -28,11 +33,12 @@ class Slow:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.num_begun += 1
         await self.may_end.wait()
+        scope["state"][IS_ACCEPTED] = scope["path"] != "/stranger"
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
         await send({"type": "http.response.body", "body": b"ok"})
 
 
-def serving(app: Slow, host: str = HOST, places: int = 9) -> tuple[DirectServer, list[int]]:
+def serving(app: ASGIApp, host: str = HOST, places: int = 9) -> tuple[DirectServer, list[int]]:
     """In the running event loop; and what it refuses."""
     refusals = list[int]()
     server = DirectServer(host, None, places, retry_after_s=7, on_refused=lambda: refusals.append(1))
@@ -105,6 +111,12 @@ def test_an_answer_waits_for_no_acknowledgement_of_the_one_before() -> None:
     asyncio.run(run())
 
 
+async def until(is_so: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not is_so():
+            await asyncio.sleep(0.001)
+
+
 async def is_cut(reader: asyncio.StreamReader, within_s: float = 5) -> bool:
     try:
         return await asyncio.wait_for(reader.read(1), within_s) == b""
@@ -154,6 +166,27 @@ def test_silent_connections_are_cut_and_there_are_never_too_many(monkeypatch: py
         await server.close()
 
     asyncio.run(run())
+
+
+def test_strangers_who_are_answered_hold_a_connection_no_longer_than_those_who_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A thousand who ask for the health once a minute would leave no room for callers."""
+    monkeypatch.setattr(bounded_http, "REQUEST_WITHIN_S", 0.5)
+
+    async def run() -> None:
+        server, _ = serving(Slow(may_end=True))
+        (caller, asks), (stranger, looks) = await opened(server), await opened(server)
+        for writer, path in ((asks, b"/"), (looks, b"/stranger")):
+            writer.write(HEAD.replace(b"/", path, 1))
+        for reader in (caller, stranger):
+            assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
+        assert await is_cut(stranger)
+        asks.write(HEAD)
+        assert (await caller.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
+        await server.close()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
 
 
 async def opened(server: DirectServer) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -218,6 +251,43 @@ def test_a_body_that_never_ends_holds_no_connection_though_it_has_been_answered(
         assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
         writer.write(b"x")  # which ends the wait of a connection that has been answered
         assert await is_cut(reader)
+        await server.close()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "more", "num_left"),
+    [(200_000, b"", 200_000), (40_000, b"", 40_000), (40_000, CLOSE, 40_000), (200_000, CLOSE, 10_000)],
+    ids=str,
+)
+def test_who_does_not_read_an_answer_holds_neither_a_connection_nor_a_place(
+    monkeypatch: pytest.MonkeyPatch, num_bytes: int, more: bytes, num_left: int
+) -> None:
+    """Who need not know the token could take all places, for ever: with a page of the documentation, again and again."""
+    monkeypatch.setattr(bounded_http, "REQUEST_WITHIN_S", 0.5)
+
+    def num_unread(connection: Any) -> int:
+        return connection.transport.get_write_buffer_size()
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        await Response(b"x" * num_bytes)(scope, receive, send)
+
+    async def run() -> None:
+        server, _ = serving(answer)
+        server._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that it takes but one answer
+        with socket.socket() as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.connect((HOST, int(server.url.rpartition(":")[2])))
+            deaf.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n" + more + b"\r\n")
+            connections = server._server.server_state.connections
+            await until(lambda: any(map(num_unread, connections)))
+            while sum(map(num_unread, connections)) > num_left:
+                await asyncio.to_thread(deaf.recv, 1000)
+            await until(lambda: not connections and not server.num_ongoing)
+        monkeypatch.setattr(bounded_http, "REQUEST_WITHIN_S", 5)
+        async with httpx.AsyncClient(timeout=10) as client:  # who reads has all of it
+            assert len((await client.get(server.url)).content) == num_bytes
         await server.close()
 
     asyncio.run(asyncio.wait_for(run(), 20))

@@ -68,6 +68,17 @@ def test_a_replica_that_cannot_be_reached_is_left_alone_for_a_while_and_its_succ
     assert found.of(session) is None
 
 
+def test_a_call_of_several_users_goes_to_any_replica_that_can_be_reached(clock: Clock) -> None:
+    found = ReplicaUrls("http://service", Told(URLS))
+    assert {found.of(None) for _ in range(100)} == {("a", URLS["a"]), ("b", URLS["b"])}
+    found.spare("http://10.0.0.1:5", for_s=2)
+    assert {found.of(None) for _ in range(100)} == {("b", URLS["b"])}
+    found.spare("http://10.0.0.2:5", for_s=2)
+    assert found.of(None) is None
+    clock.now_s += 3
+    assert {found.of(None) for _ in range(100)} == {("a", URLS["a"]), ("b", URLS["b"])}
+
+
 def test_a_service_too_busy_to_tell_its_replicas_does_not_bring_all_clients_to_its_proxy(clock: Clock) -> None:
     told = Told(URLS)
     found = ReplicaUrls("http://service", told)

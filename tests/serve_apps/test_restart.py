@@ -1,5 +1,6 @@
 """A service that stops and starts again on real Ray Serve: its users' states are there before they ask."""
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import ray
 
 from tests.serve_apps.services import CANDIDATES, END_MS, Front, running
 from tests.serving.tables import NUM_USERS, build_world
@@ -67,8 +69,14 @@ def test_the_first_request_after_a_restart_is_a_hit_that_knows_what_was_sent_and
 
 
 @pytest.mark.ray
-def test_replicas_warm_their_own_most_active_users_and_those_hit_at_once(front: Front, tmp_path: Path) -> None:
+def test_replicas_warm_their_own_most_active_users_who_hit_at_once_and_the_end_of_the_access_log_is_written(
+    front: Front, tmp_path: Path
+) -> None:
     world = build_world(tmp_path)
     with running(front, world, num_replicas=2, max_replicas=2, warm_users=NUM_USERS, refresh_s=1) as url:
         wait_for(url, lambda counts: counts["warmed"] >= NUM_USERS)
         assert {score(url, user)["user_state"]["source"] for user in USERS} == {"hit"}
+        replicas = [one["replica"] for one in httpx.get(f"{url}/v1/status", timeout=30).json()["replicas"]]
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path()) / "serve"
+    lines = [line for one in replicas for line in (logs / f"access_{one}.jsonl").read_text().splitlines()]
+    assert sum(json.loads(line)["route"] == "score" for line in lines) == NUM_USERS

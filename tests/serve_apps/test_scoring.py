@@ -11,57 +11,18 @@ import httpx
 import numpy as np
 import pytest
 import ray
-import yaml
 from ray import serve
-from ray.serve.schema import ServeDeploySchema
 
-from jobs.serve import PROXY_MARGIN_S
-from longer.errors import UserError
 from longer.serving.scorer import Scorer, ScoreRequest, ScoreResult
-from serve_apps.arguments import resolved
-from serve_apps.scoring import ScoringArgs, build_app
+from serve_apps.scoring import ScoringArgs
 from tests.serve_apps.services import Front
 from tests.serving.tables import DAY_MS, START_MS, build_world, checkpoint_path
 
-CONFIG = Path(__file__).parents[2] / "serve_apps" / "scoring.yaml"
 EVENT = {"item_id": "item2", "action": "buy", "features": {"category": "category2", "price": 2, "quantity": 1}}
 ITEMS = ["item1", "item5", "never seen"]
 AFFINITY_S = 3.0
 """Within which a replica learns of another."""
 END_MS = START_MS + 31 * DAY_MS
-
-
-def test_the_config_file_is_one_that_serve_and_the_builder_accept() -> None:
-    config = ServeDeploySchema.model_validate(yaml.safe_load(CONFIG.read_text()))
-    [application] = config.applications
-    assert application.import_path == "serve_apps.scoring:build_app"
-    assert config.http_options.host == "127.0.0.1"
-    args = ScoringArgs.model_validate(application.args)
-    assert config.http_options.request_timeout_s == args.timeout_s + PROXY_MARGIN_S
-
-
-def test_a_wrong_path_is_one_line_and_exit_code_2_before_any_replica_starts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    world = build_world(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        build_app(ScoringArgs(checkpoint="nowhere", sequences=world.path("tables", "sequences")))
-    assert ended.value.code == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert "nowhere/model.json" in line
-    with pytest.raises(UserError, match=r"nowhere: no published version .* jobs.build_sequences"):
-        resolved(ScoringArgs(checkpoint=checkpoint_path(world), sequences="nowhere"))
-    with pytest.raises(UserError, match=r"nowhere: version \w+ is not in this table"):
-        resolved(ScoringArgs(checkpoint=world.path("checkpoints"), items="nowhere"))
-
-
-def test_tables_beside_the_checkpoints_are_found_so_that_no_candidate_loses_its_features(tmp_path: Path) -> None:
-    world = build_world(tmp_path)
-    for checkpoint in (world.path("checkpoints"), checkpoint_path(world)):
-        found = resolved(ScoringArgs(checkpoint=checkpoint))
-        assert found.checkpoint == checkpoint_path(world)
-        assert found.sequences == world.path("tables", "sequences")
-        assert found.items == world.path("tables", "items")
 
 
 @pytest.fixture(scope="module")
