@@ -41,10 +41,10 @@ def run(settings: Settings) -> BucketReport:
     shown = _impressions(settings, sequences, requests)
     verifier = BucketVerifier(_promises(settings, sequences, requests), settings.verify.max_shown, shown)
     report = verify_tables(sequences, requests, verifier)
-    if named and sequences.version and sequences.version.id != named:
+    if requests and named and sequences.version and sequences.version.id != named:
         report.found.add_one("sequence_version", f"{requests.title}: made from version {named}")
     asked = requests.version.manifest["inputs"].get("impressions") if requests and requests.version else None
-    if asked and shown is None:
+    if requests and asked and shown is None:
         report.found.add_one("impressions_version", f"{requests.title}: made from version {asked}")
     _print(report, sequences, requests)
     return report

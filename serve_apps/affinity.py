@@ -8,7 +8,7 @@ from ray.serve.config import RequestRouterConfig
 from longer.ring import NUM_VIRTUAL_NODES, Ring, session_of
 
 ROUTER = RequestRouterConfig(
-    request_router_class="ray.serve.experimental.consistent_hash_router.ConsistentHashRouter",
+    request_router_class="ray.serve.experimental.consistent_hash_router.ConsistentHashRouter",  # type: ignore[arg-type]
     request_router_kwargs={"num_virtual_nodes": NUM_VIRTUAL_NODES, "num_fallback_replicas": 2},
 )
 

@@ -22,7 +22,7 @@ from serve_apps.holdings import Holdings
 _LATENCY_EDGES_MS = [0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
 _MOST_UNTOLD = 100
 """Latencies that may wait for the next batch or export."""
-_BATCH_EDGES = [1, 2, 4, 8, 16, 32, 64, 128]
+_BATCH_EDGES = [1.0, 2, 4, 8, 16, 32, 64, 128]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class ReplicaMetrics:
         self._exported: Counts[tuple[str, ...]] = Counts()
         self._answered: Counts[tuple[str, str]] = Counts()
         self._latencies = deque[tuple[str, float]]()
-        self._requests = Counter("longer_score_requests", "Requests by route and HTTP status.", ("route", "status"))
+        by = ("route", "status")
+        self._requests = Counter("longer_score_requests", "Requests by route and HTTP status.", by)  # type: ignore[arg-type]
         self._counters = {
             "state": Counter(
                 "longer_user_states", "Requests scored, by what the cache held, and states dropped.", ("event",)
@@ -71,7 +72,8 @@ class ReplicaMetrics:
         self._num_states = Gauge("longer_held_user_states", "User states held.")
         self._bytes = Gauge("longer_user_state_bytes", "Bytes of user states held, by tier.", ("tier",))
         self._budget = Gauge("longer_user_state_budget_bytes", "Most bytes of user states, by tier.", ("tier",))
-        self._memory = Gauge("longer_memory_bytes", "Bytes allocated, by where and for what.", ("where", "what"))
+        by = ("where", "what")
+        self._memory = Gauge("longer_memory_bytes", "Bytes allocated, by where and for what.", by)  # type: ignore[arg-type]
         self._event_bytes = Gauge("longer_online_event_bytes", "Bytes of online events held.")
         self._gpu_memory = Gauge("longer_gpu_memory_share", "Share of the GPU's memory in use; 0 without a GPU.")
         self._model = Gauge("longer_served_model", "1 for the model version that answers.", ("model_version",))

@@ -231,7 +231,7 @@ def event_columns(events: Sequence[Event], limits: Limits) -> dict[str, list[Any
         raise BodyError(413, f"events: at most {limits.max_events} of a user in a call: split them over several")
     if not events:
         return {}
-    own = {
+    own: dict[str, list[Any]] = {
         "item_id": [event.item_id for event in events],
         "event_ts": [event.event_ts for event in events],
         "action": [event.action for event in events],

@@ -77,7 +77,7 @@ def build_app(args: ScoringArgs) -> serve.Application:
             raise  # `serve deploy` builds in a task, whose error is reported with the application's status
         print(error, file=sys.stderr)
         sys.exit(2)  # `serve run` would show a traceback
-    return ScoringReplica.options(
+    return ScoringReplica.options(  # type: ignore[attr-defined]
         name="scoring",
         ray_actor_options=replica_options(args),
         max_ongoing_requests=args.max_ongoing_requests,

@@ -64,14 +64,17 @@ class ScoringService:
         self._access_log = AccessLog(get_serve_logs_dir(), self._replica) if args.access_log else None
         self._desk = Desk(self._gate, metrics, self._access_log)
         self._direct = self._direct_server(args)
-        self._affinity, self._peers = Affinity(self._replica, self._direct and self._direct.url), Peers()
+        self._own_url = self._direct.url if self._direct else None
+        self._affinity, self._peers = Affinity(self._replica, self._own_url), Peers()
         size = args.max_batch_requests
         self._parts = Parts(self._affinity, self._peers, most_waiting=args.max_ongoing_requests // 2)
         self._reads = TableReads(self._scorer.history, 2 * size)
         self._scores = MicroBatcher(
             self._worker, self._score, size, metrics.record_batch, key=lambda one: one.request.user_id
         )
-        self._events = MicroBatcher(self._worker, self._scorer.add_events, size, lambda _: None)
+        self._events = MicroBatcher[EventsRequest, EventsResult | UserError](
+            self._worker, self._scorer.add_events, size, lambda _: None
+        )
         self._rollouts = Rollouts(
             self._scorer,
             args.checkpoint,
@@ -222,7 +225,7 @@ class ScoringService:
 
     async def own_url(self) -> tuple[str, str | None]:
         """This replica, and where it answers itself."""
-        return self._replica, self._direct and self._direct.url
+        return self._replica, self._own_url
 
     async def served_checkpoint(self) -> str:
         return self._rollouts.checkpoint
