@@ -127,11 +127,22 @@ def load_appendable(
     return model, info
 
 
+def check_upstream(settings: ModelSettings) -> CheckpointInfo | None:
+    """The trained user tower that `settings.encoder.upstream` names, if the encoder reads one; a UserError if it does not fit."""
+    found = _read_upstream(settings)
+    return found[1] if found else None
+
+
 def load_upstream(model: Ranker, settings: ModelSettings) -> None:
-    """Puts the trained user tower that `settings.encoder.upstream` names into a fresh model, if its encoder reads one."""
+    """Puts that user tower into a fresh model."""
+    if found := _read_upstream(settings):
+        cast(EncoderRanker, model).upstream.load_state_dict(found[0].state_dict())
+
+
+def _read_upstream(settings: ModelSettings) -> tuple[Ranker, CheckpointInfo] | None:
     encoder = settings.encoder
     if not isinstance(encoder, UserEmbedding):
-        return
+        return None
     if encoder.upstream is None:
         raise UserError(
             "model.encoder.upstream is not given: train a model with encoder user_tower and without interactions first, and name "
@@ -145,7 +156,7 @@ def load_upstream(model: Ranker, settings: ModelSettings) -> None:
             f"{encoder.upstream}/model.json: its {', '.join(names)} differ from what model.encoder asks for: train the user tower "
             "with the same model settings, but for encoder user_tower and interactions false"
         )
-    cast(EncoderRanker, model).upstream.load_state_dict(tower.state_dict())
+    return tower, info
 
 
 _CHANGEABLE = {"history_events", "query_groups", "stride_groups", "dropout"}

@@ -34,9 +34,9 @@ from longer.storage import (
     read_bytes,
     write_bytes,
 )
-from longer.training.checkpoints import FORMAT_VERSION, check_start, load_model
+from longer.training.checkpoints import FORMAT_VERSION, check_start, check_upstream, load_model
 from longer.training.content import Job
-from longer.training.lineage import Past, finished, later, past_of
+from longer.training.lineage import finished, later, past_of
 from longer.training.loop import train_worker
 from longer.training.metrics import shown_all
 from longer.training.reading import requests_in_memory
@@ -70,7 +70,9 @@ def train(settings: Settings, start_from: str | None = None) -> Version:
     _check_split(requests, "train", "lower requests.test_days_share and validation_days_share")
     _check_split(requests, "valid", "raise requests.validation_days_share")
     chosen = chosen_settings(settings)
-    first = {"from": check_start(start_from, settings).model_version} if start_from else {}
+    start = check_start(start_from, settings) if start_from else None
+    tower = None if start else check_upstream(settings.model)
+    first = {"from": start.model_version} if start else {"tower": tower.model_version} if tower else {}
     run_id = fingerprint(
         "checkpoint", FORMAT_VERSION, TRAINER_VERSION, chosen, versions, settings.event_schema.hash(), first
     )
@@ -79,7 +81,7 @@ def train(settings: Settings, start_from: str | None = None) -> Version:
         return published
     _say_cost(settings, requests)
     own_until = requests.manifest["valid_from"]
-    past = past_of(start_from, own_until) if start_from else Past([], own_until, is_leaking=False, version=None)
+    past = past_of(start_from, tower, own_until)
     table.claim()
     run_path = settings.path("training", run_id)
     if start_from:
@@ -98,6 +100,7 @@ def train(settings: Settings, start_from: str | None = None) -> Version:
         "validation_may_be_seen": past.is_leaking,
         "trained": [*past.trained, {**trained, "published_after_epochs": best["epochs"]}],
         "trained_until": later(own_until, past.until),
+        "upstream": past.upstream,
     }
     version = publish(settings, table, run_id, f"{run_path}/{step_folder(best['step'])}", state, about)
     after = f"epoch {best['epochs']} of {settings.train.epochs}, step {best['step']}"
