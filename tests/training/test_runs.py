@@ -94,6 +94,17 @@ def test_a_checkpoint_from_which_another_run_starts_stays_until_that_is_old_too(
     assert runs_with_checkpoints(root) == {"other"}
 
 
+def test_a_checkpoint_that_was_named_by_another_path_stays_too(tmp_path: Path) -> None:
+    root, link = str(tmp_path / "root"), tmp_path / "link"
+    link.symlink_to(tmp_path / "root")
+    for day, run in enumerate(("linked", "dotted", "other", "new"), start=1):
+        make_run(root, run, published_at=f"2026-01-0{day}T00:00:00+00:00")
+    note_start(f"{root}/training/new", f"{link}/training/linked/step_0000001")
+    note_start(f"{root}/training/other", f"{root}/checkpoints/../training/dotted/step_0000001")
+    remove(str(link), 2)
+    assert runs_with_checkpoints(root) == {"linked", "dotted", "other", "new"}
+
+
 def test_a_removal_that_was_killed_half_way_is_gone_on_with_and_leaves_no_record_of_what_is_gone(
     root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

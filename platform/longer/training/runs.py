@@ -7,6 +7,7 @@ RUN/tensorboard/...                      scalars
 """
 
 import json
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -67,15 +68,15 @@ def remove_old_runs(folder: str, table: Table, num_kept: int) -> None:
             parts.setdefault(run, set()).add(rest.partition("/")[0])
         published = [version for run in parts if (version := table.find(run))]
         published.sort(key=lambda version: version.manifest["published_at"])
-        needed = [
-            json.loads(read_bytes(f"{folder}/{run}/{_STARTED_FROM}"))["path"]
+        needed = {
+            os.path.dirname(_real(json.loads(read_bytes(f"{folder}/{run}/{_STARTED_FROM}"))["path"]))
             for run, names in parts.items()
             if _STARTED_FROM in names
-        ]
+        }
         removed = []
         for run in [version.id for version in published][:-num_kept]:
             large = parts[run] - {"tensorboard"}
-            if large and not any(path.startswith(f"{folder}/{run}/") for path in needed):
+            if large and _real(f"{folder}/{run}") not in needed:
                 for part in sorted(large, key=lambda name: name != RECORD):  # first: it must not name what is gone
                     remove_tree(f"{folder}/{run}/{part}")
                 removed.append(run)
@@ -84,6 +85,11 @@ def remove_old_runs(folder: str, table: Table, num_kept: int) -> None:
                 "train",
                 f"removed the checkpoints of older runs, published ones (train.keep_runs): {', '.join(removed)}",
             )
+
+
+def _real(path: str) -> str:
+    """The one path of a folder, whatever links and dots lead to it."""
+    return path if "://" in path else os.path.realpath(path)
 
 
 def mend_record(run_path: str) -> None:
