@@ -51,6 +51,12 @@ def runs_with_checkpoints(root: str) -> set[str]:
     return {path.split("/")[0] for path in file_sizes(f"{root}/training") if "/step_" in path or path.endswith(RECORD)}
 
 
+def num_files(root: str, run: str) -> dict[int, int]:
+    """Of each checkpoint, by its step."""
+    found = [path.split("/")[0] for path in file_sizes(f"{root}/training/{run}") if path.startswith("step_")]
+    return {int(folder.removeprefix("step_")): found.count(folder) for folder in found}
+
+
 def remove(root: str, num_kept: int = 2) -> None:
     remove_old_runs(f"{root}/training", Table(f"{root}/checkpoints"), num_kept)
 
@@ -152,12 +158,25 @@ def test_a_store_that_neither_lists_nor_removes_ends_no_training(
 
 
 def test_the_best_checkpoint_stays_whole_though_it_is_older_than_the_newest_ones(tmp_path: Path) -> None:
-    run = str(tmp_path)
     for step in (1, 2, 3, 4):
-        for file in FILES:
-            write_bytes(f"{run}/{step_folder(step)}/{file}", b"x")
-    KeepBestAndLast(run).after_report(None, [{"step": 4, "keep": [1, 3, 4]}], None)
-    assert {step: len(os.listdir(f"{run}/{step_folder(step)}")) for step in (1, 2, 3, 4)} == {1: 4, 2: 1, 3: 4, 4: 4}
+        make_run(str(tmp_path), "run", folder=step_folder(step))
+    KeepBestAndLast(f"{tmp_path}/training/run").after_report(None, [{"step": 4, "keep": [1, 3, 4]}], None)
+    assert num_files(str(tmp_path), "run") == {1: 4, 2: 1, 3: 4, 4: 4}
+
+
+def test_a_checkpoint_of_a_live_run_from_which_another_has_started_stays_whole(root: str) -> None:
+    """The other reads it at each start: it would never start again, and its base would be lost."""
+    for step in (1, 2, 3, 4):
+        make_run(root, "live", folder=step_folder(step))
+    make_run(root, "other", folder=step_folder(1))
+    note_start(f"{root}/training/other", f"{root}/training/live/{step_folder(2)}")
+    keep = KeepBestAndLast(f"{root}/training/live")
+    keep.after_report(None, [{"step": 4, "keep": [3, 4]}], None)
+    assert num_files(root, "live") == {1: 1, 2: 4, 3: 4, 4: 4}
+    assert num_files(root, "other") == {1: 4}
+    remove_tree(f"{root}/training/other")
+    keep.after_report(None, [{"step": 4, "keep": [3, 4]}], None)
+    assert num_files(root, "live") == {1: 1, 2: 1, 3: 4, 4: 4}
 
 
 def test_a_damaged_record_names_the_whole_checkpoints_or_goes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

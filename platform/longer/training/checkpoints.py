@@ -234,7 +234,10 @@ def _read_tensors(path: str, name: str) -> dict[str, torch.Tensor]:
     try:
         return safetensors.torch.load(read_bytes(f"{path}/{name}"))
     except FileNotFoundError:
-        raise UserError(f"{path}/{name}: no such file: is this a checkpoint folder?") from None
+        raise UserError(
+            f"{path}/{name}: no such file: a run keeps few checkpoints whole (train.keep_checkpoints): name a newer one, or "
+            "what it has published"
+        ) from None
     except safetensors.SafetensorError as error:
         raise UserError(f"{path}/{name}: not a safetensors file ({error}): copy it again") from None
 

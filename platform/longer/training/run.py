@@ -84,8 +84,8 @@ def train(settings: Settings, start_from: str | None = None) -> Version:
     past = past_of(start_from, tower, own_until)
     table.claim()
     run_path = settings.path("training", run_id)
-    if start_from:
-        note_start(run_path, start_from)
+    if base := start or tower:
+        note_start(run_path, base.path)
     state = read_trainer_state(fit(Job(settings, versions, start_from), run_id))
     best = best_that_is_whole(run_path, state.checkpoints)
     (validation,) = (r["validation"] for r in state.history if r["step"] == best["step"] and "validation" in r)

@@ -2,7 +2,7 @@
 
 RUN/step_0000100/...                     a checkpoint, whole once trainer.json is there, the last of its four files
 RUN/checkpoint_manager_snapshot.json     which checkpoints count, by Ray, which overwrites it in place
-RUN/started_from.json                    the checkpoint whose weights were the first ones, if any
+RUN/started_from.json                    the checkpoint whose weights, or user tower, were the first ones, if any
 RUN/tensorboard/...                      scalars
 """
 
@@ -33,8 +33,8 @@ def step_folder(step: int) -> str:
 class KeepBestAndLast(UserCallback):
     """Once a checkpoint is committed, those before it that it says nobody needs any more lose their tensors.
 
-    Ray keeps the best ones or the last ones, not both, and its record of a run names the folders of all: they stay, with
-    model.json.
+    Those from which other runs have started keep them: a run reads its base whenever its command is given. Ray keeps the best
+    ones or the last ones, not both, and its record of a run names the folders of all: they stay, with model.json.
     """
 
     def __init__(self, run_path: str) -> None:
@@ -43,16 +43,28 @@ class KeepBestAndLast(UserCallback):
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         newest, keep = step_folder(metrics[0]["step"]), {*map(step_folder, metrics[0]["keep"])}
         with suppress(OSError, StorageError):  # what storage does not list or remove now is stale the next time too
+            needed = _bases(os.path.dirname(self._run_path))
             for path in file_sizes(self._run_path):
                 folder, _, file = path.partition("/")
                 stale = folder.startswith("step_") and folder < newest and folder not in keep
-                if stale and file != "model.json":
+                if stale and file != "model.json" and _real(f"{self._run_path}/{folder}") not in needed:
                     remove_tree(f"{self._run_path}/{path}")
 
 
-def note_start(run_path: str, start_from: str) -> None:
-    """Notes which checkpoint a run needs whenever it starts: `remove_old_runs` leaves it."""
-    write_bytes(f"{run_path}/{_STARTED_FROM}", json.dumps({"path": start_from}).encode())
+def note_start(run_path: str, base: str) -> None:
+    """Notes which checkpoint a run needs whenever it starts: those of runs in the same folder stay."""
+    write_bytes(f"{run_path}/{_STARTED_FROM}", json.dumps({"path": base}).encode())
+
+
+def _bases(folder: str) -> set[str]:
+    """The checkpoints that the runs in a folder have noted."""
+    notes = (path for path in file_sizes(folder) if path.endswith(f"/{_STARTED_FROM}"))
+    return {_real(json.loads(read_bytes(f"{folder}/{path}"))["path"]) for path in notes}
+
+
+def _real(path: str) -> str:
+    """The one path of a folder, whatever links and dots lead to it."""
+    return path if "://" in path else os.path.realpath(path)
 
 
 def remove_old_runs(folder: str, table: Table, num_kept: int) -> None:
@@ -68,11 +80,7 @@ def remove_old_runs(folder: str, table: Table, num_kept: int) -> None:
             parts.setdefault(run, set()).add(rest.partition("/")[0])
         published = [version for run in parts if (version := table.find(run))]
         published.sort(key=lambda version: version.manifest["published_at"])
-        needed = {
-            os.path.dirname(_real(json.loads(read_bytes(f"{folder}/{run}/{_STARTED_FROM}"))["path"]))
-            for run, names in parts.items()
-            if _STARTED_FROM in names
-        }
+        needed = {os.path.dirname(base) for base in _bases(folder)}
         removed = []
         for run in [version.id for version in published][:-num_kept]:
             large = parts[run] - {"tensorboard"}
@@ -85,11 +93,6 @@ def remove_old_runs(folder: str, table: Table, num_kept: int) -> None:
                 "train",
                 f"removed the checkpoints of older runs, published ones (train.keep_runs): {', '.join(removed)}",
             )
-
-
-def _real(path: str) -> str:
-    """The one path of a folder, whatever links and dots lead to it."""
-    return path if "://" in path else os.path.realpath(path)
 
 
 def mend_record(run_path: str) -> None:
