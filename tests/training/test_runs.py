@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 
 from longer import s3 as longer_s3
+from longer.model_settings import ModelSettings
+from longer.schema import EventSchema
 from longer.storage import Table, file_sizes, read_bytes, remove_tree, write_bytes
+from longer.training.checkpoints import save_weights
 from longer.training.cursor import Position
 from longer.training.runs import (
     RECORD,
@@ -24,7 +26,6 @@ from longer.training.runs import (
 from longer.training.trainer_state import TrainerState, read_trainer_state, save_trainer
 from tests.s3.proxy import Fault, Proxy
 
-WEIGHTS = safetensors.torch.save({"a": torch.zeros(8), "b": torch.zeros(3)})
 FILES = ("model.json", "model.safetensors", "trainer.json", "trainer.safetensors")
 
 
@@ -39,10 +40,9 @@ def make_run(root: str, run: str, published_at: str | None = None, folder: str =
 
 
 def save_checkpoint(run: str, step: int) -> None:
-    """A whole one, as far as its files tell."""
+    """A whole one, of weights that make no model."""
     path = f"{run}/{step_folder(step)}"
-    write_bytes(f"{path}/model.json", b"x")
-    write_bytes(f"{path}/model.safetensors", WEIGHTS)
+    save_weights(path, {"a": torch.zeros(8), "b": torch.zeros(3)}, ModelSettings(), EventSchema(), ())
     state = TrainerState(Position(0, step), checkpoints=[{"step": step}])
     save_trainer(path, {"a/step": torch.zeros(())}, state)
 
@@ -187,9 +187,7 @@ def test_a_damaged_record_names_the_whole_checkpoints_or_goes(tmp_path: Path, ca
     assert not (tmp_path / RECORD).exists()
     assert "starts anew" in capsys.readouterr().err
     for step in (2, 3, 4):
-        write_bytes(f"{run}/{step_folder(step)}/model.json", b"x")
-        write_bytes(f"{run}/{step_folder(step)}/model.safetensors", WEIGHTS)
-        save_trainer(f"{run}/{step_folder(step)}", {}, TrainerState(Position(0, step), checkpoints=[{"step": step}]))
+        save_checkpoint(run, step)
     os.truncate(f"{run}/{step_folder(4)}/trainer.json", 9)
     write_bytes(f"{run}/{RECORD}", b"{}")
     mend_record(run)
@@ -225,6 +223,23 @@ def test_a_run_whose_newest_checkpoint_has_lost_a_part_goes_on_from_the_one_befo
     assert "its newest checkpoint was damaged: made anew from the 1 whole checkpoints" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("file", FILES)
+def test_a_run_does_not_go_on_from_a_checkpoint_of_which_a_byte_has_changed(file: str, tmp_path: Path) -> None:
+    """All sizes are right: other weights, moments or another position would be trained on without a word."""
+    run = str(tmp_path)
+    for step in (1, 2):
+        save_checkpoint(run, step)
+    results = [{"checkpoint_dir_name": step_folder(step)} for step in (1, 2)]
+    record = json.dumps({"checkpoint_results": results, "latest_checkpoint_result": results[-1]}).encode()
+    whole = (tmp_path / step_folder(2) / file).read_bytes()
+    for place in [*range(3, len(whole), 101), len(whole) - 1]:
+        write_bytes(f"{run}/{RECORD}", record)
+        (tmp_path / step_folder(2) / file).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        mend_record(run)
+        named = json.loads(read_bytes(f"{run}/{RECORD}"))["checkpoint_results"]
+        assert [result["checkpoint_dir_name"] for result in named] == [step_folder(1)], place
+
+
 def test_a_run_whose_best_checkpoint_is_damaged_or_gone_publishes_the_next_best(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -235,8 +250,9 @@ def test_a_run_whose_best_checkpoint_is_damaged_or_gone_publishes_the_next_best(
         save_checkpoint(run, step)
     assert best_that_is_whole(run, checkpoints)["step"] == 1
     assert capsys.readouterr().err == ""
-    os.truncate(f"{run}/{step_folder(1)}/model.safetensors", 60)
+    weights = tmp_path / step_folder(1) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     assert best_that_is_whole(run, checkpoints)["step"] == 3
-    assert f"{step_folder(1)}, the best by validation, is damaged: step 3" in capsys.readouterr().err
+    assert f"{step_folder(1)}, the best by validation, is damaged: the next best takes" in capsys.readouterr().err
     remove_tree(f"{run}/{step_folder(1)}")
     assert best_that_is_whole(run, checkpoints)["step"] == 3

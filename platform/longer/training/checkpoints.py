@@ -102,15 +102,18 @@ def load_model(
     with torch.random.fork_rng(devices=[]):
         model = make_model(info.model, info.schema, info.tasks)
     _check_same_tensors(path, model.state_dict(), weights)
-    stated = {name: about[name] for name in ("schema_hash", "event_schema", "model", "tasks")}
-    if _model_version(weights, stated) != info.model_version:
-        raise UserError(
-            f"{path}/model.safetensors: content is not that of model.json's model_version: copy both files again"
-        )
+    _check_content(path, about, weights)
     if not all(bool(torch.isfinite(values).all()) for values in weights.values()):
         raise UserError(f"{path}/model.safetensors: weights that are not finite: train again")
     model.load_state_dict(weights)
     return model.to(device).eval(), info
+
+
+def check_model(path: str) -> str:
+    """The version of the model under `path`; a UserError unless both of its files are, to the last byte, what was saved."""
+    about = read_json(path, "model.json")
+    _check_content(path, about, _read_tensors(path, "model.safetensors"))
+    return about["model_version"]
 
 
 def load_appendable(
@@ -218,6 +221,14 @@ def _model_version(weights: Mapping[str, torch.Tensor], about: dict[str, Any]) -
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _check_content(path: str, about: dict[str, Any], weights: Tensors) -> None:
+    stated = {name: value for name, value in about.items() if name not in ("format_version", "model_version")}
+    if _model_version(weights, stated) != about.get("model_version"):
+        raise UserError(
+            f"{path}/model.safetensors: content is not that of model.json's model_version: copy both files again"
+        )
 
 
 def _check_same_tensors(path: str, expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:

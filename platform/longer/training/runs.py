@@ -8,17 +8,20 @@ RUN/tensorboard/...                      scalars
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.train import Checkpoint, UserCallback
 
 from longer.errors import StorageError, UserError
 from longer.progress import say
-from longer.storage import Table, file_sizes, open_input, read_bytes, remove_tree, write_bytes
-from longer.training.trainer_state import TrainerState, best_of_epochs, read_trainer_state
+from longer.storage import Table, file_sizes, read_bytes, remove_tree, write_bytes
+from longer.training.checkpoints import check_model
+from longer.training.trainer_state import TrainerState, best_of_epochs, check_trainer
+
+T = TypeVar("T")
 
 RECORD = "checkpoint_manager_snapshot.json"
 _STARTED_FROM = "started_from.json"
@@ -98,8 +101,8 @@ def remove_old_runs(folder: str, table: Table, num_kept: int) -> None:
 def mend_record(run_path: str) -> None:
     """Makes Ray's record of a run one from which the run can go on, or removes it; says a line where it was not.
 
-    A kill while Ray writes it leaves half of it, and a disk may lose a part of the checkpoint that it names last: with either, no
-    run would ever start again.
+    A kill while Ray writes it leaves half of it, and a disk may lose a part of the checkpoint that it names last, or change it: the
+    run would never start again, or go on from other weights without a word.
     """
     parts = _parts_of(run_path)
     if RECORD not in parts or _is_whole(run_path, parts):
@@ -133,35 +136,33 @@ def mend_record(run_path: str) -> None:
 
 
 def best_that_is_whole(run_path: str, checkpoints: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What `best_of_epochs` says of the checkpoints that are whole, as the last one is; a line if that is not the best of all."""
-    whole = _whole_checkpoints(run_path, _parts_of(run_path))
-    (best,) = best_of_epochs(checkpoints)
-    (found,) = best_of_epochs([one for one in checkpoints if step_folder(one["step"]) in whole])
-    if found != best:
-        damaged = f"{run_path}/{step_folder(best['step'])}"
-        say(
-            "train",
-            f"{damaged}, the best by validation, is damaged: step {found['step']}, the next best, takes its place",
-        )
-    return found
+    """What `best_of_epochs` says of the checkpoints whose model is whole, as the last one's is; a line if it is not the best."""
+    left = list(checkpoints)
+    while True:
+        (best,) = best_of_epochs(left)
+        path = f"{run_path}/{step_folder(best['step'])}"
+        if _unless_damaged(check_model, path):
+            return best
+        left.remove(best)
+        say("train", f"{path}, the best by validation, is damaged: the next best takes its place")
 
 
-def _parts_of(run_path: str) -> dict[str, dict[str, int]]:
-    """The sizes of the files in each folder of a run; a file beside them counts as a folder."""
-    parts: dict[str, dict[str, int]] = {}
-    for path, num_bytes in file_sizes(run_path).items():
+def _parts_of(run_path: str) -> dict[str, set[str]]:
+    """The files in each folder of a run; a file beside them counts as a folder."""
+    parts: dict[str, set[str]] = {}
+    for path in file_sizes(run_path):
         folder, _, file = path.partition("/")
-        parts.setdefault(folder, {})[file] = num_bytes
+        parts.setdefault(folder, set()).add(file)
     return parts
 
 
-def _whole_checkpoints(run_path: str, parts: dict[str, dict[str, int]]) -> dict[str, TrainerState]:
+def _whole_checkpoints(run_path: str, parts: dict[str, set[str]]) -> dict[str, TrainerState]:
     """By folder, in the order of steps."""
     found = {folder: _state_of(f"{run_path}/{folder}", parts[folder]) for folder in sorted(parts)}
     return {folder: state for folder, state in found.items() if state}
 
 
-def _is_whole(run_path: str, parts: dict[str, dict[str, int]]) -> bool:
+def _is_whole(run_path: str, parts: dict[str, set[str]]) -> bool:
     try:
         about = json.loads(read_bytes(f"{run_path}/{RECORD}"))
         latest = about["latest_checkpoint_result"]
@@ -174,28 +175,18 @@ def _is_whole(run_path: str, parts: dict[str, dict[str, int]]) -> bool:
     return named <= parts.keys() and _state_of(f"{run_path}/{newest}", parts[newest]) is not None
 
 
-def _state_of(path: str, num_bytes: dict[str, int]) -> TrainerState | None:
-    """Of a checkpoint whose files, of these sizes, are whole; else None."""
-    if not num_bytes.keys() >= _FILES:
+def _state_of(path: str, files: set[str]) -> TrainerState | None:
+    """Of a checkpoint that is there, to the last byte of its files; else None."""
+    if not files >= _FILES or not _unless_damaged(check_model, path):
         return None
-    tensors = (file for file in _FILES if file.endswith(".safetensors"))
-    if not all(_has_its_tensors(f"{path}/{file}", num_bytes[file]) for file in tensors):
-        return None
+    return _unless_damaged(check_trainer, path)
+
+
+def _unless_damaged(check: Callable[[str], T], path: str) -> T | None:
+    """What a check of a checkpoint gives; None if there is half a file, or other bytes, or another release's."""
     try:
-        return read_trainer_state(path)
+        return check(path)
     except StorageError:  # what cannot be read now may be whole
         raise
-    except UserError:  # half a file, or another release's
+    except UserError:
         return None
-
-
-def _has_its_tensors(path: str, num_bytes: int) -> bool:
-    """Whether a safetensors file has the size that its header says: eight bytes, so many of JSON, and then the tensors."""
-    with open_input(path, num_bytes) as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(min(length, num_bytes)))
-        except ValueError:
-            return False
-    ends = [about["data_offsets"][1] for name, about in header.items() if name != "__metadata__"]
-    return 8 + length + max(ends, default=0) == num_bytes
