@@ -22,6 +22,7 @@ from longer.training.runs import (
     note_start,
     remove_old_runs,
     step_folder,
+    tell_what_is_left,
 )
 from longer.training.trainer_state import TrainerState, read_trainer_state, save_trainer
 from tests.s3.proxy import Fault, Proxy
@@ -92,7 +93,7 @@ def test_a_checkpoint_from_which_another_run_starts_stays_until_that_is_old_too(
     for day, run in enumerate(("base", "other"), start=1):
         make_run(root, run, published_at=f"2026-01-0{day}T00:00:00+00:00")
     make_run(root, "live")
-    note_start(f"{root}/training/live", f"{root}/training/base/step_0000001")
+    note_start(f"{root}/training/live", "requests", f"{root}/training/base/step_0000001")
     remove(root, 1)
     assert runs_with_checkpoints(root) == {"base", "other", "live"}
     remove_tree(f"{root}/training/live")
@@ -100,13 +101,33 @@ def test_a_checkpoint_from_which_another_run_starts_stays_until_that_is_old_too(
     assert runs_with_checkpoints(root) == {"other"}
 
 
+def test_runs_that_a_new_version_of_the_requests_has_left_unfinished_are_named_once(
+    root: str, capsys: pytest.CaptureFixture
+) -> None:
+    """Their command starts another run now: their checkpoints would lie there for ever without a word."""
+    folder, table = f"{root}/training", Table(f"{root}/checkpoints")
+    make_run(root, "over", published_at="2026-01-01T00:00:00+00:00")
+    for run, requests in (("over", "old"), ("left", "old"), ("waits", "new")):
+        make_run(root, run)
+        note_start(f"{folder}/{run}", requests, None)
+    note_start(f"{folder}/never_began", "old", None)
+    tell_what_is_left(folder, table, "again", "new")
+    told = capsys.readouterr().err
+    assert "run again begins on requests new; runs of other ones have published nothing: left: start from" in told
+    tell_what_is_left(folder, table, "waits", "new")
+    tell_what_is_left(folder, table, "again", "old")
+    remove_tree(f"{folder}/left")
+    tell_what_is_left(folder, table, "again", "new")
+    assert "left" not in capsys.readouterr().err
+
+
 def test_a_checkpoint_that_was_named_by_another_path_stays_too(tmp_path: Path) -> None:
     root, link = str(tmp_path / "root"), tmp_path / "link"
     link.symlink_to(tmp_path / "root")
     for day, run in enumerate(("linked", "dotted", "other", "new"), start=1):
         make_run(root, run, published_at=f"2026-01-0{day}T00:00:00+00:00")
-    note_start(f"{root}/training/new", f"{link}/training/linked/step_0000001")
-    note_start(f"{root}/training/other", f"{root}/checkpoints/../training/dotted/step_0000001")
+    note_start(f"{root}/training/new", "requests", f"{link}/training/linked/step_0000001")
+    note_start(f"{root}/training/other", "requests", f"{root}/checkpoints/../training/dotted/step_0000001")
     remove(str(link), 2)
     assert runs_with_checkpoints(root) == {"linked", "dotted", "other", "new"}
 
@@ -169,7 +190,7 @@ def test_a_checkpoint_of_a_live_run_from_which_another_has_started_stays_whole(r
     for step in (1, 2, 3, 4):
         make_run(root, "live", folder=step_folder(step))
     make_run(root, "other", folder=step_folder(1))
-    note_start(f"{root}/training/other", f"{root}/training/live/{step_folder(2)}")
+    note_start(f"{root}/training/other", "requests", f"{root}/training/live/{step_folder(2)}")
     keep = KeepBestAndLast(f"{root}/training/live")
     keep.after_report(None, [{"step": 4, "keep": [3, 4]}], None)
     assert num_files(root, "live") == {1: 1, 2: 4, 3: 4, 4: 4}

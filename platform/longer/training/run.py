@@ -48,6 +48,7 @@ from longer.training.runs import (
     note_start,
     remove_old_runs,
     step_folder,
+    tell_what_is_left,
 )
 from longer.training.trainer_state import TRAINER_VERSION, TrainerState, read_trainer_state
 
@@ -84,8 +85,6 @@ def train(settings: Settings, start_from: str | None = None) -> Version:
     past = past_of(start_from, tower, own_until)
     table.claim()
     run_path = settings.path("training", run_id)
-    if base := start or tower:
-        note_start(run_path, base.path)
     state = read_trainer_state(fit(Job(settings, versions, start_from), run_id))
     best = best_that_is_whole(run_path, state.checkpoints)
     (validation,) = (r["validation"] for r in state.history if r["step"] == best["step"] and "validation" in r)
@@ -163,6 +162,8 @@ def fit(job: Job, run_id: str) -> str:
     if settings.ray.cluster is None:  # nobody takes this machine away
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     mend_record(f"{storage}/{run_id}")
+    tell_what_is_left(storage, Table(settings.path("checkpoints")), run_id, job.versions["requests"])
+    note_start(f"{storage}/{run_id}", job.versions["requests"], job.base)
     requests = requests_in_memory(job)
     if isinstance(asked.num_workers, tuple):
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _WAIT_FOR_MORE_WORKERS_S)

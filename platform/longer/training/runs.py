@@ -2,7 +2,7 @@
 
 RUN/step_0000100/...                     a checkpoint, whole once trainer.json is there, the last of its four files
 RUN/checkpoint_manager_snapshot.json     which checkpoints count, by Ray, which overwrites it in place
-RUN/started_from.json                    the checkpoint whose weights, or user tower, were the first ones, if any
+RUN/start.json                           of which requests it is, and the checkpoint whose weights or user tower were its first
 RUN/tensorboard/...                      scalars
 """
 
@@ -24,7 +24,7 @@ from longer.training.trainer_state import TrainerState, best_of_epochs, check_tr
 T = TypeVar("T")
 
 RECORD = "checkpoint_manager_snapshot.json"
-_STARTED_FROM = "started_from.json"
+_NOTE = "start.json"
 _FILES = {"model.safetensors", "model.json", "trainer.safetensors", "trainer.json"}
 
 
@@ -54,15 +54,41 @@ class KeepBestAndLast(UserCallback):
                     remove_tree(f"{self._run_path}/{path}")
 
 
-def note_start(run_path: str, base: str) -> None:
-    """Notes which checkpoint a run needs whenever it starts: those of runs in the same folder stay."""
-    write_bytes(f"{run_path}/{_STARTED_FROM}", json.dumps({"path": base}).encode())
+def note_start(run_path: str, requests: str, base: str | None) -> None:
+    """Notes which requests a run trains, and which checkpoint it needs whenever it starts: one of a run beside it stays."""
+    write_bytes(f"{run_path}/{_NOTE}", json.dumps({"requests": requests, "base": base}).encode())
+
+
+def tell_what_is_left(folder: str, table: Table, run: str, requests: str) -> None:
+    """A line, where a run of these requests begins, names runs of other ones that have published nothing.
+
+    Their commands go on with them no more, but some may be going on elsewhere: it is not for this one to remove them.
+    """
+    with suppress(OSError, UserError):
+        parts, notes = _parts_of(folder), _notes(folder)
+        if RECORD in parts.get(run, ()):
+            return
+        of_others = [other for other, note in notes.items() if note["requests"] != requests]
+        left = [
+            one for one in of_others if any(part.startswith("step_") for part in parts[one]) and not table.find(one)
+        ]
+        if left:
+            say(
+                "train",
+                f"run {run} begins on requests {requests}; runs of other ones have published nothing: {', '.join(left)}: start "
+                f"from one with --from {folder}/RUN/step_N, or remove the folders of those that you have given up",
+            )
+
+
+def _notes(folder: str) -> dict[str, dict[str, Any]]:
+    """What `note_start` has noted of the runs in a folder."""
+    paths = [path for path in file_sizes(folder) if path.endswith(f"/{_NOTE}")]
+    return {os.path.dirname(path): json.loads(read_bytes(f"{folder}/{path}")) for path in paths}
 
 
 def _bases(folder: str) -> set[str]:
     """The checkpoints that the runs in a folder have noted."""
-    notes = (path for path in file_sizes(folder) if path.endswith(f"/{_STARTED_FROM}"))
-    return {_real(json.loads(read_bytes(f"{folder}/{path}"))["path"]) for path in notes}
+    return {_real(note["base"]) for note in _notes(folder).values() if note["base"]}
 
 
 def _real(path: str) -> str:
@@ -77,16 +103,13 @@ def remove_old_runs(folder: str, table: Table, num_kept: int) -> None:
     checkpoint from which another one starts.
     """
     with suppress(OSError, UserError):  # what storage does not list, read or remove now is old the next time too
-        parts: dict[str, set[str]] = {}
-        for path in file_sizes(folder):
-            run, _, rest = path.partition("/")
-            parts.setdefault(run, set()).add(rest.partition("/")[0])
+        parts = _parts_of(folder)
         published = [version for run in parts if (version := table.find(run))]
         published.sort(key=lambda version: version.manifest["published_at"])
         needed = {os.path.dirname(base) for base in _bases(folder)}
         removed = []
         for run in [version.id for version in published][:-num_kept]:
-            large = parts[run] - {"tensorboard"}
+            large = {path.partition("/")[0] for path in parts[run]} - {"tensorboard"}
             if large and _real(f"{folder}/{run}") not in needed:
                 for part in sorted(large, key=lambda name: name != RECORD):  # first: it must not name what is gone
                     remove_tree(f"{folder}/{run}/{part}")
@@ -147,12 +170,12 @@ def best_that_is_whole(run_path: str, checkpoints: Sequence[dict[str, Any]]) -> 
         say("train", f"{path}, the best by validation, is damaged: the next best takes its place")
 
 
-def _parts_of(run_path: str) -> dict[str, set[str]]:
-    """The files in each folder of a run; a file beside them counts as a folder."""
+def _parts_of(path: str) -> dict[str, set[str]]:
+    """The files below each folder of a run, or of the folder of all runs; a file beside them counts as a folder."""
     parts: dict[str, set[str]] = {}
-    for path in file_sizes(run_path):
-        folder, _, file = path.partition("/")
-        parts.setdefault(folder, set()).add(file)
+    for file in file_sizes(path):
+        folder, _, rest = file.partition("/")
+        parts.setdefault(folder, set()).add(rest)
     return parts
 
 
