@@ -253,7 +253,7 @@ def test_a_trainer_state_of_another_format_is_refused_with_the_remedy(tmp_path: 
     save_trainer(str(tmp_path), {}, TrainerState())
     about = json.loads((tmp_path / "trainer.json").read_text())
     (tmp_path / "trainer.json").write_text(json.dumps({**about, "format_version": 2}))
-    with pytest.raises(UserError, match=r"trainer.json: format version 2, this release reads 3: use the release that"):
+    with pytest.raises(UserError, match=r"trainer.json: format version 2, this release reads 4: use the release that"):
         read_trainer_state(str(tmp_path))
 
 

@@ -149,7 +149,7 @@ def test_weights_of_a_continued_model_keep_until_when_they_were_trained(
     continued: tuple[Settings, Version, Version],
 ) -> None:
     _, base, version = continued
-    past = past_of(version.path, base.manifest["trained_until"])
+    past = past_of(version.path, None, base.manifest["trained_until"])
     assert past.until == version.manifest["trained_until"] > base.manifest["trained_until"]
     assert past.trained == version.manifest["trained"]
     assert past.is_leaking

@@ -5,7 +5,12 @@ from typing import Any
 
 import pytest
 
+from longer.errors import UserError
+from longer.model_settings import ModelSettings
+from longer.schema import EventSchema
 from longer.storage import Table, Version
+from longer.training.checkpoints import CheckpointInfo
+from longer.training.evaluate import _check_held_out
 from longer.training.lineage import finished, past_of, trained_of_log, unknown_bases
 
 MARCH, APRIL, JUNE = (f"2026-0{month}-01T00:00:00.000+00:00" for month in (3, 4, 6))
@@ -55,7 +60,7 @@ def test_an_old_version_of_the_requests_may_be_gone_when_its_run_is_continued(
 def test_a_validation_that_a_base_may_have_trained_on_does_not_pass_for_held_out(
     manifest: dict[str, Any], checkpoints: Table, capsys: pytest.CaptureFixture
 ) -> None:
-    past = past_of(published(checkpoints, "base", **manifest).path, MARCH)
+    past = past_of(published(checkpoints, "base", **manifest).path, None, MARCH)
     assert past.is_leaking
     assert "may be of requests that it has seen" in capsys.readouterr().err
 
@@ -64,20 +69,61 @@ def test_a_test_split_that_a_base_without_a_manifest_may_have_trained_on_is_told
     tmp_path: Path, checkpoints: Table, requests: Version
 ) -> None:
     """A checkpoint in the folder of a run of --continue has trained the test split, and cannot say so."""
-    past = past_of(str(tmp_path / "training" / "continued" / "step_0000008"), MARCH)
+    past = past_of(str(tmp_path / "training" / "continued" / "step_0000008"), None, MARCH)
     own = {"requests": "own", "until": MARCH}
     tuned = published(checkpoints, "tuned", trained=[*past.trained, own], trained_until=MARCH)
-    assert unknown_bases(tuned) == [str(tmp_path / "training" / "continued" / "step_0000008")]
+    assert unknown_bases(tuned.manifest) == [str(tmp_path / "training" / "continued" / "step_0000008")]
     assert trained_of_log(tuned, requests) == MARCH
-    again = published(checkpoints, "again", trained=[*past_of(tuned.path, MARCH).trained, own], trained_until=MARCH)
-    assert unknown_bases(again) == unknown_bases(tuned)
-    assert not unknown_bases(published(checkpoints, "first", trained=[own], trained_until=MARCH))
+    again = published(
+        checkpoints, "again", trained=[*past_of(tuned.path, None, MARCH).trained, own], trained_until=MARCH
+    )
+    assert unknown_bases(again.manifest) == unknown_bases(tuned.manifest)
+    assert not unknown_bases({"trained": [own]})
+
+
+def tower_at(path: str) -> CheckpointInfo:
+    return CheckpointInfo(path, "5f3c", ModelSettings(), EventSchema(), ())
+
+
+def test_what_a_frozen_user_tower_has_seen_is_told_but_is_no_day_that_the_model_has_trained(
+    checkpoints: Table, requests: Version, capsys: pytest.CaptureFixture
+) -> None:
+    tower = published(checkpoints, "tower", trained=[{"requests": "own", "until": JUNE}], trained_until=JUNE)
+    past = past_of(None, tower_at(tower.path), MARCH)
+    assert past.is_leaking
+    assert f"{tower.path} has trained requests until {JUNE}, validation starts at {MARCH}" in capsys.readouterr().err
+    own = {"requests": "own", "until": MARCH}
+    model = published(checkpoints, "m", trained=[*past.trained, own], trained_until=MARCH, upstream=past.upstream)
+    assert trained_of_log(model, requests) == MARCH, "--continue trains them"
+    tuned = past_of(model.path, None, APRIL)
+    assert tuned.is_leaking
+    assert f"{tower.path}, the user tower of {model.path}, has trained requests until" in capsys.readouterr().err
+    assert tuned.upstream == past.upstream
+    assert not past_of(model.path, None, JUNE).is_leaking
+
+
+def test_a_test_split_that_a_user_tower_has_seen_is_not_evaluated_and_one_that_it_may_have_seen_is_told(
+    tmp_path: Path, checkpoints: Table, capsys: pytest.CaptureFixture
+) -> None:
+    requests = published(Table(str(tmp_path / "split")), "split", test_from=APRIL)
+    seen = published(checkpoints, "tower", trained=[], trained_until=JUNE).path
+    of_a_run = str(tmp_path / "training" / "run" / "step_0000008")
+
+    def model_with(tower: str) -> Version:
+        about = {"trained": [], "trained_until": MARCH, "upstream": past_of(None, tower_at(tower), MARCH).upstream}
+        return published(checkpoints, f"model_{len(tower)}", **about)
+
+    with pytest.raises(UserError, match=f"{seen}, the user tower of .* has trained requests until 2026-06-01"):
+        _check_held_out(model_with(seen), requests)
+    capsys.readouterr()
+    assert _check_held_out(model_with(of_a_run), requests)
+    assert f"comes from {of_a_run}, which does not say what it was trained on" in capsys.readouterr().err
 
 
 def test_a_base_that_ended_where_validation_starts_raises_no_alarm(
     checkpoints: Table, capsys: pytest.CaptureFixture
 ) -> None:
-    past = past_of(published(checkpoints, "base", trained_until=MARCH, trained=[]).path, MARCH)
+    past = past_of(published(checkpoints, "base", trained_until=MARCH, trained=[]).path, None, MARCH)
     assert not past.is_leaking
     assert not capsys.readouterr().err
 

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 
 from longer import s3 as longer_s3
+from longer.model_settings import ModelSettings
+from longer.schema import EventSchema
 from longer.storage import Table, file_sizes, read_bytes, remove_tree, write_bytes
+from longer.training.checkpoints import save_weights
 from longer.training.cursor import Position
 from longer.training.runs import (
     RECORD,
@@ -20,11 +22,11 @@ from longer.training.runs import (
     note_start,
     remove_old_runs,
     step_folder,
+    tell_what_is_left,
 )
 from longer.training.trainer_state import TrainerState, read_trainer_state, save_trainer
 from tests.s3.proxy import Fault, Proxy
 
-WEIGHTS = safetensors.torch.save({"a": torch.zeros(8), "b": torch.zeros(3)})
 FILES = ("model.json", "model.safetensors", "trainer.json", "trainer.safetensors")
 
 
@@ -39,16 +41,21 @@ def make_run(root: str, run: str, published_at: str | None = None, folder: str =
 
 
 def save_checkpoint(run: str, step: int) -> None:
-    """A whole one, as far as its files tell."""
+    """A whole one, of weights that make no model."""
     path = f"{run}/{step_folder(step)}"
-    write_bytes(f"{path}/model.json", b"x")
-    write_bytes(f"{path}/model.safetensors", WEIGHTS)
+    save_weights(path, {"a": torch.zeros(8), "b": torch.zeros(3)}, ModelSettings(), EventSchema(), ())
     state = TrainerState(Position(0, step), checkpoints=[{"step": step}])
     save_trainer(path, {"a/step": torch.zeros(())}, state)
 
 
 def runs_with_checkpoints(root: str) -> set[str]:
     return {path.split("/")[0] for path in file_sizes(f"{root}/training") if "/step_" in path or path.endswith(RECORD)}
+
+
+def num_files(root: str, run: str) -> dict[int, int]:
+    """Of each checkpoint, by its step."""
+    found = [path.split("/")[0] for path in file_sizes(f"{root}/training/{run}") if path.startswith("step_")]
+    return {int(folder.removeprefix("step_")): found.count(folder) for folder in found}
 
 
 def remove(root: str, num_kept: int = 2) -> None:
@@ -86,12 +93,43 @@ def test_a_checkpoint_from_which_another_run_starts_stays_until_that_is_old_too(
     for day, run in enumerate(("base", "other"), start=1):
         make_run(root, run, published_at=f"2026-01-0{day}T00:00:00+00:00")
     make_run(root, "live")
-    note_start(f"{root}/training/live", f"{root}/training/base/step_0000001")
+    note_start(f"{root}/training/live", "requests", f"{root}/training/base/step_0000001")
     remove(root, 1)
     assert runs_with_checkpoints(root) == {"base", "other", "live"}
     remove_tree(f"{root}/training/live")
     remove(root, 1)
     assert runs_with_checkpoints(root) == {"other"}
+
+
+def test_runs_that_a_new_version_of_the_requests_has_left_unfinished_are_named_once(
+    root: str, capsys: pytest.CaptureFixture
+) -> None:
+    """Their command starts another run now: their checkpoints would lie there for ever without a word."""
+    folder, table = f"{root}/training", Table(f"{root}/checkpoints")
+    make_run(root, "over", published_at="2026-01-01T00:00:00+00:00")
+    for run, requests in (("over", "old"), ("left", "old"), ("waits", "new")):
+        make_run(root, run)
+        note_start(f"{folder}/{run}", requests, None)
+    note_start(f"{folder}/never_began", "old", None)
+    tell_what_is_left(folder, table, "again", "new")
+    told = capsys.readouterr().err
+    assert "run again begins on requests new; runs of other ones have published nothing: left: start from" in told
+    tell_what_is_left(folder, table, "waits", "new")
+    tell_what_is_left(folder, table, "again", "old")
+    remove_tree(f"{folder}/left")
+    tell_what_is_left(folder, table, "again", "new")
+    assert "left" not in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_was_named_by_another_path_stays_too(tmp_path: Path) -> None:
+    root, link = str(tmp_path / "root"), tmp_path / "link"
+    link.symlink_to(tmp_path / "root")
+    for day, run in enumerate(("linked", "dotted", "other", "new"), start=1):
+        make_run(root, run, published_at=f"2026-01-0{day}T00:00:00+00:00")
+    note_start(f"{root}/training/new", "requests", f"{link}/training/linked/step_0000001")
+    note_start(f"{root}/training/other", "requests", f"{root}/checkpoints/../training/dotted/step_0000001")
+    remove(str(link), 2)
+    assert runs_with_checkpoints(root) == {"linked", "dotted", "other", "new"}
 
 
 def test_a_removal_that_was_killed_half_way_is_gone_on_with_and_leaves_no_record_of_what_is_gone(
@@ -141,12 +179,25 @@ def test_a_store_that_neither_lists_nor_removes_ends_no_training(
 
 
 def test_the_best_checkpoint_stays_whole_though_it_is_older_than_the_newest_ones(tmp_path: Path) -> None:
-    run = str(tmp_path)
     for step in (1, 2, 3, 4):
-        for file in FILES:
-            write_bytes(f"{run}/{step_folder(step)}/{file}", b"x")
-    KeepBestAndLast(run).after_report(None, [{"step": 4, "keep": [1, 3, 4]}], None)
-    assert {step: len(os.listdir(f"{run}/{step_folder(step)}")) for step in (1, 2, 3, 4)} == {1: 4, 2: 1, 3: 4, 4: 4}
+        make_run(str(tmp_path), "run", folder=step_folder(step))
+    KeepBestAndLast(f"{tmp_path}/training/run").after_report(None, [{"step": 4, "keep": [1, 3, 4]}], None)
+    assert num_files(str(tmp_path), "run") == {1: 4, 2: 1, 3: 4, 4: 4}
+
+
+def test_a_checkpoint_of_a_live_run_from_which_another_has_started_stays_whole(root: str) -> None:
+    """The other reads it at each start: it would never start again, and its base would be lost."""
+    for step in (1, 2, 3, 4):
+        make_run(root, "live", folder=step_folder(step))
+    make_run(root, "other", folder=step_folder(1))
+    note_start(f"{root}/training/other", "requests", f"{root}/training/live/{step_folder(2)}")
+    keep = KeepBestAndLast(f"{root}/training/live")
+    keep.after_report(None, [{"step": 4, "keep": [3, 4]}], None)
+    assert num_files(root, "live") == {1: 1, 2: 4, 3: 4, 4: 4}
+    assert num_files(root, "other") == {1: 4}
+    remove_tree(f"{root}/training/other")
+    keep.after_report(None, [{"step": 4, "keep": [3, 4]}], None)
+    assert num_files(root, "live") == {1: 1, 2: 1, 3: 4, 4: 4}
 
 
 def test_a_damaged_record_names_the_whole_checkpoints_or_goes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -157,9 +208,7 @@ def test_a_damaged_record_names_the_whole_checkpoints_or_goes(tmp_path: Path, ca
     assert not (tmp_path / RECORD).exists()
     assert "starts anew" in capsys.readouterr().err
     for step in (2, 3, 4):
-        write_bytes(f"{run}/{step_folder(step)}/model.json", b"x")
-        write_bytes(f"{run}/{step_folder(step)}/model.safetensors", WEIGHTS)
-        save_trainer(f"{run}/{step_folder(step)}", {}, TrainerState(Position(0, step), checkpoints=[{"step": step}]))
+        save_checkpoint(run, step)
     os.truncate(f"{run}/{step_folder(4)}/trainer.json", 9)
     write_bytes(f"{run}/{RECORD}", b"{}")
     mend_record(run)
@@ -195,6 +244,23 @@ def test_a_run_whose_newest_checkpoint_has_lost_a_part_goes_on_from_the_one_befo
     assert "its newest checkpoint was damaged: made anew from the 1 whole checkpoints" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("file", FILES)
+def test_a_run_does_not_go_on_from_a_checkpoint_of_which_a_byte_has_changed(file: str, tmp_path: Path) -> None:
+    """All sizes are right: other weights, moments or another position would be trained on without a word."""
+    run = str(tmp_path)
+    for step in (1, 2):
+        save_checkpoint(run, step)
+    results = [{"checkpoint_dir_name": step_folder(step)} for step in (1, 2)]
+    record = json.dumps({"checkpoint_results": results, "latest_checkpoint_result": results[-1]}).encode()
+    whole = (tmp_path / step_folder(2) / file).read_bytes()
+    for place in [*range(3, len(whole), 101), len(whole) - 1]:
+        write_bytes(f"{run}/{RECORD}", record)
+        (tmp_path / step_folder(2) / file).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        mend_record(run)
+        named = json.loads(read_bytes(f"{run}/{RECORD}"))["checkpoint_results"]
+        assert [result["checkpoint_dir_name"] for result in named] == [step_folder(1)], place
+
+
 def test_a_run_whose_best_checkpoint_is_damaged_or_gone_publishes_the_next_best(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -205,8 +271,9 @@ def test_a_run_whose_best_checkpoint_is_damaged_or_gone_publishes_the_next_best(
         save_checkpoint(run, step)
     assert best_that_is_whole(run, checkpoints)["step"] == 1
     assert capsys.readouterr().err == ""
-    os.truncate(f"{run}/{step_folder(1)}/model.safetensors", 60)
+    weights = tmp_path / step_folder(1) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     assert best_that_is_whole(run, checkpoints)["step"] == 3
-    assert f"{step_folder(1)}, the best by validation, is damaged: step 3" in capsys.readouterr().err
+    assert f"{step_folder(1)}, the best by validation, is damaged: the next best takes" in capsys.readouterr().err
     remove_tree(f"{run}/{step_folder(1)}")
     assert best_that_is_whole(run, checkpoints)["step"] == 3

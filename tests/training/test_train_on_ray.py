@@ -1,5 +1,6 @@
 """Training and evaluation on a real local Ray: killed workers, other numbers of workers, reruns and bad inputs."""
 
+import json
 import os
 import shutil
 import signal
@@ -20,10 +21,12 @@ from longer.config import Settings
 from longer.data.scores import read_scores
 from longer.data.tables import RequestTable
 from longer.errors import UserError
+from longer.model.encoders.factory import make_model, upstream_settings
+from longer.model_settings import ModelSettings
 from longer.runner import user_error_in
-from longer.storage import Version
+from longer.storage import Version, write_bytes
 from longer.training import loop
-from longer.training.checkpoints import load_model
+from longer.training.checkpoints import load_model, save_model
 from longer.training.content import Job, read_requests, tally
 from longer.training.cursor import Position
 from longer.training.loop import Run, train_worker
@@ -351,6 +354,46 @@ def test_one_and_two_workers_have_the_same_gradient_from_the_same_checkpoint(
         moments.append(safetensors.torch.load(state.read_bytes()))
     for name, moment in moments[0].items():  # after one step the first moment is a tenth of the gradient
         torch.testing.assert_close(moments[1][name], moment, rtol=1e-4, atol=1e-7)
+
+
+def save_tower(settings: Settings, seed: int) -> str:
+    """A user tower of fresh weights where the settings name it, in place of one that may be there, trained until far ahead."""
+    wanted, schema, tasks = upstream_settings(settings.model), settings.event_schema, settings.train.tasks
+    folder = f"{settings.root}/tower"
+    torch.manual_seed(seed)
+    about = {"trained": [], "trained_until": "2999-01-01T00:00:00.000+00:00"}
+    write_bytes(f"{folder}/_MANIFEST.json", json.dumps(about).encode())
+    return save_model(folder, make_model(wanted, schema, tasks), wanted, schema, tasks)
+
+
+def tower_in(version: Version) -> dict[str, torch.Tensor]:
+    weights = load_model(version.path)[0].state_dict()
+    return {name: tensor for name, tensor in weights.items() if name.startswith("encoder.upstream.")}
+
+
+def test_a_user_tower_is_a_part_of_the_run_and_of_what_its_model_has_seen(
+    tables: Settings, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Slow for two runs of a step: one with a tower, one from that one's weights."""
+    encoder = {"kind": "user_embedding", "num_layers": 1, "upstream": str(tmp_path / "tower")}
+    one_step = {"num_workers": 1, "epochs": 1, "max_requests": 31, "tokens_per_step": 10_000}
+    model = ModelSettings(**{**tables.model.model_dump(), "merge_size": 1, "encoder": encoder})
+    settings = settings_for(tables.model_copy(update={"model": model}), tmp_path, **one_step)
+    tower = save_tower(settings, seed=1)
+    first = train.run(settings)
+    assert first.manifest["upstream"]["model_version"] == tower
+    assert first.manifest["validation_may_be_seen"]
+    assert "tower has trained requests until 2999-01-01" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"tower, the user tower of .*, has trained requests until 2999-01-01"):
+        evaluate.run(settings)
+    save_tower(settings, seed=2)
+    many = settings.model_copy(update={"train": settings.train.model_copy(update={"num_workers": 99})})
+    with pytest.raises(UserError, match="num_workers=99"):
+        train.run(many)  # not finished: with another tower at the same path it is another run
+    shutil.rmtree(tmp_path / "tower")
+    tuned = train.run(settings, from_=first.path)
+    assert tuned.manifest["upstream"] == first.manifest["upstream"]
+    assert all(torch.equal(tensor, tower_in(first)[name]) for name, tensor in tower_in(tuned).items())
 
 
 def test_evaluation_publishes_scores_that_have_its_metrics(

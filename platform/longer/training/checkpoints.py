@@ -102,15 +102,18 @@ def load_model(
     with torch.random.fork_rng(devices=[]):
         model = make_model(info.model, info.schema, info.tasks)
     _check_same_tensors(path, model.state_dict(), weights)
-    stated = {name: about[name] for name in ("schema_hash", "event_schema", "model", "tasks")}
-    if _model_version(weights, stated) != info.model_version:
-        raise UserError(
-            f"{path}/model.safetensors: content is not that of model.json's model_version: copy both files again"
-        )
+    _check_content(path, about, weights)
     if not all(bool(torch.isfinite(values).all()) for values in weights.values()):
         raise UserError(f"{path}/model.safetensors: weights that are not finite: train again")
     model.load_state_dict(weights)
     return model.to(device).eval(), info
+
+
+def check_model(path: str) -> str:
+    """The version of the model under `path`; a UserError unless both of its files are, to the last byte, what was saved."""
+    about = read_json(path, "model.json")
+    _check_content(path, about, _read_tensors(path, "model.safetensors"))
+    return about["model_version"]
 
 
 def load_appendable(
@@ -127,11 +130,22 @@ def load_appendable(
     return model, info
 
 
+def check_upstream(settings: ModelSettings) -> CheckpointInfo | None:
+    """The trained user tower that `settings.encoder.upstream` names, if the encoder reads one; a UserError if it does not fit."""
+    found = _read_upstream(settings)
+    return found[1] if found else None
+
+
 def load_upstream(model: Ranker, settings: ModelSettings) -> None:
-    """Puts the trained user tower that `settings.encoder.upstream` names into a fresh model, if its encoder reads one."""
+    """Puts that user tower into a fresh model."""
+    if found := _read_upstream(settings):
+        cast(EncoderRanker, model).upstream.load_state_dict(found[0].state_dict())
+
+
+def _read_upstream(settings: ModelSettings) -> tuple[Ranker, CheckpointInfo] | None:
     encoder = settings.encoder
     if not isinstance(encoder, UserEmbedding):
-        return
+        return None
     if encoder.upstream is None:
         raise UserError(
             "model.encoder.upstream is not given: train a model with encoder user_tower and without interactions first, and name "
@@ -145,7 +159,7 @@ def load_upstream(model: Ranker, settings: ModelSettings) -> None:
             f"{encoder.upstream}/model.json: its {', '.join(names)} differ from what model.encoder asks for: train the user tower "
             "with the same model settings, but for encoder user_tower and interactions false"
         )
-    cast(EncoderRanker, model).upstream.load_state_dict(tower.state_dict())
+    return tower, info
 
 
 _CHANGEABLE = {"history_events", "query_groups", "stride_groups", "dropout"}
@@ -209,6 +223,14 @@ def _model_version(weights: Mapping[str, torch.Tensor], about: dict[str, Any]) -
     return digest.hexdigest()[:16]
 
 
+def _check_content(path: str, about: dict[str, Any], weights: Tensors) -> None:
+    stated = {name: value for name, value in about.items() if name not in ("format_version", "model_version")}
+    if _model_version(weights, stated) != about.get("model_version"):
+        raise UserError(
+            f"{path}/model.safetensors: content is not that of model.json's model_version: copy both files again"
+        )
+
+
 def _check_same_tensors(path: str, expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
     for name in sorted(expected.keys() | found.keys()):
         wanted, got = (tuple(side[name].shape) if name in side else "absent" for side in (expected, found))
@@ -223,7 +245,10 @@ def _read_tensors(path: str, name: str) -> dict[str, torch.Tensor]:
     try:
         return safetensors.torch.load(read_bytes(f"{path}/{name}"))
     except FileNotFoundError:
-        raise UserError(f"{path}/{name}: no such file: is this a checkpoint folder?") from None
+        raise UserError(
+            f"{path}/{name}: no such file: a run keeps few checkpoints whole (train.keep_checkpoints): name a newer one, or "
+            "what it has published"
+        ) from None
     except safetensors.SafetensorError as error:
         raise UserError(f"{path}/{name}: not a safetensors file ({error}): copy it again") from None
 

@@ -14,6 +14,7 @@ from longer.config import Settings
 from longer.data.events import iso_time
 from longer.data.layout import bucket_of_path
 from longer.data.tables import RequestTable, SequenceTable
+from longer.encoder_settings import UserEmbedding
 from longer.errors import UserError
 from longer.hashing import hash_int64
 from longer.model.layout import Sizes
@@ -39,6 +40,12 @@ class Job:
     versions: dict[str, str]
     weights: str | None = None
     since_ms: int | None = None
+
+    @property
+    def base(self) -> str | None:
+        """The checkpoint that it needs whenever it starts: of the first weights, or of the user tower in fresh ones."""
+        encoder = self.settings.model.encoder
+        return self.weights or (encoder.upstream if isinstance(encoder, UserEmbedding) else None)
 
     @property
     def trains_days(self) -> bool:

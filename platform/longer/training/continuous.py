@@ -21,7 +21,7 @@ from longer.schema import TIMESTAMP
 from longer.storage import Table, Version, fingerprint
 from longer.training.checkpoints import FORMAT_VERSION, check_start
 from longer.training.content import Job
-from longer.training.lineage import finished, later, trained_of_log
+from longer.training.lineage import finished, later, may_be_seen, trained_of_log
 from longer.training.run import chosen_settings, fit, pin_tables, publish
 from longer.training.trainer_state import TRAINER_VERSION, read_trainer_state
 
@@ -46,12 +46,7 @@ def train_new_days(settings: Settings) -> Version:
     if not _num_requests_since(requests, since):
         say("train", f"no requests since {since} in {requests.path}: {base.id} has seen all, nothing changed")
         return base
-    seen_until = base.manifest["trained_until"]
-    if may_be_seen := later(seen_until, since) != since:
-        say(
-            "train",
-            f"{base.id} has trained requests of another log until {seen_until}: metrics may be of requests that it has seen",
-        )
+    is_leaking = may_be_seen(base.path, base.manifest, since)
     check_start(base.path, settings)  # a mistake is told here once, not by every worker
     table.claim()
     last = fit(Job(settings, versions, base.path, _milliseconds(since)), run_id)
@@ -64,9 +59,10 @@ def train_new_days(settings: Settings) -> Version:
         "continues": base.id,
         "step": state.checkpoints[-1]["step"],
         "validation": days[-1]["tested"],
-        "validation_may_be_seen": may_be_seen,
+        "validation_may_be_seen": is_leaking,
         "trained": [*base.manifest["trained"], {"requests": requests.id, "from": since, "until": until, "days": days}],
-        "trained_until": later(seen_until, until),
+        "trained_until": later(base.manifest["trained_until"], until),
+        "upstream": base.manifest.get("upstream"),
     }
     version = publish(settings, table, run_id, last, state, about)
     num_requests = sum(day["num_requests"] for day in days)

@@ -34,7 +34,7 @@ from longer.storage import TABLE_FORMAT, Table, Version, checked_output, fingerp
 from longer.training.baselines import count_in_history, item_counts, popularity
 from longer.training.checkpoints import CheckpointInfo, load_model
 from longer.training.inputs import Inputs
-from longer.training.lineage import unknown_bases
+from longer.training.lineage import later, pasts, unknown_bases
 from longer.training.loader import read_split, score_split
 from longer.training.metrics import auc, defined, gauc, shown
 from longer.training.steps import task_metrics
@@ -101,14 +101,15 @@ def evaluate(settings: Settings) -> Version:
 
 
 def _check_held_out(checkpoint: Version, requests: Version) -> bool:
-    """A UserError if the test split has been trained; whether it may have been, which a line tells."""
-    trained_until, test_from = checkpoint.manifest["trained_until"], requests.manifest["test_from"]
-    if datetime.fromisoformat(trained_until) > datetime.fromisoformat(test_from):
-        raise UserError(
-            f"{checkpoint.path}: has trained requests until {trained_until}, the test split starts at {test_from}: see each day's "
-            "metrics from before it was trained in its manifest, or train without --continue and --from"
-        )
-    unknown = unknown_bases(checkpoint)
+    """A UserError if the test split has been trained, by the model or its tower; whether it may have been, which a line tells."""
+    test_from = requests.manifest["test_from"]
+    for name, past in pasts(checkpoint.path, checkpoint.manifest).items():
+        if later(past["trained_until"], test_from) != test_from:
+            raise UserError(
+                f"{name} has trained requests until {past['trained_until']}, the test split starts at {test_from}: see each day's "
+                "metrics from before it was trained in its manifest, or train without --continue and --from"
+            )
+    unknown = unknown_bases(checkpoint.manifest)
     if unknown:
         say(
             "evaluate",

@@ -6,6 +6,7 @@ from typing import Any
 
 from longer.progress import say
 from longer.storage import Table, Version, manifest_of
+from longer.training.checkpoints import CheckpointInfo
 
 _NEVER = "1970-01-01T00:00:00+00:00"
 _UNKNOWN = "unknown"
@@ -16,38 +17,59 @@ _UNKNOWN = "unknown"
 class Past:
     """What weights have trained before a run starts from them.
 
-    `until` is the time of the newest request among that, of whatever log; `is_leaking`: the run's validation may be of such
-    requests. `version` names them if they are a published checkpoint.
+    `until` is the time of the newest request among that, of whatever log; `is_leaking`: the run's validation may be of requests
+    that they or the user tower have seen. `version` names them if they are a published checkpoint. `upstream` is what the frozen
+    user tower among them has trained, as manifests have it: apart, since the model has yet to train those days.
     """
 
     trained: list[dict[str, Any]]
     until: str
     is_leaking: bool
     version: str | None
+    upstream: dict[str, Any] | None
 
 
-def past_of(start_from: str, valid_from: str) -> Past:
-    """Of the checkpoint at a path, for a run that validates on requests since `valid_from`; a line if they may be seen ones."""
-    manifest = manifest_of(start_from) or {}
-    until = manifest.get("trained_until")
-    if until is None:
-        why = "does not say what it was trained on"
-    elif later(until, valid_from) != valid_from:
-        why = f"has trained requests until {until}, validation starts at {valid_from}"
-    else:
-        why = ""
-    if why:
-        say(
-            "train",
-            f"{start_from} {why}: metrics, those that choose the best epoch too, may be of requests that it has seen",
-        )
-    unknown = [] if until else [{"requests": _UNKNOWN, "until": _NEVER, "checkpoint": start_from}]
-    return Past(manifest.get("trained", unknown), until or _NEVER, bool(why), manifest.get("version"))
+def past_of(start_from: str | None, tower: CheckpointInfo | None, valid_from: str) -> Past:
+    """Of the checkpoint at a path, or of fresh weights around a user tower, or of fresh ones alone.
+
+    For a run that validates on requests since `valid_from`; a line if they may be seen ones.
+    """
+    path = start_from or (tower.path if tower else None)
+    if path is None:
+        return Past([], _NEVER, is_leaking=False, version=None, upstream=None)
+    unknown = {"requests": _UNKNOWN, "until": _NEVER, "checkpoint": path}
+    manifest = {"trained": [unknown], "trained_until": _NEVER} | (manifest_of(path) or {})
+    trained, until, is_leaking = manifest["trained"], manifest["trained_until"], may_be_seen(path, manifest, valid_from)
+    if start_from:
+        return Past(trained, until, is_leaking, manifest.get("version"), manifest.get("upstream"))
+    assert tower
+    upstream = {"checkpoint": path, "model_version": tower.model_version, "trained": trained, "trained_until": until}
+    return Past([], _NEVER, is_leaking, None, upstream)
 
 
-def unknown_bases(checkpoint: Version) -> list[str]:
-    """Checkpoints that it comes from, at any remove, of which nobody knows what they have trained."""
-    return [run["checkpoint"] for run in checkpoint.manifest["trained"] if run["requests"] == _UNKNOWN]
+def may_be_seen(path: str, manifest: dict[str, Any], valid_from: str) -> bool:
+    """Whether a checkpoint, or the user tower in it, may have trained requests since `valid_from`; lines tell why."""
+    reasons = [
+        f"{name} has trained requests until {past['trained_until']}, validation starts at {valid_from}"
+        for name, past in pasts(path, manifest).items()
+        if later(past["trained_until"], valid_from) != valid_from
+    ]
+    reasons += [f"{base} does not say what it was trained on" for base in unknown_bases(manifest)]
+    for reason in reasons:
+        say("train", f"{reason}: metrics, those that choose the best epoch too, may be of requests that it has seen")
+    return bool(reasons)
+
+
+def pasts(path: str, manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a checkpoint has trained, and what the user tower in it has, by what a message calls each."""
+    upstream = manifest.get("upstream")
+    return {path: manifest} | ({f"{upstream['checkpoint']}, the user tower of {path},": upstream} if upstream else {})
+
+
+def unknown_bases(manifest: dict[str, Any]) -> list[str]:
+    """Checkpoints that it or its user tower comes from, at any remove, of which nobody knows what they have trained."""
+    runs = [run for past in pasts("", manifest).values() for run in past["trained"]]
+    return [run["checkpoint"] for run in runs if run["requests"] == _UNKNOWN]
 
 
 def trained_of_log(checkpoint: Version, requests: Version) -> str:

@@ -150,7 +150,8 @@ class Run:
             torch.cuda.set_device(device)
         torch.manual_seed(settings.seed)
         model = make_model(settings.model, settings.event_schema, settings.train.tasks)
-        load_upstream(model, settings.model)
+        if not checkpoint and not self.start:  # else it is among their weights
+            load_upstream(model, settings.model)
         largest = self.content.largest_batch(self.num_workers * self.batches_each)
         stepper = Stepper(model, settings.train, device, self.num_workers, largest)
         if checkpoint:

@@ -34,9 +34,9 @@ from longer.storage import (
     read_bytes,
     write_bytes,
 )
-from longer.training.checkpoints import FORMAT_VERSION, check_start, load_model
+from longer.training.checkpoints import FORMAT_VERSION, check_start, check_upstream, load_model
 from longer.training.content import Job
-from longer.training.lineage import Past, finished, later, past_of
+from longer.training.lineage import finished, later, past_of
 from longer.training.loop import train_worker
 from longer.training.metrics import shown_all
 from longer.training.reading import requests_in_memory
@@ -48,6 +48,7 @@ from longer.training.runs import (
     note_start,
     remove_old_runs,
     step_folder,
+    tell_what_is_left,
 )
 from longer.training.trainer_state import TRAINER_VERSION, TrainerState, read_trainer_state
 
@@ -70,7 +71,9 @@ def train(settings: Settings, start_from: str | None = None) -> Version:
     _check_split(requests, "train", "lower requests.test_days_share and validation_days_share")
     _check_split(requests, "valid", "raise requests.validation_days_share")
     chosen = chosen_settings(settings)
-    first = {"from": check_start(start_from, settings).model_version} if start_from else {}
+    start = check_start(start_from, settings) if start_from else None
+    tower = None if start else check_upstream(settings.model)
+    first = {"from": start.model_version} if start else {"tower": tower.model_version} if tower else {}
     run_id = fingerprint(
         "checkpoint", FORMAT_VERSION, TRAINER_VERSION, chosen, versions, settings.event_schema.hash(), first
     )
@@ -79,11 +82,9 @@ def train(settings: Settings, start_from: str | None = None) -> Version:
         return published
     _say_cost(settings, requests)
     own_until = requests.manifest["valid_from"]
-    past = past_of(start_from, own_until) if start_from else Past([], own_until, is_leaking=False, version=None)
+    past = past_of(start_from, tower, own_until)
     table.claim()
     run_path = settings.path("training", run_id)
-    if start_from:
-        note_start(run_path, start_from)
     state = read_trainer_state(fit(Job(settings, versions, start_from), run_id))
     best = best_that_is_whole(run_path, state.checkpoints)
     (validation,) = (r["validation"] for r in state.history if r["step"] == best["step"] and "validation" in r)
@@ -98,6 +99,7 @@ def train(settings: Settings, start_from: str | None = None) -> Version:
         "validation_may_be_seen": past.is_leaking,
         "trained": [*past.trained, {**trained, "published_after_epochs": best["epochs"]}],
         "trained_until": later(own_until, past.until),
+        "upstream": past.upstream,
     }
     version = publish(settings, table, run_id, f"{run_path}/{step_folder(best['step'])}", state, about)
     after = f"epoch {best['epochs']} of {settings.train.epochs}, step {best['step']}"
@@ -160,6 +162,8 @@ def fit(job: Job, run_id: str) -> str:
     if settings.ray.cluster is None:  # nobody takes this machine away
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     mend_record(f"{storage}/{run_id}")
+    tell_what_is_left(storage, Table(settings.path("checkpoints")), run_id, job.versions["requests"])
+    note_start(f"{storage}/{run_id}", job.versions["requests"], job.base)
     requests = requests_in_memory(job)
     if isinstance(asked.num_workers, tuple):
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _WAIT_FOR_MORE_WORKERS_S)

@@ -2,25 +2,29 @@
 
 RUN/step_0000100/...                     a checkpoint, whole once trainer.json is there, the last of its four files
 RUN/checkpoint_manager_snapshot.json     which checkpoints count, by Ray, which overwrites it in place
-RUN/started_from.json                    the checkpoint whose weights were the first ones, if any
+RUN/start.json                           of which requests it is, and the checkpoint whose weights or user tower were its first
 RUN/tensorboard/...                      scalars
 """
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.train import Checkpoint, UserCallback
 
 from longer.errors import StorageError, UserError
 from longer.progress import say
-from longer.storage import Table, file_sizes, open_input, read_bytes, remove_tree, write_bytes
-from longer.training.trainer_state import TrainerState, best_of_epochs, read_trainer_state
+from longer.storage import Table, file_sizes, read_bytes, remove_tree, write_bytes
+from longer.training.checkpoints import check_model
+from longer.training.trainer_state import TrainerState, best_of_epochs, check_trainer
+
+T = TypeVar("T")
 
 RECORD = "checkpoint_manager_snapshot.json"
-_STARTED_FROM = "started_from.json"
+_NOTE = "start.json"
 _FILES = {"model.safetensors", "model.json", "trainer.safetensors", "trainer.json"}
 
 
@@ -32,8 +36,8 @@ def step_folder(step: int) -> str:
 class KeepBestAndLast(UserCallback):
     """Once a checkpoint is committed, those before it that it says nobody needs any more lose their tensors.
 
-    Ray keeps the best ones or the last ones, not both, and its record of a run names the folders of all: they stay, with
-    model.json.
+    Those from which other runs have started keep them: a run reads its base whenever its command is given. Ray keeps the best
+    ones or the last ones, not both, and its record of a run names the folders of all: they stay, with model.json.
     """
 
     def __init__(self, run_path: str) -> None:
@@ -42,16 +46,54 @@ class KeepBestAndLast(UserCallback):
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         newest, keep = step_folder(metrics[0]["step"]), {*map(step_folder, metrics[0]["keep"])}
         with suppress(OSError, StorageError):  # what storage does not list or remove now is stale the next time too
+            needed = _bases(os.path.dirname(self._run_path))
             for path in file_sizes(self._run_path):
                 folder, _, file = path.partition("/")
                 stale = folder.startswith("step_") and folder < newest and folder not in keep
-                if stale and file != "model.json":
+                if stale and file != "model.json" and _real(f"{self._run_path}/{folder}") not in needed:
                     remove_tree(f"{self._run_path}/{path}")
 
 
-def note_start(run_path: str, start_from: str) -> None:
-    """Notes which checkpoint a run needs whenever it starts: `remove_old_runs` leaves it."""
-    write_bytes(f"{run_path}/{_STARTED_FROM}", json.dumps({"path": start_from}).encode())
+def note_start(run_path: str, requests: str, base: str | None) -> None:
+    """Notes which requests a run trains, and which checkpoint it needs whenever it starts: one of a run beside it stays."""
+    write_bytes(f"{run_path}/{_NOTE}", json.dumps({"requests": requests, "base": base}).encode())
+
+
+def tell_what_is_left(folder: str, table: Table, run: str, requests: str) -> None:
+    """A line, where a run of these requests begins, names runs of other ones that have published nothing.
+
+    Their commands go on with them no more, but some may be going on elsewhere: it is not for this one to remove them.
+    """
+    with suppress(OSError, UserError):
+        parts, notes = _parts_of(folder), _notes(folder)
+        if RECORD in parts.get(run, ()):
+            return
+        of_others = [other for other, note in notes.items() if note["requests"] != requests]
+        left = [
+            one for one in of_others if any(part.startswith("step_") for part in parts[one]) and not table.find(one)
+        ]
+        if left:
+            say(
+                "train",
+                f"run {run} begins on requests {requests}; runs of other ones have published nothing: {', '.join(left)}: start "
+                f"from one with --from {folder}/RUN/step_N, or remove the folders of those that you have given up",
+            )
+
+
+def _notes(folder: str) -> dict[str, dict[str, Any]]:
+    """What `note_start` has noted of the runs in a folder."""
+    paths = [path for path in file_sizes(folder) if path.endswith(f"/{_NOTE}")]
+    return {os.path.dirname(path): json.loads(read_bytes(f"{folder}/{path}")) for path in paths}
+
+
+def _bases(folder: str) -> set[str]:
+    """The checkpoints that the runs in a folder have noted."""
+    return {_real(note["base"]) for note in _notes(folder).values() if note["base"]}
+
+
+def _real(path: str) -> str:
+    """The one path of a folder, whatever links and dots lead to it."""
+    return path if "://" in path else os.path.realpath(path)
 
 
 def remove_old_runs(folder: str, table: Table, num_kept: int) -> None:
@@ -61,21 +103,14 @@ def remove_old_runs(folder: str, table: Table, num_kept: int) -> None:
     checkpoint from which another one starts.
     """
     with suppress(OSError, UserError):  # what storage does not list, read or remove now is old the next time too
-        parts: dict[str, set[str]] = {}
-        for path in file_sizes(folder):
-            run, _, rest = path.partition("/")
-            parts.setdefault(run, set()).add(rest.partition("/")[0])
+        parts = _parts_of(folder)
         published = [version for run in parts if (version := table.find(run))]
         published.sort(key=lambda version: version.manifest["published_at"])
-        needed = [
-            json.loads(read_bytes(f"{folder}/{run}/{_STARTED_FROM}"))["path"]
-            for run, names in parts.items()
-            if _STARTED_FROM in names
-        ]
+        needed = {os.path.dirname(base) for base in _bases(folder)}
         removed = []
         for run in [version.id for version in published][:-num_kept]:
-            large = parts[run] - {"tensorboard"}
-            if large and not any(path.startswith(f"{folder}/{run}/") for path in needed):
+            large = {path.partition("/")[0] for path in parts[run]} - {"tensorboard"}
+            if large and _real(f"{folder}/{run}") not in needed:
                 for part in sorted(large, key=lambda name: name != RECORD):  # first: it must not name what is gone
                     remove_tree(f"{folder}/{run}/{part}")
                 removed.append(run)
@@ -89,8 +124,8 @@ def remove_old_runs(folder: str, table: Table, num_kept: int) -> None:
 def mend_record(run_path: str) -> None:
     """Makes Ray's record of a run one from which the run can go on, or removes it; says a line where it was not.
 
-    A kill while Ray writes it leaves half of it, and a disk may lose a part of the checkpoint that it names last: with either, no
-    run would ever start again.
+    A kill while Ray writes it leaves half of it, and a disk may lose a part of the checkpoint that it names last, or change it: the
+    run would never start again, or go on from other weights without a word.
     """
     parts = _parts_of(run_path)
     if RECORD not in parts or _is_whole(run_path, parts):
@@ -124,35 +159,33 @@ def mend_record(run_path: str) -> None:
 
 
 def best_that_is_whole(run_path: str, checkpoints: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What `best_of_epochs` says of the checkpoints that are whole, as the last one is; a line if that is not the best of all."""
-    whole = _whole_checkpoints(run_path, _parts_of(run_path))
-    (best,) = best_of_epochs(checkpoints)
-    (found,) = best_of_epochs([one for one in checkpoints if step_folder(one["step"]) in whole])
-    if found != best:
-        damaged = f"{run_path}/{step_folder(best['step'])}"
-        say(
-            "train",
-            f"{damaged}, the best by validation, is damaged: step {found['step']}, the next best, takes its place",
-        )
-    return found
+    """What `best_of_epochs` says of the checkpoints whose model is whole, as the last one's is; a line if it is not the best."""
+    left = list(checkpoints)
+    while True:
+        (best,) = best_of_epochs(left)
+        path = f"{run_path}/{step_folder(best['step'])}"
+        if _unless_damaged(check_model, path):
+            return best
+        left.remove(best)
+        say("train", f"{path}, the best by validation, is damaged: the next best takes its place")
 
 
-def _parts_of(run_path: str) -> dict[str, dict[str, int]]:
-    """The sizes of the files in each folder of a run; a file beside them counts as a folder."""
-    parts: dict[str, dict[str, int]] = {}
-    for path, num_bytes in file_sizes(run_path).items():
-        folder, _, file = path.partition("/")
-        parts.setdefault(folder, {})[file] = num_bytes
+def _parts_of(path: str) -> dict[str, set[str]]:
+    """The files below each folder of a run, or of the folder of all runs; a file beside them counts as a folder."""
+    parts: dict[str, set[str]] = {}
+    for file in file_sizes(path):
+        folder, _, rest = file.partition("/")
+        parts.setdefault(folder, set()).add(rest)
     return parts
 
 
-def _whole_checkpoints(run_path: str, parts: dict[str, dict[str, int]]) -> dict[str, TrainerState]:
+def _whole_checkpoints(run_path: str, parts: dict[str, set[str]]) -> dict[str, TrainerState]:
     """By folder, in the order of steps."""
     found = {folder: _state_of(f"{run_path}/{folder}", parts[folder]) for folder in sorted(parts)}
     return {folder: state for folder, state in found.items() if state}
 
 
-def _is_whole(run_path: str, parts: dict[str, dict[str, int]]) -> bool:
+def _is_whole(run_path: str, parts: dict[str, set[str]]) -> bool:
     try:
         about = json.loads(read_bytes(f"{run_path}/{RECORD}"))
         latest = about["latest_checkpoint_result"]
@@ -165,28 +198,18 @@ def _is_whole(run_path: str, parts: dict[str, dict[str, int]]) -> bool:
     return named <= parts.keys() and _state_of(f"{run_path}/{newest}", parts[newest]) is not None
 
 
-def _state_of(path: str, num_bytes: dict[str, int]) -> TrainerState | None:
-    """Of a checkpoint whose files, of these sizes, are whole; else None."""
-    if not num_bytes.keys() >= _FILES:
+def _state_of(path: str, files: set[str]) -> TrainerState | None:
+    """Of a checkpoint that is there, to the last byte of its files; else None."""
+    if not files >= _FILES or not _unless_damaged(check_model, path):
         return None
-    tensors = (file for file in _FILES if file.endswith(".safetensors"))
-    if not all(_has_its_tensors(f"{path}/{file}", num_bytes[file]) for file in tensors):
-        return None
+    return _unless_damaged(check_trainer, path)
+
+
+def _unless_damaged(check: Callable[[str], T], path: str) -> T | None:
+    """What a check of a checkpoint gives; None if there is half a file, or other bytes, or another release's."""
     try:
-        return read_trainer_state(path)
+        return check(path)
     except StorageError:  # what cannot be read now may be whole
         raise
-    except UserError:  # half a file, or another release's
+    except UserError:
         return None
-
-
-def _has_its_tensors(path: str, num_bytes: int) -> bool:
-    """Whether a safetensors file has the size that its header says: eight bytes, so many of JSON, and then the tensors."""
-    with open_input(path, num_bytes) as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(min(length, num_bytes)))
-        except ValueError:
-            return False
-    ends = [about["data_offsets"][1] for name, about in header.items() if name != "__metadata__"]
-    return 8 + length + max(ends, default=0) == num_bytes

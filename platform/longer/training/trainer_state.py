@@ -1,11 +1,13 @@
 """What a run needs to go on, beside its model: where it stands, and the optimizer's moments; each worker reads its own rows.
 
 trainer.safetensors    the optimizer's moments, float32
-trainer.json           the position in the data, the history so far, what has been trained in each epoch, checkpoints before
+trainer.json           the position in the data, the history so far, what has been trained in each epoch, checkpoints before, and a
+                       hash of all this and of the moments
 
 Random numbers need no state: those of a step are a function of seed, step and worker.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -16,11 +18,11 @@ import torch
 
 from longer.errors import UserError
 from longer.model.ranker import Ranker
-from longer.storage import write_bytes
+from longer.storage import checksum, fingerprint, write_bytes
 from longer.training.checkpoints import Tensors, as_json, copied, read_json
 from longer.training.cursor import Position
 
-TRAINER_VERSION = 3
+TRAINER_VERSION = 4
 """Of trainer.json and trainer.safetensors. Part of a run's id: a run of another format is another run."""
 
 
@@ -70,10 +72,11 @@ def moments_of(
 
 
 def save_trainer(directory: str, moments: Tensors, state: TrainerState) -> None:
-    """Writes the optimizer's moments, then the state."""
-    write_bytes(f"{directory}/trainer.safetensors", safetensors.torch.save(moments))
-    about = {"format_version": TRAINER_VERSION, **asdict(state)}
-    write_bytes(f"{directory}/trainer.json", as_json(about))
+    """Writes the optimizer's moments, then the state with a hash of both."""
+    tensors, stated = safetensors.torch.save(moments), asdict(state)
+    write_bytes(f"{directory}/trainer.safetensors", tensors)
+    content = fingerprint(hashlib.sha256(tensors).hexdigest(), stated)
+    write_bytes(f"{directory}/trainer.json", as_json({"format_version": TRAINER_VERSION, "content": content, **stated}))
 
 
 OwnRows = Callable[[str], slice]
@@ -118,6 +121,15 @@ def _own_tensors(path: str, own_rows: OwnRows) -> Iterator[tuple[str, torch.Tens
         for name in file.keys():  # noqa: SIM118  (it is no dictionary)
             rows = file.get_slice(name)
             yield name, rows[own_rows(name)] if rows.get_shape() else file.get_tensor(name)
+
+
+def check_trainer(path: str) -> TrainerState:
+    """The state saved at `path`; a UserError unless it and the moments are, to the last byte, what was saved."""
+    about = read_json(path, "trainer.json", TRAINER_VERSION)
+    stated = {name: value for name, value in about.items() if name not in ("format_version", "content")}
+    if fingerprint(checksum(f"{path}/trainer.safetensors"), stated) != about.get("content"):
+        raise UserError(f"{path}/trainer.json: its content is not what was saved: start from another checkpoint")
+    return read_trainer_state(path)
 
 
 def read_trainer_state(path: str) -> TrainerState:
