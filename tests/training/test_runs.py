@@ -121,6 +121,21 @@ def test_runs_that_a_new_version_of_the_requests_has_left_unfinished_are_named_o
     assert "left" not in capsys.readouterr().err
 
 
+def test_a_damaged_note_of_one_run_ends_no_other_and_keeps_nothing_for_ever(
+    root: str, capsys: pytest.CaptureFixture
+) -> None:
+    """Each training under the root would fail at it, where it begins and at each of its checkpoints."""
+    folder = f"{root}/training"
+    for step in (1, 2):
+        make_run(root, "left", folder=step_folder(step))
+    note_start(f"{folder}/left", "old", None)
+    write_bytes(f"{folder}/damaged/start.json", b'{"requests": "o')
+    tell_what_is_left(folder, Table(f"{root}/checkpoints"), "again", "new")
+    assert "runs of other ones have published nothing: left: start from" in capsys.readouterr().err
+    KeepBestAndLast(f"{folder}/left").after_report(None, [{"step": 2, "keep": [2]}], None)
+    assert num_files(root, "left") == {1: 1, 2: 4}
+
+
 def test_a_checkpoint_that_was_named_by_another_path_stays_too(tmp_path: Path) -> None:
     root, link = str(tmp_path / "root"), tmp_path / "link"
     link.symlink_to(tmp_path / "root")

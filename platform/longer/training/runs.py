@@ -65,7 +65,7 @@ def tell_what_is_left(folder: str, table: Table, run: str, requests: str) -> Non
     Their commands go on with them no more, but some may be going on elsewhere: it is not for this one to remove them.
     """
     with suppress(OSError, UserError):
-        parts, notes = _parts_of(folder), _notes(folder)
+        notes, parts = _notes(folder), _parts_of(folder)  # in this order: another run may begin meanwhile
         if RECORD in parts.get(run, ()):
             return
         of_others = [other for other, note in notes.items() if note["requests"] != requests]
@@ -81,9 +81,13 @@ def tell_what_is_left(folder: str, table: Table, run: str, requests: str) -> Non
 
 
 def _notes(folder: str) -> dict[str, dict[str, Any]]:
-    """What `note_start` has noted of the runs in a folder."""
-    paths = [path for path in file_sizes(folder) if path.endswith(f"/{_NOTE}")]
-    return {os.path.dirname(path): json.loads(read_bytes(f"{folder}/{path}")) for path in paths}
+    """What `note_start` has noted of the runs in a folder; nothing of a run whose note is damaged, which its start writes anew."""
+    notes = {}
+    for path in file_sizes(folder):
+        if path.endswith(f"/{_NOTE}"):
+            with suppress(ValueError):  # no other run may fail at it
+                notes[os.path.dirname(path)] = json.loads(read_bytes(f"{folder}/{path}"))
+    return notes
 
 
 def _bases(folder: str) -> set[str]:
