@@ -165,7 +165,7 @@ def manifest_of(path: str) -> dict[str, Any] | None:
     """Of a version, by its folder; None if it is no published one."""
     try:
         return _read_json(f"{path}/{_MANIFEST}")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
@@ -180,7 +180,7 @@ class Table:
         """The version that is served, if any."""
         try:
             pointer = _read_json(f"{self.path}/{_CURRENT}")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         return self.find(pointer["version"])
 

@@ -133,7 +133,8 @@ def test_a_history_that_is_not_the_events_before_its_request_is_refused(
     named = published(world, tmp_path / "mine", of_another_length)
     scorer = BucketScorer(plan_scores(asking(world, requests_table=named)), Run(str(tmp_path / "version")))
     said = (
-        r"1 test requests have a history with events at or after their time, or without some before it: .*jobs\.verify"
+        r"1 test requests have a history with events at or after their time, or without some before it: .*jobs\.verify "
+        rf"--verify\.requests {named} --verify\.requests_version another`"
     )
     for bucket in range(NUM_BUCKETS):
         with pytest.raises(UserError, match=said):
@@ -144,7 +145,9 @@ def test_a_table_that_does_not_fit_is_one_line_that_names_it(world: Settings, tm
     other = published(world, tmp_path / "of_others", lambda rows: rows, inputs={"sequences": "0123456789ab"})
     schema = published(world, tmp_path / "of_another_schema", lambda rows: rows, schema_hash="another")
     empty = published(world, tmp_path / "empty", lambda rows: rows, num_requests=dict.fromkeys(SPLITS, 0))
+    (tmp_path / "rows.parquet").touch()
     mistakes = {
+        str(tmp_path / "rows.parquet"): r"batch_score\.requests_table=\S+rows\.parquet: no published request table",
         str(tmp_path / "nowhere"): r"batch_score\.requests_table=\S+nowhere: no published request table: name a folder",
         world.path("tables", "sequences"): r"batch_score\.requests_table=\S+sequences: no published request table",
         other: r"batch_score\.requests_table=\S+of_others: made from version 0123456789ab of the sequences, which \S+ does",

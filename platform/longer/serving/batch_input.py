@@ -79,7 +79,7 @@ class Reader:
     outputs_a_request: int
 
     def bucket(self, bucket: int) -> tuple[int, Iterator[Chunk]]:
-        """How many questions a bucket has, and all of them, users ascending, a user's requests in the order of their table."""
+        """How many questions a bucket has, and all of them, users ascending, a user's of a split in their table's order."""
         if self.plan.requests:
             files = self._request_files(bucket)
             return sum(file.metadata.num_rows for file in files), self._request_chunks(bucket, files)
@@ -133,7 +133,8 @@ class Reader:
                 "build sequences and requests again with these settings, ask for a later time, or lower history_events"
             )
         if requests := self.plan.requests:
-            verify = f"run `python -m jobs.verify --verify.requests {requests.table_path}`, which names them"
+            named = f"--verify.requests {requests.table_path} --verify.requests_version {requests.id}"
+            verify = f"run `python -m jobs.verify {named}`, which names them"
             if num_beyond := int((end_R > histories.end_index_B[row_R]).sum()):
                 raise UserError(
                     f"{num_beyond} {self.plan.asked} have more history than {path} holds of their users: {verify}"
@@ -177,9 +178,10 @@ def _runs(user_ids: pa.Array, counts: pa.Table, max_rows: int) -> Iterator[tuple
 
 
 def _by_user(parts: list[Iterator[pa.Table]]) -> Iterator[pa.Table]:
-    """The rows of parts that ascend by user, as one that does: of a user, those of the first part come first.
+    """The rows of parts that ascend by user, as one that does: in a table, of a user those of the first part come first.
 
-    At most a table of each part is held. A user of whom a part has more comes in several tables.
+    At most a table of each part is held. A user of whom a part has more comes in several tables, and the other parts' rows of the
+    user in the first of them.
     """
     if len(parts) == 1:
         yield from parts[0]
