@@ -82,6 +82,7 @@ class BoundedHttp(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._request.lift()
         self._reading.lift()
+        self._unset_keepalive_if_required()  # uvicorn leaves it where the other side has reset the connection
         super().connection_lost(exc)
         if self.cycle and self.cycle.disconnected and (call := self.cycle.scope["state"].get(CALL)):
             call.cancel()

@@ -1,8 +1,11 @@
 """A replica's own port, without Serve: what has no room, who is answered before the end, and what strangers may hold."""
 
 import asyncio
+import gc
 import socket
+import struct
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -184,6 +187,27 @@ def test_strangers_who_are_answered_hold_a_connection_no_longer_than_those_who_a
         assert await is_cut(stranger)
         asks.write(HEAD)
         assert (await caller.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
+        await server.close()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_a_connection_that_is_reset_while_it_idles_is_not_held_in_memory() -> None:
+    """Callers behind a proxy that resets what idles would leave theirs there for 75 seconds each."""
+
+    async def run() -> None:
+        server, _ = serving(Slow(may_end=True))
+        with socket.create_connection((HOST, int(server.url.rpartition(":")[2]))) as caller:
+            caller.setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            )  # so that to close is to reset
+            await asyncio.to_thread(caller.sendall, HEAD)
+            assert (await asyncio.to_thread(caller.recv, 1000)).startswith(b"HTTP/1.1 200")
+            connections = server._server.server_state.connections
+            [held] = map(weakref.ref, connections)
+        await until(lambda: not connections)
+        gc.collect()
+        assert held() is None
         await server.close()
 
     asyncio.run(asyncio.wait_for(run(), 20))

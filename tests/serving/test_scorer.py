@@ -1,6 +1,7 @@
 """Whatever the cache holds, a request's scores are those of encoding its user from scratch at its time."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -227,6 +228,16 @@ def test_a_bad_request_has_one_line_without_its_values_and_spoils_no_other(
     assert "secret" not in str(outcomes[1])
     assert isinstance(outcomes[0], ScoreResult)
     assert isinstance(outcomes[2], ScoreResult)
+
+
+def test_a_user_taken_from_an_array_is_the_user_that_a_body_names(world: Settings) -> None:
+    scorer = scorer_of(world)
+    user_id: Any = np.int64(5)
+    [got] = scorer.score([ScoreRequest(user_id, CANDIDATES, request_ts=END_MS)])
+    assert isinstance(got, ScoreResult)
+    [again] = scorer.score([ScoreRequest(5, CANDIDATES, request_ts=END_MS)])
+    assert isinstance(again, ScoreResult)
+    assert again.source == "hit"
 
 
 def test_a_new_table_version_appends_its_events_and_drops_states_whose_past_has_changed(tmp_path: Path) -> None:

@@ -99,7 +99,8 @@ class RequestReader:
 
     def user(self, user_id: int | str) -> User:
         """The user of this id; a UserError if it is none."""
-        return User(_column("user_id", [user_id], self._schema.id_types[0]), stable_key(user_id))
+        column = _column("user_id", [user_id], self._schema.id_types[0])
+        return User(column, stable_key(column[0].as_py()))  # of NumPy's integers too
 
     def users(self, asked: Sequence["ScoreRequest | EventsRequest"]) -> list[User | UserError]:
         """Each request's user, or the error."""
