@@ -73,7 +73,7 @@ def build_app(args: ScoringArgs) -> serve.Application:
     try:
         args = resolved(args)
     except UserError as error:
-        if ray.get_runtime_context().worker.mode == ray.WORKER_MODE:
+        if ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE:
             raise  # `serve deploy` builds in a task, whose error is reported with the application's status
         print(error, file=sys.stderr)
         sys.exit(2)  # `serve run` would show a traceback

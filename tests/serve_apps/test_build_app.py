@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
@@ -33,6 +34,7 @@ def test_a_wrong_path_is_one_line_and_exit_code_2_before_any_replica_starts(
     assert ended.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
     assert "nowhere/model.json" in line
+    assert not ray.is_initialized()  # one of its own would be in the way of whoever starts one next
     with pytest.raises(UserError, match=r"nowhere: no published version .* jobs.build_sequences"):
         resolved(ScoringArgs(checkpoint=checkpoint_path(world), sequences="nowhere"))
     with pytest.raises(UserError, match=r"nowhere: version \w+ is not in this table"):

@@ -78,8 +78,17 @@ def test_an_address_that_is_not_the_nodes_is_a_mistake_with_its_remedy() -> None
             DirectServer(host, None, 1, 1, lambda: None)
 
 
+def taken_before_a_free_one() -> socket.socket:
+    """A port that is taken; nobody has the next one."""
+    while True:
+        taken = socket.create_server((HOST, 0))
+        with suppress(OSError), socket.create_server((HOST, taken.getsockname()[1] + 1)):
+            return taken
+        taken.close()
+
+
 def test_replicas_of_a_node_share_a_range_of_ports_and_one_too_many_is_told_so() -> None:
-    with socket.create_server((HOST, 0)) as taken:
+    with taken_before_a_free_one() as taken:
         first = taken.getsockname()[1]
         second = DirectServer(HOST, (first, first + 1), 1, 1, lambda: None)
         assert second.url == f"http://{HOST}:{first + 1}"
