@@ -63,11 +63,13 @@ class Ledger:
 
     async def look(self, within_s: float) -> Holdings:
         """After all that the caller has seen done, unless the scorer's thread needs longer than so many seconds."""
-        if self._looking is None:
-            self._looking = asyncio.ensure_future(self._in_worker(Holdings.of, self._scorer))
-        looking = self._looking
-        if (await asyncio.wait({looking}, timeout=within_s))[0]:
-            self.last = looking.result()
-            if self._looking is looking:
-                self._looking = None
+        looking = self._looking = self._looking or asyncio.ensure_future(self._see())
+        done, _ = await asyncio.wait({looking}, timeout=within_s)
+        return looking.result() if done else self.last
+
+    async def _see(self) -> Holdings:
+        try:
+            self.last = await self._in_worker(Holdings.of, self._scorer)
+        finally:
+            self._looking = None  # whoever waited for it may have given up
         return self.last

@@ -35,6 +35,9 @@ def test_a_replica_tells_its_last_account_while_a_rollout_rebuilds_its_pools(tmp
         held = await asyncio.gather(*(ledger.look(0.02) for _ in range(3)))
         assert [one.num_states for one in held] == [1] * 3
         may_go.set()
+        await in_worker(scorer.score, [ScoreRequest(6, ["item1"], request_ts=START_MS + 10**10)])
+        assert (await ledger.look(10)).num_states == 1  # not what the look that nobody waited for saw before
+        await in_worker(scorer.forget, 6)
         assert (await ledger.look(10)).num_states == 0
 
     asyncio.run(run())
