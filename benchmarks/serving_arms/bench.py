@@ -38,17 +38,21 @@ class Bench:
 
     def __init__(self, asked: argparse.Namespace, world: World) -> None:
         self.asked, self.world, self.load = asked, world, Load(asked.load_processes)
-        self._port = free_port("127.0.0.1", 8431)
+        self._port, self._wanted = free_port("127.0.0.1", 8431), dict[str, int]()
         serve.start(http_options={"host": "127.0.0.1", "port": self._port})
 
     def url(self, app: str) -> str:
         return f"http://127.0.0.1:{self._port}/{app}"
 
     def place(self, app: str) -> Place:
-        """A service and its replicas, told as it tells clients."""
-        answer = requests.get(f"{self.url(app)}/v1/replicas", timeout=30)
-        answer.raise_for_status()
-        return Place(self.url(app), answer.json()["urls"])
+        """A service and its replicas, told as it tells clients, once it tells of all: they hear of a new one one by one."""
+        deadline = time.monotonic() + _WITHIN_S
+        while True:
+            answer = requests.get(f"{self.url(app)}/v1/replicas", timeout=30)
+            answer.raise_for_status()
+            if len(urls := answer.json()["urls"]) == self._wanted[app] or time.monotonic() > deadline:
+                return Place(self.url(app), urls)
+            time.sleep(0.2)
 
     def measure(self, name: str, place: Place, bodies: Sequence[Body], with_open: bool = True) -> Arm:
         """An arm whose bodies may be sent again and again; without the open loop if not `with_open`."""
@@ -104,7 +108,7 @@ class Bench:
         _get_global_client().deploy_apps(
             ServeDeploySchema.model_validate({"applications": applications}), _blocking=False
         )
-        wanted = {name: service.num_replicas for name, service in services.items()}
+        self._wanted = wanted = {name: service.num_replicas for name, service in services.items()}
         deadline = time.monotonic() + _WITHIN_S  # Serve's own wait is too short for kernels to be compiled
         while (found := self._running()) != wanted:
             failed = [app.message for app in serve.status().applications.values() if app.status == "DEPLOY_FAILED"]
