@@ -30,7 +30,7 @@ def read_items(path: str, sequences_id: str, schema: EventSchema) -> pa.Table:
 
 
 class ItemTable:
-    """Features of items by key, all in memory: about 8 bytes an item and feature, and 50 an item to find it by."""
+    """Features of items by key, all in memory: about 8 bytes an item and feature, and 25 to 50 an item to find it by."""
 
     def __init__(self, path: str, schema: EventSchema, version_id: str | None = None) -> None:
         self.version = open_version(path, schema, version_id, "jobs.build_sequences")
