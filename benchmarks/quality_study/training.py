@@ -108,7 +108,7 @@ def run(
         "trained": asdict(trained),
         "dense_parameters": sum(p.numel() for p in model.dense_parameters()),
         "table_parameters": sum(p.numel() for p in model.embedding_parameters()),
-        "forward_flops": _forward_flops(log, arm, settings),
+        **({"forward_flops": _forward_flops(log, arm, settings)} if arm.is_tested else {}),
         "train_requests": min(budget.train_requests, len(log.requests["train"])),
         "train_s": train_seconds,
         "upstream_s": upstream_seconds,

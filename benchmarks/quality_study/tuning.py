@@ -14,8 +14,8 @@ Chain = tuple[str, bool]
 class Search:
     """What is tried: where the best rate of tables is at an edge, rates beyond it too, until it is inside or the last."""
 
-    tables: tuple[float, ...] = (0.01, 0.003, 0.03, 0.001)
-    beyond: tuple[float, ...] = (0.0003, 0.1)
+    tables: tuple[float, ...] = (0.01, 0.003, 0.03)
+    beyond: tuple[float, ...] = (0.001, 0.0003, 0.1)
     dense: tuple[float, ...] = (0.0006, 0.006)
     passes: int = 3
 

@@ -17,8 +17,8 @@ from longer.model.padded import LANES, length_classes, on, pad_ranges
 from longer.windows import WindowRule
 
 _TILE_CANDIDATES = 64
-_MAX_CELLS = 1 << 26
-"""Numbers in the widest step of what is computed together: what bounds memory."""
+_MAX_CELLS = {"cpu": 1 << 26, "cuda": 1 << 28}
+"""Numbers in the widest step of what is computed together: what bounds memory. On a GPU little at once is launches and no work."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,9 @@ def buckets(
         tile_end = np.minimum(tile_begin + _TILE_CANDIDATES, ends_B1[rows[row_N] + 1])
         candidate_NA, asked_NA = pad_ranges(tile_begin.astype(np.int64), tile_end)
         candidate_NA = np.where(asked_NA, candidate_NA, candidate_NA[:, :1])
+        event_BL %= len(x_ED)  # a padded slot is any event: a GPU sums the gradients of one event one by one
         event, length, row, candidate, asked, begin, end = on(
-            device, np.where(exists_BL, event_BL, 0), length_B[rows], row_N, candidate_NA, np.flatnonzero(asked_NA),
+            device, event_BL, length_B[rows], row_N, candidate_NA, np.flatnonzero(asked_NA),
             begin_C[candidate_NA], end_C[candidate_NA],
         )  # fmt: skip
         request_ts = batch.request_ts_R[batch.request_of_candidate_C[candidate]]
@@ -143,11 +144,11 @@ def _parts(
 
     On CUDA padding costs less than what starting one more bucket's kernels does.
     """
-    on_cpu = device.type == "cpu"
-    for rows in length_classes(length_B, _MAX_CELLS) if on_cpu else [np.argsort(length_B, kind="stable")]:
+    on_cpu, most_cells = device.type == "cpu", _MAX_CELLS[device.type]
+    for rows in length_classes(length_B, most_cells) if on_cpu else [np.argsort(length_B, kind="stable")]:
         while len(rows):
             longest = max(1, int(length_B[rows[-1]]))
             cells = longest * cells_per_slot(longest, max(1, int(num_candidates_B[rows].max())))
-            size = max(1, _MAX_CELLS // cells)
+            size = max(1, most_cells // cells)
             yield rows[-size:]
             rows = rows[:-size]
