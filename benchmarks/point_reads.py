@@ -23,9 +23,10 @@ from benchmarks.quickstart import cpu_model
 from jobs import build_sequences, generate_events
 from longer.config import load_settings
 from longer.data.tables import SequenceTable
+from longer.files import read_bytes, write_bytes
 from longer.runner import start_ray
 from longer.schema import EventSchema
-from longer.storage import Table, read_bytes, write_bytes
+from longer.storage import Table
 
 SCHEMA = EventSchema()
 EVENTS_A_USER = 20

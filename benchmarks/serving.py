@@ -40,9 +40,9 @@ from benchmarks.serving_arms.page import Measured, page
 from benchmarks.serving_arms.servers import ServerArgs
 from benchmarks.serving_arms.world import build_world, settings_of
 from jobs.serve import free_port
+from longer.files import write_bytes
 from longer.progress import say
 from longer.runner import start_ray
-from longer.storage import write_bytes
 
 
 def run(bench: Bench, kept: "Kept") -> None:

@@ -9,9 +9,10 @@ from longer.data.ray_items import publish_items
 from longer.data.ray_sequences import Build, readable_files, write_sequences
 from longer.data.tables import open_version
 from longer.errors import UserError
+from longer.files import remove_tree
 from longer.progress import say
 from longer.runner import run_job, user_error_in
-from longer.storage import Table, Version, remove_tree
+from longer.storage import Table, Version
 from longer.table_settings import ImportSettings
 
 

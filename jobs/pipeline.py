@@ -17,10 +17,11 @@ from jobs import (
     train,
 )
 from longer.config import Settings
+from longer.files import remove_tree
 from longer.progress import say
 from longer.report import write_report
 from longer.runner import run_job
-from longer.storage import Table, Version, remove_tree
+from longer.storage import Table, Version
 
 STAGES: dict[str, Callable[[Settings], Version]] = {
     "import_events": import_events.run,

@@ -22,9 +22,10 @@ from longer.data.verified_impressions import ShownRequests
 from longer.data.verified_manifests import NOT_CHECKED
 from longer.data.verified_tables import BucketVerifier
 from longer.errors import UserError
+from longer.files import exists
 from longer.progress import say
 from longer.runner import run_job
-from longer.storage import Table, exists
+from longer.storage import Table
 from longer.windows import WindowRule
 
 

@@ -8,10 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from longer.data.items import items_version
 from longer.data.tables import open_version
 from longer.errors import UserError
+from longer.files import filesystem, read_bytes
 from longer.model.pool import Precision
 from longer.serving.history import check_kept
 from longer.serving.online import EventLimits
-from longer.storage import Table, filesystem, read_bytes
+from longer.storage import Table
 from longer.training.checkpoints import load_model
 from serve_apps.protocol import Limits
 

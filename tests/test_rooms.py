@@ -8,7 +8,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "platform" / "longer"
 FORBIDDEN = {
-    "model": ("ray", "longer.data", "longer.training", "longer.serving", "longer.storage", "jobs", "serve_apps"),
+    "model": (
+        "ray",
+        "longer.data",
+        "longer.training",
+        "longer.serving",
+        "longer.files",
+        "longer.storage",
+        "jobs",
+        "serve_apps",
+    ),
     "data": ("torch", "longer.model", "longer.training", "longer.serving", "jobs", "serve_apps"),
     "training": ("longer.serving", "jobs", "serve_apps", "fastapi"),
     "serving": ("jobs", "serve_apps", "fastapi", "ray.serve"),

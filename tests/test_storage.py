@@ -12,7 +12,8 @@ import pytest
 
 import longer
 from longer.errors import UserError
-from longer.storage import TABLE_FORMAT, Table, checked_output, filesystem, fingerprint, read_bytes, write_bytes
+from longer.files import filesystem, read_bytes, write_bytes
+from longer.storage import TABLE_FORMAT, Table, checked_output, fingerprint
 
 
 def publish(table: Table, version_id: str, content: bytes) -> None:

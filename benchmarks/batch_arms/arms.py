@@ -17,6 +17,7 @@ from longer.data.batches import rows_of_requests
 from longer.data.columns import requests_of
 from longer.data.scores import score_rows
 from longer.data.tables import SequenceTable
+from longer.files import remove_tree
 from longer.model.longer import Longer
 from longer.model.outputs import to_scores
 from longer.serving.batch import scorer_options
@@ -28,7 +29,7 @@ from longer.serving.batch_warm import warm_up
 from longer.serving.offline import score_lists
 from longer.serving.packed import Packed, score_packed
 from longer.serving.questions import Budget, Questions, candidates_of
-from longer.storage import Table, remove_tree
+from longer.storage import Table
 from longer.training.checkpoints import load_model
 from longer.training.loader import COST_PER_BATCH
 

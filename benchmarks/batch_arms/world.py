@@ -15,10 +15,11 @@ from benchmarks.batch_arms.newest import build_newest_requests
 from jobs import build_sequences, generate_events
 from longer.batch_settings import BatchSettings
 from longer.config import Settings, load_settings
+from longer.files import remove_tree
 from longer.model.longer import Longer
 from longer.serving.batch import batch_score
 from longer.serving.batch_plan import plan_scores
-from longer.storage import Table, Version, fingerprint, remove_tree
+from longer.storage import Table, Version, fingerprint
 from longer.training.checkpoints import save_model
 
 NUM_DAYS = 60

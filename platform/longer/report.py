@@ -11,8 +11,9 @@ import jinja2
 
 from longer.charts import auc_by_length, histogram, training_curve
 from longer.config import Settings
+from longer.files import exists, read_bytes, write_bytes
 from longer.progress import say
-from longer.storage import Version, exists, read_bytes, write_bytes
+from longer.storage import Version
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from longer.storage import Table, Version, exists, filesystem, read_bytes, write_bytes
+from longer.files import exists, filesystem, read_bytes, write_bytes
+from longer.storage import Table, Version
 from tests.cluster.nodes import BIN, SEEN_DEAD_SOON, Head, kill_node, processes_of, running_head
 from tests.cluster.nodes import ROOT as PROJECT
 from tests.s3.server import running_bucket

@@ -10,8 +10,9 @@ from longer.data.build_plan import BuildPlan
 from longer.data.events import iso_time
 from longer.data.ray_sequences import Build
 from longer.data.sequences import KeepRule, Older, build_sequences
+from longer.files import remove_tree
 from longer.schema import EventSchema
-from longer.storage import DataFile, Table, Version, checked_output, remove_tree
+from longer.storage import DataFile, Table, Version, checked_output
 from tests.data.logs import BASKETS
 
 KEEP_ALL = KeepRule(1000, 4)

@@ -157,6 +157,6 @@ def one_row(histories: Histories, row: int) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def _arrow(path: str) -> pa.fs.FileSystem:
-    from longer.storage import arrow_filesystem
+    from longer.files import arrow_filesystem
 
     return arrow_filesystem(path)[0]

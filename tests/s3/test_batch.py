@@ -10,7 +10,8 @@ import pytest
 from jobs import batch_score, export_embeddings
 from longer.config import load_settings
 from longer.data.parquet import read_columns
-from longer.storage import Table, read_bytes, write_bytes
+from longer.files import read_bytes, write_bytes
+from longer.storage import Table
 from tests.s3.test_jobs import finish, start
 from tests.serving.tables import NUM_USERS, build_world, publish_requests
 

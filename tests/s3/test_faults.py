@@ -10,7 +10,8 @@ import pytest
 from longer import s3 as longer_s3
 from longer.datasets.source import find_files
 from longer.errors import StorageError
-from longer.storage import Table, checked_output, checksum, exists, file_sizes, open_input, read_bytes, write_bytes
+from longer.files import checksum, exists, file_sizes, open_input, read_bytes, write_bytes
+from longer.storage import Table, checked_output
 from tests.s3.proxy import Fault, Plan, Proxy, Request
 
 DATA = bytes(range(256)) * 4096

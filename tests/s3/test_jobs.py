@@ -14,7 +14,8 @@ import pytest
 
 from longer.config import Settings
 from longer.data.parquet import read_columns
-from longer.storage import Table, Version, write_bytes
+from longer.files import write_bytes
+from longer.storage import Table, Version
 from tests.data.logs import generated_log
 from tests.data.test_build_on_ray import run_all, settings_of
 from tests.s3.proxy import Fault, Plan, Proxy, Request, no_faults

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from longer.data.tables import SequenceTable
+from longer.files import checksum
 from longer.s3 import S3
-from longer.storage import Table, checksum
+from longer.storage import Table
 from tests.data.logs import BASKETS, generated_log, naive_sequences
 from tests.data.test_tables import RULE, check_user, publish
 

@@ -11,6 +11,7 @@ import pytest
 
 from longer.config import Settings
 from longer.data.records import Record
+from longer.files import arrow_filesystem, exists, file_sizes, read_bytes, write_bytes
 from longer.serving import batch as batch_runs
 from longer.serving import batch_alive, batch_input, batch_output, batch_scorer
 from longer.serving.batch import batch_score
@@ -18,7 +19,7 @@ from longer.serving.batch_alive import marked_alive, silent
 from longer.serving.batch_check import OnlineCheck
 from longer.serving.batch_plan import Plan
 from longer.serving.batch_scorer import BucketScorer
-from longer.storage import Table, Version, arrow_filesystem, checked_output, exists, file_sizes, read_bytes, write_bytes
+from longer.storage import Table, Version, checked_output
 from tests.serving.batch_runs import asking, rows_of, score_here
 from tests.serving.tables import NUM_USERS, build_world
 

@@ -13,12 +13,12 @@ from longer.data.parquet import read_columns
 from longer.data.records import Record
 from longer.data.tables import SequenceTable
 from longer.errors import UserError
+from longer.files import checksum, file_sizes, write_bytes
 from longer.serving import batch, batch_input, batch_output
 from longer.serving.batch import batch_score, export_vectors
 from longer.serving.batch_output import Run
 from longer.serving.batch_plan import Plan, plan_scores, plan_vectors
 from longer.serving.batch_scorer import BucketScorer
-from longer.storage import checksum, file_sizes, write_bytes
 from longer.training.checkpoints import load_model
 from tests.serving.batch_runs import (
     asking,

@@ -13,10 +13,10 @@ import torch
 
 from longer.config import Settings
 from longer.errors import UserError
+from longer.files import read_bytes, write_bytes
 from longer.model.longer import Longer
 from longer.schema import EventSchema
 from longer.section import same_for_workers
-from longer.storage import read_bytes, write_bytes
 from longer.training.checkpoints import check_start, load_model, save_model
 from longer.training.cursor import Position
 from longer.training.metrics import defined

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensorboardX.proto.event_pb2 import Event
 
-from longer.storage import file_sizes, read_bytes
+from longer.files import file_sizes, read_bytes
 from longer.training.meter import Meter, Scalars
 from longer.training.timing import PhaseTimer
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from longer import s3 as longer_s3
+from longer.files import file_sizes, read_bytes, remove_tree, write_bytes
 from longer.model_settings import ModelSettings
 from longer.schema import EventSchema
-from longer.storage import Table, file_sizes, read_bytes, remove_tree, write_bytes
+from longer.storage import Table
 from longer.training.checkpoints import save_weights
 from longer.training.cursor import Position
 from longer.training.runs import (

@@ -21,10 +21,11 @@ from longer.config import Settings
 from longer.data.scores import read_scores
 from longer.data.tables import RequestTable
 from longer.errors import UserError
+from longer.files import write_bytes
 from longer.model.encoders.factory import make_model, upstream_settings
 from longer.model_settings import ModelSettings
 from longer.runner import user_error_in
-from longer.storage import Version, write_bytes
+from longer.storage import Version
 from longer.training import loop
 from longer.training.checkpoints import load_model, save_model
 from longer.training.content import Job, read_requests, tally

@@ -13,8 +13,9 @@ from longer.arrays import Int64
 from longer.data.columns import single_array
 from longer.data.parquet import read_columns
 from longer.errors import UserError, one_line
+from longer.files import arrow_filesystem, filesystem, open_input
 from longer.hashing import bucket_of, stable_keys
-from longer.storage import arrow_filesystem, checked_output, filesystem, open_input
+from longer.storage import checked_output
 
 _PIECE_IDS = 1 << 20
 _PART_IDS = 1 << 23

@@ -7,7 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longer.storage import DataFile, remove_tree
+from longer.files import remove_tree
+from longer.storage import DataFile
 
 _FILES = pa.list_(pa.struct([("path", pa.string()), ("num_bytes", pa.int64()), ("sha256", pa.string())]))
 REPORT_SCHEMA = pa.schema(

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from longer.errors import StorageError, one_line
-from longer.storage import arrow_filesystem, open_input, read_bytes
+from longer.files import arrow_filesystem, open_input, read_bytes
 
 _MOST_GAP_BYTES = 1 << 16
 """Between row groups that are one request: less than a request costs."""

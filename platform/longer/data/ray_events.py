@@ -21,9 +21,10 @@ from longer.datasets import source_of
 from longer.datasets.readers import LINE, FileError
 from longer.datasets.source import Part
 from longer.errors import UserError
+from longer.files import remove_tree
 from longer.progress import track
 from longer.schema import EventSchema
-from longer.storage import DataFile, checked_output, remove_tree
+from longer.storage import DataFile, checked_output
 from longer.table_settings import ImportSettings
 
 _TASK_BYTES = 64 << 20

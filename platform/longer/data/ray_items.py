@@ -13,8 +13,9 @@ from longer.data.ray_tasks import each
 from longer.data.records import scratch
 from longer.data.segments import Piece, plan_blocks, read_block, read_table, write_table
 from longer.data.sequences import plain
+from longer.files import remove_tree
 from longer.schema import EventSchema
-from longer.storage import Table, Version, checked_output, remove_tree
+from longer.storage import Table, Version, checked_output
 
 _TABLES_AT_ONCE = 16
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
-from longer.storage import file_sizes, read_bytes, write_bytes
+from longer.files import file_sizes, read_bytes, write_bytes
 
 Record = dict[str, Any]
 """What is known of a part that is done: JSON."""

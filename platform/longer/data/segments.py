@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 from longer.data.columns import single_array
 from longer.data.sequences import KeepRule, Older, trim_events
 from longer.errors import UserError, one_line
+from longer.files import arrow_filesystem, make_parents
 from longer.hashing import bucket_of, stable_keys
 from longer.schema import TIMESTAMP, EventSchema
-from longer.storage import arrow_filesystem, make_parents
 
 _BLOCK_ROWS = 1 << 20
 _MOST_BLOCKS = 2048  # beyond it blocks grow, so that segments do not become too small to be worth a read

@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 from longer.data.findings import BucketReport
 from longer.data.tables import open_version
 from longer.errors import StorageError, UserError, one_line
+from longer.files import arrow_filesystem, checksum, filesystem
 from longer.schema import EventSchema
-from longer.storage import DataFile, Table, Version, arrow_filesystem, checksum, filesystem
+from longer.storage import DataFile, Table, Version
 
 _LAYOUT = re.compile(r"^(?:split=(?P<split>\w+)/|(?P<news>news)/)?bucket=(?P<bucket>\d+)/[^/]+\.parquet$")
 _SPLIT = re.compile(r"^split=(\w+)/")

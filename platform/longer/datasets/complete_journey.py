@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 from longer.datasets.readers import FileError, naming
 from longer.datasets.source import Part, require_files
 from longer.errors import UserError
+from longer.files import arrow_filesystem, checksum
 from longer.progress import say
-from longer.storage import arrow_filesystem, checksum
 from longer.table_settings import TimeUnit
 
 PROVENANCE = (

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from longer.data.parse import TimeUnit, as_type
 from longer.datasets.readers import FileError, naming, text_batches
 from longer.datasets.source import Part, find_files, log_parts, require_files, require_parts
-from longer.storage import read_bytes
+from longer.files import read_bytes
 
 PROVENANCE = (
     "MovieLens by GroupLens, University of Minnesota: ratings by volunteers, for research; "

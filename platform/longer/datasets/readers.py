@@ -13,7 +13,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from longer.errors import UserError, one_line
-from longer.storage import arrow_filesystem
+from longer.files import arrow_filesystem
 
 LINE = "line"
 """Column of a batch with the text of a line that could not be taken apart, null elsewhere."""

@@ -11,8 +11,8 @@ from fsspec import AbstractFileSystem
 
 from longer.datasets.readers import boundaries
 from longer.errors import UserError
+from longer.files import checksum, filesystem
 from longer.progress import say
-from longer.storage import checksum, filesystem
 from longer.table_settings import TimeUnit
 
 _NUM_THREADS = 16

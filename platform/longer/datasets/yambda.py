@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from longer.datasets.readers import naming, parquet_batches
 from longer.datasets.source import Part, log_parts, require_parts
-from longer.storage import arrow_filesystem
+from longer.files import arrow_filesystem
 from longer.table_settings import TimeUnit
 
 PROVENANCE = "Yambda by Yandex (arXiv 2505.22238), Apache-2.0: real behaviour, ids and the calendar are anonymised."

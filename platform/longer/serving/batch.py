@@ -22,6 +22,7 @@ from longer.data.id_lists import spool, spread
 from longer.data.layout import bucket_files
 from longer.data.records import Record, scratch
 from longer.errors import UserError
+from longer.files import remove_tree, write_bytes
 from longer.progress import say, track
 from longer.serving.batch_alive import marked_alive, meanwhile
 from longer.serving.batch_output import Run, done_buckets, remove_unnamed
@@ -37,7 +38,7 @@ from longer.serving.batch_totals import (
     rates_of,
     totals_of,
 )
-from longer.storage import DataFile, Table, Version, remove_tree, write_bytes
+from longer.storage import DataFile, Table, Version
 
 _BUCKETS_AT_ONCE = {"cpu": 1, "cuda": 2}
 """In an actor: on a GPU one is read and written while another is scored. A CPU has nothing to wait for."""

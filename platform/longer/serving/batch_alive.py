@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from longer.errors import StorageError
-from longer.storage import read_bytes, write_bytes
+from longer.files import read_bytes, write_bytes
 
 _RENEWED_AFTER_S = 2.0
 _SILENT_S = 10.0

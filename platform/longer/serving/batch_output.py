@@ -12,17 +12,10 @@ import pyarrow.parquet as pq
 
 from longer.data.records import Record, finished, remember, scratch
 from longer.errors import UserError
+from longer.files import file_sizes, make_parents, remove_tree, write_bytes
 from longer.serving.batch_alive import silent
 from longer.serving.stages import stage
-from longer.storage import (
-    DataFile,
-    checked_output,
-    file_sizes,
-    make_parents,
-    manifest_of,
-    remove_tree,
-    write_bytes,
-)
+from longer.storage import DataFile, checked_output, manifest_of
 
 _ROW_GROUP_BYTES = 16 << 20
 _MOST_ATTEMPTS = 4

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 import pyarrow as pa
 from pydantic import ValidationError
 
+from longer.files import file_sizes, read_bytes, remove_tree, write_bytes
 from longer.model.pool import StateLayout
 from longer.serving.cache import StateVersion
 from longer.serving.dump_files import (
@@ -44,7 +45,6 @@ from longer.serving.forgotten import FORGOTTEN, ForgottenUsers, marked_s, may_ho
 from longer.serving.kept_states import KeptState
 from longer.serving.online import OnlineEvents
 from longer.serving.store import StateStore
-from longer.storage import file_sizes, read_bytes, remove_tree, write_bytes
 
 _NUM_WRITERS, _WRITES_AHEAD = 4, 8
 _READ_BY_ALL_S = 600.0

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 
-from longer.storage import file_sizes, remove_tree, write_bytes
+from longer.files import file_sizes, remove_tree, write_bytes
 
 FORGOTTEN = "forgotten"
 _MARK = re.compile(r"(-?\d+)-(\d+)")

@@ -20,13 +20,13 @@ from pydantic import TypeAdapter, ValidationError
 from longer.config import Settings
 from longer.encoder_settings import UserEmbedding
 from longer.errors import UserError
+from longer.files import read_bytes, write_bytes
 from longer.model.encoders.factory import make_model, upstream_settings
 from longer.model.encoders.ranker import EncoderRanker
 from longer.model.longer import Longer
 from longer.model.ranker import Ranker
 from longer.model_settings import ModelSettings
 from longer.schema import EventSchema
-from longer.storage import read_bytes, write_bytes
 from longer.training_settings import TaskSettings
 
 FORMAT_VERSION = 3

@@ -25,12 +25,13 @@ from longer.data.ray_tasks import as_they_finish
 from longer.data.scores import score_rows
 from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import UserError
+from longer.files import write_bytes
 from longer.model.inputs import to_tensors
 from longer.model.outputs import to_scores
 from longer.model.ranker import Ranker
 from longer.progress import say, track
 from longer.schema import EventSchema
-from longer.storage import TABLE_FORMAT, Table, Version, checked_output, fingerprint, write_bytes
+from longer.storage import TABLE_FORMAT, Table, Version, checked_output, fingerprint
 from longer.training.baselines import count_in_history, item_counts, popularity
 from longer.training.checkpoints import CheckpointInfo, load_model
 from longer.training.inputs import Inputs

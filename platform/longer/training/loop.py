@@ -19,8 +19,8 @@ from ray.train.torch import get_device
 
 from longer.arrays import Int64
 from longer.errors import UserError
+from longer.files import remove_tree
 from longer.model.encoders.factory import make_model
-from longer.storage import remove_tree
 from longer.training.checkpoints import Tensors, load_upstream, save_weights, weights_of
 from longer.training.content import Content, Job, Trained
 from longer.training.cursor import Position, batches_per_worker

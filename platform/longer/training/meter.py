@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tensorboardX import SummaryWriter
 
-from longer.storage import file_sizes, read_bytes, remove_tree, write_bytes
+from longer.files import file_sizes, read_bytes, remove_tree, write_bytes
 
 _SECONDS_BETWEEN_NOTES = 0.5
 """No more often does the driver look."""

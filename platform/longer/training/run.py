@@ -23,17 +23,11 @@ from ray.train.torch import TorchTrainer
 from longer.config import Settings
 from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import StorageError, UserError
+from longer.files import arrow_filesystem, read_bytes, write_bytes
 from longer.model.flops import longer_flops, longer_parameters
 from longer.progress import say
 from longer.runner import user_error_in
-from longer.storage import (
-    Table,
-    Version,
-    arrow_filesystem,
-    fingerprint,
-    read_bytes,
-    write_bytes,
-)
+from longer.storage import Table, Version, fingerprint
 from longer.training.checkpoints import FORMAT_VERSION, check_start, check_upstream, load_model
 from longer.training.content import Job
 from longer.training.lineage import finished, later, past_of

@@ -16,8 +16,9 @@ import ray
 from ray.train import Checkpoint, UserCallback
 
 from longer.errors import StorageError, UserError
+from longer.files import file_sizes, read_bytes, remove_tree, write_bytes
 from longer.progress import say
-from longer.storage import Table, file_sizes, read_bytes, remove_tree, write_bytes
+from longer.storage import Table
 from longer.training.checkpoints import check_model
 from longer.training.trainer_state import TrainerState, best_of_epochs, check_trainer
 

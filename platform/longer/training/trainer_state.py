@@ -17,8 +17,9 @@ import safetensors.torch
 import torch
 
 from longer.errors import UserError
+from longer.files import checksum, write_bytes
 from longer.model.ranker import Ranker
-from longer.storage import checksum, fingerprint, write_bytes
+from longer.storage import fingerprint
 from longer.training.checkpoints import Tensors, as_json, copied, read_json
 from longer.training.cursor import Position
 
