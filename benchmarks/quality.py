@@ -1,10 +1,11 @@
 """LONGER against the encoders it is compared with: python -m benchmarks.quality --log journey --root FOLDER [--device cuda]
 
-First `--tune`: trials on the validation split alone that settle how each encoder is trained. Then without it the arms of a grid,
-the most important first. Each adds a JSON line to `--results`; what is there already is not trained again. Any number of processes
-of one machine share the work: run the same command in each. Arms that memory does not hold are left out, are said on the page, and
-are tried again by the next run. Scores of the test rows lie beside the results, which the page's intervals are drawn from.
-Then prints a Markdown page with goals and tables and, with `--plots`, writes plots; the last line is JSON.
+First trials on the validation split alone, which settle how each encoder is trained (`--tune`: nothing else); then the arms of a
+grid, the most important first (`--group`, `--only`: these, without trials). Each adds a JSON line to `--results`; what is there
+already is not trained again. Processes of one machine share the work: `--processes` a GPU, or the same command by hand in each.
+Arms that memory does not hold are left out, are said on the page, and are tried again by the next run. Scores of the test rows lie
+beside the results, which the page's intervals are drawn from. Then prints a Markdown page with goals and tables and, with
+`--plots`, writes plots; the last line is JSON.
 
 FOLDER holds what a log is read from:
 - journey: tables/sequences, as `jobs.build_sequences` makes it with configs/quickstart.yaml;
@@ -21,6 +22,7 @@ import argparse
 import hashlib
 import math
 import os
+import sys
 import tempfile
 import time
 from functools import partial
@@ -35,6 +37,7 @@ from benchmarks.quality_study.cache import cached
 from benchmarks.quality_study.data import SCHEMAS, Log, read_log
 from benchmarks.quality_study.page import page
 from benchmarks.quality_study.plots import plots
+from benchmarks.quality_study.processes import run_in_processes
 from benchmarks.quality_study.records import Records
 from benchmarks.quality_study.scores import keep_rows, keep_scores
 from benchmarks.quality_study.training import Budget, baselines, run
@@ -54,12 +57,15 @@ def main() -> None:
     asked = _arguments()
     results = Path(asked.results or f"quality_{asked.log}{'_quick' if asked.quick else ''}.jsonl")
     logs = ("journey", "generated", "movielens") if asked.log == "all" else (asked.log,)
-    if not asked.page_only:
+    if asked.processes and not asked.page_only:
+        mine = ["--minutes", str(asked.minutes or 60 * 24 * 365), "--processes", "0"]  # they print no page
+        run_in_processes([*sys.argv[1:], *mine], asked.processes, asked.device, asked.mps)
+    elif not asked.page_only:
         study = _Study(asked, results)
         for log in logs:
             study.train(log)
-        if asked.minutes:
-            return
+    if asked.minutes and not asked.page_only:
+        return
     records = Records(results).read()
     print(page(records, results))
     if asked.plots:
@@ -94,8 +100,7 @@ class _Study:
                 found = baselines(self.log, self.budget, settings, base.long_from)
                 keep_rows(self.results, self.log, self.budget.test_requests, base.long_from)
                 self._append({"key": f"{log}/baselines", "log": log, "baselines": found})
-        if self.asked.tune or self.asked.quick:
-            self._tune(log)
+        self._tune(log)
         if not self.asked.tune:
             every = [arm for arm in grid(log, self.asked.quick, self.asked.seeds) if self._is_wanted(arm)]
             for arm in every:
@@ -181,6 +186,10 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--group", nargs="*", default=[], help="arms of these groups only: encoders, lengths, flops...")
     parser.add_argument("--tune", action="store_true", help="only the trials, which come before the grid")
+    parser.add_argument("--processes", type=int, default=0, help="share the work among so many new processes, a GPU")
+    parser.add_argument(
+        "--mps", action="store_true", help="with --processes: a GPU's processes side by side, by NVIDIA's service"
+    )
     parser.add_argument(
         "--cache", default=f"{tempfile.gettempdir()}/longer-quality-{os.getuid()}", help="folder for prepared logs"
     )

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -107,6 +109,19 @@ def test_no_record_is_made_twice_and_what_was_left_out_is_tried_by_the_next_run(
         assert (again, now) == (False, False)
     with Records(tmp_path / "results.jsonl").claim("b") as later:
         assert later
+
+
+def test_processes_of_one_command_train_each_arm_once_and_one_page_is_printed(tmp_path: Path) -> None:
+    """Half a minute: two new processes import torch and train a model each."""
+    results = tmp_path / "results.jsonl"
+    sizes = ["--train-requests", "200", "--test-requests", "40"]
+    where = ["--results", str(results), "--cache", str(tmp_path / "cache")]
+    only = ["--log", "generated", "--quick", "--only", "longer L=100", "longer L=50"]
+    command = [sys.executable, "-m", "benchmarks.quality", *only, *sizes, *where, "--processes", "2"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    keys = sorted(json.loads(line)["key"] for line in results.read_text().splitlines())
+    assert keys == ["generated/baselines", "generated/longer L=100/0", "generated/longer L=50/0"]
+    assert printed.count("# Quality") == 1
 
 
 def test_weighted_auc_counts_ties_half_and_rows_as_often_as_drawn() -> None:

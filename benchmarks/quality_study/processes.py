@@ -1,0 +1,48 @@
+"""The study in several processes of one machine, which share its work."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+
+_CONTROL = "nvidia-cuda-mps-control"
+
+
+def run_in_processes(arguments: list[str], num_a_device: int, device: str, side_by_side: bool) -> None:
+    """Runs `python -m benchmarks.quality` with these arguments, so many times on each GPU, or on the CPU; waits for all.
+
+    `side_by_side`: kernels of one GPU's processes run at once, through NVIDIA's multi-process service, instead of in turns.
+    Raises SystemExit if one fails; the others are waited for, and end what they have begun.
+    """
+    devices = range(torch.cuda.device_count()) if device == "cuda" else [None]
+    command = [sys.executable, "-m", "benchmarks.quality", *arguments]
+    with _multi_process_service() if side_by_side else nullcontext({}) as environment:
+        running = [
+            subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment, **_only(number)})
+            for _ in range(num_a_device)
+            for number in devices
+        ]
+        codes = [process.wait() for process in running]
+    if any(codes):
+        raise SystemExit(f"{sum(map(bool, codes))} of {len(codes)} processes failed: see above")
+
+
+def _only(number: int | None) -> dict[str, str]:
+    return {} if number is None else {"CUDA_VISIBLE_DEVICES": str(number)}
+
+
+@contextmanager
+def _multi_process_service() -> Iterator[dict[str, str]]:
+    """A service of our own, beside any that the machine runs, and the environment in which processes find it."""
+    with tempfile.TemporaryDirectory(prefix="longer-mps-") as folder:
+        found = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
+        environment = {**os.environ, **found}
+        subprocess.run([_CONTROL, "-d"], env=environment, check=True)
+        try:
+            yield found
+        finally:
+            subprocess.run([_CONTROL], input=b"quit\n", env=environment, check=True)
