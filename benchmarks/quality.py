@@ -77,7 +77,7 @@ class _Study:
 
     def __init__(self, asked: argparse.Namespace, results: Path) -> None:
         self.asked, self.results = asked, results
-        self.deadline, self.longest_s = time.monotonic() + 60 * (asked.minutes or math.inf), 0.0
+        self.deadline = time.monotonic() + 60 * (asked.minutes or math.inf)
         self.records = Records(results)
         self.device, quick = torch.device(asked.device), asked.quick
         if self.device.type == "cuda" and not asked.compile:
@@ -100,25 +100,25 @@ class _Study:
                 found = baselines(self.log, self.budget, settings, base.long_from)
                 keep_rows(self.results, self.log, self.budget.test_requests, base.long_from)
                 self._append({"key": f"{log}/baselines", "log": log, "baselines": found})
-        self._tune(log)
-        if not self.asked.tune:
+        if self._tune(log) and not self.asked.tune:
             every = [arm for arm in grid(log, self.asked.quick, self.asked.seeds) if self._is_wanted(arm)]
             for arm in every:
-                if self._has_time():
+                if self._has_time(arm, self.records.read()):
                     self._train(arm)
 
-    def _tune(self, log: str) -> None:
-        """Trials until none is left; where others run what the next one depends on, they are waited for."""
+    def _tune(self, log: str) -> bool:
+        """Whether no trial is left; those are run that there is time for, and others' waited for, on which the next ones depend."""
         search = QUICK_SEARCH if self.asked.quick else SEARCH
-        while self._has_time():
+        while True:
             records = self.records.read()
             least_first = sorted(chains(log, self.asked.quick), key=partial(num_trials, records, log))
             turn = [arm for chain in least_first for arm in runnable(log, chain, search, records)]
-            wanted = [arm for arm in turn if self._is_wanted(arm)]
-            wanted = [arm for arm in wanted if arm.key not in self.records.left_out(records)]
-            if not wanted:
-                return
-            if not any(self._train(arm) for arm in wanted):
+            left_out = self.records.left_out(records)
+            wanted = [arm for arm in turn if self._is_wanted(arm) and arm.key not in left_out]
+            in_time = [arm for arm in wanted if self._has_time(arm, records)]
+            if not in_time:
+                return not wanted
+            if not any(self._train(arm) for arm in in_time):
                 time.sleep(_POLL_S)
 
     def _train(self, arm: Arm) -> bool:
@@ -126,7 +126,6 @@ class _Study:
         with self.records.claim(arm.key) as is_mine:
             if not is_mine:
                 return False
-            started = time.monotonic()
             base = (QUICK if self.asked.quick else BASES)[arm.log]
             trained = arm.trial or chosen(self.records.read(), arm)
             try:
@@ -138,7 +137,6 @@ class _Study:
             if arm.is_tested:
                 keep_scores(self.results, arm, scores["test"])
             self._append(record)
-            self.longest_s = max(self.longest_s, time.monotonic() - started)
             found = record["test"] if arm.is_tested else record["valid"]
             _say(
                 f"{arm.key}: AUC {found['auc']:.4f}, long {found['long_auc']:.4f}, "
@@ -146,8 +144,15 @@ class _Study:
             )
             return True
 
-    def _has_time(self) -> bool:
-        return time.monotonic() + self.longest_s < self.deadline
+    def _has_time(self, arm: Arm, records: list[dict[str, Any]]) -> bool:
+        """Whether it would end before the deadline, if it took as long a pass as its encoder's last one of this log did."""
+        took_s = [
+            (record["train_s"] + record["upstream_s"] + record["test_s"]) / record["trained"]["passes"]
+            for record in records
+            if record.get("encoder") == arm.encoder and record["log"] == arm.log
+        ]
+        passes = (arm.trial or chosen(records, arm)).passes
+        return time.monotonic() + passes * (took_s[-1] if took_s else 0.0) < self.deadline
 
     def _is_wanted(self, arm: Arm) -> bool:
         only, groups = self.asked.only, self.asked.group
