@@ -109,6 +109,17 @@ def test_a_failed_small_write_leaves_the_old_file_and_nothing_else(
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
+def test_a_small_write_that_cannot_begin_tells_its_own_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that the file it did not make cannot be removed, which callers take for a file that is not there."""
+
+    def refused(*_: object) -> None:
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr("builtins.open", refused)
+    with pytest.raises(PermissionError, match="not yours"):
+        write_bytes(f"{tmp_path}/name", b"new")
+
+
 def test_fingerprints_do_not_depend_on_dictionary_order_and_stay_the_same_for_ever() -> None:
     assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1}) == "260e4ee6b948"
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})

@@ -7,7 +7,7 @@ import hashlib
 import os
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import fsspec
@@ -94,7 +94,8 @@ def write_bytes(path: str, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, bare)
     except BaseException:
-        os.unlink(temporary)
+        with suppress(FileNotFoundError):  # it may not have come to be
+            os.unlink(temporary)
         raise
 
 

@@ -96,3 +96,14 @@ def test_seconds_are_no_labels_of_a_task_that_is_binary(job: Job, split: int) ->
         UserError, match="labels of label are 0 to 7, a binary task's are 0 to 1: make it kind: regression"
     ):
         tables.join([Part(part.histories, requests)])
+
+
+@pytest.mark.parametrize("label", [np.inf, -np.finfo(np.float32).max])
+def test_a_label_of_which_the_loss_is_infinite_is_refused_before_a_step_is_lost_to_it(job: Job, label: float) -> None:
+    tables = Tables.of(job)
+    part = tables.read(range(NUM_BUCKETS))
+    given = part.requests[0].labels["label"].astype(np.float32)
+    given[[0, 1]] = np.nan, label  # a missing one hides no other
+    requests = [replace(part.requests[0], labels={"label": given}), *part.requests[1:]]
+    with pytest.raises(UserError, match=r"labels of label .* of which a loss is infinite"):
+        tables.join([Part(part.histories, requests)])

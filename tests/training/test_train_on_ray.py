@@ -1,7 +1,9 @@
 """Training and evaluation on a real local Ray: killed workers, other numbers of workers, reruns and bad inputs."""
 
+import errno
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -25,8 +27,8 @@ from longer.files import write_bytes
 from longer.model.encoders.factory import make_model, upstream_settings
 from longer.model_settings import ModelSettings
 from longer.runner import user_error_in
-from longer.storage import Version
-from longer.training import loop
+from longer.storage import Table, Version
+from longer.training import loop, upload
 from longer.training.checkpoints import load_model, save_model
 from longer.training.content import Job, read_requests, tally
 from longer.training.cursor import Position
@@ -76,7 +78,7 @@ def worker_that_is_killed(config: dict[str, Any]) -> None:
         position = read_trainer_state(checkpoint.path).position if checkpoint else Position()
         with (root / "starts").open("a") as starts:
             starts.write(f"{position.epoch}/{position.step}\n")
-    take_step, save = Run._step, loop.save_trainer
+    take_step, save = Run._step, upload.save_trainer
 
     def step(run: Run, work: Any) -> Any:
         within = start == 0 and rank == 1 and work.position == Position(0, DIES_AT_STEP)
@@ -93,7 +95,7 @@ def worker_that_is_killed(config: dict[str, Any]) -> None:
         if start == 2 and state.position == Position(1, 0):  # which Ray hears of only after the upload
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Run._step, loop.save_trainer = step, save_trainer  # type: ignore[method-assign]
+    Run._step, upload.save_trainer = step, save_trainer  # type: ignore[method-assign]
     train_worker(config)
 
 
@@ -251,7 +253,7 @@ def worker_in_trouble(config: dict[str, Any]) -> None:
     The tables are gone by then: they have been read, once for all workers and all starts.
     """
     shutil.rmtree(config["job"].settings.path("tables"))
-    save, failed = loop.save_trainer, []
+    save, failed = upload.save_trainer, []
 
     def save_trainer(directory: str, moments: Any, state: TrainerState) -> None:
         if not failed:
@@ -259,7 +261,7 @@ def worker_in_trouble(config: dict[str, Any]) -> None:
             raise OSError("AWS Error SLOW_DOWN during PutObject: please reduce your request rate")
         save(directory, moments, state)
 
-    loop.save_trainer = save_trainer  # type: ignore[assignment]
+    upload.save_trainer = save_trainer  # type: ignore[assignment]
     Run._step = with_overflows(Run._step, lambda step: step in (3, 4))  # type: ignore[method-assign]
     train_worker(config)
 
@@ -315,6 +317,45 @@ def test_a_mistake_that_a_worker_finds_ends_the_run_at_once_in_one_line(
         train.run(settings_for(tables, tmp_path, num_workers=2, epochs=1, max_failures=3))
     assert str(user_error_in(raised.value)).startswith("training: the gradients of steps 4 to 9 are not finite")
     assert len((tmp_path / "starts").read_text().split()) == 2, "each of two workers started once"
+
+
+def worker_of_which_an_epoch_teaches_nothing(config: dict[str, Any]) -> None:
+    """The worker function, but no step of the second epoch has finite gradients: fewer than what ends a run within an epoch."""
+    take_step = Run._step
+    nothing = with_overflows(Run._step, lambda _: True)
+    Run._step = lambda run, work: (nothing if work.position.epoch == 1 else take_step)(run, work)  # type: ignore[method-assign]
+    train_worker(config)
+
+
+def test_an_epoch_of_which_nothing_was_learned_is_not_passed_and_nothing_is_published(
+    tables: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A label without bounds in every step would end as a model of random weights that is served."""
+    monkeypatch.setattr("longer.training.run.train_worker", worker_of_which_an_epoch_teaches_nothing)
+    settings = settings_for(tables, tmp_path, num_workers=1, max_failures=0)
+    with pytest.raises(TrainingFailedError) as raised:
+        train.run(settings)
+    assert re.match(r"training: the gradients of steps 17 to 32 are not finite", str(user_error_in(raised.value)))
+    assert Table(settings.path("checkpoints")).current() is None
+
+
+def worker_on_a_full_disk(config: dict[str, Any]) -> None:
+    """The worker function, but there is no room for the second file of a checkpoint."""
+
+    def save_trainer(directory: str, moments: Any, state: TrainerState) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    upload.save_trainer = save_trainer  # type: ignore[assignment]
+    train_worker(config)
+
+
+def test_a_full_disk_is_one_line_that_says_what_to_do(
+    tables: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longer.training.run.train_worker", worker_on_a_full_disk)
+    with pytest.raises(TrainingFailedError) as raised:
+        train.run(settings_for(tables, tmp_path, num_workers=1, max_failures=3))
+    assert "cannot be written (No space left on device): make room" in str(user_error_in(raised.value))
 
 
 def worker_whose_user_gives_up(config: dict[str, Any]) -> None:

@@ -27,6 +27,8 @@ MAX_PACK_REQUESTS = 16
 
 
 _SPLITS = ["train", "valid"]
+_MOST_LABEL = 1e15
+"""The sum of many squares of it is in float32's range."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,12 @@ class Tables:
 def _check_labels(data: SplitData, tasks: Sequence[TaskSettings]) -> None:
     for task in tasks:
         label_C = data.requests.labels[task.name]
-        lowest, highest = label_C.min(initial=0), label_C.max(initial=0)
+        lowest, highest = np.fmin.reduce(label_C, initial=0), np.fmax.reduce(label_C, initial=0)  # whatever is missing
+        if max(-lowest, highest) > _MOST_LABEL:
+            raise UserError(
+                f"train.tasks: the labels of {task.name} are {lowest:g} to {highest:g}, of which a loss is infinite: look at the "
+                "column, and scale or clip it"
+            )
         if task.kind == "binary" and (lowest < 0 or highest > 1):
             raise UserError(
                 f"train.tasks: the labels of {task.name} are {lowest:g} to {highest:g}, a binary task's are 0 to 1: make it kind: "

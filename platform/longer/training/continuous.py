@@ -22,7 +22,7 @@ from longer.storage import Table, Version, fingerprint
 from longer.training.checkpoints import FORMAT_VERSION, check_start
 from longer.training.content import Job
 from longer.training.lineage import finished, later, may_be_seen, trained_of_log
-from longer.training.run import chosen_settings, fit, pin_tables, publish
+from longer.training.run import chosen_settings, fit, of_skipped, pin_tables, publish
 from longer.training.trainer_state import TRAINER_VERSION, read_trainer_state
 
 
@@ -43,11 +43,11 @@ def train_new_days(settings: Settings) -> Version:
     run_id = fingerprint("continued", FORMAT_VERSION, TRAINER_VERSION, base.id, versions, chosen)
     if published := finished(table, run_id):
         return published
+    check_start(base.path, settings)  # a mistake is told here once, not by every worker
     if not _num_requests_since(requests, since):
         say("train", f"no requests since {since} in {requests.path}: {base.id} has seen all, nothing changed")
         return base
     is_leaking = may_be_seen(base.path, base.manifest, since)
-    check_start(base.path, settings)  # a mistake is told here once, not by every worker
     table.claim()
     last = fit(Job(settings, versions, base.path, _milliseconds(since)), run_id)
     state = read_trainer_state(last)
@@ -66,7 +66,8 @@ def train_new_days(settings: Settings) -> Version:
     }
     version = publish(settings, table, run_id, last, state, about)
     num_requests = sum(day["num_requests"] for day in days)
-    say("train", f"run {run_id}: continued {base.id} with {num_requests} requests of {len(days)} days until {until}")
+    of_days = f"{num_requests} requests of {len(days)} days until {until}{of_skipped(state)}"
+    say("train", f"run {run_id}: continued {base.id} with {of_days}")
     return version
 
 

@@ -19,9 +19,8 @@ from ray.train.torch import get_device
 
 from longer.arrays import Int64
 from longer.errors import UserError
-from longer.files import remove_tree
 from longer.model.encoders.factory import make_model
-from longer.training.checkpoints import Tensors, load_upstream, save_weights, weights_of
+from longer.training.checkpoints import Tensors, load_upstream, weights_of
 from longer.training.content import Content, Job, Trained
 from longer.training.cursor import Position, batches_per_worker
 from longer.training.loader import SplitData, prefetch
@@ -35,8 +34,8 @@ from longer.training.trainer_state import (
     load_own_weights,
     load_trainer,
     moments_of,
-    save_trainer,
 )
+from longer.training.upload import upload_of
 from longer.training.validation import validate
 
 _STEPS_AHEAD = 2
@@ -120,7 +119,7 @@ class Run:
             if done % record_every == 0 or done == 1 or saves:  # a checkpoint leaves no sum behind
                 meter.loss = float(self._sum_over_workers(loss_sum)) / num_candidates
                 meter.add_phases(self.timer.take())
-                self._count_skipped(done)
+                self._count_skipped(done, work.position.epoch)
                 self._record(
                     done,
                     loss=meter.loss,
@@ -195,18 +194,24 @@ class Run:
         self.num_requests_skipped += torch.where(gradient_norm.isfinite(), 0, work.num_requests)
         return loss, gradient_norm
 
-    def _count_skipped(self, done: int) -> None:
-        """How much has changed nothing so far, since gradients were not finite; a UserError if it goes on.
+    def _count_skipped(self, done: int, epoch: int) -> None:
+        """How much has changed nothing so far, since gradients were not finite; a UserError if it goes on, or if a whole epoch or
+        day taught nothing.
 
         The cursor counts it as trained: the same gradients would come again.
         """
-        before = self.state.skipped["steps"]
-        total, in_row = self.stepper.optimizer.scaling.num_skipped()
+        before, scaling = self.state.skipped["steps"], self.stepper.optimizer.scaling
+        total, in_row = scaling.num_skipped()
         self.state.skipped = {"steps": total, "requests": int(self.num_requests_skipped)}
-        if in_row >= _MOST_SKIPPED_IN_ROW:
+        ends_epoch = self.state.position.step == 0
+        whole = (
+            self.cursor.num_steps if scaling.is_scaled else self.cursor.steps_of(epoch)
+        )  # a scale is found in some steps
+        taught_nothing = ends_epoch and in_row >= whole
+        if in_row >= _MOST_SKIPPED_IN_ROW or taught_nothing:
             raise UserError(
                 f"training: the gradients of steps {done - in_row + 1} to {done} are not finite and changed nothing: lower "
-                "train.learning_rate and train.embedding_learning_rate, or look for numbers without bounds among the features"
+                "train.learning_rate and train.embedding_learning_rate, or look for unbounded numbers among features and labels"
             )
         if total > before:
             what = f"{total} steps so far, of {self.state.skipped['requests']} requests,"
@@ -240,7 +245,9 @@ class Run:
         if self.rank > 0:
             ray.train.report({}, checkpoint_dir_name=name, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
             return
-        upload = self._upload_of(*copies)
+        state = replace(self.state, history=list(self.state.history), checkpoints=list(self.state.checkpoints))
+        storage = ray.train.get_context().get_storage()
+        upload, self._uploaded = upload_of(self.settings, self._path(), storage, *copies, state)
         reported = {**self.state.checkpoints[-1], "keep": self._to_keep()}
         nothing = Checkpoint.from_directory(tempfile.mkdtemp())  # `upload` has it all; Ray removes this folder
         ray.train.report(
@@ -259,27 +266,6 @@ class Run:
         """Weights and moments of now; whole on the first worker."""
         stepper = self.stepper
         return weights_of(stepper.model, stepper.whole), moments_of(stepper.model, stepper.optimizer, stepper.whole)
-
-    def _upload_of(self, weights: Tensors, moments: Tensors) -> Any:
-        """A function for Ray's thread that writes a checkpoint of this moment, whatever training does meanwhile.
-
-        Ray calls it again after some failures.
-        """
-        settings = self.settings
-        self._uploaded = uploaded = threading.Event()
-        state = replace(self.state, history=list(self.state.history), checkpoints=list(self.state.checkpoints))
-        storage, path = ray.train.get_context().get_storage(), self._path()
-
-        def upload(_: Checkpoint, name: str) -> Checkpoint:
-            try:
-                remove_tree(f"{path}/{name}/trainer.json")  # of an earlier try: with it, the folder passes for whole
-                save_weights(f"{path}/{name}", weights, settings.model, settings.event_schema, settings.train.tasks)
-                save_trainer(f"{path}/{name}", moments, state)
-            finally:
-                uploaded.set()
-            return Checkpoint(storage.build_checkpoint_path_from_name(name), storage.storage_filesystem)
-
-        return upload
 
     def _trained_so_far(self) -> list[dict[str, Any]]:
         """All workers' tallies; after the last step they must be those of the data, to a request."""

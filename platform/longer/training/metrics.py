@@ -28,8 +28,10 @@ def shown(metrics: Mapping[str, float | None]) -> str:
 
 
 def shown_all(metrics: Metrics) -> str:
-    """All tasks', in their order."""
-    return ", ".join(map(shown, metrics.values()))
+    """All tasks', in their order; of several, with their names."""
+    if len(metrics) == 1:
+        return shown(*metrics.values())
+    return "; ".join(f"{task}: {shown(values)}" for task, values in metrics.items())
 
 
 @dataclass(frozen=True)

@@ -98,8 +98,15 @@ def train(settings: Settings, start_from: str | None = None) -> Version:
     version = publish(settings, table, run_id, f"{run_path}/{step_folder(best['step'])}", state, about)
     after = f"epoch {best['epochs']} of {settings.train.epochs}, step {best['step']}"
     unscored = "" if best["score"] is not None else ", the last one: no epoch's validation score is defined"
-    say("train", f"run {run_id}: published as it was after {after}{unscored}: validation {shown_all(validation)}")
+    shown = f"validation {shown_all(validation)}{of_skipped(state)}"
+    say("train", f"run {run_id}: published as it was after {after}{unscored}: {shown}")
     return version
+
+
+def of_skipped(state: TrainerState) -> str:
+    """What a run's last line says of requests that it counts as trained and that changed nothing; nothing if there are none."""
+    num_requests = state.skipped["requests"]
+    return f"; {num_requests} requests changed nothing: gradients were not finite" if num_requests else ""
 
 
 def pin_tables(settings: Settings) -> tuple[Version, dict[str, str]]:

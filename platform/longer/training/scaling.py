@@ -14,7 +14,7 @@ class Scaling:
     """
 
     def __init__(self, device: torch.device, is_scaled: bool) -> None:
-        self._is_scaled = is_scaled
+        self.is_scaled = is_scaled
         self.scale = torch.full((), _FIRST_SCALE if is_scaled else 1.0, device=device)
         self._num_good, self._num_skipped, self._num_in_row = torch.zeros(3, device=device).unbind()
 
@@ -23,7 +23,7 @@ class Scaling:
         skipped = 1.0 - is_finite.float()
         self._num_skipped += skipped
         self._num_in_row.add_(1).mul_(skipped)
-        if self._is_scaled:
+        if self.is_scaled:
             self._num_good.add_(1).mul_(is_finite)
             grows = self._num_good >= _STEPS_TO_GROW
             self._num_good.mul_(~grows)
