@@ -1,6 +1,7 @@
 """The study in several processes of one machine, which share its work."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,8 @@ def _only(number: int | None) -> dict[str, str]:
 @contextmanager
 def _multi_process_service() -> Iterator[dict[str, str]]:
     """A service of our own, beside any that the machine runs, and the environment in which processes find it."""
+    if not shutil.which(_CONTROL):
+        raise SystemExit(f"--mps: {_CONTROL} is not on the PATH: install it with the driver, or leave --mps out")
     with tempfile.TemporaryDirectory(prefix="longer-mps-") as folder:
         found = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
         environment = {**os.environ, **found}
