@@ -1,6 +1,7 @@
 """A job ends in one line for a user's mistake, and Ray comes up on any machine."""
 
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -52,12 +53,23 @@ def test_what_is_missing_for_serving_is_told_before_a_ray_is_started_or_looked_f
     )
 
 
-def test_ctrl_c_ends_a_job_in_one_line_with_the_exit_code_that_shells_give_it() -> None:
-    stop = "lambda _: os.kill(os.getpid(), signal.SIGINT)"
-    done = run_python(
-        "-c", f"import os, signal; from longer.runner import run_job; run_job('', {stop}, needs_ray=False)"
-    )
-    assert done.returncode == 130
+@pytest.mark.parametrize(
+    ("name", "code", "with_ray"),
+    [
+        ("SIGINT", 130, False),
+        ("SIGTERM", 143, False),
+        pytest.param("SIGTERM", 143, True, marks=pytest.mark.ray),
+    ],
+)
+def test_ctrl_c_and_an_orderly_stop_end_a_job_in_one_line_with_the_exit_code_that_shells_give_it(
+    name: str, code: int, with_ray: bool
+) -> None:
+    """Ten seconds where a Ray is started: with one, SIGTERM would print a stack of C++ and abort."""
+    stop = f"lambda _: (os.kill(os.getpid(), signal.{name}), time.sleep(60))"
+    job = f"import os, signal, time; from longer.runner import run_job; run_job('', {stop}, needs_ray={with_ray})"
+    with_token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    done = run_python("-c", job, *(["--ray.num_cpus", "1"] if with_ray else []), **with_token)
+    assert done.returncode == code
     assert done.stderr == "interrupted: what is finished stays, and the same command does the rest\n"
 
 

@@ -4,8 +4,10 @@ import keyword
 import logging
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,6 @@ from longer.errors import StorageError, UserError
 _FOLDERS_OF_JOBS = "working_dir_files"  # where Ray keeps them
 _KINDS = {"UserError": UserError, "StorageError": StorageError}
 _USER_ERROR_LINE = re.compile(rf"^longer\.errors\.({'|'.join(_KINDS)}): (.+)$", re.MULTILINE)
-_INTERRUPTED = 130
 _CAUSES = "cause", "controller_failure", "__cause__", "__context__"
 """Ray's tasks', Ray Train's, Python's own."""
 
@@ -31,17 +32,19 @@ def run_job(
 ) -> Any:
     """Runs a job and gives what it returns; exits with 2 and one line on stderr for a UserError; bugs keep their traceback.
 
-    Ctrl-C ends it with one line, too, and 130, as shells have it.
+    Ctrl-C and SIGTERM end it with one line, too, and 130 or 143, as shells have it.
 
     `run` gets the settings, and each of its own `flags` (`parse_settings`) as a keyword argument, `from_` where Python has a
     word of its own. Settings named in `short` may be given without their section.
     """
+    ended_by = [signal.SIGINT]
     try:
         settings, given = parse_settings(description, flags=flags, short=short)
         _check_root(settings)
         if needs_ray:
             start_ray(settings.ray)
-        return run(settings, **{_argument(name): value for name, value in given.items()})
+        with _terminated_as_interrupted(ended_by):
+            return run(settings, **{_argument(name): value for name, value in given.items()})
     except Exception as error:
         mistake = user_error_in(error)
         if mistake is None:
@@ -50,7 +53,22 @@ def run_job(
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted: what is finished stays, and the same command does the rest", file=sys.stderr)
-        sys.exit(_INTERRUPTED)
+        sys.exit(128 + ended_by[-1])
+
+
+@contextmanager
+def _terminated_as_interrupted(ended_by: list[signal.Signals]) -> Iterator[None]:
+    """SIGTERM is a KeyboardInterrupt, and ends `ended_by`. Ray's own handler prints where the process was, and aborts it."""
+
+    def interrupt(*_: Any) -> None:
+        ended_by.append(signal.SIGTERM)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # none is Ray's, of which Python knows nothing
 
 
 def _argument(flag: str) -> str:

@@ -339,6 +339,14 @@ def test_an_epoch_of_which_nothing_was_learned_is_not_passed_and_nothing_is_publ
     assert Table(settings.path("checkpoints")).current() is None
 
 
+def test_a_model_worse_than_the_mean_label_says_so_and_what_to_do(
+    tables: Settings, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A small log in a few steps of the default size would publish one without a word."""
+    train.run(settings_for(tables, tmp_path, num_workers=1, epochs=1, learning_rate=1e-9, embedding_learning_rate=1e-9))
+    assert "worse than the mean label for every candidate: raise train.epochs" in capsys.readouterr().err
+
+
 def worker_on_a_full_disk(config: dict[str, Any]) -> None:
     """The worker function, but there is no room for the second file of a checkpoint."""
 

@@ -100,6 +100,9 @@ def train(settings: Settings, start_from: str | None = None) -> Version:
     unscored = "" if best["score"] is not None else ", the last one: no epoch's validation score is defined"
     shown = f"validation {shown_all(validation)}{of_skipped(state)}"
     say("train", f"run {run_id}: published as it was after {after}{unscored}: {shown}")
+    if any((of_task.get("ne") or 0) > 1 for of_task in validation.values()):
+        remedy = "raise train.epochs, or lower train.tokens_per_step, for more steps"
+        say("train", f"ne above 1, after {best['step']} steps: worse than the mean label for every candidate: {remedy}")
     return version
 
 
@@ -165,7 +168,9 @@ def fit(job: Job, run_id: str) -> str:
     mend_record(f"{storage}/{run_id}")
     tell_what_is_left(storage, Table(settings.path("checkpoints")), run_id, job.versions["requests"])
     note_start(f"{storage}/{run_id}", job.versions["requests"], job.base)
+    say("train", "reading the requests")
     requests = requests_in_memory(job)
+    say("train", "starting workers")
     if isinstance(asked.num_workers, tuple):
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _WAIT_FOR_MORE_WORKERS_S)
     with relayed_lines() as lines, interrupts_as_before():
