@@ -98,6 +98,7 @@ class BucketScorer:
             run=run,
             windows=model.windows,
             outputs_a_request=self._answers.values_a_user,
+            bytes_a_request=self._answers.bytes_a_user,
         )
         with stage("warm up"):
             warm_up(self._answers, self._scorer, self._run)
