@@ -67,16 +67,13 @@ class Items:
     @staticmethod
     def of(plan: Plan, run: Run) -> "Items":
         """The plan's candidates as the run has spooled them, or all of its catalogue."""
-        ids = read_spool(run.candidates, plan.candidates.column) if plan.candidates else None
-        if plan.items_path is None:
-            assert ids is not None
-            return Items(ids, {"item_id": stable_keys(ids), **missing_features(plan.schema, "request", len(ids))})
-        if ids is None:
-            ids = single_array(read_items(plan.items_path, plan.sequences.id, plan.schema)["item_id"])
+        if plan.candidates:
+            ids = read_spool(run.candidates, plan.candidates.column)
+        else:
+            ids = single_array(read_items(plan.catalogue_path, plan.sequences.id, plan.schema)["item_id"])
         keys = np.concatenate([stable_keys(some) for some in slices(ids, _CHUNK_BYTES)])
-        catalogue = ItemTable(plan.items_path, plan.schema, plan.inputs["items"])
-        unasked = missing_features(plan.schema, "request", len(ids))
-        return Items(ids, {"item_id": keys, **catalogue.lookup(keys), **unasked})
+        known = ItemTable(plan.items_path, plan.schema, plan.inputs["items"]).lookup(keys) if plan.items_path else {}
+        return Items(ids, {"item_id": keys, **known, **missing_features(plan.schema, "request", len(ids))})
 
 
 @dataclass(frozen=True)
