@@ -114,14 +114,14 @@ class OnlineCheck:
         tasks = [name.removeprefix(_SCORE) for name in rows.column_names if name.startswith(_SCORE)]
         scales = {task: self._scale(_flat(rows[score_column(task)]), task) for task in tasks}
         for r in here.tolist():
-            ids = rows["item_id"][r].as_py()
-            if not ids:
+            ids = single_array(rows["item_id"].slice(r, 1)).flatten()
+            if not len(ids):
                 continue
             some = chosen_numbers(len(ids), _MOST_CANDIDATES, (*self.seed, chunk.first + r))
             features = ({}, {}) if chunk.rows is None else self._features(chunk.rows.slice(r, 1), some)
             offline = {task: np.array(rows[score_column(task)][r].as_py(), np.float32) for task in tasks}
             of_some = {task: scores[some] for task, scores in offline.items()}
-            self._scored.append(_Scored(self, _request(chunk, r, [ids[i] for i in some], *features), of_some, scales))
+            self._scored.append(_Scored(self, _request(chunk, r, ids.take(pa.array(some)), *features), of_some, scales))
             if self.plan.top_k and self.items:
                 self._note_left_out(chunk, r, rows, offline[tasks[0]][-1], {tasks[0]: scales[tasks[0]]})
 
