@@ -144,6 +144,7 @@ class BucketScorer:
             "file": asdict(written) if written else None,
             "device": self._plan.device,
             "check_requests": self._plan.check_requests,
+            "has_states": self._scorer is not None,
             **self._charge(started),
         }
         return Written(record, check, started[0])
