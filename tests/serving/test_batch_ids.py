@@ -151,6 +151,18 @@ def test_ids_that_cannot_be_read_are_one_line(world: Settings, tmp_path: Path) -
         batch_score(asking(world, users=str(tmp_path / "user_id.parquet"), candidates=good))
 
 
+def test_ids_that_the_import_would_quarantine_are_not_scored_as_those_of_strangers(tmp_path: Path) -> None:
+    unfit = {
+        "2 rows with a negative some_id": pa.array([-1, 7, 3, -(2**63)]),
+        "1 rows with a negative some_id": pa.array([-1, 7], pa.int8()).dictionary_encode(),
+        "1 rows with an empty some_id": pa.array(["a", ""], pa.large_string()),
+    }
+    for said, ids in unfit.items():
+        type_ = pa.string() if "empty" in said else pa.int64()
+        with pytest.raises(UserError, match=rf"some_id\.parquet: {said}: the import takes none such: leave them out$"):
+            IdList(ids_file(tmp_path, some_id=ids), "some_id", type_, "batch_score.users").digest()
+
+
 def test_ids_of_any_integer_or_string_type_are_taken(tmp_path: Path) -> None:
     """Categoricals of pandas are dictionaries; ids that fit are ids, whatever held them."""
 

@@ -7,6 +7,7 @@ from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from longer.arrays import Int64
@@ -96,11 +97,18 @@ class IdList:
                 f"{path}: {self.column} is {ids.type}, the tables' is {self.type}: see event_schema.{self.column}"
             )
         try:
-            return ids.cast(self.type)
+            ids = ids.cast(self.type)
         except pa.ArrowInvalid:  # of uint64 only
             raise UserError(
                 f"{path}: {self.column} above the largest int64: the tables have none such: leave them out"
             ) from None
+        is_text = self.type == pa.string()
+        if num_unfit := (pc.equal(ids, "") if is_text else pc.less(ids, 0)).true_count:
+            kind = "an empty" if is_text else "a negative"
+            raise UserError(
+                f"{path}: {num_unfit} rows with {kind} {self.column}: the import takes none such: leave them out"
+            )
+        return ids
 
 
 def spool(ids: IdList, digest: str, folder: str) -> None:
@@ -160,4 +168,4 @@ def read_spread(folder: str, bucket: int, column: str) -> pa.Array:
     fs, bare = arrow_filesystem(folder)
     rows = pq.read_table(bare, filesystem=fs, columns=[column], filters=[("bucket", "=", bucket)], partitioning=None)
     ids = single_array(rows[column]).unique()
-    return ids.take(pa.compute.sort_indices(ids))
+    return ids.take(pc.sort_indices(ids))
