@@ -225,7 +225,7 @@ def test_requests_with_more_history_than_the_table_holds_are_refused(world: Sett
     questions = next(iter(reader.bucket(1)[1])).questions
     reader._check(questions)
     held_R = questions.histories.end_index_B[questions.row_R]
-    with pytest.raises(UserError, match=r"1 test requests have more history than .* `python -m jobs\.verify "):
+    with pytest.raises(UserError, match=r"at least 1 test requests have more history than .* `python -m jobs\.verify "):
         reader._check(replace(questions, history_end_R=held_R + (np.arange(len(held_R)) == 0)))
 
 

@@ -229,7 +229,10 @@ def test_a_part_of_a_millisecond_loses_no_event_before_it(world: Settings, asked
     assert plans[0].request_ts == moment.timestamp() * 1000
 
 
-def test_a_moment_that_the_table_no_longer_covers_is_refused(world: Settings, tmp_path: Path) -> None:
+def test_a_moment_that_the_table_no_longer_covers_is_refused_and_the_count_is_not_told_as_that_of_all_users(
+    world: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk's users are counted; the others are not read any more."""
     past = asking(world, catalogue=True, top_k=1, request_ts="2023-11-20T00:00:00Z")
     scorer = BucketScorer(plan_scores(past), Run(str(tmp_path)))
 
@@ -237,5 +240,9 @@ def test_a_moment_that_the_table_no_longer_covers_is_refused(world: Settings, tm
         for bucket in range(NUM_BUCKETS):
             scorer.write_bucket(bucket)
 
-    with pytest.raises(UserError, match=r"the history windows of \d+ users at this request_ts start before"):
+    said = r"the history windows of at least \d+ users at this request_ts start before"
+    with pytest.raises(UserError, match=said):
+        score_all_buckets()
+    monkeypatch.setattr(batch_input, "_CHUNK_REQUESTS", 1)
+    with pytest.raises(UserError, match=said.replace(r"\d+", "1")):
         score_all_buckets()

@@ -132,7 +132,10 @@ class Reader:
                 first += len(some)
 
     def _check(self, questions: Questions) -> None:
-        """A UserError if a history window is not all in the sequence table, or a history is not the events before its request."""
+        """A UserError if a history window is not all in the sequence table, or a history is not the events before its request.
+
+        It counts those of this chunk: there may be more in others, whose histories are not read yet.
+        """
         histories, row_R, end_R = questions.histories, questions.row_R, questions.history_end_R
         start_R = self.windows.history_start(end_R) * self.windows.merge_size
         path, model = (
@@ -141,7 +144,7 @@ class Reader:
         )
         if num_cut := int((start_R < histories.first_index_B[row_R]).sum()):
             raise UserError(
-                f"{model}: the history windows of {num_cut} {self.plan.asked} start before the events that {path} keeps: "
+                f"{model}: the history windows of at least {num_cut} {self.plan.asked} start before the events that {path} keeps: "
                 "build sequences and requests again with these settings, ask for a later time, or lower history_events"
             )
         if requests := self.plan.requests:
@@ -149,11 +152,11 @@ class Reader:
             verify = f"run `python -m jobs.verify {named}`, which names them"
             if num_beyond := int((end_R > histories.end_index_B[row_R]).sum()):
                 raise UserError(
-                    f"{num_beyond} {self.plan.asked} have more history than {path} holds of their users: {verify}"
+                    f"at least {num_beyond} {self.plan.asked} have more history than {path} holds of their users: {verify}"
                 )
             if num_untimely := _num_untimely(questions):
                 raise UserError(
-                    f"{num_untimely} {self.plan.asked} have a history with events at or after their time, or without some "
+                    f"at least {num_untimely} {self.plan.asked} have a history with events at or after their time, or without some "
                     f"before it: {verify}"
                 )
 
