@@ -113,7 +113,7 @@ def _of_events(settings: Settings, histories: SequenceTable, splits: SplitTimes,
 
 
 def _items(settings: Settings, histories: SequenceTable) -> pa.Table | None:
-    """The catalogue, if items have features."""
+    """The catalogue, if items have features: else it says nothing that the histories do not."""
     schema = settings.event_schema
     if not schema.features_of("item"):
         return None

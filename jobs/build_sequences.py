@@ -17,15 +17,14 @@ from longer.table_settings import ImportSettings
 
 
 def run(settings: Settings, since_last: bool = False) -> Version:
-    """The sequence table of the served events; beside it, the catalogue of its items if items have features.
+    """The sequence table of the served events; beside it, the catalogue of its items.
 
     With `since_last`, the last version with the events merged in that have come since.
     """
     table, schema = Table(settings.path("tables", "sequences")), settings.event_schema
     base = table.current() if since_last else None
     version = build(settings, table, base)
-    if schema.features_of("item"):
-        publish_items(settings.path("tables", "items"), settings.path("tables", "events"), version, base, schema)
+    publish_items(settings.path("tables", "items"), settings.path("tables", "events"), version, base, schema)
     return version
 
 

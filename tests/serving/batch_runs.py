@@ -29,9 +29,9 @@ from tests.serving.tables import build_world, checkpoint_path, publish_requests
 from tests.serving.test_offline import forward
 
 
-def world_with_requests(root: Path) -> Settings:
+def world_with_requests(root: Path, **other: object) -> Settings:
     """A small world with requests to score."""
-    settings = build_world(root)
+    settings = build_world(root, **other)
     publish_requests(settings, Table(settings.path("tables", "sequences")).require("jobs.build_sequences"))
     return settings
 

@@ -1,6 +1,7 @@
 """A small world on disk: sequences, requests, items and a checkpoint of random weights, built by the real kernels."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +27,7 @@ NUM_BUCKETS = 3
 NUM_USERS = 9
 NUM_ITEMS = 12
 
-SCHEMA = {
+SCHEMA: dict[str, Any] = {
     "user_id": "int64",
     "item_id": "string",
     "features": [
@@ -35,6 +36,7 @@ SCHEMA = {
         {"name": "quantity", "kind": "numeric", "of": "event"},
     ],
 }
+OF_EVENTS = [feature["name"] for feature in SCHEMA["features"]]
 MODEL = {
     "history_events": 16,
     "merge_size": 2,
@@ -49,12 +51,13 @@ MODEL = {
 }
 
 
-def tiny_settings(root: Path | str) -> Settings:
-    overrides = {
+def tiny_settings(root: Path | str, **other: object) -> Settings:
+    overrides: dict[str, object] = {
         "root": str(root),
         "event_schema": SCHEMA,
         "model": MODEL,
         "sequences": {"num_buckets": NUM_BUCKETS, "keep_events": 40, "row_group_events": 20},
+        **other,
     }
     return load_settings(overrides=overrides)
 
@@ -62,11 +65,11 @@ def tiny_settings(root: Path | str) -> Settings:
 def random_events(schema: EventSchema, seed: int, num_days: int = 30) -> pa.Table:
     """Users 1..NUM_USERS; user u has about u*u events, several often at one time."""
     rng = np.random.default_rng(seed)
-    rows: dict[str, list] = {name: [] for name in schema.events_arrow().names}
+    rows: dict[str, list] = {name: [] for name in ("user_id", "item_id", "event_ts", "action", *OF_EVENTS)}
     for user in range(1, NUM_USERS + 1):
         for ts in sorted(START_MS + rng.integers(0, num_days * 96, size=user * user) * (DAY_MS // 96)):
             item = int(rng.integers(NUM_ITEMS))
-            rows["user_id"].append(user)
+            rows["user_id"].append(user if schema.user_id == "int64" else str(user))
             rows["item_id"].append(f"item{item}")
             rows["event_ts"].append(int(ts))
             rows["action"].append("buy")
@@ -141,9 +144,9 @@ def checkpoint_path(settings: Settings) -> str:
     return Table(settings.path("checkpoints")).require("jobs.train").path
 
 
-def build_world(root: Path | str, seed: int = 0) -> Settings:
+def build_world(root: Path | str, seed: int = 0, **other: object) -> Settings:
     """Sequences, items and checkpoint under `root`, and the settings that find them."""
-    settings = tiny_settings(root)
+    settings = tiny_settings(root, **other)
     sequences = publish_sequences(settings, random_events(settings.event_schema, seed))
     publish_catalogue(settings, sequences)
     publish_random_model(settings)

@@ -11,19 +11,21 @@ import pytest
 import torch
 
 from longer.config import Settings
+from longer.data.columns import plain_bytes
 from longer.data.parquet import open_encoded
 from longer.errors import UserError
 from longer.model.longer import Longer
 from longer.serving import batch_input, batch_output
 from longer.serving.batch import spooled_buckets
+from longer.serving.batch_check import OnlineCheck, compare
 from longer.serving.batch_input import Chunk
 from longer.serving.batch_output import Run, write_rows
 from longer.serving.batch_plan import check_model, plan_scores, plan_vectors
 from longer.serving.batch_scorer import BucketScorer
 from longer.serving.questions import Budget
 from tests.model.generate import small_model
-from tests.serving.batch_runs import asking, ids_file, world_with_requests
-from tests.serving.tables import NUM_USERS
+from tests.serving.batch_runs import asking, ids_file, world_with_requests, written_here
+from tests.serving.tables import NUM_USERS, SCHEMA
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,77 @@ def test_a_chunk_of_users_keeps_a_bounded_number_of_scores(
     chunks = chunks_of(asking(world, candidates=candidates), tmp_path / "requests")
     assert max(len(chunk.questions) for chunk in chunks) == 3
     assert sum(len(chunk.questions) for chunk in chunks) == NUM_USERS
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_long_ids_of_candidates_do_not_make_a_chunk_of_users_large(
+    world: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, top_k: int | None
+) -> None:
+    """Of 40 ids three have a kilobyte: they may be anyone's best."""
+    ids = [f"item{n}" + ("x" * 1000 if n % 15 == 7 else "") for n in range(40)]
+    asked = asking(world, candidates=ids_file(tmp_path, item_id=ids), top_k=top_k)
+    whole = written_here(plan_scores(asked), tmp_path / "whole")
+    monkeypatch.setattr(batch_input, "_CHUNK_BYTES", 8000)
+    plan, run = plan_scores(asked), Run(str(tmp_path / "cut"))
+    buckets = spooled_buckets(plan, run)
+    scorer = BucketScorer(plan, run)
+    sizes = [scorer._answers.rows(chunk)["item_id"].nbytes for b in buckets for chunk in scorer._reader.bucket(b)[1]]
+    assert len(sizes) == 5, "two users at once, of three a bucket"
+    assert max(sizes) <= 8000
+    assert written_here(plan, tmp_path / "written")["item_id"].equals(whole["item_id"])
+
+
+def test_long_ids_of_users_do_not_make_a_chunk_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest of them come last, as they are sorted: an average would not tell."""
+    world = world_with_requests(tmp_path / "world", event_schema={**SCHEMA, "user_id": "string"})
+    users = [f"{n:03d}" for n in range(60)] + ["z" * 900 + str(n) for n in range(20)]
+    asked = asking(world, users=ids_file(tmp_path, user_id=users), candidates=ids_file(tmp_path, item_id=["item1"]))
+    monkeypatch.setattr(batch_input, "_CHUNK_BYTES", 2000)
+    chunks = chunks_of(asked, tmp_path / "run")
+    assert max(chunk.user_id_R.nbytes for chunk in chunks) <= 2000
+    assert sorted(user for chunk in chunks for user in chunk.user_id_R.to_pylist()) == sorted(users)
+
+
+def test_requests_with_long_ids_come_in_tables_of_bounded_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one part and as one of two, which are put together; one request alone has more."""
+    sizes, path = [5, 5, 2000, 5, 300, 5, 5, 5, 300, 300, 5, 5], f"{tmp_path}/requests.parquet"
+    rows = pa.table(
+        {
+            "row": range(len(sizes)),
+            "user_id": [1] * len(sizes),
+            "item_id": [["x" * size] * 2 for size in sizes],
+            "category": [["c" * 5000] * 2] * len(sizes),
+        }
+    )
+    pq.write_table(rows, path)
+    monkeypatch.setattr(batch_input, "_CHUNK_BYTES", 1500)
+    file = open_encoded(path, Path(path).stat().st_size, ["category"])
+    for num_parts in (1, 2):
+        tables = list(batch_input._tables(file, rows.column_names, num_parts))
+        assert all(plain_bytes(t.combine_chunks().to_batches()[0]) <= 1500 // num_parts or len(t) == 1 for t in tables)
+        assert 4 <= len(tables) <= 6
+        assert [row for table in tables for row in table.to_pylist()] == rows.to_pylist()
+
+
+def test_ids_of_items_left_out_are_not_laid_out_until_they_are_compared(
+    world: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of the catalogue's ids for each user that is checked would be the largest part of a run whose ids are long."""
+    candidates = ids_file(tmp_path, item_id=["item" + "x" * 1000 + str(n) for n in range(1000)])
+    plan, run = plan_scores(asking(world, candidates=candidates, top_k=3)), Run(str(tmp_path / "run"))
+    spooled_buckets(plan, run)
+    scorer = BucketScorer(plan, run)
+    chunk = next(iter(scorer._reader.bucket(1)[1]))
+    rows, num = scorer._answers.rows(chunk), len(chunk.questions)
+    check = OnlineCheck(plan, scorer._scorer, scorer._answers.items, np.arange(num), 10_000, (0,), 1000)
+    before = pa.total_allocated_bytes()
+    check.see(chunk, rows)
+    assert pa.total_allocated_bytes() - before < 100_000
+    assert check.num_candidates == num * 1000
+    compare([check])
+    assert check.num_compared == num
 
 
 def test_requests_come_in_bounded_tables_whole_and_in_order_whatever_the_row_groups_are(
@@ -152,7 +225,7 @@ def test_requests_with_more_history_than_the_table_holds_are_refused(world: Sett
     questions = next(iter(reader.bucket(1)[1])).questions
     reader._check(questions)
     held_R = questions.histories.end_index_B[questions.row_R]
-    with pytest.raises(UserError, match=r"1 test requests have more history than .* `python -m jobs\.verify "):
+    with pytest.raises(UserError, match=r"at least 1 test requests have more history than .* `python -m jobs\.verify "):
         reader._check(replace(questions, history_end_R=held_R + (np.arange(len(held_R)) == 0)))
 
 

@@ -245,6 +245,24 @@ def test_a_vector_that_the_serving_path_does_not_give_fails_the_run(world: Setti
             compared(chunk, rows.set_column(rows.column_names.index("vector"), "vector", column))
 
 
+@pytest.mark.parametrize("encoding", ["paper", "appendable"])
+def test_a_run_of_which_nothing_was_compared_says_so_and_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], encoding: str
+) -> None:
+    """A model without user states, whose last line said as much as that of one that had passed."""
+    monkeypatch.setattr(batch, "_score_buckets", score_here)
+    world = world_with_requests(tmp_path, model={**MODEL, "encoding": encoding})
+    check = batch_score(world).manifest["online_check"]
+    told = capsys.readouterr().err.splitlines()[-1]
+    if encoding == "appendable":
+        assert check["requests"] > 0
+        assert "nothing" not in told
+        return
+    assert (check["requests"], check["max_abs_diff"]) == (0, None)
+    assert check["nothing_because"].startswith("this model keeps no user states")
+    assert told.endswith(f"; nothing compared with the serving path: {check['nothing_because']}")
+
+
 def test_a_finished_run_says_that_it_was_checked_less_than_is_asked_and_on_what_it_ran(
     world: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

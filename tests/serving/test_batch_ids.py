@@ -4,6 +4,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -97,6 +98,30 @@ def test_users_named_in_very_many_files_are_few_parts_which_every_bucket_opens(
     assert sorted(user for some in users for user in some) == sorted(named)
 
 
+def test_long_ids_of_users_are_more_parts_and_not_larger_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(id_lists, "_PIECE_IDS", 10)
+    monkeypatch.setattr(id_lists, "_PART_BYTES", 20_000)
+    ids = IdList(ids_file(tmp_path, user_id=[f"{n:01000d}" for n in range(100)]), "user_id", pa.string(), "a.users")
+    spread_to = tmp_path / "spread"
+    assert spread(ids, ids.digest(), 3, str(spread_to)).sum() == 100
+    assert len(list(spread_to.iterdir())) == 5
+
+
+def test_more_ids_than_one_list_can_hold_are_one_line(
+    world: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunked, candidates = MagicMock(), ids_file(tmp_path, item_id=["item1"])
+    chunked.return_value.unique = MagicMock(side_effect=pa.ArrowCapacityError("more than 2147483646 bytes"))
+    with monkeypatch.context() as patched:
+        patched.setattr(pa, "chunked_array", chunked)
+        with pytest.raises(UserError, match=r"batch_score\.candidates=\S+: more than 2 GiB of item_id: name fewer"):
+            batch_score(asking(world, candidates=candidates))
+    monkeypatch.setattr(id_lists, "_MOST_BYTES", 50)
+    users = IdList(ids_file(tmp_path, user_id=["x" * 20] * 3), "user_id", pa.string(), "batch_score.users")
+    with pytest.raises(UserError, match="more than 2 GiB of user_id in one bucket of users"):
+        spread(users, users.digest(), 3, str(tmp_path / "spread"))
+
+
 def test_ids_that_cannot_be_read_are_one_line(world: Settings, tmp_path: Path) -> None:
     good, other = ids_file(tmp_path, item_id=["item1"]), tmp_path / "other"
     other.mkdir()
@@ -124,6 +149,18 @@ def test_ids_that_cannot_be_read_are_one_line(world: Settings, tmp_path: Path) -
     (tmp_path / "user_id.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(UserError, match="not a readable Parquet file"):
         batch_score(asking(world, users=str(tmp_path / "user_id.parquet"), candidates=good))
+
+
+def test_ids_that_the_import_would_quarantine_are_not_scored_as_those_of_strangers(tmp_path: Path) -> None:
+    unfit = {
+        "2 rows with a negative some_id": pa.array([-1, 7, 3, -(2**63)]),
+        "1 rows with a negative some_id": pa.array([-1, 7], pa.int8()).dictionary_encode(),
+        "1 rows with an empty some_id": pa.array(["a", ""], pa.large_string()),
+    }
+    for said, ids in unfit.items():
+        type_ = pa.string() if "empty" in said else pa.int64()
+        with pytest.raises(UserError, match=rf"some_id\.parquet: {said}: the import takes none such: leave them out$"):
+            IdList(ids_file(tmp_path, some_id=ids), "some_id", type_, "batch_score.users").digest()
 
 
 def test_ids_of_any_integer_or_string_type_are_taken(tmp_path: Path) -> None:

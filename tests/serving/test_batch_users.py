@@ -7,8 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from jobs import build_sequences
 from longer.batch_settings import ExportSettings
 from longer.config import Settings
+from longer.data.items import read_items
 from longer.data.parquet import read_columns
 from longer.data.records import Record
 from longer.data.tables import SequenceTable
@@ -19,7 +21,9 @@ from longer.serving.batch import batch_score, export_vectors
 from longer.serving.batch_output import Run
 from longer.serving.batch_plan import Plan, plan_scores, plan_vectors
 from longer.serving.batch_scorer import BucketScorer
+from longer.storage import Table
 from longer.training.checkpoints import load_model
+from tests.data.test_increments import add_events
 from tests.serving.batch_runs import (
     asking,
     expected_scores,
@@ -31,7 +35,16 @@ from tests.serving.batch_runs import (
     world_with_requests,
     written_here,
 )
-from tests.serving.tables import DAY_MS, NUM_BUCKETS, NUM_ITEMS, NUM_USERS, START_MS, build_world, checkpoint_path
+from tests.serving.tables import (
+    DAY_MS,
+    NUM_BUCKETS,
+    NUM_ITEMS,
+    NUM_USERS,
+    START_MS,
+    build_world,
+    checkpoint_path,
+    random_events,
+)
 
 MIDDAY = "2023-12-11T12:00:00Z"
 
@@ -83,6 +96,35 @@ def test_the_best_of_the_catalogue_for_all_users_after_their_last_event(world: S
             expected[user][[items.index(i) for i in row["item_id"]]], row["score_label"], atol=1e-5
         )
     assert version.manifest["num_rows"] == NUM_USERS * NUM_ITEMS
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_the_catalogue_is_there_where_a_schema_has_ids_only_and_is_built_by_the_job_that_builds_the_sequences(
+    tmp_path: Path,
+) -> None:
+    world = build_world(tmp_path, event_schema={"user_id": "int64", "item_id": "string"})
+    items = Table(world.path("tables", "items"))
+    items.clear()
+    for candidates in (None, ids_file(tmp_path, item_id=["item1"])):  # a table from before, which had none
+        asked = asking(world, candidates=candidates, catalogue=candidates is None, top_k=3)
+        if candidates:
+            assert plan_scores(asked).inputs.keys() == {"checkpoint", "sequences", "candidates"}
+        else:
+            with pytest.raises(UserError, match=r"items: version .* run `python -m jobs\.build_sequences`"):
+                plan_scores(asked)
+    add_events(world, random_events(world.event_schema, seed=0), None)
+    sequences = build_sequences.run(world)
+    published = read_items(world.path("tables", "items"), sequences.id, world.event_schema)
+    assert published.column_names == ["item_id", "event_ts"]
+    assert sorted(published["item_id"].to_pylist()) == sorted(f"item{i}" for i in range(NUM_ITEMS))
+    rows = rows_of(batch_score(asking(world, catalogue=True, top_k=NUM_ITEMS)))
+    assert [sorted(ids) for ids in rows["item_id"].to_pylist()] == [
+        sorted(published["item_id"].to_pylist())
+    ] * NUM_USERS
+    everyone, moment = list(range(1, NUM_USERS + 1)), rows["request_ts"].cast(pa.int64())[0].as_py()
+    expected = expected_scores(world, everyone, [f"item{i}" for i in range(NUM_ITEMS)], moment)
+    np.testing.assert_allclose(rows["score_label"].to_pylist(), -np.sort(-expected), atol=1e-5)
 
 
 @pytest.mark.ray
@@ -187,7 +229,10 @@ def test_a_part_of_a_millisecond_loses_no_event_before_it(world: Settings, asked
     assert plans[0].request_ts == moment.timestamp() * 1000
 
 
-def test_a_moment_that_the_table_no_longer_covers_is_refused(world: Settings, tmp_path: Path) -> None:
+def test_a_moment_that_the_table_no_longer_covers_is_refused_and_the_count_is_not_told_as_that_of_all_users(
+    world: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk's users are counted; the others are not read any more."""
     past = asking(world, catalogue=True, top_k=1, request_ts="2023-11-20T00:00:00Z")
     scorer = BucketScorer(plan_scores(past), Run(str(tmp_path)))
 
@@ -195,5 +240,9 @@ def test_a_moment_that_the_table_no_longer_covers_is_refused(world: Settings, tm
         for bucket in range(NUM_BUCKETS):
             scorer.write_bucket(bucket)
 
-    with pytest.raises(UserError, match=r"the history windows of \d+ users at this request_ts start before"):
+    said = r"the history windows of at least \d+ users at this request_ts start before"
+    with pytest.raises(UserError, match=said):
+        score_all_buckets()
+    monkeypatch.setattr(batch_input, "_CHUNK_REQUESTS", 1)
+    with pytest.raises(UserError, match=said.replace(r"\d+", "1")):
         score_all_buckets()

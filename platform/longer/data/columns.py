@@ -1,6 +1,7 @@
 """Arrow list columns to flat NumPy arrays and back: the one place that knows how stored values become keys and floats."""
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,8 @@ from longer.arrays import NO_EVENT_TS, Candidates, Float32, Histories, Int64
 from longer.data.batches import Requests
 from longer.hashing import stable_keys
 from longer.schema import EventSchema
+
+Rows = TypeVar("Rows", pa.RecordBatch, pa.Array)
 
 
 def single_array(column: pa.ChunkedArray) -> pa.Array:
@@ -115,6 +118,34 @@ def cut_lists(lists: pa.ChunkedArray | pa.Array, most_rows: int, most_values: in
         end = max(begin + 1, min(end, begin + most_rows))
         yield begin, end
         begin = end
+
+
+def plain_bytes(rows: pa.RecordBatch | pa.Array) -> int:
+    """What the rows take; of lists of dictionaries, which slices share, nothing is counted."""
+    if isinstance(rows, pa.Array):
+        return rows.nbytes
+    return sum(column.nbytes for column in rows.columns if not _is_encoded(column.type))
+
+
+def _is_encoded(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) and pa.types.is_dictionary(kind.value_type)
+
+
+def slices(rows: Rows, most_bytes: int) -> Iterator[Rows]:
+    """The rows in slices of at most so many `plain_bytes`, or one row."""
+    if len(rows) < 2 or plain_bytes(rows) <= most_bytes:
+        yield rows
+        return
+    half = len(rows) // 2
+    yield from slices(rows.slice(0, half), most_bytes)
+    yield from slices(rows.slice(half), most_bytes)
+
+
+def sizes_of(ids: pa.Array) -> Int64:
+    """Bytes of each id."""
+    if pa.types.is_integer(ids.type):
+        return np.full(len(ids), ids.type.bit_width // 8)
+    return pc.binary_length(ids).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def list_columns(offsets: Int64, values: pa.Table) -> dict[str, pa.Array]:

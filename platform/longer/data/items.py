@@ -1,6 +1,6 @@
-"""The item catalogue: each item's features, so that a request may name candidates by id only. No torch; local or S3.
+"""The item catalogue: all items, and their features, so that a request may name candidates by id only. No torch; local or S3.
 
-A version is one Parquet file, ascending by item: `item_id`, the item features as first seen in the log that a version of the
+A version is one Parquet file, ascending by item: `item_id`, its features as first seen in the log that a version of the
 sequence table was built from, and when that was. The request table gives its candidates the same.
 """
 

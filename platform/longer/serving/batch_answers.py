@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from longer.arrays import Float32, Int64
+from longer.data.columns import sizes_of
 from longer.data.scores import score_column, score_rows
 from longer.model.inputs import tensors_of
 from longer.model.outputs import to_scores
@@ -61,6 +62,16 @@ class Answers:
         if self.items is None:
             return self.budget.model.settings.width
         return min(self.plan.top_k or len(self.items.item_id_I), len(self.items.item_id_I))
+
+    @property
+    def bytes_a_user(self) -> int:
+        """What one user's row takes at most: the vector, or ids, the longest of them, and their scores."""
+        num_values = self.values_a_user
+        if self.items is None:
+            return 4 * num_values
+        size_I = sizes_of(self.items.item_id_I)
+        longest = np.partition(size_I, len(size_I) - num_values)[len(size_I) - num_values :]
+        return int(longest.sum()) + 4 * (1 + len(self.budget.model.tasks)) * num_values
 
     def num_scores(self, chunk: Chunk) -> int:
         """How many items the model scores for the chunk, kept or not."""

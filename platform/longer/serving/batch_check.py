@@ -4,7 +4,7 @@ Of users' vectors, the serving path's own states: the user's token once more fro
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -51,15 +51,26 @@ Seed = tuple[int, ...]
 
 @dataclass(frozen=True)
 class _Scored:
-    """A request to compare, with what the run says of its candidates, by task; or what they may have at most, if `is_left_out`."""
+    """A request to compare, with what the run says of its candidates, by task; or what they may have at most, if left out."""
 
     check: "OnlineCheck"
     request: ScoreRequest
     offline: dict[str, Float32]
     scales: dict[str, float]
-    is_left_out: bool = False
+    left_out_C: Int64 | None = None
+    """Numbers of the plan's items that the request is about, whose ids are laid out when it is asked."""
     piece: int = 0
     """Pieces of one number, of different users, are asked together."""
+
+    @property
+    def num_candidates(self) -> int:
+        return len(self.request.item_ids if self.left_out_C is None else self.left_out_C)
+
+    def asked(self) -> ScoreRequest:
+        if self.left_out_C is None:
+            return self.request
+        assert self.check.items
+        return replace(self.request, item_ids=self.check.items.item_id_I.take(pa.array(self.left_out_C)))
 
 
 @dataclass
@@ -83,7 +94,7 @@ class OnlineCheck:
     @property
     def num_candidates(self) -> int:
         """Of what is noted so far."""
-        return sum(len(scored.request.item_ids) for scored in self._scored)
+        return sum(scored.num_candidates for scored in self._scored)
 
     def see(self, chunk: Chunk, rows: pa.Table) -> None:
         """Notes those of the chunk's rows that are chosen."""
@@ -103,14 +114,14 @@ class OnlineCheck:
         tasks = [name.removeprefix(_SCORE) for name in rows.column_names if name.startswith(_SCORE)]
         scales = {task: self._scale(_flat(rows[score_column(task)]), task) for task in tasks}
         for r in here.tolist():
-            ids = rows["item_id"][r].as_py()
-            if not ids:
+            ids = single_array(rows["item_id"].slice(r, 1)).flatten()
+            if not len(ids):
                 continue
             some = chosen_numbers(len(ids), _MOST_CANDIDATES, (*self.seed, chunk.first + r))
             features = ({}, {}) if chunk.rows is None else self._features(chunk.rows.slice(r, 1), some)
             offline = {task: np.array(rows[score_column(task)][r].as_py(), np.float32) for task in tasks}
             of_some = {task: scores[some] for task, scores in offline.items()}
-            self._scored.append(_Scored(self, _request(chunk, r, [ids[i] for i in some], *features), of_some, scales))
+            self._scored.append(_Scored(self, _request(chunk, r, ids.take(pa.array(some)), *features), of_some, scales))
             if self.plan.top_k and self.items:
                 self._note_left_out(chunk, r, rows, offline[tasks[0]][-1], {tasks[0]: scales[tasks[0]]})
 
@@ -120,13 +131,13 @@ class OnlineCheck:
         all_ids, [task] = self.items.item_id_I, scales
         drawn = np.random.default_rng((*self.seed, chunk.first + r))
         chosen = drawn.choice(len(all_ids), min(len(all_ids), self.num_left_out), replace=False, shuffle=False)
-        ids = all_ids.take(pa.array(chosen))
-        others = ids.filter(pc.invert(pc.is_in(ids, single_array(rows["item_id"].slice(r, 1)).flatten())))
+        is_best_I = pc.is_in(all_ids, single_array(rows["item_id"].slice(r, 1)).flatten())
+        others = chosen[~is_best_I.to_numpy(zero_copy_only=False)[chosen]]
         size = max(1, self.most_candidates // len(self.numbers))
         for piece, begin in enumerate(range(0, len(others), size)):
-            some = others.slice(begin, size)
+            some = others[begin : begin + size]
             at_most = {task: np.full(len(some), last)}
-            self._scored.append(_Scored(self, _request(chunk, r, some), at_most, scales, is_left_out=True, piece=piece))
+            self._scored.append(_Scored(self, _request(chunk, r, []), at_most, scales, some, piece))
 
     def _features(self, request: pa.Table, some: Int64) -> tuple[dict[str, list[Any]], dict[str, Any]]:
         """Of some of its items, and its own."""
@@ -177,11 +188,11 @@ def _batches(checks: Sequence[OnlineCheck]) -> Iterator[list[_Scored]]:
     together: list[_Scored] = []
     num_candidates = 0
     all_scored = [scored for check in checks for scored in check._scored]
-    for scored in sorted(all_scored, key=lambda scored: (scored.is_left_out, scored.piece)):
-        num_candidates += len(scored.request.item_ids)
+    for scored in sorted(all_scored, key=lambda scored: (scored.left_out_C is not None, scored.piece)):
+        num_candidates += scored.num_candidates
         if together and num_candidates > scored.check.most_candidates:
             yield together
-            together, num_candidates = [], len(scored.request.item_ids)
+            together, num_candidates = [], scored.num_candidates
         together.append(scored)
     if together:
         yield together
@@ -190,16 +201,16 @@ def _batches(checks: Sequence[OnlineCheck]) -> Iterator[list[_Scored]]:
 def _compare_scores(together: list[_Scored]) -> None:
     scorer = together[0].check.scorer
     assert scorer
-    for scored, result in zip(together, scorer.score([scored.request for scored in together]), strict=True):
+    for scored, result in zip(together, scorer.score([scored.asked() for scored in together]), strict=True):
         if isinstance(result, UserError):
             raise result
         check = scored.check
         for task, offline in scored.offline.items():
             online = result.scores[task]
-            if scored.is_left_out:
+            if scored.left_out_C is not None:
                 online = np.maximum(online, offline)
             check._note(online, offline, check._kind(task), f"scores of {task}", scored.scales[task])
-        check.num_compared += not scored.is_left_out
+        check.num_compared += scored.left_out_C is None
 
 
 def _compare_vectors(together: list[tuple[OnlineCheck, Pending, Float32]]) -> None:

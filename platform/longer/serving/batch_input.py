@@ -15,7 +15,15 @@ import pyarrow.parquet as pq
 
 from longer.arrays import Histories, Int64
 from longer.data.batches import Requests, rows_of_requests
-from longer.data.columns import changes, cut_lists, missing_features, requests_of, single_array
+from longer.data.columns import (
+    changes,
+    cut_lists,
+    missing_features,
+    plain_bytes,
+    requests_of,
+    single_array,
+    slices,
+)
 from longer.data.id_lists import read_spool, read_spread
 from longer.data.items import ItemTable, read_items
 from longer.data.layout import bucket_files
@@ -33,6 +41,9 @@ _CHUNK_EVENTS = 1 << 20
 """Enough users side by side to fill a GPU with one's next request at a time."""
 _CHUNK_VALUES = 1 << 20
 """Candidates read, or scores kept, of a chunk; one request may have more."""
+_CHUNK_BYTES = 64 << 20
+"""The same of what is laid out for them: ids may be long."""
+_READS_A_CHUNK = 16
 
 
 @dataclass(frozen=True)
@@ -56,27 +67,25 @@ class Items:
     @staticmethod
     def of(plan: Plan, run: Run) -> "Items":
         """The plan's candidates as the run has spooled them, or all of its catalogue."""
-        ids = read_spool(run.candidates, plan.candidates.column) if plan.candidates else None
-        if plan.items_path is None:
-            assert ids is not None
-            return Items(ids, {"item_id": stable_keys(ids), **missing_features(plan.schema, "request", len(ids))})
-        if ids is None:
-            ids = single_array(read_items(plan.items_path, plan.sequences.id, plan.schema)["item_id"])
-        keys = stable_keys(ids)
-        catalogue = ItemTable(plan.items_path, plan.schema, plan.inputs["items"])
-        unasked = missing_features(plan.schema, "request", len(ids))
-        return Items(ids, {"item_id": keys, **catalogue.lookup(keys), **unasked})
+        if plan.candidates:
+            ids = read_spool(run.candidates, plan.candidates.column)
+        else:
+            ids = single_array(read_items(plan.catalogue_path, plan.sequences.id, plan.schema)["item_id"])
+        keys = np.concatenate([stable_keys(some) for some in slices(ids, _CHUNK_BYTES)])
+        known = ItemTable(plan.items_path, plan.schema, plan.inputs["items"]).lookup(keys) if plan.items_path else {}
+        return Items(ids, {"item_id": keys, **known, **missing_features(plan.schema, "request", len(ids))})
 
 
 @dataclass(frozen=True)
 class Reader:
-    """The questions of a plan, bucket by bucket. `outputs_a_request`: what a user's answer holds, which bounds a chunk."""
+    """The questions of a plan, bucket by bucket. A chunk is bounded by what a user's answer holds: numbers, and bytes at most."""
 
     plan: Plan
     sequences: SequenceTable
     run: Run
     windows: WindowRule
     outputs_a_request: int
+    bytes_a_request: int
 
     def bucket(self, bucket: int) -> tuple[int, Iterator[Chunk]]:
         """How many questions a bucket has, and all of them, users ascending, a user's of a split in their table's order."""
@@ -110,17 +119,23 @@ class Reader:
 
     def _user_chunks(self, users: pa.Array, counts: pa.Table) -> Iterator[Chunk]:
         assert self.plan.request_ts is not None
-        at_once = min(_CHUNK_REQUESTS, max(1, _CHUNK_VALUES // self.outputs_a_request))
-        for begin, end in _runs(users, counts, at_once):
-            some = users[begin:end]
-            histories = self.sequences.get(some)
-            ts_R = np.full(len(some), self.plan.request_ts, np.int64)
-            questions = Questions(histories, np.arange(len(some)), _ends_before(histories, self.plan.request_ts), ts_R)
-            self._check(questions)
-            yield Chunk(begin, questions, some)
+        most = min(_CHUNK_VALUES // self.outputs_a_request, _CHUNK_BYTES // self.bytes_a_request)
+        for begin, end in _runs(users, counts, min(_CHUNK_REQUESTS, max(1, most))):
+            first = begin
+            for some in slices(users[begin:end], _CHUNK_BYTES):
+                histories = self.sequences.get(some)
+                ts_R = np.full(len(some), self.plan.request_ts, np.int64)
+                end_R = _ends_before(histories, self.plan.request_ts)
+                questions = Questions(histories, np.arange(len(some)), end_R, ts_R)
+                self._check(questions)
+                yield Chunk(first, questions, some)
+                first += len(some)
 
     def _check(self, questions: Questions) -> None:
-        """A UserError if a history window is not all in the sequence table, or a history is not the events before its request."""
+        """A UserError if a history window is not all in the sequence table, or a history is not the events before its request.
+
+        It counts those of this chunk: there may be more in others, whose histories are not read yet.
+        """
         histories, row_R, end_R = questions.histories, questions.row_R, questions.history_end_R
         start_R = self.windows.history_start(end_R) * self.windows.merge_size
         path, model = (
@@ -129,7 +144,7 @@ class Reader:
         )
         if num_cut := int((start_R < histories.first_index_B[row_R]).sum()):
             raise UserError(
-                f"{model}: the history windows of {num_cut} {self.plan.asked} start before the events that {path} keeps: "
+                f"{model}: the history windows of at least {num_cut} {self.plan.asked} start before the events that {path} keeps: "
                 "build sequences and requests again with these settings, ask for a later time, or lower history_events"
             )
         if requests := self.plan.requests:
@@ -137,11 +152,11 @@ class Reader:
             verify = f"run `python -m jobs.verify {named}`, which names them"
             if num_beyond := int((end_R > histories.end_index_B[row_R]).sum()):
                 raise UserError(
-                    f"{num_beyond} {self.plan.asked} have more history than {path} holds of their users: {verify}"
+                    f"at least {num_beyond} {self.plan.asked} have more history than {path} holds of their users: {verify}"
                 )
             if num_untimely := _num_untimely(questions):
                 raise UserError(
-                    f"{num_untimely} {self.plan.asked} have a history with events at or after their time, or without some "
+                    f"at least {num_untimely} {self.plan.asked} have a history with events at or after their time, or without some "
                     f"before it: {verify}"
                 )
 
@@ -199,34 +214,39 @@ def _by_user(parts: list[Iterator[pa.Table]]) -> Iterator[pa.Table]:
 
 
 def _tables(file: pq.ParquetFile, names: list[str], num_parts: int = 1) -> Iterator[pa.Table]:
-    """The file's rows in tables of at most `_CHUNK_REQUESTS` and `_CHUNK_VALUES` candidates, or one request.
+    """The file's rows in tables of at most `_CHUNK_REQUESTS`, `_CHUNK_VALUES` candidates and `_CHUNK_BYTES`, or one request.
 
     Of so many parts of what is held at once this is one. Each row group's lists of strings have a dictionary of their own.
     """
-    held, num_values = list[pa.RecordBatch](), 0
+    held, num_values, num_bytes = list[pa.RecordBatch](), 0, 0
     most_requests, most_values = max(1, _CHUNK_REQUESTS // num_parts), max(1, _CHUNK_VALUES // num_parts)
+    most_bytes = _CHUNK_BYTES // num_parts
     for group in range(file.num_row_groups):
         for batch in file.iter_batches(_rows_at_once(file.metadata), row_groups=[group], columns=names):
             for begin, end in cut_lists(batch["item_id"], most_requests, most_values):
-                part = batch.slice(begin, end - begin)
-                num_more = len(part["item_id"].flatten())
-                is_full = num_values + num_more > most_values or sum(map(len, held)) + len(part) > most_requests
-                if held and is_full:
-                    yield pa.Table.from_batches(held)
-                    held, num_values = [], 0
-                held.append(part)
-                num_values += num_more
+                for part in slices(batch.slice(begin, end - begin), most_bytes):
+                    values_more, bytes_more = len(part["item_id"].flatten()), plain_bytes(part)
+                    is_full = num_values + values_more > most_values or num_bytes + bytes_more > most_bytes
+                    if held and (is_full or sum(map(len, held)) + len(part) > most_requests):
+                        yield pa.Table.from_batches(held)
+                        held, num_values, num_bytes = [], 0, 0
+                    held.append(part)
+                    num_values += values_more
+                    num_bytes += bytes_more
     if held:
         yield pa.Table.from_batches(held)
 
 
 def _rows_at_once(metadata: pq.FileMetaData) -> int:
-    """Requests that have about `_CHUNK_VALUES` candidates, by the averages of row groups, of which none has many more."""
+    """Requests that have about a part of `_CHUNK_VALUES` candidates, by the averages of row groups, of which none has many more.
+
+    A part, because how long their ids are is only seen once they are read.
+    """
     columns = [metadata.schema.column(c).path.split(".")[0] for c in range(metadata.num_columns)]
     item_column = columns.index("item_id")
     groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
     most = max((g.column(item_column).num_values / max(1, g.num_rows) for g in groups), default=1.0)
-    return int(min(_CHUNK_REQUESTS, max(1, _CHUNK_VALUES // max(1.0, most))))
+    return int(min(_CHUNK_REQUESTS, max(1, _CHUNK_VALUES // _READS_A_CHUNK // max(1.0, most))))
 
 
 def _num_untimely(questions: Questions) -> int:

@@ -104,9 +104,13 @@ class Plan:
         return f"{SCRATCH}/of-{self.checkpoint.id}-{self.sequences.id}"
 
     @property
+    def catalogue_path(self) -> str:
+        return f"{self.root}/tables/items"
+
+    @property
     def items_path(self) -> str | None:
-        """The item catalogue; none is built for a schema without item features."""
-        return f"{self.root}/tables/items" if self.schema.features_of("item") else None
+        """The item catalogue, if it says more of items than their ids."""
+        return self.catalogue_path if self.schema.features_of("item") else None
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -202,12 +206,7 @@ def _plan_users(settings: Settings, asked: UserSettings, kind: Kind) -> Plan:
         if asked.candidates:
             candidates = IdList(asked.candidates, "item_id", item_type, "batch_score.candidates")
             inputs |= {"candidates": candidates.digest()}
-        elif not schema.features_of("item"):
-            raise UserError(
-                "batch_score.catalogue: no catalogue is built for an event_schema without item features: "
-                "name the items with batch_score.candidates"
-            )
-        if schema.features_of("item"):
+        if asked.catalogue or schema.features_of("item"):
             inputs |= {"items": items_version(sequences.id, schema)}
             open_version(settings.path("tables", "items"), schema, inputs["items"], "jobs.build_sequences")
     return Plan(

@@ -98,6 +98,7 @@ class BucketScorer:
             run=run,
             windows=model.windows,
             outputs_a_request=self._answers.values_a_user,
+            bytes_a_request=self._answers.bytes_a_user,
         )
         with stage("warm up"):
             warm_up(self._answers, self._scorer, self._run)
@@ -143,6 +144,7 @@ class BucketScorer:
             "file": asdict(written) if written else None,
             "device": self._plan.device,
             "check_requests": self._plan.check_requests,
+            "has_states": self._scorer is not None,
             **self._charge(started),
         }
         return Written(record, check, started[0])

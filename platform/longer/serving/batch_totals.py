@@ -38,8 +38,16 @@ def totals_of(records: Sequence[Record]) -> dict[str, Any]:
             "requests": compared,
             "check_requests": min((record["check_requests"] for record in records), default=0),
             "max_abs_diff": max((record["max_abs_diff"] for record in records), default=0.0) if compared else None,
+            **({} if compared else {"nothing_because": _why_nothing(records)}),
         },
     }
+
+
+def _why_nothing(records: Sequence[Record]) -> str:
+    """Was compared."""
+    if all(record.get("has_states", True) for record in records):
+        return "no request that was drawn has candidates"
+    return "this model keeps no user states, and so there is no serving path"
 
 
 def rates_of(fresh: Sequence[Record], seconds: float) -> dict[str, Any]:
@@ -108,6 +116,8 @@ def in_words(manifest: dict[str, Any]) -> str:
         told += cost_in_words(manifest)
     if check["requests"]:
         told += f"; {check['requests']} requests scored by the serving path too, largest difference {check['max_abs_diff']:.1e}"
+    else:
+        told += f"; nothing compared with the serving path: {check['nothing_because']}"
     return told
 
 
