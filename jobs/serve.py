@@ -3,7 +3,9 @@
 import socket
 from contextlib import suppress
 from ipaddress import ip_address
+from pathlib import Path
 
+import ray
 from ray import serve
 
 from longer.config import Settings
@@ -53,6 +55,14 @@ def scoring_args(settings: Settings, inputs: Inputs) -> ScoringArgs:
     )
 
 
+def where_to_look() -> str:
+    """Where this node's Ray gives metrics and keeps the access log: `session_latest` moves on with every Ray of the machine."""
+    here = ray.get_runtime_context().get_node_id()
+    node = next(node for node in ray.nodes() if node["NodeID"] == here)
+    logs = Path(node["RayletSocketName"]).parents[1] / "logs" / "serve"
+    return f"metrics at http://127.0.0.1:{node['MetricsExportPort']}/metrics, access log in {logs}/access_*.jsonl"
+
+
 def run(settings: Settings) -> None:
     """Blocks until interrupted."""
     host, port = settings.serve.host, settings.serve.port
@@ -63,6 +73,7 @@ def run(settings: Settings) -> None:
     request_timeout_s = args.timeout_s + PROXY_MARGIN_S
     serve.start(http_options={"host": host, "port": port, "request_timeout_s": request_timeout_s})
     say("serve", f"POST http://{host}:{port}/v1/score; interrupt to stop")
+    say("serve", where_to_look())
     with suppress(KeyboardInterrupt):
         serve.run(build_app(args), name="scoring", route_prefix="/", blocking=True)
 

@@ -13,6 +13,7 @@ import pytest
 import ray
 from playwright.sync_api import Page, expect, sync_playwright
 
+from jobs.serve import where_to_look
 from serve_apps.account import Recent, service_status
 from tests.serve_apps.services import Front, running
 from tests.serving.tables import DAY_MS, START_MS, build_world
@@ -60,6 +61,17 @@ def test_one_replica_tells_the_state_of_all(url: str) -> None:
     assert 0 < status["recent"]["p50_ms"] <= status["recent"]["p99_ms"]
     assert status["lost_affinity"]["no_session"] == 1
     assert status["ids"] == {"user_id": "int64", "item_id": "string"}
+
+
+@pytest.mark.ray
+def test_the_start_tells_where_metrics_and_access_log_are_whatever_ray_was_started_last(url: str) -> None:
+    told = re.fullmatch(r"metrics at (\S+), access log in (\S+)", where_to_look())
+    assert told
+    assert "ray_node_" in httpx.get(told[1], timeout=30).text
+    log = Path(told[2])
+    replicas = httpx.get(f"{url}/v1/status", headers=BEARER, timeout=30).json()["replicas"]
+    assert {f"access_{one['replica']}.jsonl" for one in replicas} <= {file.name for file in log.parent.glob(log.name)}
+    assert "session_latest" not in log.parts
 
 
 @pytest.mark.ray
