@@ -45,7 +45,7 @@ GENERIC_MISTAKES = {
     '{"sku": "item"}': ("import_events.columns.sku", "event_schema has no such column"),
     '{"user_id": "id", "item_id": "id"}': ("the file's column 'id' would be both 'user_id' and 'item_id'",),
     '{"item_id": "user_id"}': ("the file's column 'user_id' would be both",),
-    '{"item_id": null}': ("columns.item_id is null", "only 'action'"),
+    '{"item_id": null}': ("import_events.columns.item_id is null", "only a feature can be", "name the file's column"),
 }
 
 

@@ -137,10 +137,12 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        self.import_events.check_columns(self.event_schema.events_arrow().names)
+        schema = self.event_schema
+        self.import_events.check_columns(schema.events_arrow().names, _features(schema, "item", "event"))
         if self.import_impressions.source:
-            shown = self.event_schema.of_impressions(self.import_impressions.group_id)
-            self.import_impressions.as_import().check_columns(shown.events_arrow().names)
+            shown = schema.of_impressions(self.import_impressions.group_id)
+            asked = self.import_impressions.as_import()
+            asked.check_columns(shown.events_arrow().names, _features(schema, "item", "request"))
         names = [task.name for task in self.train.tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"train.tasks={names} names a task twice: name each once")
@@ -203,6 +205,10 @@ def load_settings(config: str | None = None, overrides: dict[str, Any] | None = 
         return Settings(**_merged(read_yaml(config) if config else {}, overrides or {}))
     except ValidationError as error:
         raise UserError(_explain(error, config)) from None
+
+
+def _features(schema: EventSchema, *kinds: str) -> list[str]:
+    return [feature.name for feature in schema.features if feature.of in kinds]
 
 
 def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
