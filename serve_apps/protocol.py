@@ -284,7 +284,11 @@ def _body_error(error: ValidationError, model: type[BaseModel]) -> BodyError:
     if field not in model.model_fields:
         known = ", ".join(model.model_fields)
         return BodyError(422, f"body: expected an object with no other fields than {known}")
-    reason = "missing" if mistake["type"] == "missing" and len(mistake["loc"]) == 1 else _EXPECTED[str(field)]
+    reason = _EXPECTED[str(field)]
+    if len(mistake["loc"]) == 1:
+        reason = {"missing": "missing", "too_short": "the list is empty: send at least one"}.get(
+            mistake["type"], reason
+        )
     return BodyError(422, f"{field}: {reason}")
 
 

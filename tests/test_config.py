@@ -1,5 +1,6 @@
 """Settings: every mistake is one line that names the field and the remedy."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ GENERIC_MISTAKES = {
     '{"sku": "item"}': ("import_events.columns.sku", "event_schema has no such column"),
     '{"user_id": "id", "item_id": "id"}': ("the file's column 'id' would be both 'user_id' and 'item_id'",),
     '{"item_id": "user_id"}': ("the file's column 'user_id' would be both",),
-    '{"item_id": null}': ("columns.item_id is null", "only 'action'"),
+    '{"item_id": null}': ("import_events.columns.item_id is null", "only a feature can be", "name the file's column"),
 }
 
 
@@ -66,6 +67,34 @@ def test_a_mapping_that_cannot_be_meant_is_one_line(columns: str) -> None:
     assert "\n" not in str(caught.value)
     for part in GENERIC_MISTAKES[columns]:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    {
+        "--catalogue": "FILE, --catalogue: batch_score: catalogue without top_k .*: set top_k \\(--top-k\\)",
+        "--top-k 5": "FILE, --top-k: batch_score: top_k is for .*, or drop it \\(--candidates, --catalogue\\)",
+        "--requests-table R --candidates C": (
+            "FILE, --requests-table, --candidates: batch_score: requests_table has .*, or candidates and catalogue"
+        ),
+        "--top-k 0": "--top-k: batch_score.top_k: Input .* \\(got '0'\\)",
+        "--train.learning_rate -1": "--train.learning_rate: Input should be greater than 0 .*",
+        "--sequences.keep_events 100": "FILE, --sequences.keep_events: sequences.keep_events=100 is less .*",
+        '--import_events.source log --import_events.dataset generic --import_events.columns {"item_id":null}': (
+            "FILE, --import_events.columns: import_events.columns.item_id is null: .*"
+        ),
+        "--train.epochs 2": "FILE: serve.port: Input should be .*",
+        "--batch_score.check_requests 2 --catalogue --top-k 2": "FILE: serve.port: Input should be .*",
+    }.items(),
+)
+def test_a_mistake_on_the_command_line_names_the_flag_and_one_in_the_file_does_not(
+    tmp_path: Path, arguments: str, line: str
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("serve: {port: 0}\n" if "serve.port" in line else "seed: 1\n")
+    with pytest.raises(UserError) as caught:
+        parse_settings("a job", ["--config", str(file), *arguments.split()], short=batch_score.SHORT)
+    assert re.fullmatch(line.replace("FILE", re.escape(str(file))), str(caught.value)), caught.value
 
 
 def test_a_key_that_a_file_sets_twice_is_named_with_its_line(tmp_path: Path) -> None:

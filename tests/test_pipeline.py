@@ -79,7 +79,7 @@ def test_two_runs_make_one_report_whose_scores_agree(tmp_path: Path) -> None:
     source, root = tmp_path / "log", tmp_path / "run"
     source.mkdir()
     write_purchases(source)
-    pipeline(source, root)
+    said = pipeline(source, root)
     report = json.loads((root / "report.json").read_text())
     assert set(report["test"]) >= {"auc", "gauc", "logloss", "ne"}
     assert set(report["baselines"]) == {"popularity", "count_last_20", "count_last_100", "count_last_1000", "count_all"}
@@ -91,6 +91,9 @@ def test_two_runs_make_one_report_whose_scores_agree(tmp_path: Path) -> None:
     assert report["batch"]["rows"] > 0
     assert report["batch"]["rows_per_s"] > 0
     assert min(report["stages"].values()) > 0
+    told = dict(re.findall(r"(\w+): version (\w+)", said))
+    assert {"evaluate", "batch_score"} <= told.keys()
+    assert {name: report["versions"][name] for name in told} == told, "the report names versions that no one has seen"
     page = (root / "report.html").read_text()
     assert page.count("<svg") == 3
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#)|url\((?!#)|@import|<script""", page), "the page loads something"

@@ -77,7 +77,7 @@ def test_ctrl_c_and_an_orderly_stop_end_a_job_in_one_line_with_the_exit_code_tha
 def test_a_submitted_job_has_no_relative_root(root: str) -> None:
     done = run_python("-m", "jobs.import_events", *(["--root", root] if root else []), RAY_JOB_CONFIG_JSON_ENV_VAR="{}")
     assert done.returncode == 2
-    assert done.stderr.startswith("root: a submitted job runs in a folder of Ray's")
+    assert done.stderr.startswith(f"{'--' if root else ''}root: a submitted job runs in a folder of Ray's")
     assert f"(got '{root or 'runs/default'}')" in done.stderr
     assert done.stderr.count("\n") == 1
 

@@ -52,4 +52,5 @@ def parse_settings(
     args = parser.parse_args(list(argv) if argv is not None else None)
     given = {name: getattr(args, name.replace("-", "_")) for name, *_ in flags}
     overrides = source(parsed_args=args)()
-    return load_settings(args.config, {k: v for k, v in overrides.items() if k in Settings.model_fields}), given
+    chosen = {name: value for name, value in overrides.items() if name in Settings.model_fields}
+    return load_settings(args.config, chosen, shortcuts), given

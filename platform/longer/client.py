@@ -9,7 +9,7 @@ Needs `requests`, which Ray brings along.
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import pyarrow as pa
 import requests
@@ -54,6 +54,8 @@ class ScoringClient:
         max_retries: int = 2,
         direct: bool = True,
     ) -> None:
+        if urlsplit(url).scheme not in ("http", "https"):
+            raise UserError(f"{url}: a URL begins with http:// or https://, as http://127.0.0.1:8321 does")
         self._url, self._timeout_s, self._max_retries = url.rstrip("/"), timeout_s, max_retries
         self._session = requests.Session()
         self._session.trust_env = False  # ~/.netrc would replace the token

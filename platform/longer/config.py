@@ -4,7 +4,7 @@ Precedence: command line, then the YAML file, then the defaults here. Each mista
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from longer.batch_settings import BatchSettings, ExportSettings
 from longer.encoder_settings import Sim
 from longer.errors import UserError, meant
+from longer.flags import Flags
 from longer.model_settings import ModelSettings
 from longer.schema import EventSchema
 from longer.section import Section
@@ -137,10 +138,12 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        self.import_events.check_columns(self.event_schema.events_arrow().names)
+        schema = self.event_schema
+        self.import_events.check_columns(schema.events_arrow().names, _features(schema, "item", "event"))
         if self.import_impressions.source:
-            shown = self.event_schema.of_impressions(self.import_impressions.group_id)
-            self.import_impressions.as_import().check_columns(shown.events_arrow().names)
+            shown = schema.of_impressions(self.import_impressions.group_id)
+            asked = self.import_impressions.as_import()
+            asked.check_columns(shown.events_arrow().names, _features(schema, "item", "request"))
         names = [task.name for task in self.train.tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"train.tasks={names} names a task twice: name each once")
@@ -197,12 +200,23 @@ class Settings(BaseSettings):
         return "/".join([self.root.rstrip("/"), *parts])
 
 
-def load_settings(config: str | None = None, overrides: dict[str, Any] | None = None) -> Settings:
-    """Settings from a YAML file and nested overrides. Raises UserError, one line a mistake, naming the field and the remedy."""
+def load_settings(
+    config: str | None = None, overrides: dict[str, Any] | None = None, short_flags: Mapping[str, str] | None = None
+) -> Settings:
+    """Settings from a YAML file and nested overrides. Raises UserError, one line a mistake, naming the field and the remedy.
+
+    With `short_flags`, of the settings that may be given without their section, the overrides are a command line's: mistakes name
+    its flags.
+    """
     try:
         return Settings(**_merged(read_yaml(config) if config else {}, overrides or {}))
     except ValidationError as error:
-        raise UserError(_explain(error, config)) from None
+        flags = None if short_flags is None else Flags(overrides or {}, short_flags, {*_names(Settings)})
+        raise UserError(_explain(error, config, flags)) from None
+
+
+def _features(schema: EventSchema, *kinds: str) -> list[str]:
+    return [feature.name for feature in schema.features if feature.of in kinds]
 
 
 def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -221,7 +235,7 @@ def _names(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _names(field.annotation, f"{prefix}{name}.")
 
 
-def _explain(error: ValidationError, config: str | None) -> str:
+def _explain(error: ValidationError, config: str | None, flags: Flags | None) -> str:
     """One line a mistake: where, what, and what is allowed."""
     lines = []
     for mistake in error.errors():
@@ -231,5 +245,12 @@ def _explain(error: ValidationError, config: str | None) -> str:
         else:
             message = mistake["msg"].removeprefix("Value error, ")
             message += f" (got {mistake['input']!r})" if not isinstance(mistake["input"], dict | BaseModel) else ""
-        lines.append(": ".join(part for part in (config, field, message) if part))
+        where = [config] if config else []
+        if flags:
+            given, alone = flags.where(field, message)
+            where = given if alone else where + given
+            if given and (missing := flags.missing(field, message)):
+                message += f" ({', '.join(missing)})"
+        told = field if f"--{field}" not in where else ""
+        lines.append(": ".join(part for part in (", ".join(where), told, message) if part))
     return "\n".join(lines)

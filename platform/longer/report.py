@@ -21,7 +21,7 @@ _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 def write_report(settings: Settings, versions: Mapping[str, Version]) -> dict[str, Any]:
     """The report of these stage results, written under `root` unless it is there already."""
     path = settings.path("report.json")
-    ids = {name: version.id for name, version in versions.items()}
+    ids = _ids(versions)
     if exists(path) and (earlier := json.loads(read_bytes(path)))["versions"] == ids:
         say("report", f"{path} is already written, nothing changed")
         return earlier
@@ -46,11 +46,18 @@ def summarize(versions: Mapping[str, Version]) -> dict[str, Any]:
         "batch": {name: batch[name] for name in ("rows", "rows_per_s", "max_abs_diff_vs_online")},
         "stages": {name: version.manifest["seconds"] for name, version in versions.items()},
         "model": {name: train[name] for name in ("model_version", "num_parameters", "step", "validation")},
-        "versions": {name: version.id for name, version in versions.items()},
+        "versions": _ids(versions),
         "made_with": {
             "python": python_platform.python_version(),
             **{package: installed(package) for package in ("ray", "torch", "pyarrow")},
         },
+    }
+
+
+def _ids(versions: Mapping[str, Version]) -> dict[str, str]:
+    """As the stages print them; of batch scores, whose stage gives their comparison with the served ones, the scores' own."""
+    return {name: version.id for name, version in versions.items()} | {
+        "batch_score": versions["batch_score"].manifest["inputs"]["batch_scores"]
     }
 
 

@@ -33,7 +33,7 @@ class ImportSettings(Section):
     columns: dict[str, str | None] = Field(
         {},
         description="generic: the file's column for each name of event_schema that differs there; "
-        "'action: null' for a log without actions.",
+        "'NAME: null' says that the log has no such feature, or no actions: it is missing in all rows.",
     )
     time_unit: TimeUnit | None = Field(
         None,
@@ -55,16 +55,23 @@ class ImportSettings(Section):
             )
         if self.source == "package" and self.dataset != "complete_journey":
             raise ValueError(f"source is not given: name the folder or URL that holds the files of {self.dataset}")
-        if unmapped := [name for name, column in self.columns.items() if column is None and name != "action"]:
-            raise ValueError(f"columns.{unmapped[0]} is null: name the file's column; only 'action' can be left out")
         return self
 
-    def check_columns(self, names: Sequence[str]) -> None:
-        """Raises ValueError if the mapping names a column that the schema lacks, or one column of the file twice."""
+    def check_columns(self, names: Sequence[str], features: Sequence[str]) -> None:
+        """Raises ValueError if the mapping names a column that the schema lacks, or one column of the file twice.
+
+        Of the schema's `names`, a log may lack the action and the `features`; without an id, a time or a label it says nothing.
+        """
         if unknown := sorted(set(self.columns) - set(names)):
             raise ValueError(
                 f"{self.section}.columns.{unknown[0]}: event_schema has no such column (it has {', '.join(names)}): "
                 "rename it or add the feature"
+            )
+        nulls = (name for name, column in self.columns.items() if column is None)
+        if needed := [name for name in nulls if name not in ("action", *features)]:
+            can_be = f"only features can be ({', '.join(features)})" if features else "only a feature can be"
+            raise ValueError(
+                f"{self.section}.columns.{needed[0]} is null: no row is of use without it, {can_be}: name the file's column"
             )
         taken: dict[str, str] = {}
         for name in names:
@@ -90,10 +97,11 @@ class ImpressionSettings(Section):
         min_length=1,
         description="Folder, s3:// prefix, file or glob of the log, Parquet or CSV; null: requests are made from events.",
     )
-    columns: dict[str, str] = Field(
+    columns: dict[str, str | None] = Field(
         {},
         description="The file's column for each name that differs there: user_id, item_id, event_ts (the time of the request), "
-        "group_id's, features of items and of requests, and event_schema.tasks, the labels.",
+        "group_id's, features of items and of requests, and event_schema.tasks, the labels; 'NAME: null' says that the log has no "
+        "such feature.",
     )
     group_id: str | None = Field(
         None,

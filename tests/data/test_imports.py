@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.csv as pacsv
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
@@ -230,7 +231,8 @@ def test_the_same_bytes_under_two_names_are_imported_once_and_reported(
 def test_a_column_that_disappears_names_the_file_and_one_that_appears_is_ignored(tmp_path: Path) -> None:
     write_day(tmp_path / "log", 0, colour=["red"] * 20)
     pq.write_table(pa.table(day(1)).drop_columns(["price"]), tmp_path / "log/day-1.parquet")
-    with pytest.raises(UserError, match=r"day-1.parquet: no column 'price' \(it has user_id,"):
+    remedy = r"map 'price' in the import's columns, to null \('price: null'\) if the log has no such feature;"
+    with pytest.raises(UserError, match=rf"day-1.parquet: no column 'price' \(it has user_id,.*\): {remedy}"):
         import_events.run(settings_of(tmp_path / "run", tmp_path / "log"))
     write_day(tmp_path / "log", 1)
     assert import_events.run(settings_of(tmp_path / "run", tmp_path / "log")).manifest["num_rows"] == 40
@@ -256,6 +258,17 @@ def test_names_are_mapped_and_a_log_without_actions_has_one(tmp_path: Path) -> N
     columns = {"user_id": "who", "item_id": "what", "event_ts": "when", "action": None}
     version = import_events.run(settings_of(tmp_path / "run", tmp_path / "log", columns=columns))
     assert {row["action"] for row in rows_of(version)} == {"event"}
+    assert [row["item_id"] for row in rows_of(version)] == day(0)["item_id"]
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv"])
+def test_a_log_without_a_feature_is_imported_with_the_feature_missing(tmp_path: Path, ending: str) -> None:
+    table = pa.table(day(0)).drop_columns(["price"])
+    (tmp_path / "log").mkdir()
+    write = pq.write_table if ending == "parquet" else pacsv.write_csv
+    write(table, f"{tmp_path}/log/a.{ending}")
+    version = import_events.run(settings_of(tmp_path / "run", tmp_path / "log", columns={"price": None}))
+    assert [row["price"] for row in rows_of(version)] == [None] * 20
     assert [row["item_id"] for row in rows_of(version)] == day(0)["item_id"]
 
 

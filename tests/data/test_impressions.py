@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs import import_impressions
+from jobs import import_events, import_impressions
 from longer.config import load_settings
 from longer.data.batches import rows_of_requests, with_all_users
 from longer.data.catalogue import first_seen
@@ -155,6 +157,33 @@ def test_a_column_of_impressions_that_the_schema_lacks_is_named() -> None:
     }
     with pytest.raises(UserError, match=r"import_impressions.columns.devise: .*device, page, click, like, watch_s"):
         load_settings(overrides=overrides)
+
+
+@pytest.mark.parametrize("name", ["user_id", "event_ts", "view_id", "watch_s"])
+def test_a_column_without_which_no_impression_is_of_use_cannot_be_left_out(name: str) -> None:
+    asked = {"source": "log", "group_id": "view_id", "columns": {name: None}}
+    overrides = {"event_schema": SHOP.model_dump(mode="json"), "import_impressions": asked}
+    problem = rf"import_impressions.columns.{name} is null: .*only features can be \(category, device, page\)"
+    with pytest.raises(UserError, match=problem):
+        load_settings(overrides=overrides)
+
+
+def test_a_log_of_impressions_without_a_column_of_an_items_feature_is_imported(tmp_path: Path) -> None:
+    """Of such rows the request table has the catalogue's value."""
+    pq.write_table(impressions([SHOWN]).drop_columns(["action", "category"]), tmp_path / "a.parquet")
+    overrides = {
+        "root": str(tmp_path / "root"),
+        "event_schema": SHOP.model_dump(mode="json"),
+        "import_impressions": {"source": f"{tmp_path}/a.parquet"},
+        "train": {"tasks": [{"name": "click"}]},
+    }
+    with pytest.raises(UserError, match=r"no column 'category' .*'category: null'"):
+        import_events.run(load_settings(overrides=overrides).of_impressions(2))
+    overrides["import_impressions"]["columns"] = {"category": None}
+    version = import_events.run(load_settings(overrides=overrides).of_impressions(2))
+    assert ds.dataset(version.files()).to_table(columns=["item_id", "category", "device"]).to_pylist() == [
+        {"item_id": 5, "category": None, "device": "phone"}
+    ]
 
 
 def test_a_bucket_none_of_whose_users_has_done_anything_has_requests_all_the_same() -> None:

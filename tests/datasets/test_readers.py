@@ -144,7 +144,7 @@ def test_each_file_that_cannot_be_read_is_named_with_what_is_wrong(tmp_path: Pat
     (tmp_path / "long.csv").write_bytes(b"u,i\n" + b"x" * (20 << 20))
     (tmp_path / "latin.csv").write_bytes("u,i\n1,caf\u00e9\n".encode("latin-1"))
     for name, problem in {
-        "no.csv": "no column 'i' \\(it has u, x\\): map it in the import's columns",
+        "no.csv": "no column 'i' \\(it has u, x\\): map 'item_id' in the import's columns$",
         "semi.csv": "no column 'u' \\(it has u;i, cut at commas, or in a .tsv file at tabs\\)",
         "two.csv": "two columns are named 'i'",
         "latin.csv": "not a readable text file .*UTF8",

@@ -113,6 +113,13 @@ class Elsewhere(FullAtFirst):
         self.wfile.write(b'{"detail":"Not Found"}')
 
 
+@pytest.mark.parametrize("url", ["127.0.0.1:8321", "localhost:8321", "grpc://localhost:8321", "//localhost", ""])
+def test_an_address_that_is_no_url_is_refused_at_once_with_what_a_url_begins_with(url: str) -> None:
+    with pytest.raises(UserError, match=f"^{url}: a URL begins with http:// or https://"):
+        ScoringClient(url)
+    ScoringClient("HTTPS://localhost:8321")
+
+
 def test_a_wrong_url_is_told_as_what_was_not_found_there() -> None:
     with serving(Elsewhere) as url, pytest.raises(requests.HTTPError, match=f"404 .*{url}/v1/v1/score"):
         ScoringClient(f"{url}/v1").score(1, [1])

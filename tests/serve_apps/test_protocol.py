@@ -68,7 +68,7 @@ def test_times_are_iso_or_milliseconds(when: Any) -> None:
         ({"candidates": [1]}, 422, "user_id: missing"),
         ({"user_id": ["secret"], "candidates": [1]}, 422, "user_id: expected an integer or a string"),
         ({"user_id": True, "candidates": [1]}, 422, "user_id: expected an integer or a string"),
-        ({"user_id": 7, "candidates": []}, 422, "candidates: expected a list of item ids"),
+        ({"user_id": 7, "candidates": []}, 422, "candidates: the list is empty"),
         ({"user_id": 7, "candidates": [{"secret": 1}]}, 422, "candidates: expected a list of item ids"),
         ({"user_id": 7, "candidates": [1.5]}, 422, "candidates: expected a list of item ids"),
         ({"user_id": 7, "candidates": [1] * 4}, 413, "candidates: at most 3 in a request"),

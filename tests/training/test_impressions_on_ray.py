@@ -107,8 +107,12 @@ def test_features_of_requests_and_labels_of_several_tasks_get_from_the_log_to_sc
     assert sum(requests.manifest["num_candidates"].values()) == len(due)
     checkpoint = train.run(settings)
     assert {"auc", "logloss"} <= checkpoint.manifest["validation"]["like"].keys()
+    capsys.readouterr()
     evaluated = evaluate.run(settings)
+    told = capsys.readouterr().err
     by_task = evaluated.manifest["test_by_task"]
+    for task in ("click", "like", "watch_s"):
+        assert f"{task}: " in told, "a task's metrics are not told"
     assert by_task["click"]["auc"] > 0.95
     assert by_task["like"]["auc"] > 0.9
     seconds = np.array([row["watch_s"] or 0.0 for row in due])

@@ -28,8 +28,8 @@ def check_rows(
     missing = [name for name in wanted.names if name not in raw.column_names]
     if missing:
         raise UserError(
-            f"no column {missing[0]!r} (it has {', '.join(raw.column_names)}): map it in the import's columns, or drop it from "
-            "event_schema"
+            f"the importer gives no column {missing[0]!r} (it gives {', '.join(raw.column_names)}): drop it from event_schema, or "
+            "read the log with import_events.dataset=generic, which can map columns"
         )
     given = {name: single_array(raw[name]) for name in wanted.names}
     columns = {name: as_type(given[name], wanted.field(name)) for name in wanted.names if name != "event_ts"}

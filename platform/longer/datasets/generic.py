@@ -17,7 +17,7 @@ _PATTERNS = ["*" + "".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in en
 class Generic:
     """A log whose files name their columns; a name of the schema that is not mapped is the file's own.
 
-    `action` may be mapped to None: then every event's action is 'event'.
+    A name that is mapped to None is no column of the log: it is null in every row, and the action 'event'.
     """
 
     columns: Mapping[str, str | None] = field(default_factory=dict)
@@ -38,4 +38,9 @@ class Generic:
             delimiter = "\t" if ".tsv" in part.path.rpartition("/")[2].lower() else ","
             batches = text_batches(part.path, columns, delimiter=delimiter, start=part.start, stop=part.stop)
         for batch in batches:
-            yield batch if "action" in columns else batch.append_column("action", pa.repeat("event", len(batch)))
+            rows = len(batch)
+            for name in ("action", *mapped):
+                if name not in batch.column_names:
+                    values = pa.repeat("event", rows) if name == "action" else pa.nulls(rows, pa.string())
+                    batch = batch.append_column(name, values)
+            yield batch

@@ -114,15 +114,16 @@ def text_batches(
 
 def require_columns(path: str, names: Sequence[str], columns: Mapping[str, str]) -> None:
     """Raises FileError if a column that is wanted is not in the file, or is there twice."""
-    for column in columns.values():
+    for name, column in columns.items():
         if names.count(column) != 1:
             problem = f"no column {column!r}" if column not in names else f"two columns are named {column!r}"
             there = ", ".join(names)
             if len(names) == 1 and not is_parquet(path):
                 there += ", cut at commas, or in a .tsv file at tabs"
-            raise FileError(
-                path, f"{problem} (it has {there}): map it in the import's columns, or drop it from event_schema"
-            )
+            remedy = f"map {name!r} in the import's columns"
+            if name not in ("user_id", "item_id", "event_ts"):
+                remedy += f", to null ('{name}: null') if the log has no such feature"
+            raise FileError(path, f"{problem} (it has {there}): {remedy}")
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from longer.training.checkpoints import CheckpointInfo, load_model
 from longer.training.inputs import Inputs
 from longer.training.lineage import later, pasts, unknown_bases
 from longer.training.loader import read_split, score_split
-from longer.training.metrics import auc, defined, gauc, shown
+from longer.training.metrics import auc, defined, gauc, shown_all
 from longer.training.steps import task_metrics
 from longer.training_settings import TaskSettings
 
@@ -94,10 +94,7 @@ def evaluate(settings: Settings) -> Version:
         "num_rows": sum(len(part.item_C) for part in parts),
     }
     version = table.publish(version_id, {**about, **metrics})
-    say(
-        "evaluate",
-        f"version {version_id}: {shown(metrics['test'])}",
-    )
+    say("evaluate", f"version {version_id}: {shown_all(metrics['test_by_task'])}")
     return version
 
 
