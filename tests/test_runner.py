@@ -65,8 +65,9 @@ def test_ctrl_c_and_an_orderly_stop_end_a_job_in_one_line_with_the_exit_code_tha
     name: str, code: int, with_ray: bool
 ) -> None:
     """Ten seconds where a Ray is started: with one, SIGTERM would print a stack of C++ and abort."""
-    stop = f"lambda _: (os.kill(os.getpid(), signal.{name}), time.sleep(60))"
-    job = f"import os, signal, time; from longer.runner import run_job; run_job('', {stop}, needs_ray={with_ray})"
+    start = "start_ray(settings.ray), " if with_ray else ""  # a job may start it itself, as `jobs.serve` does
+    stop = f"lambda settings: ({start}os.kill(os.getpid(), signal.{name}), time.sleep(60))"
+    job = f"import os, signal, time; from longer.runner import run_job, start_ray; run_job('', {stop}, needs_ray=False)"
     with_token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     done = run_python("-c", job, *(["--ray.num_cpus", "1"] if with_ray else []), **with_token)
     assert done.returncode == code

@@ -41,9 +41,9 @@ def run_job(
     try:
         settings, given = parse_settings(description, flags=flags, short=short)
         _check_root(settings)
-        if needs_ray:
-            start_ray(settings.ray)
         with _terminated_as_interrupted(ended_by):
+            if needs_ray:
+                start_ray(settings.ray)
             return run(settings, **{_argument(name): value for name, value in given.items()})
     except Exception as error:
         mistake = user_error_in(error)
@@ -58,7 +58,7 @@ def run_job(
 
 @contextmanager
 def _terminated_as_interrupted(ended_by: list[signal.Signals]) -> Iterator[None]:
-    """SIGTERM is a KeyboardInterrupt, and ends `ended_by`. Ray's own handler prints where the process was, and aborts it."""
+    """SIGTERM is a KeyboardInterrupt, and ends `ended_by`."""
 
     def interrupt(*_: Any) -> None:
         ended_by.append(signal.SIGTERM)
@@ -68,7 +68,7 @@ def _terminated_as_interrupted(ended_by: list[signal.Signals]) -> Iterator[None]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # none is Ray's, of which Python knows nothing
+        signal.signal(signal.SIGTERM, before)
 
 
 def _argument(flag: str) -> str:
@@ -98,6 +98,7 @@ def start_ray(settings: RaySettings) -> None:
     _set_up_ray_data(settings)
     if ray.is_initialized():
         return
+    at_sigterm = signal.getsignal(signal.SIGTERM)
     if settings.cluster is None:
         # All workers share the cores: threads that spin while they wait would keep others from theirs.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -113,6 +114,8 @@ def start_ray(settings: RaySettings) -> None:
     else:
         environment = {} if SUBMITTED in os.environ else {"py_modules": [str(Path(longer.__file__).parent)]}
         ray.init(address=settings.cluster, logging_level=logging.WARNING, log_to_driver=False, runtime_env=environment)
+    if callable(at_sigterm):
+        signal.signal(signal.SIGTERM, at_sigterm)  # Ray's own prints where the process was, and aborts it
 
 
 def user_error_in(error: BaseException | None) -> UserError | None:
