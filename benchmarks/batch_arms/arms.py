@@ -135,7 +135,7 @@ def bare_loops(settings: Settings, device: str) -> dict[str, Loop]:
     model, _ = load_model(plan.checkpoint.path, device)
     assert isinstance(model, Longer)
     sequences = SequenceTable(settings.path("tables", "sequences"), plan.schema, plan.sequences.id)
-    reader = Reader(plan, sequences, Run(""), model.windows, 1)
+    reader = Reader(plan, sequences, Run(""), model.windows, outputs_a_request=1, bytes_a_request=1)
     chunks = list(_first_chunks(reader, sequences.buckets))
     budget = Budget(model, settings.batch_score.batch_bytes)
 
