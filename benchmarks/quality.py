@@ -2,7 +2,8 @@
 
 First trials on the validation split alone, which settle how each encoder is trained (`--tune`: nothing else); then the arms of a
 grid, the most important first. `--group` takes arms of these groups only, without trials, `--only` those of these names, with an
-encoder's trials where it is named. Each adds a JSON line to `--results`; what is there already is not trained again. Processes of one machine share the work: `--processes` a GPU, or the same command by hand in each.
+encoder's trials where it is named. Each adds a JSON line to `--results`; what is there already is not trained again.
+Processes of one machine share the work: `--processes` a GPU, or the same command by hand in each.
 Arms that memory does not hold are left out, are said on the page, and are tried again by the next run. Scores of the test rows lie
 beside the results, which the page's intervals are drawn from. Then prints a Markdown page with goals and tables and, with
 `--plots`, writes plots; the last line is JSON.
