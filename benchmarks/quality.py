@@ -4,9 +4,8 @@ First trials on the validation split alone, which settle how each encoder is tra
 grid, the most important first. `--group` takes arms of these groups only, without trials, `--only` those of these names, with an
 encoder's trials where it is named. Each adds a JSON line to `--results`; what is there already is not trained again.
 Processes of one machine share the work: `--processes` a GPU, or the same command by hand in each.
-Arms that memory does not hold are left out, are said on the page, and are tried again by the next run. Scores of the test rows lie
-beside the results, which the page's intervals are drawn from. Then prints a Markdown page with goals and tables and, with
-`--plots`, writes plots; the last line is JSON.
+Arms that memory does not hold are left out, are said on the page, and are tried again by the next run. Then prints a Markdown page
+with goals and tables and, with `--plots`, writes plots; the last line is JSON.
 
 FOLDER holds what a log is read from:
 - journey: tables/sequences, as `jobs.build_sequences` makes it with configs/quickstart.yaml;
@@ -40,7 +39,6 @@ from benchmarks.quality_study.page import page
 from benchmarks.quality_study.plots import plots
 from benchmarks.quality_study.processes import run_in_processes
 from benchmarks.quality_study.records import Records
-from benchmarks.quality_study.scores import keep_rows, keep_scores
 from benchmarks.quality_study.training import Budget, baselines, run
 from benchmarks.quality_study.tuning import QUICK_SEARCH, SEARCH, chains, chosen, num_trials, runnable
 from longer.table_settings import GenerateSettings
@@ -68,7 +66,7 @@ def main() -> None:
     if asked.minutes and not asked.page_only:
         return
     records = Records(results).read()
-    print(page(records, results))
+    print(page(records))
     if asked.plots:
         plots(records, Path(asked.plots), results.stem)
 
@@ -99,7 +97,6 @@ class _Study:
                 base = (QUICK if self.asked.quick else BASES)[log]
                 settings = model_settings(Arm("longer", log, "encoders", 0), base)
                 found = baselines(self.log, self.budget, settings, base.long_from)
-                keep_rows(self.results, self.log, self.budget.test_requests, base.long_from)
                 self._append({"key": f"{log}/baselines", "log": log, "baselines": found})
         if self._tune(log) and not self.asked.tune:
             every = [arm for arm in grid(log, self.asked.quick, self.asked.seeds) if self._is_wanted(arm)]
@@ -130,13 +127,11 @@ class _Study:
             base = (QUICK if self.asked.quick else BASES)[arm.log]
             trained = arm.trial or chosen(self.records.read(), arm)
             try:
-                record, scores = run(arm, base, self.log, self.budget, trained)
+                record = run(arm, base, self.log, self.budget, trained)
             except torch.OutOfMemoryError as error:  # of a card that several processes share: the other arms go on
                 self._append({"left_out": arm.key, "log": arm.log, "why": "out of memory"})
                 _say(f"{arm.key}: left out: {error}")
                 return True
-            if arm.is_tested:
-                keep_scores(self.results, arm, scores["test"])
             self._append(record)
             found = record["test"] if arm.is_tested else record["valid"]
             _say(

@@ -110,6 +110,11 @@ class Arm:
         """What steers the study sees the validation split only."""
         return self.group not in ("tuning", "undone")
 
+    @property
+    def is_compared(self) -> bool:
+        """With intervals over users."""
+        return self.group == "encoders"
+
 
 def model_settings(arm: Arm, base: Base) -> ModelSettings:
     """The arm's model: the same width whatever is merged, and a window of the wanted length, rounded up to whole groups."""

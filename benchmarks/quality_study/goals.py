@@ -1,25 +1,24 @@
 """The study's goals against its records: each a line that says met, missed or not measured, with the figures that say so.
 
-A difference counts where it is beyond both arms' spreads of seeds together and, where scores are kept, where the interval over
+A difference counts where it is beyond both arms' spreads of seeds together and, where draws are kept, where the interval over
 users does not hold 0. What rests on fewer than three seeds of an arm is not measured.
 """
 
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
 from benchmarks.quality_study.arms import ENCODERS, FEATURES, LENGTHS
+from benchmarks.quality_study.draws import lead
 from benchmarks.quality_study.rows import Record, Value, auc, by_arm, curve, long_auc, mean, mega_flops, spread
-from benchmarks.quality_study.scores import lead
 
 _SEEDS = 3
 
 
-def goals(mine: Sequence[Record], baselines: dict[str, dict[str, float]], results: Path | None) -> list[str]:
+def goals(mine: Sequence[Record], baselines: dict[str, dict[str, float]]) -> list[str]:
     """Of the Complete Journey's records; what was not trained is said."""
     arms = {name: records for name, records in by_arm(mine).items() if len(records) >= _SEEDS}
     return [
-        *(_beats_all(arms, baselines, features, results) for features in (True, False)),
+        *(_beats_all(arms, baselines, features) for features in (True, False)),
         *(_grows(mine, features) for features in (True, False)),
         _queries_in_order(arms),
         _part_of_the_queries(arms),
@@ -29,7 +28,7 @@ def goals(mine: Sequence[Record], baselines: dict[str, dict[str, float]], result
 
 
 def leads_of(
-    arms: dict[str, list[Record]], features: bool, results: Path | None
+    arms: dict[str, list[Record]], features: bool
 ) -> dict[str, tuple[float, float, tuple[float, float] | None]]:
     """By how much LONGER leads each other encoder on long histories, both spreads, and the interval over users."""
     suffix = FEATURES * features
@@ -37,8 +36,7 @@ def leads_of(
     for name in ENCODERS:
         if theirs := arms.get(name + suffix):
             noise = spread(ours, long_auc) + spread(theirs, long_auc)
-            interval = lead(results, "journey", ours, theirs, only_long=True)
-            found[name] = mean(ours, long_auc) - mean(theirs, long_auc), noise, interval
+            found[name] = mean(ours, long_auc) - mean(theirs, long_auc), noise, lead(ours, theirs)
     return found
 
 
@@ -54,16 +52,14 @@ def _missing(arms: dict[str, list[Record]], names: Sequence[str]) -> list[str]:
     return [name for name in names if name not in arms]
 
 
-def _beats_all(
-    arms: dict[str, list[Record]], baselines: dict[str, dict[str, float]], features: bool, results: Path | None
-) -> str:
+def _beats_all(arms: dict[str, list[Record]], baselines: dict[str, dict[str, float]], features: bool) -> str:
     suffix = FEATURES * features
     claim = f"on long histories LONGER beats every encoder and count_all, {'with features' if features else 'on ids'}"
     missing = _missing(arms, ["longer" + suffix, *(name + suffix for name in ENCODERS)])
     if missing or not baselines:
         return _not_measured(claim, missing or ["the baselines"])
     ours = arms["longer" + suffix]
-    leads = leads_of(arms, features, results)
+    leads = leads_of(arms, features)
     above = mean(ours, long_auc) - baselines["count_all"]["long_auc"]
     leads["count_all"] = above, spread(ours, long_auc), None
     told = [

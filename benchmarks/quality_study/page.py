@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks.quality_study.arms import FEATURES
@@ -37,8 +36,8 @@ _STARTS = """\
 - what each arm is compared at is the same: every arm of a log takes the same number of steps a pass, each of the same requests"""
 
 
-def page(records: Sequence[Record], results: Path | None = None) -> str:
-    """Goals and tables of every log that has records; the last line is JSON. Scores beside `results` give intervals."""
+def page(records: Sequence[Record]) -> str:
+    """Goals and tables of every log that has records; the last line is JSON."""
     records = list({record.get("key", record.get("left_out")): record for record in records}.values())
     trained = [record for record in records if "test" in record]
     _check_steps(trained)
@@ -51,7 +50,7 @@ def page(records: Sequence[Record], results: Path | None = None) -> str:
         baselines = next((r["baselines"] for r in records if r.get("key") == f"{log}/baselines"), {})
         parts.append(f"## {log}")
         if log == "journey":
-            parts.append("### Goals\n\n" + "\n".join(goals(mine, baselines, results)))
+            parts.append("### Goals\n\n" + "\n".join(goals(mine, baselines)))
         parts += [_encoders(mine, baselines), _same_flops(mine), _lengths(mine)]
         parts += [
             _table(mine, "switches", "Switches of LONGER, on ids alone, trained as LONGER is"),

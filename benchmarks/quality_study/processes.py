@@ -19,21 +19,29 @@ def run_in_processes(arguments: list[str], num_a_device: int, device: str, side_
     `side_by_side`: kernels of one GPU's processes run at once, through NVIDIA's multi-process service, instead of in turns.
     Raises SystemExit if one fails; the others are waited for, and end what they have begun.
     """
-    devices = range(torch.cuda.device_count()) if device == "cuda" else [None]
+    devices = _devices(side_by_side) if device == "cuda" else [None]
     command = [sys.executable, "-m", "benchmarks.quality", *arguments]
     with _multi_process_service() if side_by_side else nullcontext({}) as environment:
         running = [
-            subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment, **_only(number)})
+            subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment, **_only(name)})
             for _ in range(num_a_device)
-            for number in devices
+            for name in devices
         ]
         codes = [process.wait() for process in running]
     if any(codes):
         raise SystemExit(f"{sum(map(bool, codes))} of {len(codes)} processes failed: see above")
 
 
-def _only(number: int | None) -> dict[str, str]:
-    return {} if number is None else {"CUDA_VISIBLE_DEVICES": str(number)}
+def _devices(side_by_side: bool) -> list[str]:
+    """The visible GPUs, as new processes name them; the service numbers those that it sees anew."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible and not side_by_side:
+        return visible.split(",")
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _only(name: str | None) -> dict[str, str]:
+    return {} if name is None else {"CUDA_VISIBLE_DEVICES": name}
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.quality_study.arms import ITSELF, UNDO, Arm, Base, Trained, model_settings
 from benchmarks.quality_study.control import NoHistory
 from benchmarks.quality_study.data import Log
+from benchmarks.quality_study.draws import auc_of_draws
 from longer.arrays import Candidates, Int64
 from longer.data.batches import Packs, plan_packs
 from longer.model.attention import Rotation
@@ -62,10 +63,8 @@ class Budget:
         )
 
 
-def run(
-    arm: Arm, base: Base, log: Log, budget: Budget, trained: Trained
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The arm's record (settings, sizes, metrics, costs), and its scores of each split; what steers the study is not tested."""
+def run(arm: Arm, base: Base, log: Log, budget: Budget, trained: Trained) -> dict[str, Any]:
+    """The arm's record (settings, sizes, metrics, costs); what steers the study is not tested."""
     settings = model_settings(arm, base)
     asked = budget.train_settings(trained, arm.encoder)
     torch.manual_seed(arm.seed)
@@ -91,7 +90,7 @@ def run(
     most = {"valid": budget.valid_requests} | ({"test": budget.test_requests} if arm.is_tested else {})
     splits = {split: log.split(split, settings.windows).spread(requests) for split, requests in most.items()}
     scores = {split: score_split(data, stepper.outputs, 1)[:, 0] for split, data in splits.items()}
-    record = {
+    return {
         "key": arm.key,
         "arm": arm.name,
         "log": arm.log,
@@ -104,6 +103,7 @@ def run(
         "stride_events": settings.windows.stride_events,
         "model": settings.model_dump(mode="json"),
         **{split: _metrics(data, scores[split], base.long_from) for split, data in splits.items()},
+        **({"long_auc_draws": _long_draws(splits["test"], scores["test"], base.long_from)} if arm.is_compared else {}),
         **found,
         "trained": asdict(trained),
         "dense_parameters": sum(p.numel() for p in model.dense_parameters()),
@@ -114,7 +114,6 @@ def run(
         "upstream_s": upstream_seconds,
         "test_s": time.perf_counter() - started,
     }
-    return record, scores
 
 
 def _make(arm: Arm, settings: ModelSettings, log: Log) -> Ranker:
@@ -206,14 +205,24 @@ def _staged(stepper: Stepper, data: SplitData, packs: Packs, plan: EpochPlan, st
 
 def _metrics(data: SplitData, output_C: np.ndarray, long_from: int) -> dict[str, float]:
     """Of all rows, and of those whose history is long."""
-    requests, label_C = data.requests, data.requests.labels["label"]
-    long_C = np.repeat(requests.history_end_R, np.diff(requests.candidates.offsets_R1)) >= long_from
+    label_C, long_C = data.requests.labels["label"], _is_long(data, long_from)
     return {
         **binary_metrics(output_C, label_C, data.row_C).as_dict(),
         "long_auc": auc(output_C[long_C], label_C[long_C]),
         "rows": len(label_C),
         "long_rows": int(long_C.sum()),
     }
+
+
+def _is_long(data: SplitData, long_from: int) -> np.ndarray:
+    """[C]: whether a row's history is long."""
+    requests = data.requests
+    return np.repeat(requests.history_end_R, np.diff(requests.candidates.offsets_R1)) >= long_from
+
+
+def _long_draws(data: SplitData, output_C: np.ndarray, long_from: int) -> list[float]:
+    long_C = _is_long(data, long_from)
+    return auc_of_draws(output_C[long_C], data.requests.labels["label"][long_C], data.row_C[long_C])
 
 
 def baselines(log: Log, budget: Budget, settings: ModelSettings, long_from: int) -> dict[str, dict[str, float]]:

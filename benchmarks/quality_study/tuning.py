@@ -18,6 +18,8 @@ class Search:
     beyond: tuple[float, ...] = (0.001, 0.0003, 0.1)
     dense: tuple[float, ...] = (0.0006, 0.006)
     passes: int = 3
+    worth: float = 0.001
+    """AUC that one more pass must have gained for the next to be tried."""
 
 
 SEARCH = Search()
@@ -25,11 +27,15 @@ QUICK_SEARCH = Search(tables=(0.01, 0.03), beyond=(), dense=(), passes=1)
 
 
 def chains(log: str, quick: bool) -> list[Chain]:
-    """On ids alone, where the sequence is all there is, then with the features; the features alone have no other chain."""
+    """On ids alone, where the sequence is all there is, then with the features; the features alone have no other chain.
+
+    The generated log's encoders are compared on ids only.
+    """
     if quick:
         return [("longer", False)]
-    names = GENERATED_ENCODERS if log == "generated" else ("longer", *ENCODERS)
-    with_sequence = [name for name in names if name != "none"]
+    if log == "generated":
+        return [*((name, False) for name in GENERATED_ENCODERS if name != "none"), ("longer", True)]
+    with_sequence = ["longer", *(name for name in ENCODERS if name != "none")]
     return [*((name, False) for name in with_sequence), ("none", True), *((name, True) for name in with_sequence)]
 
 
@@ -72,7 +78,7 @@ def _stages(search: Search, tried: dict[Trained, float], on_ids: dict[Trained, f
     once = best()
     for passes in range(2, search.passes + 1):
         yield [replace(once, passes=passes)]
-        if tried[replace(once, passes=passes)] <= tried[replace(once, passes=passes - 1)]:
+        if tried[replace(once, passes=passes)] < tried[replace(once, passes=passes - 1)] + search.worth:
             return
 
 

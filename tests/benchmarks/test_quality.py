@@ -13,11 +13,11 @@ import pytest
 from benchmarks.quality_study.arms import BASES, ENCODERS, FEATURES, QUICK, Trained, grid, model_settings
 from benchmarks.quality_study.cache import cached
 from benchmarks.quality_study.data import SCHEMAS, Log, read_log
+from benchmarks.quality_study.draws import auc_of_draws, lead
 from benchmarks.quality_study.goals import goals
 from benchmarks.quality_study.page import page
 from benchmarks.quality_study.records import Records
 from benchmarks.quality_study.rows import power_law
-from benchmarks.quality_study.scores import weighted_auc
 from benchmarks.quality_study.training import _plan, _runs
 from benchmarks.quality_study.tuning import SEARCH, chains, chosen, runnable
 from longer.data.batches import plan_packs
@@ -63,7 +63,8 @@ def test_trials_go_on_until_the_best_rate_is_inside_and_are_no_arms_of_the_grid(
     assert len(set(keys)) == len(keys)
     arms = grid(log, quick=False, seeds=3)
     assert not set(keys) & {arm.key for arm in arms}
-    assert {chosen(records, arm) for arm in arms if arm.encoder in ("longer", "none")} == {Trained(0.0003, 0.006, 2)}
+    tried = {encoder for encoder, _ in chains(log, quick=False)} & {"longer", "none"}
+    assert {chosen(records, arm) for arm in arms if arm.encoder in tried} == {Trained(0.0003, 0.006, 2)}
     assert chosen([], arms[0]) == Trained()
 
 
@@ -124,13 +125,22 @@ def test_processes_of_one_command_train_each_arm_once_and_one_page_is_printed(tm
     assert printed.count("# Quality") == 1
 
 
-def test_weighted_auc_counts_ties_half_and_rows_as_often_as_drawn() -> None:
-    label = np.array([True, False, True, False, False])
-    score, weight = np.array([3.0, 3.0, 1.0, 2.0, 0.0]), np.array([[1, 1, 1, 1, 1], [2, 0, 1, 3, 1]])
-    found = weighted_auc(score, label, weight)
-    for weights, value in zip(weight, found, strict=True):
-        again = np.repeat(np.arange(5), weights)
-        assert value == pytest.approx(roc_auc(score[again], label[again].astype(np.float32)))
+def test_draws_count_ties_half_and_all_rows_of_a_user_as_often_as_drawn() -> None:
+    rng = np.random.default_rng(1)
+    user, label = rng.integers(5, 12, 400), rng.random(400) < 0.3
+    score = np.round(rng.normal(size=400) + label, 1)
+    found = auc_of_draws(score, label, user)
+    times_of_users = np.random.default_rng(0).multinomial(7, np.full(7, 1 / 7), len(found))
+    for times, value in list(zip(times_of_users, found, strict=True))[:20]:
+        again = np.repeat(np.arange(400), times[user - 5])
+        assert value == pytest.approx(roc_auc(score[again], label[again].astype(np.float32)), abs=1e-6)
+    assert auc_of_draws(score + 0.05, label, user) == found
+
+
+def test_a_lead_is_drawn_with_the_same_users_for_both() -> None:
+    ours, theirs = {"long_auc_draws": [0.7, 0.8, 0.9]}, {"long_auc_draws": [0.6, 0.7, 0.8]}
+    assert lead([ours], [theirs]) == pytest.approx((0.1, 0.1))
+    assert lead([ours], [{}]) is None
 
 
 def test_generated_requests_see_only_earlier_events_and_drawn_items_are_no_positives() -> None:
@@ -180,7 +190,7 @@ def test_a_lead_counts_beyond_the_spread_of_three_seeds_only() -> None:
     def told(ours: tuple[float, ...], theirs: tuple[float, ...]) -> str:
         arms = {"longer": ours} | dict.fromkeys(ENCODERS, theirs)
         found = [record(name + FEATURES, seed, auc) for name, aucs in arms.items() for seed, auc in enumerate(aucs)]
-        return goals(found, {"count_all": {"auc": 0.5, "long_auc": 0.5}}, None)[0]
+        return goals(found, {"count_all": {"auc": 0.5, "long_auc": 0.5}})[0]
 
     assert told((0.80, 0.81, 0.82), (0.70, 0.71, 0.72)).startswith("- **met**")
     assert told((0.80, 0.81, 0.82), (0.79, 0.80, 0.81)).startswith("- **missed**")
