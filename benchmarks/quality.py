@@ -20,21 +20,24 @@ With `--log all` it holds journey/ and ml-100k/. A log is prepared once, in `--c
 
 import argparse
 import hashlib
+import itertools
 import math
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.quality_study import data
+from benchmarks.quality_study import data, generated
 from benchmarks.quality_study.arms import BASES, QUICK, Arm, grid, model_settings
 from benchmarks.quality_study.cache import cached
-from benchmarks.quality_study.data import SCHEMAS, Log, read_log
+from benchmarks.quality_study.data import SCHEMAS, read_log
+from benchmarks.quality_study.log import Log
 from benchmarks.quality_study.page import page
 from benchmarks.quality_study.plots import plots
 from benchmarks.quality_study.processes import run_in_processes
@@ -60,9 +63,7 @@ def main() -> None:
         mine = ["--minutes", str(asked.minutes or 60 * 24 * 365), "--processes", "0"]  # they print no page
         run_in_processes([*sys.argv[1:], *mine], asked.processes, asked.device, asked.mps)
     elif not asked.page_only:
-        study = _Study(asked, results)
-        for log in logs:
-            study.train(log)
+        _Study(asked, results).train(logs)
     if asked.minutes and not asked.page_only:
         return
     records = Records(results).read()
@@ -77,7 +78,7 @@ class _Study:
     def __init__(self, asked: argparse.Namespace, results: Path) -> None:
         self.asked, self.results = asked, results
         self.deadline = time.monotonic() + 60 * (asked.minutes or math.inf)
-        self.records = Records(results)
+        self.records, self.logs = Records(results), dict[str, Log]()
         self.device, quick = torch.device(asked.device), asked.quick
         if self.device.type == "cuda" and not asked.compile:
             torch.compiler.set_stance("force_eager")  # arms are too many and too short to compile each
@@ -89,35 +90,27 @@ class _Study:
             self.device,
         )
 
-    def train(self, log: str) -> None:
-        """All that is asked of a log."""
-        self.log = self._log(log)
-        with self.records.claim(f"{log}/baselines") as is_mine:
-            if is_mine:
-                base = (QUICK if self.asked.quick else BASES)[log]
-                settings = model_settings(Arm("longer", log, "encoders", 0), base)
-                found = baselines(self.log, self.budget, settings, base.long_from)
-                self._append({"key": f"{log}/baselines", "log": log, "baselines": found})
-        if self._tune(log) and not self.asked.tune:
-            every = [arm for arm in grid(log, self.asked.quick, self.asked.seeds) if self._is_wanted(arm)]
-            for arm in every:
-                if self._has_time(arm, self.records.read()):
-                    self._train(arm)
-
-    def _tune(self, log: str) -> bool:
-        """Whether no trial is left; those are run that there is time for, and others' waited for, on which the next ones depend."""
-        search = QUICK_SEARCH if self.asked.quick else SEARCH
+    def train(self, logs: Sequence[str]) -> None:
+        """All that is asked of these logs, the most important first; while a trial waits for others, the next log's."""
         while True:
             records = self.records.read()
-            least_first = sorted(chains(log, self.asked.quick), key=partial(num_trials, records, log))
-            turn = [arm for chain in least_first for arm in runnable(log, chain, search, records)]
-            left_out = self.records.left_out(records)
-            wanted = [arm for arm in turn if self._is_wanted(arm) and arm.key not in left_out]
-            in_time = [arm for arm in wanted if self._has_time(arm, records)]
-            if not in_time:
-                return not wanted
-            if not any(self._train(arm) for arm in in_time):
-                time.sleep(_POLL_S)
+            todo = [self._todo(log, records) for log in logs]
+            if any(self._train(arm) for arm in itertools.chain(*todo)):
+                continue  # what it found may have made the turn of others
+            if not any(arm.trial for arm in itertools.chain(*todo)):
+                return  # arms that others train are theirs; on their trials more may depend
+            time.sleep(_POLL_S)
+
+    def _todo(self, log: str, records: list[dict[str, Any]]) -> list[Arm]:
+        """Arms without a record that there is time for: trials whose turn it is, of the shortest chain first; then the grid's."""
+        search, quick = QUICK_SEARCH if self.asked.quick else SEARCH, self.asked.quick
+        least_first = sorted(chains(log, quick), key=partial(num_trials, records, log))
+        done = {record.get("key") for record in records} | self.records.left_out(records)
+        trials = [arm for chain in least_first for arm in runnable(log, chain, search, records)]
+        left = [arm for arm in trials if self._is_wanted(arm) and arm.key not in done]
+        if not left and not self.asked.tune:
+            left = [arm for arm in grid(log, quick, self.asked.seeds) if self._is_wanted(arm) and arm.key not in done]
+        return [arm for arm in left if self._has_time(arm, records)]
 
     def _train(self, arm: Arm) -> bool:
         """Whether the arm was mine to train."""
@@ -127,7 +120,7 @@ class _Study:
             base = (QUICK if self.asked.quick else BASES)[arm.log]
             trained = arm.trial or chosen(self.records.read(), arm)
             try:
-                record = run(arm, base, self.log, self.budget, trained)
+                record = run(arm, base, self._log(arm.log), self.budget, trained)
             except torch.OutOfMemoryError as error:  # of a card that several processes share: the other arms go on
                 self._append({"left_out": arm.key, "log": arm.log, "why": "out of memory"})
                 _say(f"{arm.key}: left out: {error}")
@@ -155,13 +148,26 @@ class _Study:
         return (not only or arm.encoder in only or arm.name in only) and (not groups or arm.group in groups)
 
     def _log(self, log: str) -> Log:
-        sizes = _GENERATED_QUICK if self.asked.quick else _GENERATED
-        root = self.asked.root
-        if self.asked.log == "all":
-            root = f"{root}/{'ml-100k' if log == 'movielens' else log}"
-        about = (log, str(Path(root).resolve()), sizes.model_dump_json(), Path(data.__file__).read_text())
-        name = f"{log}_{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}"
-        return cached(Path(self.asked.cache) / name, partial(read_log, log, root, sizes=sizes))
+        """Prepared once on this machine, with its baselines measured."""
+        if log not in self.logs:
+            sizes = _GENERATED_QUICK if self.asked.quick else _GENERATED
+            root = self.asked.root
+            if self.asked.log == "all":
+                root = f"{root}/{'ml-100k' if log == 'movielens' else log}"
+            code = [Path(module.__file__).read_text() for module in (data, generated)]
+            about = (log, str(Path(root).resolve()), sizes.model_dump_json(), *code)
+            name = f"{log}_{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}"
+            self.logs[log] = cached(Path(self.asked.cache) / name, partial(read_log, log, root, sizes=sizes))
+            self._measure_baselines(log)
+        return self.logs[log]
+
+    def _measure_baselines(self, log: str) -> None:
+        with self.records.claim(f"{log}/baselines") as is_mine:
+            if is_mine:
+                base = (QUICK if self.asked.quick else BASES)[log]
+                settings = model_settings(Arm("longer", log, "encoders", 0), base)
+                found = baselines(self.logs[log], self.budget, settings, base.long_from)
+                self._append({"key": f"{log}/baselines", "log": log, "baselines": found})
 
     def _append(self, record: dict[str, Any]) -> None:
         self.records.append({**record, **_about(self.asked, self.device)})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.quality_study.data import Log
+from benchmarks.quality_study.log import Log
 from longer.arrays import Histories
 
 

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.quality_study.arms import ITSELF, UNDO, Arm, Base, Trained, model_settings
 from benchmarks.quality_study.control import NoHistory
-from benchmarks.quality_study.data import Log
 from benchmarks.quality_study.draws import auc_of_draws
+from benchmarks.quality_study.log import Log
 from longer.arrays import Candidates, Int64
 from longer.data.batches import Packs, plan_packs
 from longer.model.attention import Rotation

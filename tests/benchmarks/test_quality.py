@@ -12,9 +12,10 @@ import pytest
 
 from benchmarks.quality_study.arms import BASES, ENCODERS, FEATURES, QUICK, Trained, grid, model_settings
 from benchmarks.quality_study.cache import cached
-from benchmarks.quality_study.data import SCHEMAS, Log, read_log
+from benchmarks.quality_study.data import SCHEMAS, read_log
 from benchmarks.quality_study.draws import auc_of_draws, lead
 from benchmarks.quality_study.goals import goals
+from benchmarks.quality_study.log import Log
 from benchmarks.quality_study.page import page
 from benchmarks.quality_study.records import Records
 from benchmarks.quality_study.rows import power_law
@@ -23,7 +24,6 @@ from benchmarks.quality_study.tuning import SEARCH, chains, chosen, runnable
 from longer.data.batches import plan_packs
 from longer.encoder_settings import Sim
 from longer.table_settings import GenerateSettings
-from longer.training.baselines import count_in_history
 from longer.training.metrics import auc as roc_auc
 from longer.windows import WindowRule
 
@@ -143,27 +143,28 @@ def test_a_lead_is_drawn_with_the_same_users_for_both() -> None:
     assert lead([ours], [{}]) is None
 
 
-def test_generated_requests_see_only_earlier_events_and_drawn_items_are_no_positives() -> None:
-    sizes = GenerateSettings(num_users=30, num_events=20_000, num_items=500, num_clusters=50)
+def test_only_events_of_one_period_before_answer_the_generated_requests() -> None:
+    sizes = GenerateSettings(num_users=30, num_events=60_000, num_items=50_000, num_clusters=5_000)
     log = read_log("generated", "", sizes=sizes)
-    for name, requests in log.requests.items():
-        row_R, end_R = log.row_R[name], requests.history_end_R
+    for requests, row_R in zip(log.requests.values(), log.row_R.values(), strict=True):
         assert len(requests) > 100
-        newest_E = log.histories.offsets_B1[row_R] + end_R - 1
-        assert (log.histories.event_ts_E[newest_E] < requests.request_ts_R).all()
-        label_C, item_C = requests.labels["label"], requests.candidates.features["item_id"]
+        end_R, begin_R = requests.history_end_R, log.histories.offsets_B1[row_R]
+        assert (log.histories.event_ts_E[begin_R + end_R - 1] < requests.request_ts_R).all()
+        label_C, cluster_C = requests.labels["label"], requests.candidates.features["category"]
         first_C = requests.candidates.offsets_R1[:-1]
         assert (label_C[first_C] == 1).all()
         assert label_C.sum() == len(requests)
         request_C = np.repeat(np.arange(len(requests)), np.diff(requests.candidates.offsets_R1))
-        assert not ((item_C == item_C[first_C][request_C]) & (label_C == 0)).any()
-        asked_E = log.histories.offsets_B1[row_R] + end_R  # the positive is among the events of that very time
-        counts = count_in_history(log.histories, row_R, end_R + 1, item_C[first_C], [1])[0]
-        alone_R = (
-            log.histories.event_ts_E[np.minimum(asked_E + 1, len(log.histories.event_ts_E) - 1)]
-            != requests.request_ts_R
-        )
-        assert counts[alone_R].all()
+        assert not ((cluster_C == cluster_C[first_C][request_C]) & (label_C == 0)).any()
+        since_ms = (sizes.period_days - sizes.episode_days) * 86_400_000
+        long_ago, lately = np.zeros(len(label_C), bool), np.zeros(len(label_C), bool)
+        for candidate, request in enumerate(request_C):
+            seen = slice(begin_R[request], begin_R[request] + end_R[request])
+            same = log.histories.features["category"][seen] == cluster_C[candidate]
+            is_old = log.histories.event_ts_E[seen] < requests.request_ts_R[request] - since_ms
+            long_ago[candidate], lately[candidate] = (same & is_old).any(), (same & ~is_old).any()
+        assert long_ago[label_C == 1].mean() > 0.99
+        assert abs(lately[label_C == 1].mean() - lately[label_C == 0].mean()) < 0.1
 
 
 def test_power_laws_are_found_with_their_fit() -> None:
