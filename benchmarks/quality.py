@@ -91,26 +91,39 @@ class _Study:
         )
 
     def train(self, logs: Sequence[str]) -> None:
-        """All that is asked of these logs, the most important first; while a trial waits for others, the next log's."""
+        """All that is asked of these logs: trials first, in turn, and meanwhile grids of logs without any left."""
         while True:
             records = self.records.read()
-            todo = [self._todo(log, records) for log in logs]
-            if any(self._train(arm) for arm in itertools.chain(*todo)):
+            trials = {log: self._trials(log, records) for log in logs}
+            ready = [] if self.asked.tune else [log for log in logs if not trials[log]]
+            arms = [*itertools.chain(*trials.values()), *itertools.chain(*(self._grid(log, records) for log in ready))]
+            in_time = [arm for arm in arms if self._has_time(arm, records)]
+            if any(self._train(arm) for arm in in_time):
                 continue  # what it found may have made the turn of others
-            if not any(arm.trial for arm in itertools.chain(*todo)):
+            if not any(arm.trial for arm in in_time):
                 return  # arms that others train are theirs; on their trials more may depend
             time.sleep(_POLL_S)
 
-    def _todo(self, log: str, records: list[dict[str, Any]]) -> list[Arm]:
-        """Arms without a record that there is time for: trials whose turn it is, of the shortest chain first; then the grid's."""
-        search, quick = QUICK_SEARCH if self.asked.quick else SEARCH, self.asked.quick
-        least_first = sorted(chains(log, quick), key=partial(num_trials, records, log))
+    def _trials(self, log: str, records: list[dict[str, Any]]) -> list[Arm]:
+        """Those whose turn it is, of the shortest chain first."""
+        search = QUICK_SEARCH if self.asked.quick else SEARCH
+        least_first = sorted(chains(log, self.asked.quick), key=partial(num_trials, records, log))
+        return self._left([arm for chain in least_first for arm in runnable(log, chain, search, records)], records)
+
+    def _grid(self, log: str, records: list[dict[str, Any]]) -> list[Arm]:
+        return self._left(grid(log, self.asked.quick, self.asked.seeds), records)
+
+    def _left(self, arms: list[Arm], records: list[dict[str, Any]]) -> list[Arm]:
+        """What is asked and has no record."""
+        only, groups = self.asked.only, self.asked.group
         done = {record.get("key") for record in records} | self.records.left_out(records)
-        trials = [arm for chain in least_first for arm in runnable(log, chain, search, records)]
-        left = [arm for arm in trials if self._is_wanted(arm) and arm.key not in done]
-        if not left and not self.asked.tune:
-            left = [arm for arm in grid(log, quick, self.asked.seeds) if self._is_wanted(arm) and arm.key not in done]
-        return [arm for arm in left if self._has_time(arm, records)]
+        return [
+            arm
+            for arm in arms
+            if arm.key not in done
+            and (not only or arm.encoder in only or arm.name in only)
+            and (not groups or arm.group in groups)
+        ]
 
     def _train(self, arm: Arm) -> bool:
         """Whether the arm was mine to train."""
@@ -142,10 +155,6 @@ class _Study:
         ]
         passes = (arm.trial or chosen(records, arm)).passes
         return time.monotonic() + passes * (took_s[-1] if took_s else 0.0) < self.deadline
-
-    def _is_wanted(self, arm: Arm) -> bool:
-        only, groups = self.asked.only, self.asked.group
-        return (not only or arm.encoder in only or arm.name in only) and (not groups or arm.group in groups)
 
     def _log(self, log: str) -> Log:
         """Prepared once on this machine, with its baselines measured."""
