@@ -207,7 +207,8 @@ def _merging(here: Arm) -> list[Arm]:
         replace(here, name="K=4 no InnerTrans", model=plain),
         replace(here, name="K=8 no InnerTrans", merge=8, queries=50, model=plain),
     ]
-    return of_tokens + of_events + no_inner
+    counted = [replace(arm, name=arm.name + FEATURES, features=True) for arm in of_tokens]
+    return of_tokens + of_events + no_inner + counted
 
 
 def _queries(here: Arm) -> list[Arm]:

@@ -43,7 +43,7 @@ def page(records: Sequence[Record]) -> str:
     _check_steps(trained)
     if not trained:
         return "no arm is trained yet"
-    logs = sorted({record["log"] for record in trained}, key=["journey", "generated", "movielens"].index)
+    logs = sorted({record["log"] for record in records}, key=["journey", "generated", "movielens"].index)
     parts = ["# Quality: LONGER and the encoders that it is compared with", _conditions(records, trained)]
     for log in logs:
         mine = [record for record in trained if record["log"] == log]
@@ -53,12 +53,17 @@ def page(records: Sequence[Record]) -> str:
             parts.append("### Goals\n\n" + "\n".join(goals(mine, baselines)))
         parts += [_encoders(mine, baselines), _same_flops(mine), _lengths(mine)]
         parts += [
-            _table(mine, "switches", "Switches of LONGER, on ids alone, trained as LONGER is"),
+            _table(mine, "switches", "Switches of LONGER, on ids alone unless said, trained as LONGER is"),
             _undone([record for record in records if record.get("log") == log]),
             _widths(mine),
             _trials([record for record in records if record.get("log") == log]),
         ]
-    return "\n\n".join([*filter(None, parts), json.dumps(_summary(trained, logs[0]))])
+    return "\n\n".join(
+        [
+            *filter(None, parts),
+            json.dumps(_summary(trained, next(log for log in logs if log in {record["log"] for record in trained}))),
+        ]
+    )
 
 
 def _check_steps(trained: Sequence[Record]) -> None:
