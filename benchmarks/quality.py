@@ -15,7 +15,7 @@ FOLDER holds what a log is read from:
 
 With `--log all` it holds journey/ and ml-100k/. A log is prepared once, in `--cache`.
 
-`--quick` is a small grid of smaller models with a few trials first: all logs in 10 minutes on 2 cores.
+`--quick` is a small grid of smaller models, without trials: all logs in 10 minutes on 2 cores.
 """
 
 import argparse
@@ -33,7 +33,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.quality_study import data, generated
+import longer.data
+import longer.datasets
+from benchmarks import quality_study
 from benchmarks.quality_study.arms import BASES, QUICK, Arm, grid, model_settings
 from benchmarks.quality_study.cache import cached
 from benchmarks.quality_study.data import SCHEMAS, read_log
@@ -43,7 +45,7 @@ from benchmarks.quality_study.plots import plots
 from benchmarks.quality_study.processes import run_in_processes
 from benchmarks.quality_study.records import Records
 from benchmarks.quality_study.training import Budget, baselines, run
-from benchmarks.quality_study.tuning import QUICK_SEARCH, SEARCH, chains, chosen, num_trials, runnable
+from benchmarks.quality_study.tuning import SEARCH, chains, chosen, num_trials, runnable
 from longer.table_settings import GenerateSettings
 
 _GENERATED = GenerateSettings(
@@ -106,9 +108,8 @@ class _Study:
 
     def _trials(self, log: str, records: list[dict[str, Any]]) -> list[Arm]:
         """Those whose turn it is, of the shortest chain first."""
-        search = QUICK_SEARCH if self.asked.quick else SEARCH
-        least_first = sorted(chains(log, self.asked.quick), key=partial(num_trials, records, log))
-        return self._left([arm for chain in least_first for arm in runnable(log, chain, search, records)], records)
+        least_first = [] if self.asked.quick else sorted(chains(log), key=partial(num_trials, records, log))
+        return self._left([arm for chain in least_first for arm in runnable(log, chain, SEARCH, records)], records)
 
     def _grid(self, log: str, records: list[dict[str, Any]]) -> list[Arm]:
         return self._left(grid(log, self.asked.quick, self.asked.seeds), records)
@@ -163,9 +164,7 @@ class _Study:
             root = self.asked.root
             if self.asked.log == "all":
                 root = f"{root}/{'ml-100k' if log == 'movielens' else log}"
-            code = [Path(module.__file__).read_text() for module in (data, generated)]
-            about = (log, str(Path(root).resolve()), sizes.model_dump_json(), *code)
-            name = f"{log}_{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}"
+            name = f"{log}_{_made_of(log, root, sizes)}"
             self.logs[log] = cached(Path(self.asked.cache) / name, partial(read_log, log, root, sizes=sizes))
             self._measure_baselines(log)
         return self.logs[log]
@@ -180,6 +179,16 @@ class _Study:
 
     def _append(self, record: dict[str, Any]) -> None:
         self.records.append({**record, **_about(self.asked, self.device)})
+
+
+def _made_of(log: str, root: str, sizes: GenerateSettings) -> str:
+    """Names what a prepared log is made of: the code that makes logs, and the files that it reads."""
+    rooms = (quality_study, longer.data, longer.datasets)
+    code = sorted(path for room in rooms for path in Path(room.__path__[0]).glob("*.py"))
+    read = [] if log == "generated" else sorted(path for path in Path(root).rglob("*") if path.is_file())
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in read]
+    about = (files, sizes.model_dump_json(), [path.read_text() for path in code])
+    return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
 
 
 def _about(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:

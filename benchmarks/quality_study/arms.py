@@ -117,11 +117,15 @@ class Arm:
 
 
 def model_settings(arm: Arm, base: Base) -> ModelSettings:
-    """The arm's model: the same width whatever is merged, and a window of the wanted length, rounded up to whole groups."""
-    merge = arm.merge if arm.is_longer else 1
-    groups = math.ceil((arm.length or base.length) / merge)
-    k = min(arm.queries or base.num_queries, groups) if arm.is_longer else groups
-    k, groups, stride = _windows(k, groups, _MOST_STRIDE_EVENTS // merge)
+    """The arm's model: the same width whatever is merged, and a window of the wanted length, rounded up to whole groups.
+
+    Other encoders have LONGER's window at that length, event for event.
+    """
+    groups = math.ceil((arm.length or base.length) / arm.merge)
+    k, groups, stride = _windows(min(arm.queries or base.num_queries, groups), groups, _MOST_STRIDE_EVENTS // arm.merge)
+    merge = arm.merge
+    if not arm.is_longer:
+        k, groups, stride, merge = groups * merge, groups * merge, stride * merge, 1
     chosen = {} if arm.is_longer else {"encoder": dict(ENCODERS[arm.encoder])}
     if arm.encoder == "sim_hard":
         chosen["encoder"]["field"] = base.category
@@ -243,7 +247,7 @@ def _sizes(here: Arm) -> list[Arm]:
         replace(here, name=f"trained at L={length}, tested at {LENGTHS[-1]}", length=length, score_length=LENGTHS[-1])
         for length in (2000, 1000, 500)
     ]
-    widths = [replace(here, name=f"D={w}", group="widths", model={"width": w}) for w in (32, 64)]
+    widths = [replace(here, name=f"D={w}", group="widths", model={"width": w}) for w in (32, 64, 96, 192)]
     layers = [replace(here, name=f"N={n}", model={"num_self_layers": n}) for n in (0, 2)]
     return [*trained, *widths, *layers, replace(here, name="paper's encoding", model={"encoding": "paper"})]
 
@@ -270,21 +274,18 @@ def _movielens(quick: bool, seeds: int) -> Iterator[Arm]:
 
 def _generated(quick: bool, seeds: int) -> Iterator[Arm]:
     base = Arm("", "generated", "lengths", 0, features=False)
-    lengths = (50, 100, 200, 400) if quick else (100, 200, 500, 1000, 2000, 3000, 4000, 6000, 10_000)
+    lengths = (50, 100, 200, 400) if quick else (100, 200, 500, 1000, 2000, 3000, 4000, 6000)
     ids = [replace(base, name=f"longer L={length}", length=length) for length in reversed(lengths)]
-    counted = [
-        replace(arm, name=arm.name + FEATURES, features=True) for arm in (ids if quick else [ids[0], ids[3], ids[6]])
-    ]
+    counted = [replace(arm, name=arm.name + FEATURES, features=True) for arm in (ids if quick else [ids[2], ids[5]])]
     if quick:
         yield from ids + counted
         return
-    encoders = [
-        replace(base, name=name, group="encoders", encoder=name, length=None) for name in GENERATED_ENCODERS[1:]
-    ]
-    sizes = [replace(base, name=f"D={w}", group="widths", model={"width": w}) for w in (32, 64, 256)]
+    encoders = [replace(base, name=name, group="encoders", encoder=name) for name in GENERATED_ENCODERS]
+    encoders.append(replace(encoders[0], name="longer" + FEATURES, features=True))
+    sizes = [replace(base, name=f"D={w}", group="widths", model={"width": w}) for w in (32, 64, 96, 192, 256)]
     trained = replace(
         base, name="trained at L=4000, tested at 10000", group="switches", length=4000, score_length=10_000
     )
     short = replace(trained, name="trained at L=2000, tested at 10000", length=2000)
-    yield from _rounds(1, [*ids, short, trained, *counted, *sizes, *encoders])
-    yield from (arm for arm in _rounds(seeds, ids) if arm.seed > 0)
+    yield from _rounds(seeds, [*encoders, *ids])
+    yield from _rounds(1, [short, trained, *counted, *sizes])

@@ -22,10 +22,8 @@ def auc_of_draws(score_C: np.ndarray, label_C: np.ndarray, user_C: Int64) -> lis
     return [round(_weighted_auc(place_C, label_C > 0, times_U[user_C]), 6) for times_U in draws]
 
 
-def lead(ours: Sequence[Record], theirs: Sequence[Record]) -> tuple[float, float] | None:
-    """95% interval of the difference of mean AUC on long histories; None for records without draws."""
-    if not all("long_auc_draws" in record for record in (*ours, *theirs)):
-        return None
+def lead(ours: Sequence[Record], theirs: Sequence[Record]) -> tuple[float, float]:
+    """95% interval of the difference of mean AUC on long histories."""
     ours_D, theirs_D = (np.mean([record["long_auc_draws"] for record in records], axis=0) for records in (ours, theirs))
     low, high = np.quantile(ours_D - theirs_D, [0.025, 0.975])
     return float(low), float(high)

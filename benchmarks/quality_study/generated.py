@@ -65,11 +65,11 @@ def read_generated(schema: EventSchema, sizes: GenerateSettings, seed: int) -> L
 
 
 def _bounds(sizes: GenerateSettings) -> dict[str, tuple[int, int]]:
-    """Days of each split: whole episodes, from the first in which every interest has been there before."""
+    """Days of each split: whole episodes. Training begins within a period of the last day, so that no label tells of a test's."""
     test_from = sizes.num_days - _TEST_DAYS
     valid_from = test_from - _VALID_DAYS
     return {
-        "train": (sizes.period_days + sizes.episode_days, valid_from),
+        "train": (sizes.num_days - sizes.period_days, valid_from),
         "valid": (valid_from, test_from),
         "test": (test_from, sizes.num_days),
     }

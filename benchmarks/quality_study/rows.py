@@ -12,6 +12,7 @@ from benchmarks.quality_study.arms import FEATURES
 
 Record = dict[str, Any]
 Value = Callable[[Record], float]
+MOST_EXPONENT = 3.0
 
 
 def auc(record: Record) -> float:
@@ -67,11 +68,11 @@ def curve(mine: Sequence[Record], features: bool, encoder: str = "longer") -> di
 
 
 def power_law(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float, float]:
-    """alpha, beta, gamma of y = alpha * x^beta + gamma by least squares, and R^2. Needs at least four points."""
+    """alpha, beta, gamma of y = alpha * x^beta + gamma by least squares, and R^2; beta is at most `MOST_EXPONENT` either way."""
     x_N, y_N = np.log(np.asarray(x, float)), np.asarray(y, float)
     x_N -= x_N.mean()  # a scale that alpha takes up
     best = (math.inf, 0.0, 0.0, 0.0)
-    for beta in np.concatenate([-np.geomspace(3, 1e-3, 200), np.geomspace(1e-3, 3, 200)]):
+    for beta in np.concatenate([-np.geomspace(MOST_EXPONENT, 1e-3, 200), np.geomspace(1e-3, MOST_EXPONENT, 200)]):
         design = np.stack([np.exp(beta * x_N), np.ones_like(x_N)], axis=1)
         (alpha, gamma), *_ = np.linalg.lstsq(design, y_N, rcond=None)
         error = float(((design @ [alpha, gamma] - y_N) ** 2).sum())

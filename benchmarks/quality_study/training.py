@@ -225,7 +225,7 @@ def _long_draws(data: SplitData, output_C: np.ndarray, long_from: int) -> list[f
     return auc_of_draws(output_C[long_C], data.requests.labels["label"][long_C], data.row_C[long_C])
 
 
-def baselines(log: Log, budget: Budget, settings: ModelSettings, long_from: int) -> dict[str, dict[str, float]]:
+def baselines(log: Log, budget: Budget, settings: ModelSettings, long_from: int) -> dict[str, dict[str, Any]]:
     """AUC of popularity and of the user's own counts, on the test rows of every arm."""
     data = log.split("test", settings.windows).spread(budget.test_requests)
     requests, label_C = data.requests, data.requests.labels["label"]
@@ -238,10 +238,12 @@ def baselines(log: Log, budget: Budget, settings: ModelSettings, long_from: int)
     scores = {"popularity": popularity([item_counts(log.histories, log.valid_from_ms)], item_C)}
     scores |= {f"count_last_{n}" if n else "count_all": count for n, count in zip(lasts, counts, strict=True)}
     is_long = end_C >= long_from
-    return {
+    found: dict[str, dict[str, Any]] = {
         name: {"auc": auc(score, label_C), "long_auc": auc(score[is_long], label_C[is_long])}
         for name, score in scores.items()
     }
+    found["count_all"]["long_auc_draws"] = _long_draws(data, scores["count_all"], long_from)
+    return found
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Trials on the validation split before the grid: how each encoder is trained, at the study's own number of steps."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from benchmarks.quality_study.arms import ENCODERS, FEATURES, GENERATED_ENCODERS, ITSELF, Arm, Trained
@@ -12,27 +12,25 @@ Chain = tuple[str, bool]
 
 @dataclass(frozen=True)
 class Search:
-    """What is tried: where the best rate of tables is at an edge, rates beyond it too, until it is inside or the last."""
+    """What is tried: where the best rate is the last one tried, the next one beyond it too, as long as there is one."""
 
     tables: tuple[float, ...] = (0.01, 0.003, 0.03)
     beyond: tuple[float, ...] = (0.001, 0.0003, 0.1)
     dense: tuple[float, ...] = (0.0006, 0.006)
+    dense_beyond: tuple[float, ...] = (0.0002, 0.02)
     passes: int = 3
     worth: float = 0.001
     """AUC that one more pass must have gained for the next to be tried."""
 
 
 SEARCH = Search()
-QUICK_SEARCH = Search(tables=(0.01, 0.03), beyond=(), dense=(), passes=1)
 
 
-def chains(log: str, quick: bool) -> list[Chain]:
+def chains(log: str) -> list[Chain]:
     """On ids alone, where the sequence is all there is, then with the features; the features alone have no other chain.
 
     The generated log's encoders are compared on ids only.
     """
-    if quick:
-        return [("longer", False)]
     if log == "generated":
         return [*((name, False) for name in GENERATED_ENCODERS if name != "none"), ("longer", True)]
     with_sequence = ["longer", *(name for name in ENCODERS if name != "none")]
@@ -43,7 +41,7 @@ def runnable(log: str, chain: Chain, search: Search, records: Sequence[dict[str,
     """The trials of a chain whose turn it is: all of one stage that have no record; none at the chain's end or before its turn.
 
     First the rates of tables, then of dense layers, then more passes, each at the best of what was tried before. A chain with the
-    features comes after that on ids, and tries the rates of tables around the best one there.
+    features comes after that on ids, has its rate of dense layers, and tries the rates of tables around the best one there.
     """
     encoder, features = chain
     on_ids = _tried(records, log, (encoder, False)) if features and encoder != "none" else {}
@@ -59,27 +57,37 @@ def runnable(log: str, chain: Chain, search: Search, records: Sequence[dict[str,
 def _stages(search: Search, tried: dict[Trained, float], on_ids: dict[Trained, float]) -> Iterator[list[Trained]]:
     """What is tried, stage by stage; each begins when the one before has been tried."""
 
-    def best(passes: int = 1) -> Trained:
-        return max((each for each in tried if each.passes == passes), key=lambda each: tried[each])
+    def found(**same: float) -> list[Trained]:
+        """Trials of one pass with these values, best first."""
+        fits = [each for each in tried if each.passes == 1 and same.items() <= asdict(each).items()]
+        return sorted(fits, key=lambda each: -tried[each])
 
     start = replace(max(on_ids, key=lambda each: on_ids[each]), passes=1) if on_ids else Trained()
     rates = _around(start.tables, search) if on_ids else search.tables
     yield [replace(start, tables=rate) for rate in rates]
     for _ in search.beyond:
-        seen = [each.tables for each in tried if each.dense == start.dense]
-        lower, higher = (
-            [rate for rate in search.beyond if rate < min(seen)],
-            [r for r in search.beyond if r > max(seen)],
-        )
-        at_edge = {min(seen): lower[:1], max(seen): higher[:1]}
-        yield [replace(start, tables=rate) for rate in at_edge.get(best().tables, [])]
+        seen = [each.tables for each in found(dense=start.dense)]
+        yield [replace(start, tables=rate) for rate in _further(seen, search.beyond)]
     if not on_ids:
-        yield [replace(best(), dense=rate) for rate in search.dense]
-    once = best()
+        start = found(dense=start.dense)[0]
+        yield [replace(start, dense=rate) for rate in search.dense]
+        for _ in search.dense_beyond:
+            seen = [each.dense for each in found(tables=start.tables)]
+            yield [replace(start, dense=rate) for rate in _further(seen, search.dense_beyond)]
+    once = found()[0]
     for passes in range(2, search.passes + 1):
         yield [replace(once, passes=passes)]
         if tried[replace(once, passes=passes)] < tried[replace(once, passes=passes - 1)] + search.worth:
             return
+
+
+def _further(best_first: Sequence[float], beyond: Sequence[float]) -> list[float]:
+    """The next rate on the side on which the best one is the last."""
+    if best_first[0] == min(best_first):
+        return [rate for rate in beyond if rate < best_first[0]][:1]
+    if best_first[0] == max(best_first):
+        return [rate for rate in beyond if rate > best_first[0]][:1]
+    return []
 
 
 def _around(rate: float, search: Search) -> list[float]:
