@@ -221,6 +221,16 @@ def test_a_pool_that_no_node_belongs_to_is_told_and_does_not_hang(
     assert "waiting for a free CPU" in capsys.readouterr().err
 
 
+def test_a_disk_that_a_worker_cannot_write_to_ends_the_run_with_one_line(tables: Settings, tmp_path: Path) -> None:
+    settings = settings_for(tables, tmp_path, num_workers=1)
+    (tmp_path / "scratch").touch()
+    there = settings.ray.model_copy(update={"scratch": str(tmp_path / "scratch")})
+    with pytest.raises(TrainingFailedError) as failed:
+        train.run(settings.model_copy(update={"ray": there}))
+    mistake = user_error_in(failed.value)
+    assert str(mistake) == f"ray.scratch={tmp_path}/scratch: File exists: name a folder that every node can write to"
+
+
 def with_overflows(take_step: Any, overflows: Any) -> Any:
     """A step that leaves gradients that are not finite where `overflows` says so of its number within the epoch."""
 

@@ -16,7 +16,6 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from longer.errors import UserError
 from longer.training.loader import Part
@@ -65,6 +64,9 @@ class Mapped:
         """All of them as one; its arrays are the file, read-only."""
         with open(self.path, "rb") as file:
             whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        whole.madvise(
+            mmap.MADV_RANDOM
+        )  # a step's requests lie all over it: what Linux reads around them is twenty times as much
         spans = {name: (values.dtype, *self.spans[name]) for name, values in arrays_in(self.none)}
         arrays = {name: np.ndarray(size, dtype, whole, start) for name, (dtype, start, size) in spans.items()}
         part = with_arrays(self.none, arrays)
@@ -159,35 +161,11 @@ class ReadParts:
             ) from None
         return file
 
-
-@ray.remote(num_cpus=0, max_restarts=-1)
-class Keeper:
-    """Keeps the file of a node."""
-
-    def __init__(self) -> None:
-        self._mapped: Mapped | None = None
-
-    def mapped(self, read: ReadParts) -> Mapped:
-        """The file, which whoever asks first has written."""
-        if self._mapped is None:
-            self._file = read.file()
-            spans = write_parts(self._file, read.none, read.room, read.in_turn())
-            self._mapped = Mapped(f"/proc/{os.getpid()}/fd/{self._file.fileno()}", read.none, spans)
-        return self._mapped
-
-
-@ray.remote(num_cpus=0)
-class Keepers:
-    """The keepers of a run's files. It owns them, so that they end when it does; and it does when the driver ends, however."""
-
-    def __init__(self) -> None:
-        self._of_nodes: dict[str, Any] = {}
-
-    def on(self, node: str) -> Any:
-        if node not in self._of_nodes:
-            here = NodeAffinitySchedulingStrategy(node, soft=False)
-            self._of_nodes[node] = Keeper.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-        return self._of_nodes[node]
+    def laid_out(self) -> tuple[BinaryIO, Mapped]:
+        """The file with all parts in it, which is there as long as it is open here, and how any process of this node opens it."""
+        file = self.file()
+        spans = write_parts(file, self.none, self.room, self.in_turn())
+        return file, Mapped(f"/proc/{os.getpid()}/fd/{file.fileno()}", self.none, spans)
 
 
 @dataclass(frozen=True)
@@ -200,5 +178,5 @@ class RequestFiles:
     def open(self) -> Part:
         """The requests as this node's file has them, which is written if it is not there."""
         keeper = ray.get(self.keepers.on.remote(ray.get_runtime_context().get_node_id()))
-        mapped: Mapped = ray.get(keeper.mapped.remote(self.read))
+        mapped: Mapped = ray.get(keeper.told.remote(self.read.laid_out))
         return mapped.open()

@@ -13,8 +13,9 @@ from longer.config import Settings
 from longer.errors import StorageError, UserError
 from longer.progress import say
 from longer.training.content import Job, Looked, Tables
+from longer.training.keepers import Keepers
 from longer.training.loader import Part
-from longer.training.mapped import Keepers, Name, ReadParts, RequestFiles, num_bytes
+from longer.training.mapped import Name, ReadParts, RequestFiles, num_bytes
 
 _PART_BYTES = 64 << 20
 """Of the tables' files that one task reads: they take several times as much in memory."""
