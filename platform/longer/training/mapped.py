@@ -64,9 +64,8 @@ class Mapped:
         """All of them as one; its arrays are the file, read-only."""
         with open(self.path, "rb") as file:
             whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        whole.madvise(
-            mmap.MADV_RANDOM
-        )  # a step's requests lie all over it: what Linux reads around them is twenty times as much
+        # A step's requests lie all over it: Linux would read twenty times as much around them.
+        whole.madvise(mmap.MADV_RANDOM)
         spans = {name: (values.dtype, *self.spans[name]) for name, values in arrays_in(self.none)}
         arrays = {name: np.ndarray(size, dtype, whole, start) for name, (dtype, start, size) in spans.items()}
         part = with_arrays(self.none, arrays)
@@ -134,9 +133,9 @@ class ReadParts:
 
     def in_turn(self) -> Iterator[Part]:
         """One part after the other, while the next is on its way to this node."""
-        for number, part in enumerate(self.parts):
-            ray.wait(self.parts[number + 1 : number + 2] or [part], timeout=0)
-            yield ray.get(part)
+        for number, this in enumerate(self.parts):
+            ray.wait(self.parts[number + 1 : number + 2] or [this], timeout=0)
+            yield ray.get(this)
 
     def file(self) -> BinaryIO:
         """A file without a name that has all the room; a UserError if there is none."""
