@@ -68,7 +68,7 @@ class RaySettings(Section):
     object_store_bytes: int = Field(1 << 30, ge=80 << 20, description="Shared memory of a local Ray, in bytes.")
     scratch: WorkersPath | None = Field(
         None,
-        description="Folder on each node's disk, not in a tmpfs, for a run's requests while it trains; null: Ray's temporary folder.",
+        description="Folder on each node's disk, no tmpfs, for a run's requests while it trains; null: Ray's temporary folder.",
     )
     pool_label: str | None = Field(
         None,
