@@ -158,7 +158,7 @@ def _model_step(settings: Settings, num_steps: int, validates: bool = False) -> 
     """Impressions per second of the run's own steps, from staged batches; of the first one, outputs as a validation has them."""
     _, inputs = pin_tables(settings)
     job = Job(settings, inputs)
-    content = Content(job, *read_requests(job))
+    content = Content(job, read_requests(job))
     plan = content.cursor.plan(0, 1)
     num_steps = min(num_steps, content.cursor.steps_of(0))
     steps = np.linspace(0, content.cursor.steps_of(0) - 1, num_steps).astype(int)

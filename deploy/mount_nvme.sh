@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes SCRATCH, where Ray spills objects. It lies on the machine's local NVMe disk where there is one: AWS's deep-learning images mount
+# Makes SCRATCH, where Ray spills objects and training keeps requests. It lies on the machine's local NVMe disk where there is one: AWS's deep-learning images mount
 # it at IMAGES themselves; other images leave it raw. Else, or if the disk cannot be had, it is a folder of the root disk: slower, but a node.
 #
 #   deploy/mount_nvme.sh [SCRATCH] [IMAGES]

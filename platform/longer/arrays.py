@@ -43,9 +43,9 @@ class Histories:
 
     def slice_events(self, rows_N: Int64, starts_N: Int64, ends_N: Int64) -> "Histories":
         """N histories: of row `rows_N[i]`, the events with absolute index in [starts_N[i], ends_N[i]), which the row must hold."""
-        if (starts_N < self.first_index_B[rows_N]).any() or (ends_N > self.end_index_B[rows_N]).any():
-            raise IndexError("events outside the rows: another user's would be read")
         base_N = self.offsets_B1[rows_N] - self.first_index_B[rows_N]
+        if (starts_N < self.first_index_B[rows_N]).any() or (base_N + ends_N > self.offsets_B1[rows_N + 1]).any():
+            raise IndexError("events outside the rows: another user's would be read")
         lengths_N = ends_N - starts_N
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths_N)])
         events = np.repeat(base_N + starts_N - offsets[:-1], lengths_N) + np.arange(offsets[-1])

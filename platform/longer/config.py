@@ -16,7 +16,7 @@ from longer.errors import UserError, meant
 from longer.flags import Flags
 from longer.model_settings import ModelSettings
 from longer.schema import EventSchema
-from longer.section import Section
+from longer.section import Section, WorkersPath
 from longer.settings_file import read_yaml
 from longer.table_settings import (
     GenerateSettings,
@@ -66,6 +66,10 @@ class RaySettings(Section):
         4, ge=1, description="Logical CPUs of a local Ray; more than cores lets light actors share them."
     )
     object_store_bytes: int = Field(1 << 30, ge=80 << 20, description="Shared memory of a local Ray, in bytes.")
+    scratch: WorkersPath | None = Field(
+        None,
+        description="Folder on each node's disk, no tmpfs, for a run's requests while it trains; null: Ray's temporary folder.",
+    )
     pool_label: str | None = Field(
         None,
         description="Label whose value on each node is 'gpu' or 'cpu': work that asks for GPUs then runs on the first only, all "

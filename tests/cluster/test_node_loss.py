@@ -1,11 +1,13 @@
 """A node that dies in the midst of a job costs the tasks that ran there, and the result is the same."""
 
+import glob
 import json
+import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +38,12 @@ def head() -> Iterator[Head]:
         yield started
 
 
-def start(head: Head, module: str, settings: Settings, folder: Path, **environment: str) -> subprocess.Popen:
+def start(
+    head: Head, module: str, settings: Settings, folder: Path, *flags: str, **environment: str
+) -> subprocess.Popen:
     config = folder / "settings.yaml"
     config.write_text(settings.model_dump_json(exclude={"ray"}))
-    command = [sys.executable, "-m", module, "--config", str(config), "--ray.address", head.address]
+    command = [sys.executable, "-m", module, "--config", str(config), "--ray.address", head.address, *flags]
     env = {**head.environment, **environment}
     return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
 
@@ -110,3 +114,33 @@ def test_training_that_loses_a_node_goes_on_with_the_workers_that_are_left(head:
     table = RequestTable(settings.path("tables", "requests"), settings.event_schema)
     ids = np.concatenate([table.read("train", bucket).request_id_R for bucket in range(table.num_buckets)])
     assert trained["epochs"] == [tally(ids)] * 2
+
+
+def test_a_driver_that_is_killed_leaves_no_requests_on_the_nodes_disks(head: Head, tmp_path: Path) -> None:
+    """The cluster runs on, and with it the processes in which workers were."""
+    built = settings_of(tmp_path, requests={"validation_days_share": 0.1})
+    run_all(built)
+    small = {**built.model.model_dump(), "item_rows": 211, "user_rows": 31, "event_width": 8, "num_heads": 2}
+    endless = {"num_workers": 2, "tokens_per_step": 320, "epochs": 1000, "validate_every_steps": 10**6}
+    settings = Settings(**{**built.model_dump(), "model": small, "train": endless})
+    job = start(head, "jobs.train", settings, tmp_path, "--ray.scratch", str(tmp_path / "scratch"))
+    wait_for_holders(tmp_path / "scratch", lambda holders: len(holders) >= 4, job)  # on each node a keeper and a worker
+    job.kill()
+    wait_for_holders(tmp_path / "scratch", lambda holders: not holders)
+    assert not [*(tmp_path / "scratch").iterdir()]
+
+
+def wait_for_holders(folder: Path, are_right: Callable[[set[str]], bool], job: subprocess.Popen | None = None) -> None:
+    """Until the processes that have a file of this folder open, or mapped, are the right ones."""
+    deadline = time.monotonic() + _WITHIN_S
+    while not are_right({path.split("/")[2] for path in glob.glob("/proc/[0-9]*/fd/*") if is_in(folder, path)}):
+        assert job is None or job.poll() is None, "training ended"
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def is_in(folder: Path, link: str) -> bool:
+    try:
+        return os.readlink(link).startswith(f"{folder}/")
+    except OSError:  # it has been closed, or is another user's
+        return False

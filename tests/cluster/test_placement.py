@@ -28,6 +28,10 @@ def test_without_a_label_nothing_is_asked_for_and_work_runs_anywhere() -> None:
 
 _SAY_WHERE = {"worker_options", "options", "task_options", "scorer_options", "replica_options"}
 _SAY_HOW_MUCH = {"num_cpus", "num_gpus", "resources", "memory", "label_selector"}
+_PINNED = {
+    "label_selector": "ray.io/node-id",
+    "scheduling_strategy": "NodeAffinitySchedulingStrategy(node, soft=False)",
+}
 _START = {"ray.remote", "options", "TorchTrainer"}
 
 
@@ -43,8 +47,8 @@ def starts_of_work(file: Path) -> list[tuple[int, str]]:
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call) and node not in stating | decorating):
         name = ast.unparse(call.func)
         by_function = [ast.unparse(k.value).partition("(")[0].rpartition(".")[2] in _SAY_WHERE for k in call.keywords]
-        named = any(k.arg == "label_selector" and isinstance(k.value, ast.Name) for k in call.keywords)
-        pinned = named and "ray.io/node-id" in source  # to the driver's node
+        names = {k.arg: k.value for k in call.keywords if isinstance(k.value, ast.Name)}
+        pinned = any(_PINNED[name] in source for name in _PINNED.keys() & names)  # to the driver's node, or a worker's
         started = name in _START or (isinstance(call.func, ast.Attribute) and call.func.attr in _START)
         started = started and not any(k.arg == "method_name" for k in call.keywords)  # that asks a replica that runs
         in_pool = any(k.arg == "compute" for k in call.keywords)

@@ -24,7 +24,7 @@ from longer.training.content import tally
 from longer.training.continuous import _milliseconds
 from longer.training.cursor import Position
 from longer.training.lineage import finished, past_of
-from longer.training.loader import MS_PER_DAY, joined, read_part_since, score_split
+from longer.training.loader import MS_PER_DAY, read_part_since, score_split
 from longer.training.loop import Run, train_worker
 from longer.training.metrics import defined
 from longer.training.steps import task_metrics
@@ -111,7 +111,7 @@ def test_a_day_is_tested_before_it_is_trained(continued: tuple[Settings, Version
     sequences = SequenceTable(settings.path("tables", "sequences"), schema)
     requests = RequestTable(settings.path("tables", "requests"), schema)
     part = read_part_since(sequences, requests, since_ms, range(requests.num_buckets))
-    (data,) = joined([part], settings.model.windows, sequences.version.path, ["new"])
+    (data,) = part.splits(settings.model.windows)
     first_day = data.take(np.flatnonzero(data.requests.request_ts_R < since_ms + MS_PER_DAY))
     model = load_model(base.path)[0]
     outputs = score_split(first_day, lambda batch: model(to_tensors(batch)).detach().numpy(), len(tasks))

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from longer.arrays import Candidates
 from longer.data.batches import Requests
@@ -38,15 +40,31 @@ def split_of(ends_of_users: list[list[int]], num_candidates: int = 3) -> SplitDa
 
 
 def test_validation_sample_takes_every_user_in_proportion() -> None:
-    sample = split_of([list(range(1, 41)), list(range(1, 21)), list(range(1, 21))]).spread(8)
-    assert np.bincount(sample.row_R).tolist() == [4, 2, 2]
-    assert sample.requests.request_id_R.tolist() == [0, 10, 20, 30, 40, 50, 60, 70]
+    data = split_of([list(range(1, 41)), list(range(1, 21)), list(range(1, 21))])
+    sample = data.spread(8)
+    assert sample is not None
+    assert np.bincount(data.row_R[sample]).tolist() == [4, 2, 2]
+    assert data.requests.request_id_R[sample].tolist() == [0, 10, 20, 30, 40, 50, 60, 70]
+    assert data.spread(80) is None
 
 
 def test_newest_requests_are_kept_in_their_order() -> None:
-    newest = split_of([[1, 2, 3], [1, 2]]).newest(2)
-    assert newest.requests.request_id_R.tolist() == [3, 4]
-    assert newest.row_R.tolist() == [1, 1]
+    data = split_of([[1, 2, 3], [1, 2]])
+    newest = data.newest(2)
+    assert newest is not None
+    assert data.requests.request_id_R[newest].tolist() == [3, 4]
+    assert data.row_R[newest].tolist() == [1, 1]
+    assert data.newest(5) is None
+
+
+@given(data=st.data())
+def test_packs_of_some_requests_are_those_of_a_copy_of_them(data: st.DataObject) -> None:
+    """The order of training is that of runs whose requests were copied first."""
+    split = split_of(data.draw(st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=9), min_size=1, max_size=5)))
+    some = np.array(data.draw(st.permutations(range(len(split.requests)))))[: data.draw(st.integers(1, 20))]
+    packs, of_copy = split.packs(3, some), split.take(some).packs(3)
+    assert packs.order_R.tolist() == some[of_copy.order_R].tolist()
+    assert packs.offsets_P1.tolist() == of_copy.offsets_P1.tolist()
 
 
 def test_every_candidate_is_scored_once_and_lands_in_its_row() -> None:

@@ -30,12 +30,10 @@ from longer.runner import user_error_in
 from longer.storage import Table, Version
 from longer.training import loop, upload
 from longer.training.checkpoints import load_model, save_model
-from longer.training.content import Job, read_requests, tally
+from longer.training.content import tally
 from longer.training.cursor import Position
 from longer.training.loop import Run, train_worker
 from longer.training.metrics import auc
-from longer.training.reading import num_bytes, requests_in_memory
-from longer.training.run import pin_tables
 from longer.training.runs import RECORD, step_folder
 from longer.training.trainer_state import TrainerState, read_trainer_state
 from tests.data.test_build_on_ray import run_all, settings_of
@@ -223,18 +221,14 @@ def test_a_pool_that_no_node_belongs_to_is_told_and_does_not_hang(
     assert "waiting for a free CPU" in capsys.readouterr().err
 
 
-def test_requests_larger_than_the_object_store_are_told_with_the_setting(
-    tables: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    job = Job(tables, pin_tables(tables)[1])
-    held = num_bytes(read_requests(job))
-    assert held > 8 * len(read_requests(job)[0].row_C), "what the arrays take is counted"
-    requests_in_memory(job)
-    assert "object store" not in capsys.readouterr().err
-    node = {**ray.nodes()[0], "Resources": {"CPU": 1, "object_store_memory": held - 1}}
-    monkeypatch.setattr("longer.training.reading.ray.nodes", lambda: [node])
-    requests_in_memory(job)
-    assert "raise ray.object_store_bytes" in capsys.readouterr().err
+def test_a_disk_that_a_worker_cannot_write_to_ends_the_run_with_one_line(tables: Settings, tmp_path: Path) -> None:
+    settings = settings_for(tables, tmp_path, num_workers=1)
+    (tmp_path / "scratch").touch()
+    there = settings.ray.model_copy(update={"scratch": str(tmp_path / "scratch")})
+    with pytest.raises(TrainingFailedError) as failed:
+        train.run(settings.model_copy(update={"ray": there}))
+    mistake = user_error_in(failed.value)
+    assert str(mistake) == f"ray.scratch={tmp_path}/scratch: File exists: name a folder that every node can write to"
 
 
 def with_overflows(take_step: Any, overflows: Any) -> Any:
@@ -473,12 +467,6 @@ def test_evaluation_publishes_scores_that_have_its_metrics(
 
 def _label_lists(requests: Any) -> list[np.ndarray]:
     return np.split(requests.labels["label"], requests.candidates.offsets_R1[1:-1])
-
-
-def test_the_histories_of_both_splits_are_held_once(tables: Settings) -> None:
-    data, valid = read_requests(Job(tables, pin_tables(tables)[1]))
-    assert valid
-    assert data.histories is valid.histories
 
 
 def test_more_workers_than_a_local_ray_holds_are_refused(tables: Settings, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ A request's history is never copied into it: requests of a user whose window sta
 and a pack's history is stored once, from the common window start to the newest request's end.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +43,11 @@ class Requests:
             labels={name: x[picked_C] for name, x in self.labels.items()},
         )
 
+    def without_raw_ids(self) -> "Requests":
+        """The same with nulls for them, which take no memory: training reads keys only."""
+        num_candidates = int(self.candidates.offsets_R1[-1])
+        return replace(self, user_id_R=pa.nulls(len(self)), item_id_C=pa.nulls(num_candidates))
+
 
 @dataclass(frozen=True)
 class Packs:
@@ -64,12 +69,13 @@ def plan_packs(row_R: Int64, history_end_R: Int64, windows: WindowRule, max_requ
     """Packs that hold every request once: one user's, equal window starts, in time order, at most `max_requests` each."""
     order_R = np.lexsort((history_end_R, row_R))  # stable: requests of one time keep their order
     row, end = row_R[order_R], history_end_R[order_R]
-    starts = np.stack([row, windows.history_start(end), windows.query_start(end)])
-    new_run = np.ones(len(row), bool)
-    new_run[1:] = (starts[:, 1:] != starts[:, :-1]).any(axis=0)
+    new_run = np.zeros(len(row), bool)
+    new_run[:1] = True
+    for start in (row, windows.history_start(end), windows.query_start(end)):
+        new_run[1:] |= start[1:] != start[:-1]
     place = np.arange(len(row))
-    place_in_run = place - np.maximum.accumulate(np.where(new_run, place, 0))
-    first = np.flatnonzero(place_in_run % max_requests == 0)
+    place -= np.maximum.accumulate(np.where(new_run, place, 0))  # in its run
+    first = np.flatnonzero(place % max_requests == 0)
     return Packs(order_R, np.append(first, len(row)))
 
 

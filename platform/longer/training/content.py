@@ -4,13 +4,14 @@ R requests, P packs, E epochs.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from longer.arrays import Int64
 from longer.config import Settings
+from longer.data.batches import Packs
 from longer.data.events import iso_time
 from longer.data.layout import bucket_of_path
 from longer.data.tables import RequestTable, SequenceTable
@@ -19,7 +20,15 @@ from longer.errors import UserError
 from longer.hashing import hash_int64
 from longer.model.layout import Sizes
 from longer.training.cursor import DataCursor
-from longer.training.loader import MS_PER_DAY, Part, SplitData, joined, largest_batch, read_part, read_part_since
+from longer.training.loader import (
+    MS_PER_DAY,
+    Part,
+    SplitData,
+    check_windows,
+    largest_batch,
+    read_part,
+    read_part_since,
+)
 from longer.training_settings import TaskSettings
 
 MAX_PACK_REQUESTS = 16
@@ -55,8 +64,24 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Looked:
+    """What is found at some requests of a split: how many windows are cut, and the lowest and highest label of each task."""
+
+    num_cut: int
+    labels: dict[str, tuple[float, float]]
+
+    @staticmethod
+    def at(data: SplitData, tasks: Sequence[TaskSettings]) -> "Looked":
+        ranges = {}
+        for task in tasks:
+            label_C = data.requests.labels[task.name]  # fmin and fmax: whatever is missing
+            ranges[task.name] = float(np.fmin.reduce(label_C, initial=0)), float(np.fmax.reduce(label_C, initial=0))
+        return Looked(data.num_cut(), ranges)
+
+
+@dataclass(frozen=True)
 class Tables:
-    """The tables of a job, whose requests are read from them in parts, on any machine, and then joined."""
+    """The tables of a job, whose requests are read from them in parts, on any machine."""
 
     job: Job
     sequences: SequenceTable
@@ -80,57 +105,68 @@ class Tables:
         return num_bytes_K
 
     def read(self, buckets: Sequence[int]) -> Part:
-        """All that the job may need of some buckets."""
+        """All that the job may need of some buckets: of the training split and the one that validates, or of what is new."""
         if self.job.since_ms is not None:
-            return read_part_since(self.sequences, self.requests, self.job.since_ms, buckets)
-        return read_part(self.sequences, self.requests, _SPLITS, buckets)
+            part = read_part_since(self.sequences, self.requests, self.job.since_ms, buckets)
+        else:
+            part = read_part(self.sequences, self.requests, _SPLITS, buckets)
+        return replace(part, requests=[of_split.without_raw_ids() for of_split in part.requests])
 
-    def join(self, parts: Sequence[Part]) -> tuple[SplitData, SplitData | None]:
-        """What is trained, and what validates: nothing where days are tested instead."""
-        asked = self.job.settings.train
+    def look(self, part: Part) -> list[Looked]:
+        """At each split of a part."""
+        settings = self.job.settings
+        return [Looked.at(data, settings.train.tasks) for data in part.splits(settings.model.windows)]
+
+    def check(self, looked: Sequence[list[Looked]]) -> None:
+        """A UserError if no run can be made of these parts."""
         names = ["new"] if self.job.trains_days else _SPLITS
-        data, *valid = joined(parts, self.job.settings.model.windows, self.sequences.version.path, names)
-        for split in (data, *valid):
-            _check_labels(split, asked.tasks)
-        if not valid:
-            return data, None
-        return data.newest(asked.max_requests), valid[0].spread(asked.max_validation_requests)
+        by_split = list(zip(*looked, strict=True))
+        for name, parts in zip(names, by_split, strict=True):
+            num_cut = sum(part.num_cut for part in parts)
+            check_windows(num_cut, self.job.settings.model.windows, self.sequences.version.path, name)
+        for parts in by_split:
+            for task in self.job.settings.train.tasks:
+                lowest, highest = zip(*(part.labels[task.name] for part in parts), strict=True)
+                _check_labels(task, min(lowest), max(highest))
 
 
-def _check_labels(data: SplitData, tasks: Sequence[TaskSettings]) -> None:
-    for task in tasks:
-        label_C = data.requests.labels[task.name]
-        lowest, highest = np.fmin.reduce(label_C, initial=0), np.fmax.reduce(label_C, initial=0)  # whatever is missing
-        if max(-lowest, highest) > _MOST_LABEL:
-            raise UserError(
-                f"train.tasks: the labels of {task.name} are {lowest:g} to {highest:g}, of which a loss is infinite: look at the "
-                "column, and scale or clip it"
-            )
-        if task.kind == "binary" and (lowest < 0 or highest > 1):
-            raise UserError(
-                f"train.tasks: the labels of {task.name} are {lowest:g} to {highest:g}, a binary task's are 0 to 1: make it kind: "
-                "regression, or scale the column"
-            )
+def _check_labels(task: TaskSettings, lowest: float, highest: float) -> None:
+    if max(-lowest, highest) > _MOST_LABEL:
+        raise UserError(
+            f"train.tasks: the labels of {task.name} are {lowest:g} to {highest:g}, of which a loss is infinite: look at the "
+            "column, and scale or clip it"
+        )
+    if task.kind == "binary" and (lowest < 0 or highest > 1):
+        raise UserError(
+            f"train.tasks: the labels of {task.name} are {lowest:g} to {highest:g}, a binary task's are 0 to 1: make it kind: "
+            "regression, or scale the column"
+        )
 
 
-def read_requests(job: Job) -> tuple[SplitData, SplitData | None]:
+def read_requests(job: Job) -> Part:
     """The requests of a job, read right here."""
     tables = Tables.of(job)
-    return tables.join([tables.read(range(tables.requests.num_buckets))])
+    part = tables.read(range(tables.requests.num_buckets))
+    tables.check([tables.look(part)])
+    return part
 
 
 class Content:
-    """The requests of a job (`read_requests`), packed, and the cursor over them.
+    """The requests of a job (`read_requests`), packed, and the cursor over them; few arrays beside them are as long as they are.
 
-    `expected` is the tally of each epoch's requests, and its day where an epoch is one.
+    `expected` is the tally of each epoch's requests, and its day where an epoch is one; `valid` are the requests that validate,
+    none where days are tested instead.
     """
 
-    def __init__(self, job: Job, data: SplitData, valid: SplitData | None) -> None:
+    def __init__(self, job: Job, part: Part) -> None:
         settings, versions, asked = job.settings, job.versions, job.settings.train
-        self.data, self.valid = data, valid
+        self.data, *others = part.splits(settings.model.windows)
+        self.valid: tuple[SplitData, Packs] | None = None
         if job.since_ms is None:
-            self.packs = self.data.packs(MAX_PACK_REQUESTS)
+            self.packs = self.data.packs(MAX_PACK_REQUESTS, self.data.newest(asked.max_requests))
             epochs, self.days = [np.arange(len(self.packs))] * asked.epochs, np.empty(0, np.int64)
+            (valid,) = others
+            self.valid = valid, valid.packs(MAX_PACK_REQUESTS, valid.spread(asked.max_validation_requests))
         else:
             self.packs, day_P = self.data.packs_by_day(MAX_PACK_REQUESTS)
             self.days = np.unique(day_P)
@@ -142,9 +178,9 @@ class Content:
         self.expected = [{**self._day_of(epoch), **tally(self._request_ids(epoch))} for epoch in range(len(epochs))]
         self.cursor = DataCursor(f"{versions['requests']}/{settings.seed}", self.cost_P, epochs, asked.tokens_per_step)
 
-    def day(self, epoch: int) -> SplitData:
-        """The requests of one day."""
-        return self.data.take(self.packs.take(self._epochs[epoch]).order_R)
+    def epoch(self, epoch: int) -> tuple[SplitData, Packs]:
+        """The requests of one epoch."""
+        return self.data, self.packs.take(self._epochs[epoch])
 
     def largest_batch(self, num_batches: int) -> Sizes:
         """The most of everything in any of the `num_batches` of any step: with room for it, all steps have the same shapes."""

@@ -1,4 +1,4 @@
-"""A split in memory, decoded once, and its batches assembled ahead of the consumer."""
+"""A split as flat arrays, in memory or mapped from a file, and its batches assembled ahead of the consumer."""
 
 import queue
 import threading
@@ -51,27 +51,32 @@ class SplitData:
         """The same histories with requests `requests_N` only."""
         return SplitData(self.histories, self.requests.take(requests_N), self.row_R[requests_N], self.windows)
 
-    def newest(self, max_requests: int | None) -> "SplitData":
-        """The newest `max_requests` requests, or all."""
+    def newest(self, max_requests: int | None) -> Int64 | None:
+        """The newest `max_requests` requests, ascending; None: all."""
         if max_requests is None or max_requests >= len(self.requests):
-            return self
+            return None
         order = np.lexsort((self.requests.request_id_R, self.requests.request_ts_R))
-        return self.take(np.sort(order[-max_requests:]))
+        return np.sort(order[-max_requests:])
 
-    def spread(self, max_requests: int) -> "SplitData":
-        """At most `max_requests` requests, evenly over users and each user's time; the same ones every time."""
+    def spread(self, max_requests: int) -> Int64 | None:
+        """At most `max_requests` requests, evenly over users and each user's time, the same ones every time; None: all."""
         if max_requests >= len(self.requests):
-            return self
+            return None
         order = np.lexsort((self.requests.request_ts_R, self.row_R))
-        return self.take(order[np.arange(max_requests) * len(order) // max_requests])
+        return order[np.arange(max_requests) * len(order) // max_requests]
 
     @property
     def row_C(self) -> Int64:
         """The history row of each candidate."""
         return np.repeat(self.row_R, np.diff(self.requests.candidates.offsets_R1))
 
-    def packs(self, max_pack_requests: int) -> Packs:
-        return plan_packs(self.row_R, self.requests.history_end_R, self.windows, max_pack_requests)
+    def packs(self, max_pack_requests: int, among_N: Int64 | None = None) -> Packs:
+        """Packs of requests `among_N`, or of all. A choice of packs is one of requests: these are not copied for it."""
+        if among_N is None:
+            return plan_packs(self.row_R, self.requests.history_end_R, self.windows, max_pack_requests)
+        row_N, end_N = self.row_R[among_N], self.requests.history_end_R[among_N]
+        packs = plan_packs(row_N, end_N, self.windows, max_pack_requests)
+        return Packs(among_N[packs.order_R], packs.offsets_P1)
 
     def packs_by_day(self, max_pack_requests: int) -> tuple[Packs, Int64]:
         """Packs of which none holds requests of two days, and the day of each, in days since 1970 UTC."""
@@ -94,6 +99,11 @@ class SplitData:
         """The `Sizes` of each pack, each [P]; those of a batch are the sums over its packs."""
         of_histories = Sizes.of_histories(*self._spans(packs), self.windows)
         return [*of_histories, np.ones(len(packs), np.int64), np.diff(packs.offsets_P1), self.num_candidates(packs)]
+
+    def num_cut(self) -> int:
+        """Requests whose history window starts before the events that are there."""
+        start_R = self.windows.history_start(self.requests.history_end_R) * self.windows.merge_size
+        return int((start_R < self.histories.first_index_B[self.row_R]).sum())
 
     def _spans(self, packs: Packs) -> tuple[Int64, Int64]:
         """Absolute index of the first event that each pack's history window holds, and the one after its last."""
@@ -139,10 +149,21 @@ def score_split(
 
 @dataclass(frozen=True)
 class Part:
-    """Histories of some buckets, and the requests of their users in each of some splits. Parts in order, joined, are the whole."""
+    """Histories of some buckets, the requests of their users in each of some splits, and each request's row in the histories."""
 
     histories: Histories
     requests: list[Requests]
+    rows: list[Int64]
+
+    def splits(self, windows: WindowRule) -> list[SplitData]:
+        of_splits = zip(self.requests, self.rows, strict=True)
+        return [SplitData(self.histories, requests, row_R, windows) for requests, row_R in of_splits]
+
+    def none(self) -> "Part":
+        """The same of no user."""
+        none = np.empty(0, np.int64)
+        requests = [of_split.take(none) for of_split in self.requests]
+        return Part(self.histories.slice_events(none, none, none), requests, [none] * len(requests))
 
 
 def read_part(sequences: SequenceTable, requests: RequestTable, splits: Sequence[str], buckets: Iterable[int]) -> Part:
@@ -161,25 +182,13 @@ def read_part_since(sequences: SequenceTable, requests: RequestTable, since_ms: 
 
 
 def _in_buckets(sequences: SequenceTable, buckets: Iterable[int], read: Callable[[int], list[Requests]]) -> Part:
-    histories, asked = [], []
+    found, asked = [], []
     for bucket in buckets:
         asked.append(read(bucket))
         user_key_R = np.concatenate([requests.user_key_R for requests in asked[-1]])
-        histories.append(with_all_users(sequences.read_bucket(bucket)[1], user_key_R))
-    return Part(concat_histories(histories), [concat_requests(list(split)) for split in zip(*asked, strict=True)])
-
-
-def joined(parts: Sequence[Part], windows: WindowRule, path: str, names: Sequence[str]) -> list[SplitData]:
-    """The splits of all parts, in turn named so; their histories are held once.
-
-    A UserError if the sequence table at `path` has cut a history window.
-    """
-    histories = parts[0].histories if len(parts) == 1 else concat_histories([part.histories for part in parts])
-    by_split = zip(*(part.requests for part in parts), strict=True)
-    return [
-        _split(histories, concat_requests(list(of_parts)), windows, path, name)
-        for of_parts, name in zip(by_split, names, strict=True)
-    ]
+        found.append(with_all_users(sequences.read_bucket(bucket)[1], user_key_R))
+    histories, requests = concat_histories(found), [concat_requests(list(split)) for split in zip(*asked, strict=True)]
+    return Part(histories, requests, [rows_of_requests(histories, of_split) for of_split in requests])
 
 
 def read_split(
@@ -191,20 +200,19 @@ def read_split(
 ) -> SplitData:
     """A split, or some buckets of it, in memory."""
     wanted = range(requests.num_buckets) if buckets is None else buckets
-    (data,) = joined([read_part(sequences, requests, [split], wanted)], windows, sequences.version.path, [split])
+    (data,) = read_part(sequences, requests, [split], wanted).splits(windows)
+    check_windows(data.num_cut(), windows, sequences.version.path, split)
     return data
 
 
-def _split(histories: Histories, requests: Requests, windows: WindowRule, path: str, name: str) -> SplitData:
-    row_R = rows_of_requests(histories, requests)
-    start_R = windows.history_start(requests.history_end_R) * windows.merge_size
-    if num_cut := int((start_R < histories.first_index_B[row_R]).sum()):
+def check_windows(num_cut: int, windows: WindowRule, path: str, name: str) -> None:
+    """A UserError if the sequence table at `path` has cut the history windows of some requests of a split."""
+    if num_cut:
         raise UserError(
             f"model.history_events={windows.history_groups * windows.merge_size}: the history windows of {num_cut} {name} "
             f"requests start before the events that {path} keeps: build sequences and requests again with these settings, or lower "
             "history_events"
         )
-    return SplitData(histories, requests, row_R, windows)
 
 
 def concat_requests(parts: list[Requests]) -> Requests:

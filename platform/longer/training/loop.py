@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import ray
 import ray.train
 import torch
 import torch.distributed as dist
@@ -18,6 +17,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.torch import get_device
 
 from longer.arrays import Int64
+from longer.data.batches import Packs
 from longer.errors import UserError
 from longer.model.encoders.factory import make_model
 from longer.training.checkpoints import Tensors, load_upstream, weights_of
@@ -48,11 +48,11 @@ _ITS_END = 1 << 30
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """Ray Train's `train_loop_per_worker`; `config` holds the job, its requests in Ray's memory, its start and where to tell."""
+    """Ray Train's `train_loop_per_worker`; `config` holds the job, its requests' files, its start and where to tell."""
     context = ray.train.get_context()
     workers_here = context.get_local_world_size()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers_here))
-    content = Content(config["job"], *ray.get(config["requests"]))  # workers of a node share one copy
+    content = Content(config["job"], config["requests"].open())  # workers of a node share one copy
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     Run(config["job"], content, config["start"], config["lines"], rank, num_workers).train()
 
@@ -100,7 +100,7 @@ class Run:
             self.scalars = Scalars(self._path("tensorboard"), self.state.history)
         over = f"of {self.cursor.num_epochs} days" if self.job.trains_days else "an epoch"
         started = f"starting at step {first_step} with {self.num_workers} workers"
-        self._say(f"{len(self.content.data.requests)} requests {over}, {num_steps} steps, {started}")
+        self._say(f"{len(self.content.packs.order_R)} requests {over}, {num_steps} steps, {started}")
         every = self.settings.train.validate_every_steps
         record_every = max(1, every // _RECORDS_PER_VALIDATION)
         meter = Meter(num_steps, self._num_pauses(), self.stepper.device)
@@ -220,17 +220,18 @@ class Run:
     def _test_day(self, epoch: int) -> None:
         """Metrics of a day that no step has seen yet, before its first step."""
         day = self.content.expected[epoch]["day"]
-        metrics = self._metrics(self.content.day(epoch))
+        metrics = self._metrics(*self.content.epoch(epoch))
         self._record(self.cursor.global_step(Position(epoch, 0)), day=day, tested=metrics)
         self._say(f"{day}, before training on it: {shown_all(metrics)}")
 
-    def _metrics(self, data: SplitData) -> Metrics:
-        return defined(validate(data, self.stepper.outputs, self.settings.train.tasks, self.rank, self.num_workers))
+    def _metrics(self, data: SplitData, packs: Packs) -> Metrics:
+        tasks = self.settings.train.tasks
+        return defined(validate(data, packs, self.stepper.outputs, tasks, self.rank, self.num_workers))
 
     def _checkpoint(self, done: int) -> None:
         """Validates, then hands a copy of everything to a thread that uploads it: every worker takes part, the first one writes."""
         started = time.perf_counter()
-        metrics = self._metrics(self.content.valid) if self.content.valid else {}
+        metrics = self._metrics(*self.content.valid) if self.content.valid else {}
         score = selection_score(metrics) if metrics else None
         if metrics:
             self._record(done, validation=metrics)

@@ -1,6 +1,7 @@
-"""The requests of a run in Ray's memory: read in parts by many tasks, where workers can be, and lent to all workers of a node."""
+"""The requests of a run, read once in parts by many tasks, where workers can be, for the workers of any node to lay out and map."""
 
-import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ from longer.arrays import Int64
 from longer.config import Settings
 from longer.errors import StorageError, UserError
 from longer.progress import say
-from longer.training.content import Job, Tables
+from longer.training.content import Job, Looked, Tables
+from longer.training.keepers import Keepers
 from longer.training.loader import Part
+from longer.training.mapped import Name, ReadParts, RequestFiles, num_bytes
 
 _PART_BYTES = 64 << 20
 """Of the tables' files that one task reads: they take several times as much in memory."""
@@ -22,21 +25,36 @@ _WAIT_ENDS_AFTER_S = 900.0
 """A node with a GPU takes minutes to come up; a pool that nobody has never does."""
 
 
-def requests_in_memory(job: Job) -> ray.ObjectRef:
-    """The requests of a job, read once however often workers start; they are there, or an error is raised here.
+@contextmanager
+def request_files(job: Job) -> Iterator[RequestFiles]:
+    """The requests of a job, read once however often workers start, until the block ends; or an error is raised here.
 
-    Parts are contiguous buckets and joined in their order, so that what they make does not depend on how many there are. A task
-    that reads holds one part. The one that joins them, on a node where workers can be, makes the whole in its own memory, beside
-    the parts in that node's object store, and then stores it there too: for a moment there are three of it.
+    Parts are contiguous buckets and lie in their order, so that what they make does not depend on how many there are. Whoever
+    reads or lays out holds one part; Ray keeps them all until the end, on disk if need be, for nodes that come later.
     """
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # no other node's end takes it along
+    keepers = Keepers.options(label_selector=here).remote()  # type: ignore[attr-defined]
+    try:
+        read = _read(job)
+        say(
+            "train",
+            f"requests and histories take {read.num_bytes / 2**20:,.0f} MiB on the disk of each node with workers",
+        )
+        yield RequestFiles(read, keepers)
+    finally:
+        ray.kill(keepers)
+
+
+def _read(job: Job) -> ReadParts:
     settings, tables = job.settings, Tables.of(job)
     node = _node_with_a_core(settings)
     retries: dict[str, Any] = {"max_retries": settings.train.max_failures, "retry_exceptions": [StorageError]}
     groups = in_groups(tables.bucket_bytes(), _PART_BYTES)
-    join: Any = ray.remote(**task_options(settings, node), **retries, num_returns=2)(_joined)
-    requests, size = join.remote(tables, *_parts(tables, groups, retries, node))
-    _tell_if_too_large(ray.get(size), settings)
-    return requests
+    parts, told = zip(*_parts(tables, groups, retries, node), strict=True)
+    sizes, nones, looked = zip(*ray.get([*told]), strict=True)
+    tables.check(looked)
+    room = {name: sum(size[name] for size in sizes) for name in sizes[0]}
+    return ReadParts([*parts], nones[0], room, settings.ray.scratch)
 
 
 def in_groups(num_bytes_K: Int64, most_bytes: int) -> list[list[int]]:
@@ -45,30 +63,31 @@ def in_groups(num_bytes_K: Int64, most_bytes: int) -> list[list[int]]:
     return [group.tolist() for group in np.split(np.arange(len(group_K)), np.flatnonzero(np.diff(group_K)) + 1)]
 
 
-def _parts(tables: Tables, groups: list[list[int]], retries: dict[str, Any], node: str) -> list[ray.ObjectRef]:
-    """What each group's buckets hold, read on the nodes of the workers' pool in turn, on as many cores as these have.
+def _parts(tables: Tables, groups: list[list[int]], retries: dict[str, Any], node: str) -> list[list[ray.ObjectRef]]:
+    """What each group's buckets hold, and what there is to tell of it.
 
-    `node` is one of them, in whose place Ray finds another should all be gone.
+    Read on the nodes of the workers' pool in turn, on as many cores as these have; `node` is one of them, in whose place Ray finds
+    another should all be gone.
     """
     settings = tables.job.settings
     nodes = _nodes_of(settings.ray.place(settings.train.use_gpu))
     cores = [(core, one["NodeID"]) for one in nodes for core in range(int(one["Resources"]["CPU"]))]
     turns = [name for _, name in sorted(cores)] or [node]  # every node's first core before any one's second
-    parts: list[ray.ObjectRef] = []
+    parts: list[list[ray.ObjectRef]] = []
     running: list[ray.ObjectRef] = []
     for number, group in enumerate(groups):
         if len(running) >= len(turns):
             _, running = ray.wait(running, fetch_local=False)
         options = task_options(settings, turns[number % len(turns)])
-        read: Any = ray.remote(**options, **retries)(Tables.read)
-        running.append(read.remote(tables, group))
-        parts.append(running[-1])
+        read: Any = ray.remote(**options, **retries, num_returns=2)(_read_part)
+        parts.append(read.remote(tables, group))
+        running.append(parts[-1][0])
     return parts
 
 
-def _joined(tables: Tables, *parts: Part) -> tuple[Any, int]:
-    read = tables.join(parts)
-    return read, num_bytes(read)
+def _read_part(tables: Tables, buckets: list[int]) -> tuple[Part, tuple[dict[Name, int], Part, list[Looked]]]:
+    part = tables.read(buckets)
+    return part, (num_bytes(part), part.none(), tables.look(part))
 
 
 def task_options(settings: Settings, node: str | None = None) -> dict[str, Any]:
@@ -81,13 +100,6 @@ def task_options(settings: Settings, node: str | None = None) -> dict[str, Any]:
     if node is None:
         return {"num_cpus": 1, **where}
     return {"num_cpus": 0, **where, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True)}
-
-
-def num_bytes(value: Any) -> int:
-    """What a value takes in Ray's memory, but for what is small."""
-    buffers: list[pickle.PickleBuffer] = []
-    pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
-    return sum(buffer.raw().nbytes for buffer in buffers)
 
 
 def _node_with_a_core(settings: Settings) -> str:
@@ -119,16 +131,3 @@ def _nodes_of(selector: dict[str, str]) -> list[dict[str, Any]]:
         for node in ray.nodes()
         if node["Alive"] and node["Resources"].get("CPU", 0) >= 1 and selector.items() <= node["Labels"].items()
     ]
-
-
-def _tell_if_too_large(size: int, settings: Settings) -> None:
-    """Ray keeps what does not fit in files: it works, slowly."""
-    nodes = _nodes_of(settings.ray.place(settings.train.use_gpu))
-    room = min((node["Resources"]["object_store_memory"] for node in nodes), default=size)
-    if size > room:
-        say(
-            "train",
-            f"requests and histories take {size / 2**30:.1f} GiB, a node's object store has {room / 2**30:.1f}: what is over "
-            "lies on disk, where reading is slow: raise ray.object_store_bytes, or on a cluster `ray start "
-            "--object-store-memory`",
-        )

@@ -33,7 +33,7 @@ from longer.training.content import Job
 from longer.training.lineage import finished, later, past_of
 from longer.training.loop import train_worker
 from longer.training.metrics import shown_all
-from longer.training.reading import requests_in_memory
+from longer.training.reading import request_files
 from longer.training.relay import relayed_lines
 from longer.training.runs import (
     KeepBestAndLast,
@@ -169,11 +169,10 @@ def fit(job: Job, run_id: str) -> str:
     tell_what_is_left(storage, Table(settings.path("checkpoints")), run_id, job.versions["requests"])
     note_start(f"{storage}/{run_id}", job.versions["requests"], job.base)
     say("train", "reading the requests")
-    requests = requests_in_memory(job)
-    say("train", "starting workers")
     if isinstance(asked.num_workers, tuple):
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _WAIT_FOR_MORE_WORKERS_S)
-    with relayed_lines() as lines, interrupts_as_before():
+    with request_files(job) as requests, relayed_lines() as lines, interrupts_as_before():
+        say("train", "starting workers")
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"job": job, "requests": requests, "lines": lines, "start": start_of(job.weights)},

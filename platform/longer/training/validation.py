@@ -13,21 +13,20 @@ from longer.training.steps import gather
 from longer.training.streaming import StreamingMetrics
 from longer.training_settings import TaskSettings
 
-_MAX_PACK_REQUESTS = 16
-
 
 def validate(
     data: SplitData,
+    packs: Packs,
     outputs: Callable[[RequestBatch], npt.NDArray[np.float32]],
     tasks: Sequence[TaskSettings],
     rank: int,
     num_workers: int,
 ) -> dict[str, dict[str, float]]:
-    """Metrics of all requests of `data` by task; the same on every worker, each of which scores whole users.
+    """Metrics of the requests of some packs by task; the same on every worker, each of which scores whole users.
 
     All call `outputs` equally often, so that it may be the work of all together: who has fewer batches borrows a pack.
     """
-    packs, totals = data.packs(_MAX_PACK_REQUESTS), StreamingMetrics(tasks)
+    totals = StreamingMetrics(tasks)
     batches = list(_batches(data, packs, rank, num_workers))
     for _ in range(max(gather(len(batches), num_workers)) - len(batches)):
         outputs(data.batch(packs.take(np.zeros(1, np.int64))))
