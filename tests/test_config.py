@@ -59,6 +59,13 @@ def test_a_mistake_is_one_line_that_says_what_to_do(arguments: str) -> None:
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize(("name", "value"), [("encoding", "paper"), ("queries", "uniform"), ("queries", "learnable")])
+def test_a_switch_of_longer_that_another_encoder_would_ignore_is_refused(name: str, value: str) -> None:
+    chosen = ["--model.merge_size", "1", "--model.encoder", '{"kind": "din"}', f"--model.{name}", value]
+    with pytest.raises(UserError, match=f"{name}={value}: encoder din has no such switch: leave {name} out"):
+        parse_settings("a job", chosen)
+
+
 @pytest.mark.parametrize("columns", GENERIC_MISTAKES)
 def test_a_mapping_that_cannot_be_meant_is_one_line(columns: str) -> None:
     chosen = ["--import_events.dataset", "generic", "--import_events.source", "log", "--import_events.columns", columns]

@@ -31,7 +31,7 @@ class ModelSettings(Section):
     query_groups: int = Field(64, ge=1, description="k: tokens that are queries; which ones, `queries` says.")
     stride_groups: int = Field(32, ge=1, description="s: groups between moves of the windows; divides k and L/K.")
     num_heads: int = Field(4, ge=1, description="H: attention heads; K*d/H must be even (rotation turns pairs).")
-    num_self_layers: int = Field(2, ge=0, description="N: self-causal layers after the cross-causal one.")
+    num_self_layers: int = Field(2, ge=0, description="N: LONGER's self-causal layers after the cross-causal one.")
     inner_transformer: bool = Field(
         True, description="InnerTrans: a transformer block inside each group before merging."
     )
@@ -83,6 +83,12 @@ class ModelSettings(Section):
                 f"merge_size={self.merge_size}: encoder {self.encoder.kind} reads every event: set merge_size to 1 and give "
                 "event_width the whole width"
             )
+        for name, only in (("encoding", "appendable"), ("queries", "recent")):
+            if self.encoder.kind != "longer" and getattr(self, name) != only:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: encoder {self.encoder.kind} has no such switch: leave {name} out or set "
+                    "encoder.kind to longer"
+                )
         return self
 
     @property

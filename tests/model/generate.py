@@ -8,6 +8,7 @@ from longer.arrays import NO_EVENT_TS, Candidates, Histories, RequestBatch
 from longer.hashing import stable_keys
 from longer.model.longer import Longer
 from longer.model.pool import Precision, StateLayout, StatePool
+from longer.model.ranker import Ranker
 from longer.model.states import UserState, encode, rows_for
 from longer.model_settings import ModelSettings
 from longer.schema import EventSchema, Feature
@@ -81,7 +82,7 @@ def random_candidates(rng: np.random.Generator, counts: list[int], num_items: in
 
 
 def one_request_a_row(
-    model: Longer, histories: Histories, request_ts: np.ndarray, candidates: Candidates
+    model: Ranker, histories: Histories, request_ts: np.ndarray, candidates: Candidates
 ) -> RequestBatch:
     """A batch in which each user is asked about at the end of the history, with the window cut as the data room cuts it."""
     end = histories.end_index_B

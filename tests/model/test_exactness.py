@@ -131,9 +131,11 @@ def test_appended_states_equal_encoded_ones_across_window_moves(
     for begin, end in zip(cuts.T, [*cuts.T[1:], total], strict=True):
         needed = rows_for(pool.layout, end)
         slots = []
-        for state, size, stays in zip(states, needed, rng.random(len(states)) < 0.7, strict=True):
-            in_place = stays and size <= state.slot.size
-            slots.append(state.slot if in_place else slots_for(pool, end[:1] * 0 + state.num_events + 60)[0])
+        for b, stays in enumerate(rng.random(len(states)) < 0.7):
+            to_come = np.arange(end[b], total[b] + 1)
+            largest = np.argmax(rows_for(pool.layout, to_come))  # so that some of the appends to come are in place
+            in_place = stays and needed[b] <= states[b].slot.size
+            slots.append(states[b].slot if in_place else slots_for(pool, to_come[[largest]])[0])
         old, states = states, append(model, pool, states, histories.slice_events(rows, begin, end), slots)
         for before, slot in zip(old, slots, strict=True):
             if before.slot is not slot:
@@ -162,6 +164,21 @@ def test_a_state_appended_to_in_another_slot_stays_as_it_was(seed: int, length: 
     new = histories.slice_events(row, row + length, row + length + num_new)
     append(model, pool, states, new, slots_for(pool, row + length + num_new))
     np.testing.assert_array_equal(score(model, pool, states, request_ts, candidates), before)
+
+
+def test_a_slot_that_is_too_small_is_refused_instead_of_writing_over_the_next_one() -> None:
+    model, rng, row = MODELS["default"], np.random.default_rng(0), np.array([0])
+    pool, histories = pool_for(model, 2), random_histories(rng, [29])
+    (small,) = slots_for(pool, row + 1)
+    before = pool.words_NI.clone()
+    with pytest.raises(ValueError, match="does not fit into its slot"):
+        encode(model, pool, histories, [small])
+    assert torch.equal(pool.words_NI, before)
+    states = encode(model, pool, histories.slice_events(row, row, row + 1), [small])
+    before = pool.words_NI.clone()
+    with pytest.raises(ValueError, match="does not fit into its slot"):
+        append(model, pool, states, histories.slice_events(row, row + 1, row + 29), [small])
+    assert torch.equal(pool.words_NI, before)
 
 
 @given(seed=st.integers(0, 2**32 - 1), length=st.integers(0, 60))
@@ -226,7 +243,7 @@ def test_states_that_compaction_moves_score_the_same() -> None:
     while (slot := pool.slots.allocate(1)) is not None:
         slots.append(slot)
     kept = slots[:: len(slots) // 4][:4]
-    histories = random_histories(rng, [2, 3, 1, 0])
+    histories = random_histories(rng, [2, 2, 1, 0])  # as slots for no full group hold
     candidates, request_ts = random_candidates(rng, [3] * 4), np.full(4, 2_000_000_000_000)
     states = encode(model, pool, histories, kept)
     before, places = score(model, pool, states, request_ts, candidates), [slot.start for slot in kept]

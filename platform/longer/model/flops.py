@@ -25,19 +25,27 @@ def longer_flops(settings: ModelSettings, num_groups: int, num_queries: int, num
     """Forward FLOPs of one request's encoder: `num_groups` whole groups, of which `num_queries` are queries, and candidates.
 
     From event vectors to what the last layer gives the candidates: InnerTrans, merge, cross-causal layer, self-causal layers. The
-    last layer is computed for candidates only. With `queries: learnable` the learned tokens count as queries here.
+    last layer is computed for candidates only. With `queries: learnable` the learned tokens count as queries here. Where user
+    states exist, there is a slot for the partial newest group besides, computed whether it holds an event or not. Scores that the
+    mask hides are counted, as in the paper.
     """
     d, width, merge_size = settings.event_width, settings.width, settings.merge_size
-    num_globals = settings.num_cls_tokens + settings.num_user_tokens
+    num_globals, num_query_groups = settings.num_cls_tokens + settings.num_user_tokens, num_queries
+    if settings.queries == "learnable":  # seen like user globals, in the first layer too
+        num_globals, num_query_groups = num_globals + num_queries, 0
+    if settings.is_appendable:
+        num_groups, num_query_groups = num_groups + 1, num_query_groups + 1
     feed_forward = 4 * settings.feed_forward_ratio * width**2
     total = 2 * (num_groups + num_candidates) * width**2
+    if settings.encoding == "paper":  # each event with its distance in time, 2d to d
+        total += 4 * num_groups * merge_size * d**2
     if settings.inner_transformer:
         total += num_groups * (16 * merge_size * d**2 + 4 * merge_size**2 * d) + num_candidates * (16 * d**2 + 4 * d)
+    num_tokens = num_query_groups + num_globals
     for layer in range(settings.num_self_layers + 1):
-        num_keys = (num_groups if layer == 0 else num_queries) + num_globals
+        num_keys = num_groups + num_globals if layer == 0 else num_tokens
         total += 4 * num_keys * width**2
         if layer < settings.num_self_layers:
-            num_tokens = num_queries + num_globals
             total += num_tokens * (4 * width**2 + feed_forward) + 4 * num_tokens * num_keys * width
         total += num_candidates * (8 * width**2 + feed_forward + 4 * num_keys * width)
     return total

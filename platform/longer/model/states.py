@@ -175,7 +175,17 @@ def _places(pool: StatePool, slots: Sequence[Slot]) -> Places:
     )
 
 
+def _check_room(growth: Growth, slots: Sequence[Slot]) -> None:
+    """What does not fit would be written over another user's state."""
+    needed_B = rows_for(growth.pool.layout, growth.events.end_index_B)
+    if short := [(slot.size, int(rows)) for slot, rows in zip(slots, needed_B, strict=True) if slot.size < rows]:
+        raise ValueError(
+            f"a state of {short[0][1]} rows does not fit into its slot of {short[0][0]}: allocate `rows_for` rows"
+        )
+
+
 def _advanced(model: Longer, growth: Growth, slots: Sequence[Slot], carry_out: Grow | None) -> list[UserState]:
+    _check_room(growth, slots)
     if carry_out:
         carry_out(growth)
     else:
