@@ -193,7 +193,7 @@ def attention(query_THZ: Tensor, key_SHZ: Tensor, value_SHZ: Tensor, sees_TS: Te
 
 
 def rotated(x_THZ: Tensor, position_T: Tensor, turned: int) -> Tensor:
-    """A pair is a channel of a head's first half and one of its second; pair i turns by position / 10000^(i / turned)."""
+    """Pair i, a channel of a head's first half and one of its second, turns by position / 10000^(i / turned)."""
     num_pairs = x_THZ.shape[-1] // 2
     speed = torch.tensor([10_000.0 ** (-i / turned) if i < turned else 0.0 for i in range(num_pairs)])
     angle_TZ = position_T[:, None].double() * speed
