@@ -86,8 +86,8 @@ class ModelSettings(Section):
         for name, only in (("encoding", "appendable"), ("queries", "recent")):
             if self.encoder.kind != "longer" and getattr(self, name) != only:
                 raise ValueError(
-                    f"{name}={getattr(self, name)}: encoder {self.encoder.kind} has no such switch: leave {name} out or set "
-                    "encoder.kind to longer"
+                    f"{name}={getattr(self, name)}: encoder {self.encoder.kind} has no such switch: leave {name} out "
+                    "or set encoder.kind to longer"
                 )
         return self
 

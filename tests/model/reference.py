@@ -1,8 +1,9 @@
-"""The contract's sections 4 and 5 as they are written: one request at a time, every token in one dense attention, no cache.
+"""The contract's sections 4 and 5 as they are written: one request at a time, one dense attention, no cache.
 
 Written apart from the package, from the paper's equations and a model's raw weights: none of its modules is called.
 
-E events, T tokens, G groups, C candidates, M globals, F interaction features, D width, d event width, H heads, Z head width.
+E events, T tokens, G groups, C candidates, M globals, F interaction features, D width, d event width, H heads, Z head
+width.
 """
 
 import math
@@ -112,7 +113,7 @@ class Raw:
         return self.norm("embedding.norm", sum(sides, self.items(user.features)))
 
     def groups(self, x_Ed: Tensor, group_E: np.ndarray, num_groups: int, merge_size: int) -> Tensor:
-        """[G, D]: events attend to those of their own group, and K of them, zeros where there is none, become a token."""
+        """[G, D]: events attend to those of their own group, and K of them, or zeros, become a token."""
         if self.settings.inner_transformer:
             sees_EE = torch.from_numpy(group_E[:, None] == group_E)
             x_Ed = self.inner(x_Ed, sees_EE)
@@ -192,7 +193,7 @@ def attention(query_THZ: Tensor, key_SHZ: Tensor, value_SHZ: Tensor, sees_TS: Te
 
 
 def rotated(x_THZ: Tensor, position_T: Tensor, turned: int) -> Tensor:
-    """Pairs are a channel of a head's first half and one of its second; pair i turns by position * 10000^(-i / turned)."""
+    """Pair i, a channel of a head's first half and one of its second, turns by position / 10000^(i / turned)."""
     num_pairs = x_THZ.shape[-1] // 2
     speed = torch.tensor([10_000.0 ** (-i / turned) if i < turned else 0.0 for i in range(num_pairs)])
     angle_TZ = position_T[:, None].double() * speed
@@ -269,7 +270,7 @@ def _sees(kinds: list[str], query: int, key: int) -> bool:
 def recounted(
     raw: Raw, user: Histories, begin: int, request_ts: int, candidates: dict[str, np.ndarray]
 ) -> Tensor | None:
-    """[C, F]: interaction features by looking at every event from `begin` on for every candidate; None if they are off."""
+    """[C, F]: interaction features by looking at every event from `begin` on; None if they are off."""
     if not raw.settings.interactions:
         return None
     rows, fields = [], ("item_id", *raw.schema.features_of("item", "categorical"))

@@ -41,8 +41,8 @@ def test_longers_sum_is_what_a_counted_pass_does(
 ) -> None:
     """One request with a full window, in sizes that need no padding; a thousandth may differ.
 
-    Heads and numeric features are counted apart and taken off. What the counter does not see is added: sums taken elementwise, and
-    what groups would read of tails, which the mask hides.
+    Heads and numeric features are counted apart and taken off. What the counter does not see is added: sums taken
+    elementwise, and what groups would read of tails, which the mask hides.
     """
     num_groups, num_candidates, d = 64 if switches.get("queries") == "learnable" else 61, 7, 32 // merge_size
     sizes = {"merge_size": merge_size, "event_width": d, "history_events": num_groups * merge_size}

@@ -24,10 +24,10 @@ def merged_share(num_tokens: int, width: int, merge_size: int) -> float:
 def longer_flops(settings: ModelSettings, num_groups: int, num_queries: int, num_candidates: int) -> int:
     """Forward FLOPs of one request's encoder: `num_groups` whole groups, of which `num_queries` are queries, and candidates.
 
-    From event vectors to what the last layer gives the candidates: InnerTrans, merge, cross-causal layer, self-causal layers. The
-    last layer is computed for candidates only. With `queries: learnable` the learned tokens count as queries here. Where user
-    states exist, there is a slot for the partial newest group besides, computed whether it holds an event or not. Scores that the
-    mask hides are counted, as in the paper.
+    From event vectors to what the last layer gives the candidates: InnerTrans, merge, cross-causal layer, self-causal
+    layers. The last layer is computed for candidates only. With `queries: learnable` learned tokens count as queries
+    here. Where user states exist, there is a slot for the partial newest group besides, computed whether it holds an
+    event or not. Scores that the mask hides are counted, as in the paper.
     """
     d, width, merge_size = settings.event_width, settings.width, settings.merge_size
     num_globals, num_query_groups = settings.num_cls_tokens + settings.num_user_tokens, num_queries

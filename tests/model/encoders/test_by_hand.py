@@ -1,10 +1,11 @@
-"""What every encoder's model returns, worked out in NumPy from raw weights by its paper's equations: no module is called.
+"""What every encoder's model returns, worked out in NumPy from raw weights by its paper's equations.
 
 L events of one user, C candidates, D width, H heads, Z head width.
 """
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,8 +13,12 @@ import pytest
 import torch
 
 from longer.arrays import Histories
-from longer.model.encoders.ranker import EncoderRanker
+from longer.encoder_settings import Din
+from longer.model.encoders.pooling import DinEncoder, SumPoolingEncoder
+from longer.model.encoders.ranker import EncoderRanker, SequenceEncoder
+from longer.model.encoders.search import ExactSearchUnit
 from longer.model.inputs import to_tensors
+from longer.model_settings import ModelSettings
 from tests.model.encoders.test_equations import small_ranker
 from tests.model.generate import one_request_a_row, random_candidates, random_histories
 from tests.model.reference import Raw, recounted
@@ -75,7 +80,7 @@ def din(user: User, recent: int = WINDOW) -> Array:
 
 
 def exact_search(user: User, name: str, found: list[int]) -> Array:
-    """Eqs. 4 and 5 of arXiv 2006.05639: softmax over the inner products of the candidate and [event; distance in time]."""
+    """Eqs. 4 and 5 of arXiv 2006.05639: softmax over inner products of the candidate and [event; distance in time]."""
     gaps = user.raw.gap(f"{name}.gap", np.full(len(found), REQUEST_TS), user.history.event_ts_E[found])
     z = np.concatenate([user.x_LD[found], numbers(gaps)], axis=1)
     query, key, value = (
@@ -101,7 +106,7 @@ def sim_soft(user: User) -> Array:
 
 
 def twin(user: User) -> Array:
-    """Eqs. 5 and 7 of arXiv 2302.02352: (K_h W_h)(q W_q)' / sqrt(d) + (K_c W_c) b finds the events, and weights them."""
+    """Eqs. 5 and 7 of arXiv 2302.02352: (K_h W_h)(q W_q)' / sqrt(d) + (K_c W_c) b finds events, and weights them."""
     raw, history, w = user.raw, user.history, user.weights
     items = raw.norm("embedding.norm", raw.items(history.features))
     item_LD = numbers(raw.inner(items, torch.eye(NUM_EVENTS, dtype=torch.bool)))
@@ -148,7 +153,7 @@ def user_embedding(user: User) -> Array:
 
 
 def hstu(user: User) -> Array:
-    """Eqs. 1 to 3 of arXiv 2402.17152: y = f2(norm(silu(Q K' + rab) V / n) * U), pointwise; the candidate is the last token."""
+    """Eqs. 1 to 3 of arXiv 2402.17152: y = f2(norm(silu(Q K' + rab) V / n) * U); the candidate is the last token."""
     x_TD, w = np.concatenate([user.x_LD, user.v_D[None]]), user.weights
     times = [*user.history.event_ts_E.tolist(), REQUEST_TS]
     for name in ("encoder.layers.0", "encoder.layers.1"):
@@ -183,7 +188,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[User], Array] | None]] = {
 @pytest.mark.parametrize("interactions", [True, False])
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_are_what_the_equations_give(name: str, interactions: bool) -> None:
-    """The heads read [x, r, x * r], where x is the candidate with the user's globals and r is what the encoder read for it."""
+    """The heads read [x, r, x * r]: x is the candidate with the user's globals, r what the encoder read for it."""
     encoder, equation = CASES[name]
     model, rng = small_ranker(encoder, interactions=interactions), np.random.default_rng(6)
     history, candidates = random_histories(rng, [NUM_EVENTS]), random_candidates(rng, [2])
@@ -213,3 +218,51 @@ def worked_out(
         read_CD = raw.linear("read", torch.from_numpy(np.stack([equation(user) for user in users])))
         parts += [read_CD, x_CD * read_CD]
     return numbers(raw.head(torch.cat(parts, dim=1), asked["item_id"]))
+
+
+FOUR_EVENTS = ModelSettings(
+    encoder={"kind": "din"}, history_events=4, merge_size=1, event_width=2, num_heads=1, query_groups=4, stride_groups=2
+)
+TWO_EVENTS: Any = SimpleNamespace(
+    x_BLD=torch.tensor([[[1.0, 0.0], [0.0, 2.0]]]),
+    x_NLD=torch.tensor([[[1.0, 0.0], [0.0, 2.0]]]),
+    x_NAD=torch.tensor([[[-1.0, 1.0]]]),
+    row_N=torch.tensor([0]),
+    begin_NA=torch.tensor([[0]]),
+    end_NA=torch.tensor([[2]]),
+    seen_NAL=torch.ones(1, 1, 2, dtype=torch.bool),
+    event_ts_BL=torch.tensor([[0, 0]]),
+    request_ts_NA=torch.tensor([[0]]),
+)
+"""Events (1, 0) and (0, 2) of a window of four, and a candidate (-1, 1)."""
+
+
+def read(encoder: SequenceEncoder) -> list[float]:
+    return encoder(TWO_EVENTS, None).flatten().tolist()
+
+
+def test_sum_pooling_of_two_events_in_numbers() -> None:
+    assert read(SumPoolingEncoder(FOUR_EVENTS)) == [0.5, 1.0]
+
+
+def test_din_of_two_events_in_numbers() -> None:
+    """A hidden unit v * e is -1 and 2, PReLU makes the first -0.25, and 0.5 is added: weights are 0.25 and 2.5."""
+    encoder = DinEncoder(FOUR_EVENTS, Din(hidden_width=1))
+    with torch.no_grad():
+        encoder.hidden.weight.copy_(torch.tensor([[0.0, 0, 0, 0, 0, 0, 1, 1]]))
+        encoder.hidden.bias.zero_()
+        encoder.weight.weight.fill_(1)
+        encoder.weight.bias.fill_(0.5)
+    assert read(encoder) == [0.125, 2.5]
+
+
+def test_sims_attention_to_two_events_in_numbers() -> None:
+    """Scores are -ln 2 and 2 ln 2, whose softmax is 1/9 and 8/9; the distance in time adds (3, 6) to each value."""
+    unit = ExactSearchUnit(2, 1, torch.ones(2))
+    with torch.no_grad():
+        unit.query.weight.copy_(torch.eye(2) * math.sqrt(2) * math.log(2))
+        unit.key.weight.copy_(torch.eye(2, 4))
+        unit.value.weight.copy_(torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 1]]))
+        unit.gap.embedding.weight.copy_(torch.tensor([3.0, 6.0]).expand(65, 2))
+    slots, found = torch.tensor([[[0, 1]]]), torch.ones(1, 1, 2, dtype=torch.bool)
+    assert unit(TWO_EVENTS, slots, found).flatten().tolist() == pytest.approx([3 + 1 / 9, 6 + 16 / 9])

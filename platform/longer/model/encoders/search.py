@@ -96,8 +96,8 @@ class SimEncoder(SequenceEncoder):
     search learns from the same labels. The exact search unit attends to what was found. The short-term branch, DIEN in the paper,
     is another such unit over the `short_events` newest.
 
-    Other than in the paper: the exact unit's values are projected; the soft search has no loss of its own, only what reaches it
-    through U_r; relevance is over the root of the width and U_r over the root of the window's length.
+    Other than in the paper: the exact unit's values are projected; the soft search has no loss of its own, only what
+    reaches it through U_r; relevance is over the root of the width, and U_r over the root of the window's length.
     """
 
     def __init__(self, settings: ModelSettings, encoder: Sim, request_D: Tensor):
