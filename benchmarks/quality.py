@@ -99,10 +99,9 @@ class _Study:
             trials = {log: self._trials(log, records) for log in logs}
             ready = [] if self.asked.tune else [log for log in logs if not trials[log]]
             arms = [*itertools.chain(*trials.values()), *itertools.chain(*(self._grid(log, records) for log in ready))]
-            in_time = [arm for arm in arms if self._has_time(arm, records)]
-            if any(self._train(arm) for arm in in_time):
+            if any(self._has_time(arm, records) and self._train(arm) for arm in arms):
                 continue  # what it found may have made the turn of others
-            if not any(arm.trial for arm in in_time):
+            if not any(arm.trial and self._has_time(arm, records) for arm in arms):
                 return  # arms that others train are theirs; on their trials more may depend
             time.sleep(_POLL_S)
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 from benchmarks.quality_study.log import Log
 from longer.arrays import NO_EVENT_TS, Candidates, Histories, Int64
 from longer.data.batches import Requests
-from longer.datasets.generator import DAY_MS, Chunk, chunks, generate, planted_cluster
+from longer.datasets.generator import Chunk, chunks, generate, midnight_ms, planted_cluster
 from longer.hashing import stable_keys
 from longer.schema import EventSchema
 from longer.table_settings import GenerateSettings
@@ -52,14 +52,10 @@ def read_generated(schema: EventSchema, sizes: GenerateSettings, seed: int) -> L
             "category": category_E,
         },
     )
-    log, rng = (
-        Log("generated", schema, histories, {}, {}, _midnight(sizes, _bounds(sizes)["valid"][0])),
-        np.random.default_rng(seed),
-    )
-    for name, days in _bounds(sizes).items():
-        asked = [
-            _returned(sizes, seed, first_day, user_E, ts_E, item_E) for first_day in range(*days, sizes.episode_days)
-        ]
+    bounds, rng = _bounds(sizes), np.random.default_rng(seed)
+    log = Log("generated", schema, histories, {}, {}, midnight_ms(sizes, bounds["valid"][0]))
+    for name, days in bounds.items():
+        asked = [_returned(sizes, seed, day, user_E, ts_E, item_E) for day in range(*days, sizes.episode_days)]
         log.requests[name], log.row_R[name] = _requests(rng, histories, asked, user_E, item_E, _MOST_REQUESTS[name])
     return log
 
@@ -75,16 +71,12 @@ def _bounds(sizes: GenerateSettings) -> dict[str, tuple[int, int]]:
     }
 
 
-def _midnight(sizes: GenerateSettings, day: int) -> int:
-    return int(np.datetime64(sizes.first_day, "ms").astype(np.int64)) + day * DAY_MS
-
-
 def _returned(
     sizes: GenerateSettings, seed: int, first_day: int, user_E: Int64, ts_E: Int64, item_E: Int64
 ) -> tuple[int, Int64]:
     """When an episode begins, before any event of it, and the events in it that are of their user's cluster."""
     delay_ms = sizes.max_delay_s * 1000  # an event of a day may have happened so much before it
-    begin, end = (_midnight(sizes, day) - delay_ms for day in (first_day, first_day + sizes.episode_days))
+    begin, end = (midnight_ms(sizes, day) - delay_ms for day in (first_day, first_day + sizes.episode_days))
     inside_E = np.flatnonzero((ts_E >= begin + delay_ms) & (ts_E < end))
     cluster_E = planted_cluster(sizes, seed, first_day, user_E[inside_E].astype(np.int64) - 1)
     return begin, inside_E[(item_E[inside_E] - 1) % sizes.num_clusters == cluster_E]

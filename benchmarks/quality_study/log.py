@@ -23,14 +23,3 @@ class Log:
 
     def split(self, name: str, windows: WindowRule) -> SplitData:
         return SplitData(self.histories, self.requests[name], self.row_R[name], windows)
-
-    def newest(self, name: str, windows: WindowRule, max_requests: int) -> SplitData:
-        data = self.split(name, windows)
-        chosen = data.newest(max_requests)
-        return data if chosen is None else data.take(chosen)
-
-    def spread(self, name: str, windows: WindowRule, max_requests: int) -> SplitData:
-        """Over users and each user's time."""
-        data = self.split(name, windows)
-        chosen = data.spread(max_requests)
-        return data if chosen is None else data.take(chosen)

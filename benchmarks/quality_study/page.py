@@ -40,14 +40,15 @@ _STARTS = """\
 def page(records: Sequence[Record]) -> str:
     """Goals and tables of every log that has records; the last line is JSON."""
     records = list({record.get("key", record.get("left_out")): record for record in records}.values())
-    trained = [record for record in records if "test" in record]
+    trained = [record for record in records if "trained" in record]
     _check_steps(trained)
     if not trained:
         return "no arm is trained yet"
+    tested = [record for record in trained if "test" in record]
     logs = sorted({record["log"] for record in records}, key=["journey", "generated", "movielens"].index)
     parts = ["# Quality: LONGER and the encoders that it is compared with", _conditions(records, trained)]
     for log in logs:
-        mine = [record for record in trained if record["log"] == log]
+        mine = [record for record in tested if record["log"] == log]
         baselines = next((r["baselines"] for r in records if r.get("key") == f"{log}/baselines"), {})
         parts.append(f"## {log}")
         if log == "journey":
@@ -59,12 +60,8 @@ def page(records: Sequence[Record]) -> str:
             _widths(mine),
             _trials([record for record in records if record.get("log") == log]),
         ]
-    return "\n\n".join(
-        [
-            *filter(None, parts),
-            json.dumps(_summary(trained, next(log for log in logs if log in {record["log"] for record in trained}))),
-        ]
-    )
+    first = next((log for log in logs if any(record["log"] == log for record in tested)), logs[0])
+    return "\n\n".join([*filter(None, parts), json.dumps(_summary(tested, first))])
 
 
 def _check_steps(trained: Sequence[Record]) -> None:

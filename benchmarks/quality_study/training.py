@@ -88,7 +88,7 @@ def run(arm: Arm, base: Base, log: Log, budget: Budget, trained: Trained) -> dic
         stepper.model = longer_window
     started = time.perf_counter()
     most = {"valid": budget.valid_requests} | ({"test": budget.test_requests} if arm.is_tested else {})
-    splits = {split: log.spread(split, settings.windows, requests) for split, requests in most.items()}
+    splits = {split: _spread(log.split(split, settings.windows), requests) for split, requests in most.items()}
     scores = {split: score_split(data, stepper.outputs, 1)[:, 0] for split, data in splits.items()}
     return {
         "key": arm.key,
@@ -149,7 +149,8 @@ def undo(model: Ranker, what: str) -> None:
 def _train(model: Ranker, log: Log, budget: Budget, arm: Arm, asked: TrainSettings) -> tuple[Stepper, dict[str, float]]:
     """The model in its stepper; steps, and the mean loss of the last tenth."""
     device, seed = budget.device, arm.seed
-    data = log.newest("train", model.windows, budget.train_requests)
+    data = log.split("train", model.windows)
+    data = data.take(data.newest(budget.train_requests))
     run_R = _runs(data)
     packs = plan_packs(run_R, data.requests.history_end_R, model.windows, _RUN_REQUESTS)
     most_cost = None if arm.is_longer else _BATCH_COST
@@ -168,6 +169,10 @@ def _train(model: Ranker, log: Log, budget: Budget, arm: Arm, asked: TrainSettin
         losses.append(loss / num_candidates)
     final_loss = float(torch.stack(losses[-max(1, len(steps) // 10) :]).mean())
     return stepper, {"steps": len(steps), "final_loss": final_loss}
+
+
+def _spread(data: SplitData, requests: int) -> SplitData:
+    return data.take(data.spread(requests))
 
 
 def _runs(data: SplitData) -> Int64:
@@ -227,7 +232,7 @@ def _long_draws(data: SplitData, output_C: np.ndarray, long_from: int) -> list[f
 
 def baselines(log: Log, budget: Budget, settings: ModelSettings, long_from: int) -> dict[str, dict[str, Any]]:
     """AUC of popularity and of the user's own counts, on the test rows of every arm."""
-    data = log.spread("test", settings.windows, budget.test_requests)
+    data = _spread(log.split("test", settings.windows), budget.test_requests)
     requests, label_C = data.requests, data.requests.labels["label"]
     item_C: Int64 = requests.candidates.features["item_id"]
     end_C = np.repeat(requests.history_end_R, np.diff(requests.candidates.offsets_R1))
@@ -237,7 +242,7 @@ def baselines(log: Log, budget: Budget, settings: ModelSettings, long_from: int)
     counts = count_in_history(asked, row_C, end_C, item_C, lasts)
     scores = {"popularity": popularity([item_counts(log.histories, log.valid_from_ms)], item_C)}
     scores |= {f"count_last_{n}" if n else "count_all": count for n, count in zip(lasts, counts, strict=True)}
-    is_long = end_C >= long_from
+    is_long = _is_long(data, long_from)
     found: dict[str, dict[str, Any]] = {
         name: {"auc": auc(score, label_C), "long_auc": auc(score[is_long], label_C[is_long])}
         for name, score in scores.items()

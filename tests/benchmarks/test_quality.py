@@ -235,6 +235,14 @@ def test_no_goal_is_met_by_seeds_that_lie_far_apart_or_by_queries_that_gain_noth
     )
 
 
+def test_a_page_before_any_test_shows_the_trials() -> None:
+    trial = {**record("longer tables 0.01", 0, 0.7, group="tuning"), "valid": {"auc": 0.7123}}
+    del trial["test"]
+    lines = page([trial]).splitlines()
+    assert any("| longer+features | 0.01, 0.002, 1 | 0.7123 |" in line for line in lines)
+    assert json.loads(lines[-1]) == {"auc": {}, "auc_by_length": {}, "spread": None}
+
+
 def test_the_page_ends_with_one_line_of_json_and_means_over_seeds() -> None:
     lines = page([record("longer+features", 0, 0.7), record("longer+features", 1, 0.8)]).splitlines()
     last = json.loads(lines[-1])

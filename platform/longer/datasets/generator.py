@@ -101,6 +101,11 @@ def generate(settings: GenerateSettings, seed: int, schema: EventSchema, day: in
     return pa.table([columns[name] for name in wanted.names], wanted.names)
 
 
+def midnight_ms(settings: GenerateSettings, day: int) -> int:
+    """When a day of the log begins (UTC)."""
+    return ((settings.first_day - date(1970, 1, 1)).days + day) * DAY_MS
+
+
 def planted_cluster(settings: GenerateSettings, seed: int, day: int, user_N: Int64) -> Int64:
     """The cluster of each user's long-range events on this day; `user_N` counts from 0."""
     num_episodes = settings.period_days // settings.episode_days
@@ -121,8 +126,7 @@ def _arrival_ms(settings: GenerateSettings, day: int, number_N: Int64) -> Int64:
     start, end = first_event(settings, day), first_event(settings, day + 1)
     busy = np.concatenate([[0.0], np.cumsum(_HOURLY_WEIGHTS) / sum(_HOURLY_WEIGHTS)])
     place_N = (number_N - start + 0.5) / (end - start)
-    midnight = (settings.first_day - date(1970, 1, 1)).days + day
-    return midnight * DAY_MS + (np.interp(place_N, busy, np.arange(25)) * (DAY_MS // 24)).astype(np.int64)
+    return midnight_ms(settings, day) + (np.interp(place_N, busy, np.arange(25)) * (DAY_MS // 24)).astype(np.int64)
 
 
 def _zipf(uniform_N: npt.NDArray[np.float64], size: int | Int64, exponent: float) -> Int64:

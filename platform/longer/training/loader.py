@@ -47,8 +47,10 @@ class SplitData:
     row_R: Int64
     windows: WindowRule
 
-    def take(self, requests_N: Int64) -> "SplitData":
-        """The same histories with requests `requests_N` only."""
+    def take(self, requests_N: Int64 | None) -> "SplitData":
+        """The same histories with requests `requests_N` only; None: all."""
+        if requests_N is None:
+            return self
         return SplitData(self.histories, self.requests.take(requests_N), self.row_R[requests_N], self.windows)
 
     def newest(self, max_requests: int | None) -> Int64 | None:
