@@ -70,7 +70,11 @@ def test_the_start_tells_where_metrics_and_access_log_are_whatever_ray_was_start
     assert "ray_node_" in httpx.get(told[1], timeout=30).text
     log = Path(told[2])
     replicas = httpx.get(f"{url}/v1/status", headers=BEARER, timeout=30).json()["replicas"]
-    assert {f"access_{one['replica']}.jsonl" for one in replicas} <= {file.name for file in log.parent.glob(log.name)}
+    logs = {f"access_{one['replica']}.jsonl" for one in replicas}
+    deadline = time.monotonic() + _WITHIN_S
+    while missing := logs - {file.name for file in log.parent.glob(log.name)}:  # a replica writes lines once a second
+        assert time.monotonic() < deadline, missing
+        time.sleep(0.2)
     assert "session_latest" not in log.parts
 
 
