@@ -21,6 +21,8 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }
 GENERATED_ENCODERS = ("longer", "none", "din_recent50", "sim_hard", "sim_soft", "din", "twin")
 """Those whose cost at 10,000 events is linear, and small enough."""
+GROUPS = ("encoders", "lengths", "flops", "switches", "widths", "undone")
+"""The tables and plots that arms are for, in the order in which they are worth their time."""
 LENGTHS = (20, 50, 100, 200, 500, 1000, 2000, 4000)
 _MOST_STRIDE_EVENTS = 200
 _QUERIES = ("uniform", "learnable", "recent_uniform")
@@ -81,7 +83,7 @@ class Arm:
     name: str
     log: str
     group: str
-    """The table or plot that it is for."""
+    """One of `GROUPS`, or tuning."""
     seed: int
     encoder: str = "longer"
     features: bool = True
