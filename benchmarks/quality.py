@@ -46,7 +46,7 @@ from benchmarks.quality_study.page import page
 from benchmarks.quality_study.plots import plots
 from benchmarks.quality_study.processes import run_in_processes
 from benchmarks.quality_study.records import Records
-from benchmarks.quality_study.training import Budget, baselines, run
+from benchmarks.quality_study.training import Budget, baselines, run, sizes_of
 from benchmarks.quality_study.tuning import SEARCH, chains, chosen, num_trials, runnable, waits
 from longer.table_settings import GenerateSettings
 
@@ -195,7 +195,8 @@ class _Study:
             if is_mine:
                 settings = model_settings(Arm("longer", log, "encoders", 0), self._base(log))
                 found = baselines(self.logs[log], self.budget, settings, self._base(log).long_from)
-                self._append({"key": f"{log}/baselines", "log": log, "baselines": found})
+                sizes = sizes_of(self.logs[log], self.budget)
+                self._append({"key": f"{log}/baselines", "log": log, "baselines": found, "sizes": sizes})
 
     def _append(self, record: dict[str, Any]) -> None:
         self.records.append({**record, **_about(self.asked, self.device)})

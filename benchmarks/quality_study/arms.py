@@ -220,7 +220,12 @@ def _merging(here: Arm) -> list[Arm]:
 def _queries(here: Arm) -> list[Arm]:
     """Which groups are queries, and how many, as in the paper's Table 2."""
     kinds = [replace(here, name=f"{kind} queries", model={"queries": kind}) for kind in _QUERIES]
-    return kinds + [replace(here, name=f"k={k}", queries=k) for k in (12, 25, 50, 250, 1000)]
+    numbers = [replace(here, name=f"k={k}", queries=k) for k in (12, 25, 50, 250, 1000)]
+    return [
+        *kinds,
+        *numbers,
+        replace(here, name="k=250 L=1000", queries=250, length=1000),
+    ]  # all of 250, as in the paper
 
 
 def _flops(base: Arm) -> list[Arm]:
@@ -283,7 +288,7 @@ def _generated(quick: bool, seeds: int) -> Iterator[Arm]:
         yield from ids + counted
         return
     encoders = [replace(base, name=name, group="encoders", encoder=name) for name in GENERATED_ENCODERS]
-    encoders.append(replace(encoders[0], name="longer" + FEATURES, features=True))
+    encoders += [replace(arm, name=arm.name + FEATURES, features=True) for arm in encoders[:2]]
     sizes = [replace(base, name=f"D={w}", group="widths", model={"width": w}) for w in (32, 64, 96, 192, 256)]
     trained = replace(
         base, name="trained at L=4000, tested at 10000", group="switches", length=4000, score_length=10_000

@@ -29,10 +29,10 @@ SEARCH = Search()
 def chains(log: str) -> list[Chain]:
     """On ids alone, where the sequence is all there is, then with the features; the features alone have no other chain.
 
-    The generated log's encoders are compared on ids only.
+    The generated log's encoders are compared on ids only, but for LONGER beside the features alone.
     """
     if log == "generated":
-        return [*((name, False) for name in GENERATED_ENCODERS if name != "none"), ("longer", True)]
+        return [*((name, False) for name in GENERATED_ENCODERS if name != "none"), ("none", True), ("longer", True)]
     with_sequence = ["longer", *(name for name in ENCODERS if name != "none")]
     return [*((name, False) for name in with_sequence), ("none", True), *((name, True) for name in with_sequence)]
 
