@@ -112,9 +112,9 @@ class _Study:
         return self._left([arm for chain in least_first for arm in runnable(log, chain, SEARCH, records)], records)
 
     def _grid(self, logs: Sequence[str], trials: list[Arm], records: list[dict[str, Any]]) -> list[Arm]:
-        """Arms that wait for no trial; a group of all logs before the next one."""
+        """Arms that wait for no trial: encoders and lengths log by log, then a group of all logs before the next one."""
         every = [arm for log in logs for arm in grid(log, self.asked.quick, self.asked.seeds) if not waits(arm, trials)]
-        return self._left(sorted(every, key=lambda arm: GROUPS.index(arm.group)), records)
+        return self._left(sorted(every, key=lambda arm: max(1, GROUPS.index(arm.group))), records)
 
     def _left(self, arms: list[Arm], records: list[dict[str, Any]]) -> list[Arm]:
         """What is asked and has no record."""

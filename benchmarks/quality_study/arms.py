@@ -21,7 +21,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }
 GENERATED_ENCODERS = ("longer", "none", "din_recent50", "sim_hard", "sim_soft", "din", "twin")
 """Those whose cost at 10,000 events is linear, and small enough."""
-GROUPS = ("encoders", "lengths", "flops", "switches", "widths", "undone")
+GROUPS = ("encoders", "lengths", "flops", "widths", "switches", "undone")
 """The tables and plots that arms are for, in the order in which they are worth their time."""
 LENGTHS = (20, 50, 100, 200, 500, 1000, 2000, 4000)
 _MOST_STRIDE_EVENTS = 200

@@ -35,8 +35,8 @@ def study(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> qua
 
 
 def test_an_arm_waits_for_trials_of_its_own_encoder_only() -> None:
-    def waiting(encoder: str, features: bool) -> set[tuple[str, bool]]:
-        trial = Arm("", "journey", "tuning", 0, encoder=encoder, features=features, trial=Trained())
+    def waiting(encoder: str, features: bool, passes: int = 1) -> set[tuple[str, bool]]:
+        trial = Arm("", "journey", "tuning", 0, encoder=encoder, features=features, trial=Trained(passes=passes))
         arms = [arm for log in ("journey", "movielens") for arm in grid(log, False, 1) if waits(arm, [trial])]
         assert {arm.log for arm in arms} == {"journey"}
         return {(arm.encoder, arm.features) for arm in arms}
@@ -44,10 +44,24 @@ def test_an_arm_waits_for_trials_of_its_own_encoder_only() -> None:
     assert waiting("din", False) == {
         ("din", False),
         ("din", True),
-    }  # its best on ids is where that with features begins
-    assert waiting("din", True) == {("din", True)}
+    }  # its best rates on ids are where the features begin
+    assert waiting("din", False, passes=2) == {("din", False)}
+    assert waiting("din", True, passes=2) == {("din", True)}
     assert waiting("none", True) == {("none", False), ("none", True)}  # on ids there is no trial
     assert waiting("longer", False) == {(name, features) for name in ("longer", ITSELF) for features in (False, True)}
+
+
+def test_trials_with_the_features_begin_when_the_rates_on_ids_are_found() -> None:
+    """An encoder's passes on ids and its trials with the features, one after the other, take longer than a sitting."""
+    records: list[dict[str, Any]] = []
+    on_ids, counted = ("transformer", False), ("transformer", True)
+    while turn := runnable("journey", on_ids, SEARCH, records):
+        if turn[0].trial and turn[0].trial.passes > 1:
+            break
+        assert not runnable("journey", counted, SEARCH, records)
+        records += [record(arm, arm.trial, 0.7 - 0.01 * (arm.trial != Trained())) for arm in turn if arm.trial]
+    assert {arm.trial.dense for arm in runnable("journey", counted, SEARCH, records) if arm.trial} == {Trained().dense}
+    assert turn
 
 
 def test_all_arms_of_an_encoder_are_trained_as_the_first_of_them_was() -> None:
@@ -61,10 +75,16 @@ def test_all_arms_of_an_encoder_are_trained_as_the_first_of_them_was() -> None:
     assert not runnable("journey", ("din", False), SEARCH, records)
 
 
-def test_a_group_of_all_logs_is_trained_before_the_next_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_headline_rows_of_all_logs_come_before_switches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = study(monkeypatch, tmp_path, "--log", "all")._grid(("journey", "generated", "movielens"), [], [])
-    assert [arm.group for arm in found] == sorted((arm.group for arm in found), key=GROUPS.index)
-    assert {arm.log for arm in found if arm.group == "encoders"} == {"journey", "generated", "movielens"}
+    logs = [(arm.log, arm.group) for arm in found]
+    assert list(dict.fromkeys(log for log, group in logs if group in GROUPS[:2])) == [
+        "journey",
+        "generated",
+        "movielens",
+    ]
+    later = [group for _, group in logs if group not in GROUPS[:2]]
+    assert later == sorted(later, key=GROUPS.index) == [group for _, group in logs[-len(later) :]]
     assert [arm.seed for arm in found[:24]] == [0] * 24
 
 
