@@ -3,8 +3,9 @@
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,19 @@ class Records:
         self._num_earlier = len(self.read())
 
     def read(self) -> list[dict[str, Any]]:
-        """Those whose lines are whole."""
-        lines = self.path.read_text().split("\n")[:-1] if self.path.exists() else []
-        return [json.loads(line) for line in lines]
+        """Those whose lines are whole: a copy of a file that was written to may end within one."""
+        found = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            with suppress(json.JSONDecodeError):
+                found.append(json.loads(line))
+        return found
 
     def append(self, record: dict[str, Any]) -> None:
-        """In one write, so that lines of several processes do not mix."""
-        with self.path.open("ab", buffering=0) as file:
-            file.write(json.dumps(record).encode() + b"\n")
+        """In one write, so that lines of several processes do not mix, and behind what may be there of a line."""
+        with self.path.open("a+b", buffering=0) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            start = b"" if file.read(1) in (b"", b"\n") else b"\n"
+            file.write(start + json.dumps(record).encode() + b"\n")
 
     @contextmanager
     def claim(self, key: str) -> Iterator[bool]:

@@ -130,3 +130,13 @@ def test_an_arm_begins_if_it_ends_in_time_by_its_own_seeds(monkeypatch: pytest.M
     assert not has_time(Arm("K=1", "journey", "switches", 0))
     one_minute.deadline = time.monotonic() - 1
     assert not one_minute._has_time(Arm("din", "journey", "encoders", 0, encoder="din"), [])
+
+
+def test_a_copy_that_was_cut_within_a_line_goes_on(tmp_path: Path) -> None:
+    """Records are copied while processes add to them; each process of the next run would fail on the line."""
+    results = tmp_path / "results.jsonl"
+    results.write_text('{"key": "a", "test": {"auc": 0.7}}\n{"key": "b", "test": {"auc": 0.7}')
+    records = Records(results)
+    records.append({"key": "c"})
+    records.append({"key": "d"})
+    assert [each["key"] for each in records.read()] == ["a", "c", "d"]
