@@ -84,6 +84,7 @@ class _Study:
         self.deadline = time.monotonic() + 60 * (asked.minutes or math.inf)
         self.records, self.logs = Records(results), dict[str, Log]()
         self.device, quick = torch.device(asked.device), asked.quick
+        self.about = _about(asked, self.device)  # now: a card that fails tells nothing
         if self.device.type == "cuda" and not asked.compile:
             torch.compiler.set_stance("force_eager")  # arms are too many and too short to compile each
         self.budget = Budget(
@@ -199,7 +200,7 @@ class _Study:
                 self._append({"key": f"{log}/baselines", "log": log, "baselines": found, "sizes": sizes})
 
     def _append(self, record: dict[str, Any]) -> None:
-        self.records.append({**record, **_about(self.asked, self.device)})
+        self.records.append({**record, **self.about})
 
 
 def _made_of(log: str, root: str, sizes: GenerateSettings) -> str:

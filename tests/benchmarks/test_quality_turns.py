@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import quality
-from benchmarks.quality_study.arms import GROUPS, ITSELF, Arm, Trained, grid
+from benchmarks.quality_study.arms import GROUPS, ITSELF, OF_GOALS, Arm, Trained, grid
 from benchmarks.quality_study.cache import cached
 from benchmarks.quality_study.records import Records
 from benchmarks.quality_study.tuning import SEARCH, chosen, runnable, waits
@@ -86,6 +86,8 @@ def test_headline_rows_of_all_logs_come_before_switches(monkeypatch: pytest.Monk
     later = [group for _, group in logs if group not in GROUPS[:2]]
     assert later == sorted(later, key=GROUPS.index) == [group for _, group in logs[-len(later) :]]
     assert [arm.seed for arm in found[:24]] == [0] * 24
+    names = [arm.name for arm in found if (arm.log, arm.group) == ("journey", "switches")]
+    assert set(names[: 3 * len(OF_GOALS)]) == set(OF_GOALS)
 
 
 @pytest.mark.parametrize(("error", "why"), [(ValueError("so"), "ValueError: so"), (MemoryError(), "MemoryError: ")])
