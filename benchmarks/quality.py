@@ -5,8 +5,8 @@ grid, the most important first. An encoder's arms wait for its own trials only, 
 `--group` takes arms of these groups only, without trials, `--only` those of these names, with trials of an encoder that it names.
 Each adds a JSON line to `--results`; what is there already is not trained again.
 Processes of one machine share the work: `--processes` a GPU, or the same command by hand in each.
-Arms that fail, or that memory does not hold, are left out, are said on the page, and are tried again by the next run. Then prints a
-Markdown page with goals and tables and, with `--plots`, writes plots; the last line is JSON.
+Arms that fail, or that memory does not hold, are tried once more at the end and by the next run; the page says what is left out.
+Then prints a Markdown page with goals and tables and, with `--plots`, writes plots; the last line is JSON.
 
 FOLDER holds what a log is read from:
 - journey: tables/sequences, as `jobs.build_sequences` makes it with configs/quickstart.yaml;
@@ -101,6 +101,8 @@ class _Study:
             records = self.records.read()
             trials = [arm for log in logs for arm in self._trials(log, records)]
             arms = [*trials, *([] if self.asked.tune else self._grid(logs, trials, records))]
+            failed = self.records.left_out(records, times=1)
+            arms.sort(key=lambda arm: arm.key in failed)  # once more, when nothing else is left
             if any(self._has_time(arm, records) and self._train(arm) for arm in arms):
                 continue  # what it found may have made the turn of others
             if not any((arm.trial or arm.log not in self.logs) and self._has_time(arm, records) for arm in arms):

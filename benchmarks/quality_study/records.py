@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -47,6 +48,7 @@ class Records:
             records = self.read()
             yield key not in {record.get("key") for record in records} | self.left_out(records)
 
-    def left_out(self, records: list[dict[str, Any]]) -> set[str]:
-        """By this run; what an earlier one left out is tried again."""
-        return {record["left_out"] for record in records[self._num_earlier :] if "left_out" in record}
+    def left_out(self, records: list[dict[str, Any]], times: int = 2) -> set[str]:
+        """So many times by this run; what an earlier one left out is tried again."""
+        found = Counter(record["left_out"] for record in records[self._num_earlier :] if "left_out" in record)
+        return {key for key, number in found.items() if number >= times}

@@ -106,11 +106,12 @@ def test_an_arm_that_fails_is_left_out_and_the_others_go_on(
     monkeypatch.setattr(quality, "run", run)
     names = ["longer L=100", "longer L=200", "longer L=50"]
     study(monkeypatch, tmp_path, "--log", "generated", "--quick", "--only", *names).train(["generated"])
-    assert sorted(tried) == names
+    assert tried[-1] == "longer L=100"  # memory may be there when the others are done
+    assert sorted(tried) == [names[0], *names]
     records = Records(tmp_path / "results.jsonl").read()
-    (left_out,) = [each for each in records if "left_out" in each]
+    left_out, _ = [each for each in records if "left_out" in each]
     assert (left_out["left_out"], left_out["why"]) == ("generated/longer L=100/0", why)
-    assert len(records) == 4  # the baselines too
+    assert len(records) == 5  # the baselines too
 
 
 def test_no_process_waits_for_a_log_that_another_prepares(tmp_path: Path) -> None:
