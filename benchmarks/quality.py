@@ -83,6 +83,7 @@ class _Study:
         self.asked, self.results = asked, results
         self.deadline = time.monotonic() + 60 * (asked.minutes or math.inf)
         self.records, self.logs = Records(results), dict[str, Log]()
+        self.awaited = set[str]()  # logs that others prepare
         self.device, quick = torch.device(asked.device), asked.quick
         self.about = _about(asked, self.device)  # now: a card that fails tells nothing
         if self.device.type == "cuda" and not asked.compile:
@@ -99,6 +100,7 @@ class _Study:
         """All that is asked of these logs: trials in turn, and meanwhile arms of encoders that have none left."""
         while True:
             records = self.records.read()
+            self.awaited.clear()
             trials = [arm for log in logs for arm in self._trials(log, records)]
             arms = [*trials, *([] if self.asked.tune else self._grid(logs, trials, records))]
             failed = self.records.left_out(records, times=1)
@@ -133,10 +135,13 @@ class _Study:
 
     def _train(self, arm: Arm) -> bool:
         """Whether the arm was mine to train."""
+        if arm.log in self.awaited:
+            return False
         with self.records.claim(arm.key) as is_mine:
             if not is_mine:
                 return False
             if (log := self._log(arm.log)) is None:
+                self.awaited.add(arm.log)
                 return False
             try:
                 record = run(arm, self._base(arm.log), log, self.budget, arm.trial or chosen(self.records.read(), arm))
