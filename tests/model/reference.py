@@ -162,6 +162,8 @@ class Raw:
     def globals(self, user_key_1: np.ndarray) -> Tensor:
         """[M, D]: CLS tokens, then the user's own."""
         cls_MD = self.weights["embedding.cls_MD"]
+        if self.settings.num_user_tokens == 0:
+            return cls_MD
         return torch.cat([cls_MD, self.row("embedding.user", user_key_1).view(-1, cls_MD.shape[1])])
 
     def block(self, name: str, x_TD: Tensor, position_T: Tensor, sees_TT: Tensor, turned: int) -> Tensor:

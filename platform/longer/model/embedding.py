@@ -216,7 +216,8 @@ class Embedding(nn.Module):
         self.merge = nn.Linear(width, width)
         nn.init.eye_(self.merge.weight)  # concatenation itself: a candidate and an event begin alike, slot by slot
         nn.init.zeros_(self.merge.bias)
-        self.user = HashedTable(settings.user_rows, settings.num_user_tokens * width)
+        own = settings.num_user_tokens * width
+        self.user = HashedTable(settings.user_rows, own) if own else None
         self.cls_MD = nn.Parameter(torch.randn(settings.num_cls_tokens, width) * _STD)
         self.request_gap = Gap(width)
         self.request_hour = HourOfWeek(width)
@@ -309,6 +310,8 @@ class Embedding(nn.Module):
     def user_globals(self, user_key_R: Tensor) -> Tensor:
         """[R, M, D]: the learned CLS tokens, then the user's own ones."""
         cls_RMD = self.cls_MD.expand(len(user_key_R), -1, -1)
+        if self.user is None:
+            return cls_RMD
         return torch.cat([cls_RMD, self.user(user_key_R).unflatten(1, (self.num_user_tokens, -1))], dim=1)
 
     @fused_on_cuda
