@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from longer.model.attention import Block
 from longer.model.context import take_rows
-from longer.model.embedding import Embedding, HashedTable
+from longer.model.embedding import Embedding
 from longer.model.fuse import fused_on_cuda, has_kernels
+from longer.model.hashed_table import HashedTable
 from longer.model.inputs import BatchTensors, RequestTensors
 from longer.model.interactions import CandidateIndex, InteractionIndex, num_features
 from longer.model_settings import ModelSettings
