@@ -1,11 +1,12 @@
 """LONGER against the encoders it is compared with: python -m benchmarks.quality --log journey --root FOLDER [--device cuda]
 
 First trials on the validation split alone, which settle how each encoder is trained (`--tune`: nothing else); then the arms of a
-grid, the most important first. `--group` takes arms of these groups only, without trials, `--only` those of these names, with an
-encoder's trials where it is named. Each adds a JSON line to `--results`; what is there already is not trained again.
+grid, the most important first. An encoder's arms wait for its own trials only, and all are trained like the first of them.
+`--group` takes arms of these groups only, without trials, `--only` those of these names, with trials of an encoder that it names.
+Each adds a JSON line to `--results`; what is there already is not trained again.
 Processes of one machine share the work: `--processes` a GPU, or the same command by hand in each.
-Arms that memory does not hold are left out, are said on the page, and are tried again by the next run. Then prints a Markdown page
-with goals and tables and, with `--plots`, writes plots; the last line is JSON.
+Arms that fail, or that memory does not hold, are left out, are said on the page, and are tried again by the next run. Then prints a
+Markdown page with goals and tables and, with `--plots`, writes plots; the last line is JSON.
 
 FOLDER holds what a log is read from:
 - journey: tables/sequences, as `jobs.build_sequences` makes it with configs/quickstart.yaml;
@@ -19,13 +20,14 @@ With `--log all` it holds journey/ and ml-100k/. A log is prepared once, in `--c
 """
 
 import argparse
+import gc
 import hashlib
-import itertools
 import math
 import os
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -36,7 +38,7 @@ import torch
 import longer.data
 import longer.datasets
 from benchmarks import quality_study
-from benchmarks.quality_study.arms import BASES, QUICK, Arm, grid, model_settings
+from benchmarks.quality_study.arms import BASES, GROUPS, QUICK, Arm, Base, grid, model_settings
 from benchmarks.quality_study.cache import cached
 from benchmarks.quality_study.data import SCHEMAS, read_log
 from benchmarks.quality_study.log import Log
@@ -44,8 +46,8 @@ from benchmarks.quality_study.page import page
 from benchmarks.quality_study.plots import plots
 from benchmarks.quality_study.processes import run_in_processes
 from benchmarks.quality_study.records import Records
-from benchmarks.quality_study.training import Budget, baselines, run
-from benchmarks.quality_study.tuning import SEARCH, chains, chosen, num_trials, runnable
+from benchmarks.quality_study.training import Budget, baselines, run, sizes_of
+from benchmarks.quality_study.tuning import SEARCH, chains, chosen, num_trials, runnable, waits
 from longer.table_settings import GenerateSettings
 
 _GENERATED = GenerateSettings(
@@ -93,16 +95,15 @@ class _Study:
         )
 
     def train(self, logs: Sequence[str]) -> None:
-        """All that is asked of these logs: trials first, in turn, and meanwhile grids of logs without any left."""
+        """All that is asked of these logs: trials in turn, and meanwhile arms of encoders that have none left."""
         while True:
             records = self.records.read()
-            trials = {log: self._trials(log, records) for log in logs}
-            ready = [] if self.asked.tune else [log for log in logs if not trials[log]]
-            arms = [*itertools.chain(*trials.values()), *itertools.chain(*(self._grid(log, records) for log in ready))]
+            trials = [arm for log in logs for arm in self._trials(log, records)]
+            arms = [*trials, *([] if self.asked.tune else self._grid(logs, trials, records))]
             if any(self._has_time(arm, records) and self._train(arm) for arm in arms):
                 continue  # what it found may have made the turn of others
-            if not any(arm.trial and self._has_time(arm, records) for arm in arms):
-                return  # arms that others train are theirs; on their trials more may depend
+            if not any((arm.trial or arm.log not in self.logs) and self._has_time(arm, records) for arm in arms):
+                return  # arms that others train are theirs; on their trials, or the log that they prepare, more may depend
             time.sleep(_POLL_S)
 
     def _trials(self, log: str, records: list[dict[str, Any]]) -> list[Arm]:
@@ -110,8 +111,10 @@ class _Study:
         least_first = [] if self.asked.quick else sorted(chains(log), key=partial(num_trials, records, log))
         return self._left([arm for chain in least_first for arm in runnable(log, chain, SEARCH, records)], records)
 
-    def _grid(self, log: str, records: list[dict[str, Any]]) -> list[Arm]:
-        return self._left(grid(log, self.asked.quick, self.asked.seeds), records)
+    def _grid(self, logs: Sequence[str], trials: list[Arm], records: list[dict[str, Any]]) -> list[Arm]:
+        """Arms that wait for no trial; a group of all logs before the next one."""
+        every = [arm for log in logs for arm in grid(log, self.asked.quick, self.asked.seeds) if not waits(arm, trials)]
+        return self._left(sorted(every, key=lambda arm: GROUPS.index(arm.group)), records)
 
     def _left(self, arms: list[Arm], records: list[dict[str, Any]]) -> list[Arm]:
         """What is asked and has no record."""
@@ -130,15 +133,21 @@ class _Study:
         with self.records.claim(arm.key) as is_mine:
             if not is_mine:
                 return False
-            base = (QUICK if self.asked.quick else BASES)[arm.log]
-            trained = arm.trial or chosen(self.records.read(), arm)
+            if (log := self._log(arm.log)) is None:
+                return False
             try:
-                record = run(arm, base, self._log(arm.log), self.budget, trained)
-            except torch.OutOfMemoryError as error:  # of a card that several processes share: the other arms go on
-                self._append({"left_out": arm.key, "log": arm.log, "why": "out of memory"})
-                _say(f"{arm.key}: left out: {error}")
+                record = run(arm, self._base(arm.log), log, self.budget, arm.trial or chosen(self.records.read(), arm))
+            except Exception as error:  # the other arms go on
+                is_memory = isinstance(error, torch.OutOfMemoryError)  # of a card that several processes share
+                why = "out of memory" if is_memory else f"{type(error).__name__}: {error}"[:200]
+                self._append({"left_out": arm.key, "log": arm.log, "why": why})
+                traceback.print_exc()
+                _say(f"{arm.key}: left out: {why}")
+                error.__traceback__ = None  # it holds the arm's tensors
+                self._free()
                 return True
             self._append(record)
+            self._free()
             found = record["test"] if arm.is_tested else record["valid"]
             _say(
                 f"{arm.key}: AUC {found['auc']:.4f}, long {found['long_auc']:.4f}, "
@@ -146,35 +155,48 @@ class _Study:
             )
             return True
 
-    def _has_time(self, arm: Arm, records: list[dict[str, Any]]) -> bool:
-        """Whether it would end before the deadline, if it took as long a pass as its encoder's last one of this log did."""
-        took_s = [
-            (record["train_s"] + record["upstream_s"] + record["test_s"]) / record["trained"]["passes"]
-            for record in records
-            if record.get("encoder") == arm.encoder and record["log"] == arm.log
-        ]
-        passes = (arm.trial or chosen(records, arm)).passes
-        return time.monotonic() + passes * (took_s[-1] if took_s else 0.0) < self.deadline
+    def _base(self, log: str) -> Base:
+        return (QUICK if self.asked.quick else BASES)[log]
 
-    def _log(self, log: str) -> Log:
-        """Prepared once on this machine, with its baselines measured."""
+    def _free(self) -> None:
+        """Gives what the last arm took of the card to the other processes. Raises if the card does not work any more."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+    def _has_time(self, arm: Arm, records: list[dict[str, Any]]) -> bool:
+        """Whether it would end before the deadline, if a pass took as long as with another seed, or else at the same length."""
+        length = arm.length or self._base(arm.log).length
+        alike = [record for record in records if record["log"] == arm.log and record.get("encoder") == arm.encoder]
+        same = [record for record in alike if record["arm"] == arm.name]
+        for last in (same or [record for record in alike if record["length"] == length] or alike)[-1:]:
+            pass_s = (last["train_s"] + last["upstream_s"] + last["test_s"]) / last["trained"]["passes"]
+            return time.monotonic() + pass_s * (arm.trial or chosen(records, arm)).passes < self.deadline
+        return time.monotonic() < self.deadline
+
+    def _log(self, log: str) -> Log | None:
+        """Prepared once on this machine, with its baselines measured; None while another process prepares it."""
         if log not in self.logs:
             sizes = _GENERATED_QUICK if self.asked.quick else _GENERATED
             root = self.asked.root
             if self.asked.log == "all":
                 root = f"{root}/{'ml-100k' if log == 'movielens' else log}"
             name = f"{log}_{_made_of(log, root, sizes)}"
-            self.logs[log] = cached(Path(self.asked.cache) / name, partial(read_log, log, root, sizes=sizes))
+            prepared = cached(Path(self.asked.cache) / name, partial(read_log, log, root, sizes=sizes))
+            if prepared is None:
+                return None
+            self.logs[log] = prepared
             self._measure_baselines(log)
         return self.logs[log]
 
     def _measure_baselines(self, log: str) -> None:
         with self.records.claim(f"{log}/baselines") as is_mine:
             if is_mine:
-                base = (QUICK if self.asked.quick else BASES)[log]
-                settings = model_settings(Arm("longer", log, "encoders", 0), base)
-                found = baselines(self.logs[log], self.budget, settings, base.long_from)
-                self._append({"key": f"{log}/baselines", "log": log, "baselines": found})
+                settings = model_settings(Arm("longer", log, "encoders", 0), self._base(log))
+                found = baselines(self.logs[log], self.budget, settings, self._base(log).long_from)
+                sizes = sizes_of(self.logs[log], self.budget)
+                self._append({"key": f"{log}/baselines", "log": log, "baselines": found, "sizes": sizes})
 
     def _append(self, record: dict[str, Any]) -> None:
         self.records.append({**record, **_about(self.asked, self.device)})

@@ -21,6 +21,8 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }
 GENERATED_ENCODERS = ("longer", "none", "din_recent50", "sim_hard", "sim_soft", "din", "twin")
 """Those whose cost at 10,000 events is linear, and small enough."""
+GROUPS = ("encoders", "lengths", "flops", "switches", "widths", "undone")
+"""The tables and plots that arms are for, in the order in which they are worth their time."""
 LENGTHS = (20, 50, 100, 200, 500, 1000, 2000, 4000)
 _MOST_STRIDE_EVENTS = 200
 _QUERIES = ("uniform", "learnable", "recent_uniform")
@@ -81,7 +83,7 @@ class Arm:
     name: str
     log: str
     group: str
-    """The table or plot that it is for."""
+    """One of `GROUPS`, or tuning."""
     seed: int
     encoder: str = "longer"
     features: bool = True
@@ -218,7 +220,12 @@ def _merging(here: Arm) -> list[Arm]:
 def _queries(here: Arm) -> list[Arm]:
     """Which groups are queries, and how many, as in the paper's Table 2."""
     kinds = [replace(here, name=f"{kind} queries", model={"queries": kind}) for kind in _QUERIES]
-    return kinds + [replace(here, name=f"k={k}", queries=k) for k in (12, 25, 50, 250, 1000)]
+    numbers = [replace(here, name=f"k={k}", queries=k) for k in (12, 25, 50, 250, 1000)]
+    return [
+        *kinds,
+        *numbers,
+        replace(here, name="k=250 L=1000", queries=250, length=1000),
+    ]  # all of 250, as in the paper
 
 
 def _flops(base: Arm) -> list[Arm]:
@@ -281,7 +288,7 @@ def _generated(quick: bool, seeds: int) -> Iterator[Arm]:
         yield from ids + counted
         return
     encoders = [replace(base, name=name, group="encoders", encoder=name) for name in GENERATED_ENCODERS]
-    encoders.append(replace(encoders[0], name="longer" + FEATURES, features=True))
+    encoders += [replace(arm, name=arm.name + FEATURES, features=True) for arm in encoders[:2]]
     sizes = [replace(base, name=f"D={w}", group="widths", model={"width": w}) for w in (32, 64, 96, 192, 256)]
     trained = replace(
         base, name="trained at L=4000, tested at 10000", group="switches", length=4000, score_length=10_000

@@ -13,13 +13,17 @@ from benchmarks.quality_study.log import Log
 from longer.arrays import Histories
 
 
-def cached(folder: Path, make: Callable[[], Log]) -> Log:
-    """What `make` returns: made by one process, while others wait for it, and kept in the folder."""
+def cached(folder: Path, make: Callable[[], Log]) -> Log | None:
+    """What `make` returns, kept in the folder; None while another process makes it, which takes minutes."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with Path(f"{folder}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            _write(folder, make())
+    if not folder.exists():
+        with Path(f"{folder}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return None
+            if not folder.exists():
+                _write(folder, make())
     return _read(folder)
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.quality_study.arms import FEATURES
+from benchmarks.quality_study.arms import BASES, FEATURES, QUICK, Arm, model_settings
 from benchmarks.quality_study.goals import goals
 from benchmarks.quality_study.rows import (
     MOST_EXPONENT,
@@ -33,8 +33,18 @@ _STARTS = """\
   [candidate, read, candidate * read]
 - SIM's short-term branch is attention over the newest 50 events where the paper has DIEN. The user tower is trained on the same
   rows and labels as all others, not by sampled softmax, and its frozen vector is one more input
-- "longer, no history" is LONGER's layers with candidates that see themselves alone, trained as LONGER is; K = 1 keeps its merge
+- "none" is the user and the candidate alone, "none+features" the interaction features alone, without any sequence model;
+  "longer, no history" is LONGER's layers with candidates that see themselves alone, trained as LONGER is; K = 1 keeps its merge
+- train s: beside whatever else ran on the card, which several processes share: no measure of an encoder's speed
 - what each arm is compared at is the same: every arm of a log takes the same number of steps a pass, each of the same requests"""
+
+_LOGS = {
+    "journey": "Complete Journey: a request is a basket, its candidates what was bought and, for each, four drawn items as "
+    "popular; a label is a purchase.",
+    "generated": "Generated: a request asks, as an episode begins, which item is of the cluster that its user returns to after a "
+    "period; only what she did one period before tells.",
+    "movielens": "MovieLens 100K: a request is one film, a label a like: four stars or more. Split by time: 80, 10 and 10 percent.",
+}
 
 
 def page(records: Sequence[Record]) -> str:
@@ -49,8 +59,9 @@ def page(records: Sequence[Record]) -> str:
     parts = ["# Quality: LONGER and the encoders that it is compared with", _conditions(records, trained)]
     for log in logs:
         mine = [record for record in tested if record["log"] == log]
-        baselines = next((r["baselines"] for r in records if r.get("key") == f"{log}/baselines"), {})
-        parts.append(f"## {log}")
+        measured = next((r for r in records if r.get("key") == f"{log}/baselines"), {})
+        baselines = measured.get("baselines", {})
+        parts += [f"## {log}", _about(log, measured, mine, trained[0]["quick"])]
         if log == "journey":
             parts.append("### Goals\n\n" + "\n".join(goals(mine, baselines)))
         parts += [_encoders(mine, baselines), _same_flops(mine), _lengths(mine)]
@@ -78,7 +89,7 @@ def _conditions(records: Sequence[Record], trained: Sequence[Record]) -> str:
     budgets = {(r["log"], r["train_requests"], r["steps"] // r["trained"]["passes"]) for r in trained}
     each = ", ".join(f"{log} {requests:,} requests in {steps:,} steps" for log, requests, steps in sorted(budgets))
     done = {record.get("key") for record in records}
-    left_out = sorted({record["left_out"] for record in records if "left_out" in record} - done)
+    left_out = {r["left_out"]: r["why"] for r in records if "left_out" in r and r["left_out"] not in done}
     lines = [
         f"- hardware: {cards}; torch {first['torch']}{'; quick sizes' if first['quick'] else ''}",
         f"- a pass: the newest requests ({each}); bfloat16 on a GPU",
@@ -90,8 +101,27 @@ def _conditions(records: Sequence[Record], trained: Sequence[Record]) -> str:
         _STARTS,
     ]
     if left_out:
-        lines.append(f"- left out, since memory did not hold them: {', '.join(left_out)}")
+        lines.append(f"- left out: {', '.join(f'{arm} ({why})' for arm, why in sorted(left_out.items()))}")
     return "\n".join(lines)
+
+
+def _about(log: str, measured: Record, tested: Sequence[Record], quick: bool) -> str:
+    """What is asked of this log, of how much of it, and what LONGER is where nothing else is said."""
+    base, sizes = (QUICK if quick else BASES)[log], measured.get("sizes")
+    longer, lines = model_settings(Arm("longer", log, "encoders", 0), base), [_LOGS[log]]
+    if sizes:
+        lines.append(f"{sizes['users']:,} users, {sizes['events']:,} events, the longest history {sizes['longest']:,}.")
+    if tested:
+        test, of_requests = tested[0]["test"], f" of {sizes['tested']:,} requests" if sizes else ""
+        lines.append(
+            f"Tested: {test['rows']:,} candidates{of_requests}, {test['long_rows']:,} of them with a long history: "
+            f"{base.long_from:,} events and more before the request."
+        )
+    lines.append(
+        f"LONGER, where nothing else is said: L = {base.length:,}, K = {longer.merge_size} with InnerTrans, the newest "
+        f"k = {longer.query_groups} groups as queries, {longer.num_self_layers} self-causal layer, D = {longer.width}."
+    )
+    return " ".join(lines)
 
 
 def _undone(mine: Sequence[Record]) -> str:
@@ -120,7 +150,7 @@ def _trials(mine: Sequence[Record]) -> str:
             chains.setdefault(record["encoder"] + FEATURES * record["features"], []).append(record)
     if not chains:
         return ""
-    lines = ["### Trials, on the validation split", ""]
+    lines = ["### Trials, on the validation split, one seed", ""]
     lines += ["| encoder | best: tables, dense, passes | AUC | one pass | trials |", "|---|---|---|---|---|"]
     for name, records in chains.items():
         best = max(records, key=_valid_auc)
@@ -218,9 +248,11 @@ def _fit(name: str, x: Iterable[float], y: Sequence[float], symbol: str) -> list
     if len(x) < 5:
         return []
     alpha, beta, gamma, r2 = power_law(x, y)
-    if abs(beta) > MOST_EXPONENT / 1.01:
-        return ["", f"{name}: no power law, the best exponent is the last one tried"]
-    return ["", f"{name}: AUC = {alpha:.4g} * {symbol}^{beta:.3g} + {gamma:.4g}, R² = {r2:.4f} ({len(x)} points)"]
+    told = f"{name}: AUC = {alpha:.4g} * {symbol}^{beta:.3g} + {gamma:.4g}, R² = {r2:.4f} ({len(x)} points)"
+    return [
+        "",
+        told + ("; no power law: the exponent is the last one tried" if abs(beta) > MOST_EXPONENT / 1.01 else ""),
+    ]
 
 
 def _row(arm: str, records: Sequence[Record]) -> str:
@@ -233,7 +265,7 @@ def _row(arm: str, records: Sequence[Record]) -> str:
         f"{mean(records, lambda r: r['test']['logloss']):.4f}",
         f"{first['dense_parameters']:,}",
         f"{first['table_parameters']:,}",
-        f"{mega_flops(first):,.0f}",
+        f"{mega_flops(first):,.0f}" if mega_flops(first) >= 10 else f"{mega_flops(first):.2g}",
         f"{first['trained']['passes']}",
         f"{mean(records, lambda r: r['train_s']):.1f}",
     )

@@ -1,12 +1,16 @@
-"""The study's plots: AUC by history length, and quality by FLOPs with the frontier."""
+"""The study's plots: AUC by history length, and quality by FLOPs with the frontiers."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality_study.arms import FEATURES
 from benchmarks.quality_study.rows import Record, auc, by_arm, curve, long_auc, mean, mega_flops, spread
 
 _OURS, _OTHERS = "#0b6e99", "#9aa7b1"
+_SHOWN_AUC = 0.08
+"""Below the best: what lies deeper would flatten the frontier, and is named."""
 
 
 def plots(records: Sequence[Record], folder: Path, stem: str) -> list[Path]:
@@ -19,18 +23,20 @@ def plots(records: Sequence[Record], folder: Path, stem: str) -> list[Path]:
     made = []
     for log in dict.fromkeys(record["log"] for record in trained):
         mine = [record for record in trained if record["log"] == log]
-        for name, draw in (("length", _draw_lengths), ("flops", _draw_flops)):
+        for name, draw, number in (("length", _draw_lengths, 1), ("flops", _draw_flops, 2)):
             with mpl.rc_context({"font.size": 9, "svg.hashsalt": "longer", "svg.fonttype": "none"}):
-                figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-                axes = figure.subplots()
-                axes.spines[["top", "right"]].set_visible(False)
-                draw(axes, mine)
+                figure = Figure(figsize=(2.6 + 3.8 * number, 3.8), layout="constrained")
+                panels = figure.subplots(1, number, squeeze=False)[0]
+                for axes in panels:
+                    axes.spines[["top", "right"]].set_visible(False)
+                draw(panels, mine)
                 made.append(folder / f"{stem}_{log}_{name}.svg")
                 figure.savefig(made[-1], format="svg", metadata={"Date": None})
     return made
 
 
-def _draw_lengths(axes: Any, mine: Sequence[Record]) -> None:
+def _draw_lengths(panels: Any, mine: Sequence[Record]) -> None:
+    (axes,) = panels
     curves = (
         ("LONGER", "longer", False, "#d1731c"),
         ("LONGER, with interaction features", "longer", True, _OURS),
@@ -50,21 +56,38 @@ def _draw_lengths(axes: Any, mine: Sequence[Record]) -> None:
         axes.legend(frameon=False, fontsize=8)
 
 
-def _draw_flops(axes: Any, mine: Sequence[Record]) -> None:
-    """Without the interaction features, which would hide what the encoders find; nothing cheaper is better than the frontier."""
+def _draw_flops(panels: Any, mine: Sequence[Record]) -> None:
+    """On ids alone, and with the interaction features; nothing cheaper is better than a frontier, LONGER's or the others'."""
     groups = ("encoders", "flops", "lengths", "switches")
-    arms = by_arm(record for record in mine if not record["features"] and record["group"] in groups)
-    points = sorted((max(1.0, mega_flops(records[0])), mean(records, auc), arm) for arm, records in arms.items())
-    frontier, best = [], 0.0
-    for flops, value, arm in points:
-        ours = arms[arm][0]["encoder"] == "longer"
-        axes.plot(flops, value, "o" if ours else "s", color=_OURS if ours else _OTHERS)
-        if value > best or arms[arm][0]["group"] in ("encoders", "flops"):
-            axes.annotate(arm, (flops, value), fontsize=6, xytext=(3, 2), textcoords="offset points")
-        if value > best:
-            best = value
-            frontier.append((flops, value))
-    axes.step(*zip(*frontier, strict=True), where="post", color="#d1731c", linewidth=0.8)
-    axes.set_xscale("log")
-    axes.set_xlabel("forward MFLOPs of one request: the longest history, the mean number of candidates")
-    axes.set_ylabel("AUC, ids alone")
+    for axes, features, title in zip(
+        panels, (False, True), ("on ids alone", "with the interaction features"), strict=True
+    ):
+        arms = by_arm(record for record in mine if record["features"] == features and record["group"] in groups)
+        points = sorted((mega_flops(records[0]), mean(records, auc), arm) for arm, records in arms.items())
+        axes.set_xscale("log")
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("forward MFLOPs of one request:\nthe longest history, the mean number of candidates")
+        axes.set_ylabel("AUC")
+        lowest = max((value for _, value, _ in points), default=1.0) - _SHOWN_AUC
+        shown = [point for point in points if point[1] >= lowest]
+        for color, is_ours in ((_OURS, True), (_OTHERS, False)):
+            best, frontier = 0.0, []
+            for flops, value, arm in shown:
+                first = arms[arm][0]
+                if (first["encoder"] == "longer") != is_ours:
+                    continue
+                axes.errorbar(
+                    flops, value, spread(arms[arm], auc), fmt="o" if is_ours else "s", color=color, markersize=4
+                )
+                if value > best or first["group"] in ("encoders", "flops"):
+                    axes.annotate(
+                        arm.removesuffix(FEATURES), (flops, value), (3, 2), fontsize=6, textcoords="offset points"
+                    )
+                if value > best:
+                    best = value
+                    frontier.append((flops, value))
+            axes.step([x for x, _ in frontier], [y for _, y in frontier], where="post", color=color, linewidth=0.8)
+        if below := [arm.removesuffix(FEATURES) for _, value, arm in points if value < lowest]:
+            axes.set_ylim(lowest - _SHOWN_AUC / 8)
+            told = textwrap.fill(f"below: {', '.join(below)}", 80)
+            axes.text(0.98, 0.02, told, fontsize=5, ha="right", transform=axes.transAxes)

@@ -251,6 +251,13 @@ def baselines(log: Log, budget: Budget, settings: ModelSettings, long_from: int)
     return found
 
 
+def sizes_of(log: Log, budget: Budget) -> dict[str, int]:
+    """Of the whole log, and the requests that arms are tested on."""
+    lengths = np.diff(log.histories.offsets_B1)
+    tested = min(budget.test_requests, len(log.requests["test"]))
+    return {"users": len(lengths), "events": int(lengths.sum()), "longest": int(lengths.max()), "tested": tested}
+
+
 @torch.no_grad()
 def _forward_flops(log: Log, arm: Arm, settings: ModelSettings) -> dict[str, float]:
     """Counted on a CPU, in plain torch: of the test request with the longest history, with as many candidates as requests have."""

@@ -29,10 +29,10 @@ SEARCH = Search()
 def chains(log: str) -> list[Chain]:
     """On ids alone, where the sequence is all there is, then with the features; the features alone have no other chain.
 
-    The generated log's encoders are compared on ids only.
+    The generated log's encoders are compared on ids only, but for LONGER beside the features alone.
     """
     if log == "generated":
-        return [*((name, False) for name in GENERATED_ENCODERS if name != "none"), ("longer", True)]
+        return [*((name, False) for name in GENERATED_ENCODERS if name != "none"), ("none", True), ("longer", True)]
     with_sequence = ["longer", *(name for name in ENCODERS if name != "none")]
     return [*((name, False) for name in with_sequence), ("none", True), *((name, True) for name in with_sequence)]
 
@@ -42,8 +42,11 @@ def runnable(log: str, chain: Chain, search: Search, records: Sequence[dict[str,
 
     First the rates of tables, then of dense layers, then more passes, each at the best of what was tried before. A chain with the
     features comes after that on ids, has its rate of dense layers, and tries the rates of tables around the best one there.
+    A chain that the grid has an arm of is at its end: more trials would change nothing.
     """
     encoder, features = chain
+    if _began(records, log, chain):
+        return []
     on_ids = _tried(records, log, (encoder, False)) if features and encoder != "none" else {}
     if features and encoder != "none" and (not on_ids or runnable(log, (encoder, False), search, records)):
         return []
@@ -112,12 +115,38 @@ def _tried(records: Iterable[dict[str, Any]], log: str, chain: Chain) -> dict[Tr
 
 
 def chosen(records: Sequence[dict[str, Any]], arm: Arm) -> Trained:
-    """How an arm of the grid is trained: as its encoder validated best, with the same features if that was tried."""
-    encoder = "longer" if arm.encoder == ITSELF else arm.encoder
+    """How an arm of the grid is trained: as the first of its encoder was, with the same features if there is one; else as that
+    validated best."""
+    encoder = _tuned_as(arm)
     for features in (arm.features, not arm.features):
+        if began := _began(records, arm.log, (encoder, features)):
+            return began[0]
         if tried := _tried(records, arm.log, (encoder, features)):
             return max(tried, key=lambda each: tried[each])
     return Trained()
+
+
+def waits(arm: Arm, trials: Iterable[Arm]) -> bool:
+    """Whether one of these trials may change how an arm of the grid is trained."""
+    encoder = _tuned_as(arm)
+    return any(
+        (trial.log, trial.encoder) == (arm.log, encoder) and (trial.features <= arm.features or encoder == "none")
+        for trial in trials
+    )
+
+
+def _tuned_as(arm: Arm) -> str:
+    return "longer" if arm.encoder == ITSELF else arm.encoder
+
+
+def _began(records: Iterable[dict[str, Any]], log: str, chain: Chain) -> list[Trained]:
+    """How the grid's arms of an encoder were trained."""
+    return [
+        Trained(**record["trained"])
+        for record in records
+        if record.get("group", "tuning") != "tuning"
+        and (record["log"], record["encoder"], record["features"]) == (log, *chain)
+    ]
 
 
 def num_trials(records: Sequence[dict[str, Any]], log: str, chain: Chain) -> int:

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.quality_study.arms import BASES, ENCODERS, FEATURES, QUICK, Trained, grid, model_settings
+from benchmarks.quality_study.arms import BASES, ENCODERS, FEATURES, ITSELF, QUICK, Trained, grid, model_settings
 from benchmarks.quality_study.cache import cached
 from benchmarks.quality_study.data import SCHEMAS, read_log
 from benchmarks.quality_study.draws import auc_of_draws, lead
 from benchmarks.quality_study.goals import goals
 from benchmarks.quality_study.log import Log
 from benchmarks.quality_study.page import page
+from benchmarks.quality_study.plots import plots
 from benchmarks.quality_study.records import Records
 from benchmarks.quality_study.rows import power_law
 from benchmarks.quality_study.training import _plan, _runs
@@ -195,7 +196,7 @@ def test_power_laws_are_found_with_their_fit() -> None:
 
 
 def record(arm: str, seed: int, auc: float, **more: object) -> dict:
-    test = {"auc": auc, "long_auc": auc, "gauc": auc, "logloss": 0.4}
+    test = {"auc": auc, "long_auc": auc, "gauc": auc, "logloss": 0.4, "rows": 9, "long_rows": 3}
     about = {"hardware": "cpu", "torch": "2", "quick": True, "train_requests": 1, "steps": 1, "train_s": 1.0}
     trained = {"tables": 0.01, "dense": 0.002, "passes": 1}
     same = {"log": "journey", "group": "encoders", "encoder": "longer", "features": True, "length": 200}
@@ -217,18 +218,20 @@ def test_a_lead_counts_beyond_the_spread_of_three_seeds_only() -> None:
 
 def test_no_goal_is_met_by_seeds_that_lie_far_apart_or_by_queries_that_gain_nothing() -> None:
     def told(claim: str, **aucs: tuple[float, ...]) -> str:
-        names = {"none": "none", "k250": "k=250", "k1000": "k=1000", "k1": "K=1", "longer": "longer"}
+        names = {"some": "longer L=1000", "every": "k=250 L=1000", "alone": ITSELF, "k1": "K=1"}
         arms = {names.get(name, name): values for name, values in aucs.items()}
         found = [
-            record(name, seed, auc, features=False) for name, values in arms.items() for seed, auc in enumerate(values)
+            record(name, seed, auc, features=False, forward_flops={"flops": 1e6 * (name != ITSELF)})
+            for name, values in arms.items()
+            for seed, auc in enumerate(values)
         ]
         (line,) = [line for line in goals(found, {}) if claim in line]
         return line
 
-    few = {"longer": (0.79, 0.79, 0.79), "k1000": (0.80, 0.80, 0.80)}
+    few = {"some": (0.79, 0.79, 0.79), "alone": (0.5, 0.5, 0.5)}
     share = "keep more than 95%"
-    assert told(share, none=(0.70,) * 3, k250=(0.7901,) * 3, **few).startswith("- **missed**")  # at all of the FLOPs
-    assert "no gain to keep" in told(share, none=(0.70,) * 3, k250=(0.69, 0.70, 0.72), **few)
+    assert told(share, none=(0.70,) * 3, every=(0.7901,) * 3, **few).startswith("- **missed**")  # at all of the FLOPs
+    assert "no gain to keep" in told(share, none=(0.70,) * 3, every=(0.69, 0.70, 0.72), **few)
     assert told("merging loses little", longer=(0.740, 0.740, 0.740), k1=(0.743, 0.743, 0.743)).startswith("- **met**")
     assert told("merging loses little", longer=(0.740, 0.740, 0.740), k1=(0.738, 0.743, 0.748)).startswith(
         "- **missed**"
@@ -251,3 +254,15 @@ def test_the_page_ends_with_one_line_of_json_and_means_over_seeds() -> None:
     assert any("0.7500 ± 0.0500" in line for line in lines)
     with pytest.raises(AssertionError, match="different steps"):
         page([record("longer", 0, 0.7), record("longer", 1, 0.8, steps=2)])
+
+
+def test_a_sitting_that_ended_early_has_plots_and_a_page_that_names_what_was_left_out(tmp_path: Path) -> None:
+    """The first arms that are trained have the features, and there is one of each."""
+    first = record("longer+features", 0, 0.7)
+    left_out = {"left_out": "journey/din/0", "log": "journey", "why": "out of memory"}
+    measured = {"key": "journey/baselines", "log": "journey", "baselines": {}}
+    measured |= {"sizes": {"users": 2_500, "events": 9, "longest": 4, "tested": 6_000}}
+    assert len(plots([first], tmp_path, "some")) == 2
+    told = page([first, left_out, measured])
+    assert "- left out: journey/din/0 (out of memory)" in told
+    assert "of 6,000 requests, 3 of them with a long history: 100 events and more" in told

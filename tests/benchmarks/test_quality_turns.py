@@ -1,0 +1,112 @@
+"""What a process of the study trains next, and what it goes on after: a sitting on a GPU has no time to lose."""
+
+import fcntl
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import quality
+from benchmarks.quality_study.arms import GROUPS, ITSELF, Arm, Trained, grid
+from benchmarks.quality_study.cache import cached
+from benchmarks.quality_study.records import Records
+from benchmarks.quality_study.tuning import SEARCH, chosen, runnable, waits
+from longer.table_settings import GenerateSettings
+
+
+def record(arm: Arm, trained: Trained, auc: float = 0.7, **more: Any) -> dict[str, Any]:
+    about = {"key": arm.key, "arm": arm.name, "log": arm.log, "group": arm.group, "seed": arm.seed}
+    about |= {"encoder": arm.encoder, "features": arm.features, "length": arm.length or 4000}
+    costs = {"steps": 1, "train_s": 10.0, "upstream_s": 0.0, "test_s": 0.0}
+    return about | costs | {"trained": asdict(trained), "valid": {"auc": auc, "long_auc": auc}} | more
+
+
+def study(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> quality._Study:
+    results = folder / "results.jsonl"
+    given = ["--results", str(results), "--cache", str(folder / "cache"), *arguments]
+    monkeypatch.setattr(sys, "argv", ["quality", *given])
+    sizes = GenerateSettings(num_users=30, num_events=20_000, num_items=500, num_clusters=50)
+    monkeypatch.setattr(quality, "_GENERATED_QUICK", sizes)
+    return quality._Study(quality._arguments(), results)
+
+
+def test_an_arm_waits_for_trials_of_its_own_encoder_only() -> None:
+    def waiting(encoder: str, features: bool) -> set[tuple[str, bool]]:
+        trial = Arm("", "journey", "tuning", 0, encoder=encoder, features=features, trial=Trained())
+        arms = [arm for log in ("journey", "movielens") for arm in grid(log, False, 1) if waits(arm, [trial])]
+        assert {arm.log for arm in arms} == {"journey"}
+        return {(arm.encoder, arm.features) for arm in arms}
+
+    assert waiting("din", False) == {
+        ("din", False),
+        ("din", True),
+    }  # its best on ids is where that with features begins
+    assert waiting("din", True) == {("din", True)}
+    assert waiting("none", True) == {("none", False), ("none", True)}  # on ids there is no trial
+    assert waiting("longer", False) == {(name, features) for name in ("longer", ITSELF) for features in (False, True)}
+
+
+def test_all_arms_of_an_encoder_are_trained_as_the_first_of_them_was() -> None:
+    """A trial that another sitting adds must not change what the next seed of an arm is trained with."""
+    first, second = (Arm("din", "journey", "encoders", seed, encoder="din", features=False) for seed in (0, 1))
+    trial = Arm("din tables", "journey", "tuning", 0, encoder="din", features=False, trial=Trained())
+    records = [record(trial, Trained(), 0.70)]
+    assert runnable("journey", ("din", False), SEARCH, records)
+    records += [record(first, chosen(records, first)), record(trial, Trained(passes=3), 0.80)]
+    assert chosen(records, second) == Trained()
+    assert not runnable("journey", ("din", False), SEARCH, records)
+
+
+def test_a_group_of_all_logs_is_trained_before_the_next_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = study(monkeypatch, tmp_path, "--log", "all")._grid(("journey", "generated", "movielens"), [], [])
+    assert [arm.group for arm in found] == sorted((arm.group for arm in found), key=GROUPS.index)
+    assert {arm.log for arm in found if arm.group == "encoders"} == {"journey", "generated", "movielens"}
+    assert [arm.seed for arm in found[:24]] == [0] * 24
+
+
+@pytest.mark.parametrize(("error", "why"), [(ValueError("so"), "ValueError: so"), (MemoryError(), "MemoryError: ")])
+def test_an_arm_that_fails_is_left_out_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, why: str
+) -> None:
+    """Each process of a sitting would die of the same arm, one after the other."""
+    tried = []
+
+    def run(arm: Arm, *_: object) -> dict[str, Any]:
+        tried.append(arm.name)
+        if arm.name == "longer L=100":
+            raise error
+        return record(arm, Trained(), test={"auc": 0.7, "long_auc": 0.7})
+
+    monkeypatch.setattr(quality, "run", run)
+    names = ["longer L=100", "longer L=200", "longer L=50"]
+    study(monkeypatch, tmp_path, "--log", "generated", "--quick", "--only", *names).train(["generated"])
+    assert sorted(tried) == names
+    records = Records(tmp_path / "results.jsonl").read()
+    (left_out,) = [each for each in records if "left_out" in each]
+    assert (left_out["left_out"], left_out["why"]) == ("generated/longer L=100/0", why)
+    assert len(records) == 4  # the baselines too
+
+
+def test_no_process_waits_for_a_log_that_another_prepares(tmp_path: Path) -> None:
+    def make() -> Any:
+        raise AssertionError("two processes prepare it")
+
+    with Path(f"{tmp_path}/log.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert cached(tmp_path / "log", make) is None
+
+
+def test_an_arm_begins_if_it_ends_in_time_by_its_own_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The encoder's last record may be of a history a hundredth as long."""
+    one_minute = study(monkeypatch, tmp_path, "--minutes", "1")
+    longest, short = (Arm(name, "journey", "lengths", 0, length=n) for name, n in (("longer", None), ("L=20", 20)))
+    slow = [record(longest, Trained(passes=2), train_s=200.0), record(short, Trained(passes=2), train_s=2.0)]
+    has_time: Callable[[Arm], bool] = lambda arm: one_minute._has_time(arm, slow)  # noqa: E731
+    assert [has_time(arm) for arm in (longest, short)] == [False, True]
+    assert not has_time(Arm("K=1", "journey", "switches", 0))
+    one_minute.deadline = time.monotonic() - 1
+    assert not one_minute._has_time(Arm("din", "journey", "encoders", 0, encoder="din"), [])
