@@ -5,8 +5,8 @@ grid, the most important first. An encoder's arms wait for its own trials only, 
 `--group` takes arms of these groups only, without trials, `--only` those of these names, with trials of an encoder that it names.
 Each adds a JSON line to `--results`; what is there already is not trained again.
 Processes of one machine share the work: `--processes` a GPU, or the same command by hand in each.
-Arms that fail, or that memory does not hold, are left out, are said on the page, and are tried again by the next run. Then prints a
-Markdown page with goals and tables and, with `--plots`, writes plots; the last line is JSON.
+Arms that fail, or that memory does not hold, are tried once more at the end and by the next run; the page says what is left out.
+Then prints a Markdown page with goals and tables and, with `--plots`, writes plots; the last line is JSON.
 
 FOLDER holds what a log is read from:
 - journey: tables/sequences, as `jobs.build_sequences` makes it with configs/quickstart.yaml;
@@ -84,6 +84,7 @@ class _Study:
         self.deadline = time.monotonic() + 60 * (asked.minutes or math.inf)
         self.records, self.logs = Records(results), dict[str, Log]()
         self.device, quick = torch.device(asked.device), asked.quick
+        self.about = _about(asked, self.device)  # now: a card that fails tells nothing
         if self.device.type == "cuda" and not asked.compile:
             torch.compiler.set_stance("force_eager")  # arms are too many and too short to compile each
         self.budget = Budget(
@@ -100,6 +101,8 @@ class _Study:
             records = self.records.read()
             trials = [arm for log in logs for arm in self._trials(log, records)]
             arms = [*trials, *([] if self.asked.tune else self._grid(logs, trials, records))]
+            failed = self.records.left_out(records, times=1)
+            arms.sort(key=lambda arm: arm.key in failed)  # once more, when nothing else is left
             if any(self._has_time(arm, records) and self._train(arm) for arm in arms):
                 continue  # what it found may have made the turn of others
             if not any((arm.trial or arm.log not in self.logs) and self._has_time(arm, records) for arm in arms):
@@ -112,9 +115,9 @@ class _Study:
         return self._left([arm for chain in least_first for arm in runnable(log, chain, SEARCH, records)], records)
 
     def _grid(self, logs: Sequence[str], trials: list[Arm], records: list[dict[str, Any]]) -> list[Arm]:
-        """Arms that wait for no trial; a group of all logs before the next one."""
+        """Arms that wait for no trial: encoders and lengths log by log, then a group of all logs before the next one."""
         every = [arm for log in logs for arm in grid(log, self.asked.quick, self.asked.seeds) if not waits(arm, trials)]
-        return self._left(sorted(every, key=lambda arm: GROUPS.index(arm.group)), records)
+        return self._left(sorted(every, key=lambda arm: max(1, GROUPS.index(arm.group))), records)
 
     def _left(self, arms: list[Arm], records: list[dict[str, Any]]) -> list[Arm]:
         """What is asked and has no record."""
@@ -199,7 +202,7 @@ class _Study:
                 self._append({"key": f"{log}/baselines", "log": log, "baselines": found, "sizes": sizes})
 
     def _append(self, record: dict[str, Any]) -> None:
-        self.records.append({**record, **_about(self.asked, self.device)})
+        self.records.append({**record, **self.about})
 
 
 def _made_of(log: str, root: str, sizes: GenerateSettings) -> str:

@@ -21,11 +21,19 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }
 GENERATED_ENCODERS = ("longer", "none", "din_recent50", "sim_hard", "sim_soft", "din", "twin")
 """Those whose cost at 10,000 events is linear, and small enough."""
-GROUPS = ("encoders", "lengths", "flops", "tables", "switches", "widths", "undone")
+GROUPS = ("encoders", "lengths", "flops", "tables", "widths", "switches", "undone")
 """The tables and plots that arms are for, in the order in which they are worth their time."""
 LENGTHS = (20, 50, 100, 200, 500, 1000, 2000, 4000)
 _MOST_STRIDE_EVENTS = 200
 _QUERIES = ("uniform", "learnable", "recent_uniform")
+_SHORT = (2000, 1000, 500)
+OF_GOALS = (
+    "K=1",
+    *(f"{kind} queries" for kind in _QUERIES),
+    "k=250 L=1000",
+    *(f"trained at L={length}, tested at {LENGTHS[-1]}" for length in _SHORT),
+)
+"""Switches of LONGER that a goal rests on."""
 UNDO = (
     "first layer not a search",
     "merge not concatenation",
@@ -186,9 +194,9 @@ def _journey(quick: bool, seeds: int) -> Iterator[Arm]:
     yield from _rounds(seeds, _flops(base))
     yield from _rounds(seeds, _tables(base))
     ids_only = replace(base, group="switches", features=False)
-    yield from _rounds(seeds, _merging(ids_only))
-    yield from _rounds(seeds, _queries(ids_only))
-    yield from _rounds(seeds, _sizes(ids_only))
+    switches = [*_merging(ids_only), *_queries(ids_only), *_sizes(ids_only)]
+    yield from _rounds(seeds, [arm for arm in switches if arm.name in OF_GOALS])
+    yield from _rounds(seeds, [arm for arm in switches if arm.name not in OF_GOALS])
     yield from _undone(ids_only)
 
 
@@ -260,7 +268,7 @@ def _undone(here: Arm) -> list[Arm]:
 def _sizes(here: Arm) -> list[Arm]:
     trained = [
         replace(here, name=f"trained at L={length}, tested at {LENGTHS[-1]}", length=length, score_length=LENGTHS[-1])
-        for length in (2000, 1000, 500)
+        for length in _SHORT
     ]
     widths = [replace(here, name=f"D={w}", group="widths", model={"width": w}) for w in (32, 64, 96, 192)]
     layers = [replace(here, name=f"N={n}", model={"num_self_layers": n}) for n in (0, 2)]

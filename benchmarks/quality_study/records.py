@@ -3,8 +3,10 @@
 import fcntl
 import hashlib
 import json
+import os
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,19 @@ class Records:
         self._num_earlier = len(self.read())
 
     def read(self) -> list[dict[str, Any]]:
-        """Those whose lines are whole."""
-        lines = self.path.read_text().split("\n")[:-1] if self.path.exists() else []
-        return [json.loads(line) for line in lines]
+        """Those whose lines are whole: a copy of a file that was written to may end within one."""
+        found = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            with suppress(json.JSONDecodeError):
+                found.append(json.loads(line))
+        return found
 
     def append(self, record: dict[str, Any]) -> None:
-        """In one write, so that lines of several processes do not mix."""
-        with self.path.open("ab", buffering=0) as file:
-            file.write(json.dumps(record).encode() + b"\n")
+        """In one write, so that lines of several processes do not mix, and behind what may be there of a line."""
+        with self.path.open("a+b", buffering=0) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            start = b"" if file.read(1) in (b"", b"\n") else b"\n"
+            file.write(start + json.dumps(record).encode() + b"\n")
 
     @contextmanager
     def claim(self, key: str) -> Iterator[bool]:
@@ -41,6 +48,7 @@ class Records:
             records = self.read()
             yield key not in {record.get("key") for record in records} | self.left_out(records)
 
-    def left_out(self, records: list[dict[str, Any]]) -> set[str]:
-        """By this run; what an earlier one left out is tried again."""
-        return {record["left_out"] for record in records[self._num_earlier :] if "left_out" in record}
+    def left_out(self, records: list[dict[str, Any]], times: int = 2) -> set[str]:
+        """So many times by this run; what an earlier one left out is tried again."""
+        found = Counter(record["left_out"] for record in records[self._num_earlier :] if "left_out" in record)
+        return {key for key, number in found.items() if number >= times}

@@ -41,15 +41,17 @@ def runnable(log: str, chain: Chain, search: Search, records: Sequence[dict[str,
     """The trials of a chain whose turn it is: all of one stage that have no record; none at the chain's end or before its turn.
 
     First the rates of tables, then of dense layers, then more passes, each at the best of what was tried before. A chain with the
-    features comes after that on ids, has its rate of dense layers, and tries the rates of tables around the best one there.
+    features comes after the rates on ids, has that of dense layers, and tries the rates of tables around the best one there.
     A chain that the grid has an arm of is at its end: more trials would change nothing.
     """
     encoder, features = chain
     if _began(records, log, chain):
         return []
     on_ids = _tried(records, log, (encoder, False)) if features and encoder != "none" else {}
-    if features and encoder != "none" and (not on_ids or runnable(log, (encoder, False), search, records)):
-        return []
+    if features and encoder != "none":
+        before = runnable(log, (encoder, False), search, records)
+        if not on_ids or any(arm.trial and arm.trial.passes == 1 for arm in before):
+            return []
     tried = _tried(records, log, chain)
     for stage in _stages(search, tried, on_ids):
         if missing := [each for each in stage if each not in tried]:
@@ -129,10 +131,14 @@ def chosen(records: Sequence[dict[str, Any]], arm: Arm) -> Trained:
 def waits(arm: Arm, trials: Iterable[Arm]) -> bool:
     """Whether one of these trials may change how an arm of the grid is trained."""
     encoder = _tuned_as(arm)
-    return any(
-        (trial.log, trial.encoder) == (arm.log, encoder) and (trial.features <= arm.features or encoder == "none")
-        for trial in trials
-    )
+    for trial in trials:
+        if (trial.log, trial.encoder) == (arm.log, encoder):
+            is_rate = (
+                trial.trial is not None and trial.trial.passes == 1
+            )  # on ids, it is where that with features begins
+            if trial.features == arm.features or encoder == "none" or (arm.features and is_rate):
+                return True
+    return False
 
 
 def _tuned_as(arm: Arm) -> str:

@@ -112,6 +112,9 @@ def test_no_record_is_made_twice_and_what_was_left_out_is_tried_by_the_next_run(
         assert (is_mine, is_others, is_free) == (True, False, True)
         mine.append({"key": "a"})
     mine.append({"left_out": "b"})
+    with others.claim("b") as once_more:
+        assert once_more
+    mine.append({"left_out": "b"})
     with others.claim("a") as again, others.claim("b") as now:
         assert (again, now) == (False, False)
     with Records(tmp_path / "results.jsonl").claim("b") as later:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import quality
-from benchmarks.quality_study.arms import GROUPS, ITSELF, Arm, Trained, grid
+from benchmarks.quality_study.arms import GROUPS, ITSELF, OF_GOALS, Arm, Trained, grid
 from benchmarks.quality_study.cache import cached
 from benchmarks.quality_study.records import Records
 from benchmarks.quality_study.tuning import SEARCH, chosen, runnable, waits
@@ -35,8 +35,8 @@ def study(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> qua
 
 
 def test_an_arm_waits_for_trials_of_its_own_encoder_only() -> None:
-    def waiting(encoder: str, features: bool) -> set[tuple[str, bool]]:
-        trial = Arm("", "journey", "tuning", 0, encoder=encoder, features=features, trial=Trained())
+    def waiting(encoder: str, features: bool, passes: int = 1) -> set[tuple[str, bool]]:
+        trial = Arm("", "journey", "tuning", 0, encoder=encoder, features=features, trial=Trained(passes=passes))
         arms = [arm for log in ("journey", "movielens") for arm in grid(log, False, 1) if waits(arm, [trial])]
         assert {arm.log for arm in arms} == {"journey"}
         return {(arm.encoder, arm.features) for arm in arms}
@@ -44,10 +44,24 @@ def test_an_arm_waits_for_trials_of_its_own_encoder_only() -> None:
     assert waiting("din", False) == {
         ("din", False),
         ("din", True),
-    }  # its best on ids is where that with features begins
-    assert waiting("din", True) == {("din", True)}
+    }  # its best rates on ids are where the features begin
+    assert waiting("din", False, passes=2) == {("din", False)}
+    assert waiting("din", True, passes=2) == {("din", True)}
     assert waiting("none", True) == {("none", False), ("none", True)}  # on ids there is no trial
     assert waiting("longer", False) == {(name, features) for name in ("longer", ITSELF) for features in (False, True)}
+
+
+def test_trials_with_the_features_begin_when_the_rates_on_ids_are_found() -> None:
+    """An encoder's passes on ids and its trials with the features, one after the other, take longer than a sitting."""
+    records: list[dict[str, Any]] = []
+    on_ids, counted = ("transformer", False), ("transformer", True)
+    while turn := runnable("journey", on_ids, SEARCH, records):
+        if turn[0].trial and turn[0].trial.passes > 1:
+            break
+        assert not runnable("journey", counted, SEARCH, records)
+        records += [record(arm, arm.trial, 0.7 - 0.01 * (arm.trial != Trained())) for arm in turn if arm.trial]
+    assert {arm.trial.dense for arm in runnable("journey", counted, SEARCH, records) if arm.trial} == {Trained().dense}
+    assert turn
 
 
 def test_all_arms_of_an_encoder_are_trained_as_the_first_of_them_was() -> None:
@@ -61,11 +75,19 @@ def test_all_arms_of_an_encoder_are_trained_as_the_first_of_them_was() -> None:
     assert not runnable("journey", ("din", False), SEARCH, records)
 
 
-def test_a_group_of_all_logs_is_trained_before_the_next_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_headline_rows_of_all_logs_come_before_switches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = study(monkeypatch, tmp_path, "--log", "all")._grid(("journey", "generated", "movielens"), [], [])
-    assert [arm.group for arm in found] == sorted((arm.group for arm in found), key=GROUPS.index)
-    assert {arm.log for arm in found if arm.group == "encoders"} == {"journey", "generated", "movielens"}
+    logs = [(arm.log, arm.group) for arm in found]
+    assert list(dict.fromkeys(log for log, group in logs if group in GROUPS[:2])) == [
+        "journey",
+        "generated",
+        "movielens",
+    ]
+    later = [group for _, group in logs if group not in GROUPS[:2]]
+    assert later == sorted(later, key=GROUPS.index) == [group for _, group in logs[-len(later) :]]
     assert [arm.seed for arm in found[:24]] == [0] * 24
+    names = [arm.name for arm in found if (arm.log, arm.group) == ("journey", "switches")]
+    assert set(names[: 3 * len(OF_GOALS)]) == set(OF_GOALS)
 
 
 @pytest.mark.parametrize(("error", "why"), [(ValueError("so"), "ValueError: so"), (MemoryError(), "MemoryError: ")])
@@ -84,11 +106,12 @@ def test_an_arm_that_fails_is_left_out_and_the_others_go_on(
     monkeypatch.setattr(quality, "run", run)
     names = ["longer L=100", "longer L=200", "longer L=50"]
     study(monkeypatch, tmp_path, "--log", "generated", "--quick", "--only", *names).train(["generated"])
-    assert sorted(tried) == names
+    assert tried[-1] == "longer L=100"  # memory may be there when the others are done
+    assert sorted(tried) == [names[0], *names]
     records = Records(tmp_path / "results.jsonl").read()
-    (left_out,) = [each for each in records if "left_out" in each]
+    left_out, _ = [each for each in records if "left_out" in each]
     assert (left_out["left_out"], left_out["why"]) == ("generated/longer L=100/0", why)
-    assert len(records) == 4  # the baselines too
+    assert len(records) == 5  # the baselines too
 
 
 def test_no_process_waits_for_a_log_that_another_prepares(tmp_path: Path) -> None:
@@ -110,3 +133,13 @@ def test_an_arm_begins_if_it_ends_in_time_by_its_own_seeds(monkeypatch: pytest.M
     assert not has_time(Arm("K=1", "journey", "switches", 0))
     one_minute.deadline = time.monotonic() - 1
     assert not one_minute._has_time(Arm("din", "journey", "encoders", 0, encoder="din"), [])
+
+
+def test_a_copy_that_was_cut_within_a_line_goes_on(tmp_path: Path) -> None:
+    """Records are copied while processes add to them; each process of the next run would fail on the line."""
+    results = tmp_path / "results.jsonl"
+    results.write_text('{"key": "a", "test": {"auc": 0.7}}\n{"key": "b", "test": {"auc": 0.7}')
+    records = Records(results)
+    records.append({"key": "c"})
+    records.append({"key": "d"})
+    assert [each["key"] for each in records.read()] == ["a", "c", "d"]
