@@ -34,7 +34,8 @@ from longer.model.engine import StateEngine
 from longer.model.fuse import plainly
 from longer.model.inputs import to_tensors
 from longer.model.longer import Longer
-from longer.model.pool import Precision, StateLayout, StatePool
+from longer.model.pool import StatePool
+from longer.model.state_layout import Precision, StateLayout
 from longer.model.states import UserState
 from longer.serving.store import BATCH_USERS
 from longer.training.checkpoints import CheckpointInfo, load_appendable

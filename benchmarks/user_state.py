@@ -43,7 +43,7 @@ from benchmarks.quickstart import cpu_model
 from benchmarks.state_arms import compiled, kernels, replay, states
 from benchmarks.state_arms.page import page, shown
 from benchmarks.state_arms.users import Users, Way, worst_difference
-from longer.model.pool import Precision
+from longer.model.state_layout import Precision
 
 Row = dict[str, Any]
 Size = tuple[int, int]

@@ -9,7 +9,7 @@ from longer.data.items import items_version
 from longer.data.tables import open_version
 from longer.errors import UserError
 from longer.files import filesystem, read_bytes
-from longer.model.pool import Precision
+from longer.model.state_layout import Precision
 from longer.serving.history import check_kept
 from longer.serving.online import EventLimits
 from longer.storage import Table

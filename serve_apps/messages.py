@@ -6,17 +6,8 @@ from longer.errors import UserError
 from longer.rpc import scoring_pb2 as pb
 from longer.serving.requests import EventsRequest, EventsResult, ScoreRequest, ScoreResult
 from serve_apps.access import reason_of, status_of
-from serve_apps.protocol import (
-    MAX_COLUMNS,
-    AboutRequest,
-    Asked,
-    BodyError,
-    EventsBody,
-    Limits,
-    chosen,
-    event_columns,
-    validated,
-)
+from serve_apps.bodies import AboutRequest, EventsBody
+from serve_apps.protocol import MAX_COLUMNS, Asked, BodyError, Limits, chosen, event_columns, validated
 
 
 def parse_score(message: pb.ScoreRequest, limits: Limits) -> Asked:

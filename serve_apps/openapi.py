@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from serve_apps.protocol import ErrorAnswer
+from serve_apps.bodies import ErrorAnswer
 
 _ERRORS = {
     400: "The body is not what its content type says, or ended early.",

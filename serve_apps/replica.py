@@ -15,10 +15,7 @@ from serve_apps.access_log import Call
 from serve_apps.account import in_short
 from serve_apps.arguments import ScoringArgs
 from serve_apps.arrow_body import ARROW, arrow_answer, parse_arrow_body
-from serve_apps.bounded_http import IS_ACCEPTED
-from serve_apps.desk import Refusal
-from serve_apps.openapi import about_call, body_of, errors, responds, with_security
-from serve_apps.protocol import (
+from serve_apps.bodies import (
     EventsAnswer,
     EventsBody,
     ForgetAnswer,
@@ -27,6 +24,11 @@ from serve_apps.protocol import (
     ScoreBatchAnswer,
     ScoreBatchBody,
     ScoreBody,
+)
+from serve_apps.bounded_http import IS_ACCEPTED
+from serve_apps.desk import Refusal
+from serve_apps.openapi import about_call, body_of, errors, responds, with_security
+from serve_apps.protocol import (
     as_json,
     events_answer,
     parse_events_body,

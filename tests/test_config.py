@@ -118,11 +118,11 @@ def test_an_unknown_setting_in_a_file_names_file_and_field(tmp_path: Path) -> No
     with pytest.raises(UserError) as caught:
         load_settings(str(file))
     lines = str(caught.value).splitlines()
-    see = "see --help for every setting"
+    see = "see --help train"
     assert f"{file}: train.learning_rat: unknown setting: did you mean train.learning_rate? {see}" in lines
     assert f"{file}: train.lr: unknown setting: {see}" in lines
     assert f"{file}: train.tasks.0.nam: unknown setting: {see}" in lines
-    assert f"{file}: import_event: unknown setting: did you mean import_events? {see}" in lines
+    assert f"{file}: import_event: unknown setting: did you mean import_events? see --help" in lines
     assert any(line.startswith(f"{file}: model:") for line in lines)
     file.write_text("train: {oops\n")
     with pytest.raises(UserError, match=r"mine.yaml: not valid YAML at line 2"):
@@ -158,9 +158,28 @@ def test_what_is_asked_offline_needs_no_section_before_it() -> None:
         parse_settings("a job", told[0])
 
 
+def test_help_fits_a_screen_and_shows_one_section_where_it_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for argv in (["--help"], ["--help", "model"], ["-h", "model.encoder"], ["--users", "x", "--help"]):
+        with pytest.raises(SystemExit) as caught:
+            parse_settings("a job", argv, [("fresh", "starts anew")], short=batch_score.SHORT)
+        assert caught.value.code == 0
+        shown.append(capsys.readouterr().out)
+    overview, model, encoder, again = shown
+    assert again == overview
+    assert len(overview.splitlines()) < 50
+    assert "starts anew" in overview
+    assert set(Settings.model_fields) - {"root", "seed"} <= set(re.findall(r"^  (\w+) ", overview, re.MULTILINE))
+    assert "--model.merge_size" in model
+    assert encoder in model
+    assert "--train." not in model
+    with pytest.raises(UserError, match=r"--help modle: no such section: did you mean model\? see --help"):
+        parse_settings("a job", ["--help", "modle"])
+
+
 def test_help_documents_every_setting_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        parse_settings("a job", ["--help"])
+        parse_settings("a job", ["--help", "all"])
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for name, section in Settings.model_fields.items():

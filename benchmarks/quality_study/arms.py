@@ -21,7 +21,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }
 GENERATED_ENCODERS = ("longer", "none", "din_recent50", "sim_hard", "sim_soft", "din", "twin")
 """Those whose cost at 10,000 events is linear, and small enough."""
-GROUPS = ("encoders", "lengths", "flops", "widths", "switches", "undone")
+GROUPS = ("encoders", "lengths", "flops", "tables", "widths", "switches", "undone")
 """The tables and plots that arms are for, in the order in which they are worth their time."""
 LENGTHS = (20, 50, 100, 200, 500, 1000, 2000, 4000)
 _MOST_STRIDE_EVENTS = 200
@@ -192,6 +192,7 @@ def _journey(quick: bool, seeds: int) -> Iterator[Arm]:
     yield from _rounds(seeds, encoders)
     yield from _rounds(seeds, _lengths(base, LENGTHS))
     yield from _rounds(seeds, _flops(base))
+    yield from _rounds(seeds, _tables(base))
     ids_only = replace(base, group="switches", features=False)
     switches = [*_merging(ids_only), *_queries(ids_only), *_sizes(ids_only)]
     yield from _rounds(seeds, [arm for arm in switches if arm.name in OF_GOALS])
@@ -248,6 +249,13 @@ def _flops(base: Arm) -> list[Arm]:
         ("hstu", 2000),
     )
     return [replace(here, name=f"{name} L={length}", length=length, encoder=name) for name, length in sizes]
+
+
+def _tables(base: Arm) -> list[Arm]:
+    """Encoders whose events are as wide as LONGER's, d = D/K: no table knows more of an item than another."""
+    here, d = replace(base, group="tables", features=False), BASES["journey"].width // base.merge
+    names = [name for name in ENCODERS if name not in ("none", "din_recent50")]
+    return [replace(here, name=f"{name} d={d}", encoder=name, model={"width": d}) for name in names]
 
 
 def _undone(here: Arm) -> list[Arm]:

@@ -66,6 +66,9 @@ def page(records: Sequence[Record]) -> str:
             parts.append("### Goals\n\n" + "\n".join(goals(mine, baselines)))
         parts += [_encoders(mine, baselines), _same_flops(mine), _lengths(mine)]
         parts += [
+            _table(
+                mine, "tables", "Encoders whose events are as wide as LONGER's, on ids alone: items' tables of one size"
+            ),
             _table(mine, "switches", "Switches of LONGER, on ids alone unless said, trained as LONGER is"),
             _undone([record for record in records if record.get("log") == log]),
             _widths(mine),
@@ -180,7 +183,9 @@ def _encoders(mine: Sequence[Record], baselines: dict[str, dict[str, float]]) ->
 
 def _same_flops(mine: Sequence[Record]) -> str:
     """Arms on ids that cost no more than LONGER does, best first."""
-    arms = by_arm(record for record in mine if not record["features"] and record["group"] in ("encoders", "flops"))
+    arms = by_arm(
+        record for record in mine if not record["features"] and record["group"] in ("encoders", "flops", "tables")
+    )
     if "longer" not in arms or len(arms) < 3:
         return ""
     most = mega_flops(arms["longer"][0]) * _SAME_FLOPS

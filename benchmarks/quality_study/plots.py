@@ -58,7 +58,7 @@ def _draw_lengths(panels: Any, mine: Sequence[Record]) -> None:
 
 def _draw_flops(panels: Any, mine: Sequence[Record]) -> None:
     """On ids alone, and with the interaction features; nothing cheaper is better than a frontier, LONGER's or the others'."""
-    groups = ("encoders", "flops", "lengths", "switches")
+    groups = ("encoders", "flops", "tables", "lengths", "switches")
     for axes, features, title in zip(
         panels, (False, True), ("on ids alone", "with the interaction features"), strict=True
     ):

@@ -13,7 +13,7 @@ from benchmarks.model_arms.sizes import model_settings
 from benchmarks.state_arms.states import append, recompute
 from benchmarks.state_arms.users import Users
 from longer.model.engine import StateEngine
-from longer.model.pool import Precision
+from longer.model.state_layout import Precision
 
 What = tuple[str, int]
 """What is done, and the users of its batches: `recompute`, or `growth` or `scores` by a way."""

@@ -19,7 +19,7 @@ from longer.data.sequences import KeepRule
 from longer.data.tables import SequenceTable
 from longer.errors import UserError
 from longer.model.longer import Longer
-from longer.model.pool import Precision, StateLayout
+from longer.model.state_layout import Precision, StateLayout
 from longer.model_settings import ModelSettings
 from longer.schema import EventSchema
 from longer.serving.scorer import Scorer, ScoreRequest

@@ -16,7 +16,8 @@ from longer.model.engine import StateEngine
 from longer.model.fuse import plainly
 from longer.model.inputs import to_tensors
 from longer.model.longer import Longer
-from longer.model.pool import Precision, StateLayout, StatePool
+from longer.model.pool import StatePool
+from longer.model.state_layout import Precision, StateLayout
 from longer.model.states import UserState, append, encode, score
 from longer.model_settings import ModelSettings
 from longer.slots import Slot

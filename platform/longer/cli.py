@@ -9,17 +9,51 @@ from typing import Any
 
 from pydantic_settings import CliSettingsSource
 
-from longer.config import Settings, load_settings
+from longer.config import Settings, load_settings, see_help
 from longer.errors import UserError, meant
 
 _UNKNOWN = re.compile(r"unrecognized arguments: (--[\w.-]+)")
+
+
+_OPTIONS = " options"
+"""Behind a section's name in its title, as pydantic-settings has it."""
+_ALL = "all"
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         unknown = _UNKNOWN.match(message)
         guess = meant(unknown[1], self._option_string_actions) if unknown else ""
-        raise UserError(f"{message}: {guess}see --help for every setting")
+        raise UserError(f"{message}: {guess}{see_help(unknown[1].lstrip('-') if unknown else '')}")
+
+    def help_of(self, section: str | None) -> str:
+        """All settings of a section, of all of them, or without one what is the job's own and which sections there are."""
+        own, *groups = [group for group in self._action_groups if group._group_actions]
+        sections = {str(group.title).removesuffix(_OPTIONS): group for group in groups}
+        if section not in (None, _ALL, *sections):
+            raise UserError(f"--help {section}: no such section: {meant(str(section), sections)}see --help")
+        shown = [group for name, group in sections.items() if section == _ALL or f"{name}.".startswith(f"{section}.")]
+        formatter = self._get_formatter()
+        if section in (None, _ALL):
+            formatter.add_usage(self.usage, [], [])
+            formatter.add_text(self.description)
+            shown = [own, *shown]
+        for group in shown:
+            formatter.start_section(group.title)
+            formatter.add_text(group.description)
+            formatter.add_arguments(group._group_actions)
+            formatter.end_section()
+        if section is None:
+            lines = [f"  {name:<20} {group.description or ''}".rstrip() for name, group in sections.items()]
+            formatter.add_text("\n".join(["sections of settings, each shown by --help SECTION:", *lines]))
+        return formatter.format_help()
+
+
+class _Help(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, _: Any, section: Any, option: str | None = None) -> None:
+        assert isinstance(parser, _Parser)
+        print(parser.help_of(section), end="")
+        parser.exit()
 
 
 def parse_settings(
@@ -43,7 +77,10 @@ def parse_settings(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        add_help=False,
     )
+    what = f"show this and exit; SECTION: the settings of one, or of '{_ALL}'"
+    parser.add_argument("-h", "--help", action=_Help, nargs="?", metavar="SECTION", help=what)
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; the flags below override it")
     for name, text, *metavar in flags:
         how: dict[str, Any] = {"metavar": metavar[0]} if metavar else {"action": "store_true"}

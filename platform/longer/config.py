@@ -239,13 +239,19 @@ def _names(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _names(field.annotation, f"{prefix}{name}.")
 
 
+def see_help(setting: str) -> str:
+    """Where a user who got this setting's name wrong finds the right one."""
+    section = setting.partition(".")[0]
+    return f"see --help {section}" if "." in setting and section in Settings.model_fields else "see --help"
+
+
 def _explain(error: ValidationError, config: str | None, flags: Flags | None) -> str:
     """One line a mistake: where, what, and what is allowed."""
     lines = []
     for mistake in error.errors():
         field = ".".join(str(part) for part in mistake["loc"])
         if mistake["type"] == "extra_forbidden":
-            message = f"unknown setting: {meant(field, _names(Settings))}see --help for every setting"
+            message = f"unknown setting: {meant(field, _names(Settings))}{see_help(field)}"
         else:
             message = mistake["msg"].removeprefix("Value error, ")
             message += f" (got {mistake['input']!r})" if not isinstance(mistake["input"], dict | BaseModel) else ""

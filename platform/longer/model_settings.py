@@ -36,7 +36,9 @@ class ModelSettings(Section):
         True, description="InnerTrans: a transformer block inside each group before merging."
     )
     num_cls_tokens: int = Field(2, ge=0, description="Learned global tokens, besides the user's own.")
-    num_user_tokens: int = Field(1, ge=1, description="Global tokens that are the user's own.")
+    num_user_tokens: int = Field(
+        1, ge=0, description="Global tokens that are the user's own; 0: the model knows users by their events only."
+    )
     feed_forward_ratio: int = Field(4, ge=1, description="Width of the feed-forward layer over the token's.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability on attention and feed-forward outputs.")
     item_rows: int = Field(131_072, ge=2, description="Rows of the hashed item embedding table.")

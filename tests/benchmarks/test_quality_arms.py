@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.quality_study import training
-from benchmarks.quality_study.arms import ITSELF, QUICK, UNDO, Arm, Base, Trained, model_settings
+from benchmarks.quality_study.arms import BASES, ITSELF, QUICK, UNDO, Arm, Base, Trained, grid, model_settings
 from benchmarks.quality_study.control import NoHistory
 from benchmarks.quality_study.data import SCHEMAS, read_log
 from benchmarks.quality_study.log import Log
@@ -193,6 +193,17 @@ CHANGED = {
     "first layer turns": set(),
     "all pairs turn": set(),
 }
+
+
+def test_items_are_as_wide_as_longers_where_tables_are_to_be_of_one_size() -> None:
+    def item_shape(arm: Arm) -> tuple[int, int]:
+        sizes = model_settings(arm, BASES["journey"])
+        return sizes.item_rows, sizes.event_width
+
+    longer = item_shape(Arm("longer", "journey", "encoders", 0, features=False))
+    arms = [arm for arm in grid("journey", False, 1) if arm.group == "tables"]
+    assert len(arms) > 5
+    assert {item_shape(arm) for arm in arms} == {longer}
 
 
 def test_undoing_a_part_of_the_start_changes_that_part_alone(monkeypatch: pytest.MonkeyPatch) -> None:

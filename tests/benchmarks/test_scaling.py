@@ -12,7 +12,7 @@ from benchmarks import scaling
 from benchmarks.capacity.measured import ROOT, measured, newest
 from benchmarks.capacity.plan import MODEL, Plan, Workload, state_bytes
 from benchmarks.model_arms.sizes import model_settings
-from longer.model.pool import Precision, StateLayout
+from longer.model.state_layout import Precision, StateLayout
 from tests.model.generate import small_model
 
 DOCUMENT = ROOT / "docs" / "scaling.md"

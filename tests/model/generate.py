@@ -7,8 +7,9 @@ import torch
 from longer.arrays import NO_EVENT_TS, Candidates, Histories, RequestBatch
 from longer.hashing import stable_keys
 from longer.model.longer import Longer
-from longer.model.pool import Precision, StateLayout, StatePool
+from longer.model.pool import StatePool
 from longer.model.ranker import Ranker
+from longer.model.state_layout import Precision, StateLayout
 from longer.model.states import UserState, encode, rows_for
 from longer.model_settings import ModelSettings
 from longer.schema import EventSchema, Feature

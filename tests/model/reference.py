@@ -43,6 +43,7 @@ def reference_vectors(model: Longer, histories: Histories) -> np.ndarray:
 def _all_requests(
     model: Longer, histories: Histories, request_ts: np.ndarray, candidates: Candidates
 ) -> tuple[Tensor, Tensor]:
+    """Outputs, and users' own tokens."""
     raw, answers = Raw(model), []
     for b in range(len(histories)):
         end = int(histories.offsets_B1[b + 1] - histories.offsets_B1[b])
@@ -51,7 +52,7 @@ def _all_requests(
         asked = {name: values[own] for name, values in candidates.features.items()}
         answers.append(_one_request(raw, user, int(request_ts[b]), asked))
     outputs, user_tokens = zip(*answers, strict=True)
-    return torch.cat(outputs), torch.stack(user_tokens)
+    return torch.cat(outputs), torch.cat(user_tokens)
 
 
 class Raw:
@@ -162,6 +163,8 @@ class Raw:
     def globals(self, user_key_1: np.ndarray) -> Tensor:
         """[M, D]: CLS tokens, then the user's own."""
         cls_MD = self.weights["embedding.cls_MD"]
+        if self.settings.num_user_tokens == 0:
+            return cls_MD
         return torch.cat([cls_MD, self.row("embedding.user", user_key_1).view(-1, cls_MD.shape[1])])
 
     def block(self, name: str, x_TD: Tensor, position_T: Tensor, sees_TT: Tensor, turned: int) -> Tensor:
@@ -232,12 +235,15 @@ def _one_request(
     kinds = ["group"] * len(x_GD) + ["global"] * len(x_MD) + ["candidate"] * num_candidates
     positions = torch.tensor([*range(history_start, g), *[g] * (len(x_MD) + num_candidates)])
     chosen = _chosen(settings.queries, history_start, query_start, g, k)
-    sees = torch.tensor([[_sees(kinds, q, j) for j in range(len(x))] for q in range(len(x))])
-    stays = torch.tensor([kind != "group" or int(p) in chosen for kind, p in zip(kinds, positions, strict=True)])
-    user_token = x[own_token]
+    pairs = [_sees(kinds, q, j) for q in range(len(x)) for j in range(len(x))]
+    sees = torch.tensor(pairs, dtype=torch.bool).view(len(x), len(x))
+    stays = torch.tensor(
+        [kind != "group" or int(p) in chosen for kind, p in zip(kinds, positions, strict=True)], dtype=torch.bool
+    )
+    user_token = x[max(0, own_token) :][:1]  # none where there is no group and no global token
     for number in range(settings.num_self_layers + 1):
         if number == settings.num_self_layers:
-            user_token = x[own_token]
+            user_token = x[max(0, own_token) :][:1]
         turned = 0 if number == 0 or in_paper else raw.turned_pairs
         x = raw.block(f"blocks.{number}", x, positions, sees, turned)
         if number == 0:  # from here on, only the query window goes on

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from longer.arrays import NO_EVENT_TS
-from longer.model.embedding import Gap, HashedTable, HourOfWeek
+from longer.model.embedding import Gap, HourOfWeek
+from longer.model.hashed_table import HashedTable
 from longer.model.inputs import event_tensors
 from tests.model.generate import random_histories, small_model
 

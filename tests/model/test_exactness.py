@@ -26,6 +26,7 @@ MODELS = {
     "no merging": small_model(1, merge_size=1, event_width=4, history_events=24),
     "paper's stride 1": small_model(2, stride_groups=1),
     "cross layer only": small_model(3, num_self_layers=0, inner_transformer=False),
+    "no global tokens": small_model(14, num_user_tokens=0, num_cls_tokens=0),
     "whole window is queries": small_model(4, query_groups=8, history_events=24, stride_groups=4),
 }
 VARIANTS = {
@@ -36,6 +37,7 @@ VARIANTS = {
     "paper's encoding": small_model(9, encoding="paper"),
     "paper's encoding, no merging": small_model(10, encoding="paper", merge_size=1, event_width=4, queries="uniform"),
     "several user tokens, no CLS": small_model(11, num_user_tokens=3, num_cls_tokens=0),
+    "no user tokens, learnable queries": small_model(15, num_user_tokens=0, queries="learnable"),
     "no interactions, no inner": small_model(12, interactions=False, inner_transformer=False),
     "no interactions, learnable": small_model(13, interactions=False, queries="learnable", num_self_layers=0),
 }

@@ -29,6 +29,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "paper's encoding": {"encoding": "paper"},
     "paper's encoding, learnable queries": {"encoding": "paper", "queries": "learnable"},
     "no InnerTrans": {"inner_transformer": False},
+    "no globals": {"num_cls_tokens": 0, "num_user_tokens": 0},
     "other globals and ratio": {"num_cls_tokens": 0, "num_user_tokens": 3, "feed_forward_ratio": 2},
 }
 

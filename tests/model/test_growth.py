@@ -14,7 +14,8 @@ from longer.model.grow import carry_out, grow
 from longer.model.growth import Growth
 from longer.model.inputs import tensors_of
 from longer.model.longer import Longer
-from longer.model.pool import Precision, StatePool
+from longer.model.pool import StatePool
+from longer.model.state_layout import Precision
 from longer.model.states import UserState, append, encode, score
 from tests.model.generate import pool_for, random_candidates, random_histories, slots_for, small_model
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from longer.model.engine import _with_products_in
 from longer.model.longer import Longer
-from longer.model.pool import Precision, StateLayout, StatePool
+from longer.model.pool import StatePool
+from longer.model.state_layout import Precision, StateLayout
 from longer.model.states import append, score
 from tests.model.generate import encoded, pool_for, random_candidates, random_histories, slots_for, small_model
 

@@ -290,14 +290,16 @@ def test_actors_of_one_host_and_process_number_are_told_apart(world: Settings, t
     assert [actor["buckets"] for actor in actors_of(records, 0.0)] == [1, 1]
 
 
-def test_the_checkpoint_not_the_settings_says_whether_there_are_vectors(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("part", "why"),
+    [("num_self_layers", "the user's token of such a model is never"), ("num_user_tokens", "no token of a user")],
+)
+def test_the_checkpoint_not_the_settings_says_whether_there_are_vectors(tmp_path: Path, part: str, why: str) -> None:
     world = build_world(tmp_path)
-    no_layers = world.model_copy(update={"model": ModelSettings(**{**MODEL, "num_self_layers": 0})})
-    check_model(plan_vectors(no_layers))
-    publish_random_model(no_layers, seed=1)
-    with pytest.raises(
-        UserError, match=r"model\.json: model\.num_self_layers=0: the user's token of such a model is never"
-    ):
+    without = world.model_copy(update={"model": ModelSettings(**{**MODEL, part: 0})})
+    check_model(plan_vectors(without))
+    publish_random_model(without, seed=1)
+    with pytest.raises(UserError, match=rf"model\.json: model\.{part}=0: .*{why}"):
         export_vectors(world)
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from longer.config import Settings
-from longer.model.pool import Precision
+from longer.model.state_layout import Precision
 from longer.serving.dumps import StateDumps
 from longer.serving.online import EventLimits
 from longer.serving.pending import pending_users

@@ -16,7 +16,7 @@ from longer.hashing import stable_keys
 from longer.model import captured_call
 from longer.model.captured_call import CapturedCall, Graphs
 from longer.model.outputs import to_scores
-from longer.model.pool import Precision
+from longer.model.state_layout import Precision
 from longer.serving.scorer import EventsRequest, Scorer, ScoreRequest, ScoreResult
 from longer.training.checkpoints import load_appendable
 from tests.model.reference import reference_outputs

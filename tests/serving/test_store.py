@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from longer.arrays import Histories
 from longer.model.longer import Longer
 from longer.model.pinned import pinned_words
-from longer.model.pool import Precision, StateLayout, StatePool
+from longer.model.pool import StatePool
+from longer.model.state_layout import Precision, StateLayout
 from longer.model.states import UserState, append, computing_dtype, encode, rows_for, score
 from longer.serving.cache import Entry, Known, StateVersion, Tier
 from longer.serving.fingerprint import EventPrint

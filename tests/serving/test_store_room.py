@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from longer.errors import UserError
-from longer.model.pool import StateLayout, StatePool
+from longer.model.pool import StatePool
+from longer.model.state_layout import StateLayout
 from longer.model.states import encode, rows_for
 from longer.serving.cache import Entry, Known, StateVersion
 from longer.serving.fingerprint import EventPrint

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from longer.model.pool import StateLayout, StatePool
+from longer.model.pool import StatePool
+from longer.model.state_layout import StateLayout
 from longer.model.states import encode
 from longer.serving.cache import Entry, Known, StateVersion, Tier
 from longer.serving.fingerprint import EventPrint

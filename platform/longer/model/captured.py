@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from longer.arrays import RequestBatch
-from longer.model.embedding import HeldRows
 from longer.model.flat import flat_outputs
+from longer.model.hashed_table import HeldRows
 from longer.model.inputs import packed, to_device, under, unpacked
 from longer.model.layout import FlatBatch, Sizes, flatten
 from longer.model.longer import Longer

@@ -14,8 +14,9 @@ from longer.model.grow import carry_out
 from longer.model.growth import Growth, Room
 from longer.model.inputs import under
 from longer.model.longer import Longer
-from longer.model.pool import StateLayout, StatePool
+from longer.model.pool import StatePool
 from longer.model.pool_context import StagedContext
+from longer.model.state_layout import StateLayout
 from longer.model.states import computing
 
 _EVENTS_A_USER, _EVENTS_OF_ONE = 32, 64

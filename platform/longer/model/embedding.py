@@ -1,19 +1,18 @@
 """From keys and numbers to vectors: events, groups of events, candidates, user globals and what is known of a request.
 
-B histories, E events, N groups, K events in a group, R requests, C candidates, M user globals, d event width, D = K*d, U rows of a
-table.
+B histories, E events, N groups, K events in a group, R requests, C candidates, M user globals, d event width, D = K*d.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longer.arrays import NO_EVENT_TS
 from longer.model.fuse import fused_on_cuda
 from longer.model.group_attention import attend_in_groups
+from longer.model.hashed_table import TABLE_STD, HashedTable
 from longer.model.inputs import EventTensors
 from longer.model.recompute import run
 from longer.model.small_tables import read_rows
@@ -24,85 +23,11 @@ _MS_PER_HOUR = 3_600_000
 _HOURS_PER_WEEK = 168
 _THURSDAY = 72  # 1970-01-01 was a Thursday; the week starts on Monday 00:00 UTC
 _NUM_GAPS = 64
-_STD, _ITEM_STD, _ITEM_SIDE_STD = 0.05, 0.2, 0.1
+_ITEM_STD, _ITEM_SIDE_STD = 0.2, 0.1
 """Of first weights: events of one item begin much alike, those of one category somewhat, whatever else differs."""
 CANDIDATE_STD = 0.5
 """Of the first weights of what tells candidates from events."""
-_NO_ROW = torch.iinfo(torch.int64).max
 _NO_EVENT_TS = int(NO_EVENT_TS)  # a NumPy scalar would break compiled graphs
-
-
-Reads = list[tuple[Tensor, Tensor]]
-"""Rows of a table that a forward pass read, [E], and the gradients of what was read, [E, d]; a row may come again."""
-
-
-class HeldRows(NamedTuple):
-    """Some rows of a table, by ascending number, and their weights; room that is left has the number `_NO_ROW`."""
-
-    rows_U: Tensor
-    weight_Ud: Tensor
-
-    def put(self, held: "HeldRows") -> None:
-        """Takes in what another holds, which has no more rows."""
-        size = len(held.rows_U)
-        self.rows_U[:size].copy_(held.rows_U)
-        self.rows_U[size:].fill_(_NO_ROW)
-        self.weight_Ud[:size].copy_(held.weight_Ud)
-
-
-class HashedTable(nn.Module):
-    """Embedding of 63-bit keys in a fixed number of rows; row 0 is for the missing key 0. Collisions share a row.
-
-    With `reads`, a backward pass notes there what rows were read and their gradients, and the table has none: whoever trains
-    then updates those rows only. Without, the gradient is the parameter's, as large as the table. With `held`, what is read is
-    read there, and noted by its place there.
-    """
-
-    def __init__(self, num_rows: int, width: int, std: float = _STD):
-        super().__init__()
-        self.num_rows = num_rows
-        self.embedding = nn.Embedding(num_rows, width)
-        self.reads: Reads | None = None
-        self.held: HeldRows | None = None
-        nn.init.normal_(self.embedding.weight, std=std)
-
-    def rows_of(self, keys: Tensor) -> Tensor:
-        """The row of each key."""
-        return _rows_of(keys.flatten(), self.num_rows).view_as(keys)  # flat: one compiled kernel serves any shape
-
-    def room(self, num_rows: int) -> HeldRows:
-        """For any `num_rows` rows; nothing is there yet."""
-        weight = self.embedding.weight
-        rows_U = torch.full((num_rows,), _NO_ROW, device=weight.device)
-        return HeldRows(rows_U, weight.new_zeros(num_rows, weight.shape[1]))
-
-    def forward(self, keys: Tensor) -> Tensor:
-        weight, rows = self.embedding.weight, self.rows_of(keys)
-        if self.held is not None:
-            weight, rows = self.held.weight_Ud, torch.searchsorted(self.held.rows_U, rows)
-        if self.reads is None or not torch.is_grad_enabled():
-            return read_rows(weight, rows)
-        return _NotedLookup.apply(self.embedding.weight, weight, rows, self.reads)
-
-
-@fused_on_cuda
-def _rows_of(keys: Tensor, num_rows: int) -> Tensor:
-    return torch.where(keys == 0, 0, keys % (num_rows - 1) + 1)
-
-
-class _NotedLookup(torch.autograd.Function):
-    """`learned` is the parameter for whose sake there is a backward pass, whether or not its memory is what is read."""
-
-    @staticmethod
-    def forward(ctx: Any, learned: Tensor, weight_Ud: Tensor, rows: Tensor, reads: Reads) -> Tensor:
-        ctx.save_for_backward(rows)
-        ctx.reads = reads
-        return F.embedding(rows, weight_Ud)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, None]:
-        ctx.reads.append((ctx.saved_tensors[0].flatten(), gradient.flatten(0, -2)))
-        return None, None, None, None
 
 
 class Gap(nn.Module):
@@ -113,7 +38,7 @@ class Gap(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.embedding = nn.Embedding(_NUM_GAPS + 1, width)
-        nn.init.normal_(self.embedding.weight, std=_STD)
+        nn.init.normal_(self.embedding.weight, std=TABLE_STD)
         edges_s = torch.tensor([round(2 ** (i / 2)) for i in range(1, _NUM_GAPS)])
         self.register_buffer("edges_s", edges_s, persistent=False)  # integers: a bin never depends on rounding
 
@@ -128,7 +53,7 @@ class HourOfWeek(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.embedding = nn.Embedding(_HOURS_PER_WEEK, width)
-        nn.init.normal_(self.embedding.weight, std=_STD)
+        nn.init.normal_(self.embedding.weight, std=TABLE_STD)
 
     def forward(self, ts: Tensor) -> Tensor:
         return read_rows(self.embedding.weight, (ts // _MS_PER_HOUR + _THURSDAY) % _HOURS_PER_WEEK)
@@ -137,7 +62,7 @@ class HourOfWeek(nn.Module):
 def _number(width: int) -> nn.Linear:
     """Of a numeric feature, no larger than the tables' rows: with torch's own start the numbers drown which item it was."""
     linear = nn.Linear(1, width, bias=False)
-    nn.init.normal_(linear.weight, std=_STD)
+    nn.init.normal_(linear.weight, std=TABLE_STD)
     return linear
 
 
@@ -216,8 +141,9 @@ class Embedding(nn.Module):
         self.merge = nn.Linear(width, width)
         nn.init.eye_(self.merge.weight)  # concatenation itself: a candidate and an event begin alike, slot by slot
         nn.init.zeros_(self.merge.bias)
-        self.user = HashedTable(settings.user_rows, settings.num_user_tokens * width)
-        self.cls_MD = nn.Parameter(torch.randn(settings.num_cls_tokens, width) * _STD)
+        own = settings.num_user_tokens * width
+        self.user = HashedTable(settings.user_rows, own) if own else None
+        self.cls_MD = nn.Parameter(torch.randn(settings.num_cls_tokens, width) * TABLE_STD)
         self.request_gap = Gap(width)
         self.request_hour = HourOfWeek(width)
         self.recompute = False
@@ -309,6 +235,8 @@ class Embedding(nn.Module):
     def user_globals(self, user_key_R: Tensor) -> Tensor:
         """[R, M, D]: the learned CLS tokens, then the user's own ones."""
         cls_RMD = self.cls_MD.expand(len(user_key_R), -1, -1)
+        if self.user is None:
+            return cls_RMD
         return torch.cat([cls_RMD, self.user(user_key_R).unflatten(1, (self.num_user_tokens, -1))], dim=1)
 
     @fused_on_cuda

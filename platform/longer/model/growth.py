@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from longer.arrays import Histories, Int64
-from longer.model.pool import Places, StatePool
+from longer.model.pool import StatePool
 from longer.model.pool_context import PoolContext
+from longer.model.state_layout import Places
 
 
 @dataclass(frozen=True)

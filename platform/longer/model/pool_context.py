@@ -15,7 +15,8 @@ from longer.arrays import Int64
 from longer.model.context import Groups, Tail
 from longer.model.fuse import fused_on_cuda
 from longer.model.inputs import tensors_of
-from longer.model.pool import Places, StatePool
+from longer.model.pool import StatePool
+from longer.model.state_layout import Places
 
 
 @dataclass(frozen=True)

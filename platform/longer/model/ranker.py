@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from longer.model.attention import Block
 from longer.model.context import take_rows
-from longer.model.embedding import Embedding, HashedTable
+from longer.model.embedding import Embedding
 from longer.model.fuse import fused_on_cuda, has_kernels
+from longer.model.hashed_table import HashedTable
 from longer.model.inputs import BatchTensors, RequestTensors
 from longer.model.interactions import CandidateIndex, InteractionIndex, num_features
 from longer.model_settings import ModelSettings
@@ -81,20 +82,23 @@ class Ranker(nn.Module):
 
     def large_tables(self) -> dict[str, HashedTable]:
         """The tables that grow with items and users, by the name of their parameter."""
-        return {
+        tables = {
             "embedding.item.embedding.weight": self.embedding.item,
             "embedding.user.embedding.weight": self.embedding.user,
             "item_bias.embedding.weight": self.item_bias,
         }
+        return {name: table for name, table in tables.items() if table is not None}
 
-    @staticmethod
-    def keys_read(item_key_E: npt.NDArray, item_key_C: npt.NDArray, user_key_B: npt.NDArray) -> dict[str, npt.NDArray]:
+    def keys_read(
+        self, item_key_E: npt.NDArray, item_key_C: npt.NDArray, user_key_B: npt.NDArray
+    ) -> dict[str, npt.NDArray]:
         """What a batch of these events, candidates and users reads of each large table."""
-        return {
+        keys = {
             "embedding.item.embedding.weight": np.concatenate([item_key_E, item_key_C]),
             "embedding.user.embedding.weight": user_key_B,
             "item_bias.embedding.weight": item_key_C,
         }
+        return {name: keys[name] for name in self.large_tables()}
 
     def enter(
         self, request_RD: Tensor, request_C: Tensor, features_CF: Tensor | None, candidates: dict[str, Tensor]

@@ -23,9 +23,10 @@ from longer.model.grow import grow
 from longer.model.growth import Growth
 from longer.model.inputs import RequestTensors, feature_tensors, to_device
 from longer.model.longer import Longer
-from longer.model.pool import Places, StateLayout, StatePool
+from longer.model.pool import StatePool
 from longer.model.pool_context import PoolContext, StagedContext
 from longer.model.pool_index import PoolIndex
+from longer.model.state_layout import Places, StateLayout
 from longer.slots import Slot
 
 Grow = Callable[[Growth], None]

@@ -191,6 +191,10 @@ def check_model(plan: Plan) -> None:
             f"{path}/model.json: model.num_self_layers=0: the user's token of such a model is never read after it has seen "
             "the history: train one with self layers"
         )
+    if plan.kind == "vectors" and not info.model.num_user_tokens:
+        raise UserError(
+            f"{path}/model.json: model.num_user_tokens=0: such a model has no token of a user: train one with 1"
+        )
 
 
 def _plan_users(settings: Settings, asked: UserSettings, kind: Kind) -> Plan:

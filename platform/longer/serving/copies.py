@@ -5,7 +5,8 @@ from contextlib import contextmanager
 
 import torch
 
-from longer.model.pool import StateLayout, StatePool
+from longer.model.pool import StatePool
+from longer.model.state_layout import StateLayout
 from longer.slots import Move, Slot
 
 

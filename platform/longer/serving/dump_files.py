@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from longer.hashing import stable_keys
-from longer.model.pool import StateLayout
+from longer.model.state_layout import StateLayout
 from longer.serving.cache import StateVersion
 from longer.serving.kept_states import KeptState, pack, unpack
 from longer.serving.online import OnlineEvents

@@ -27,7 +27,7 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from longer.files import file_sizes, read_bytes, remove_tree, write_bytes
-from longer.model.pool import StateLayout
+from longer.model.state_layout import StateLayout
 from longer.serving.cache import StateVersion
 from longer.serving.dump_files import (
     DUMP_FORMAT,

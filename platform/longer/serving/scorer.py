@@ -20,7 +20,7 @@ from longer.errors import UserError
 from longer.model.engine import StateEngine
 from longer.model.longer import Longer
 from longer.model.outputs import to_scores
-from longer.model.pool import Precision
+from longer.model.state_layout import Precision
 from longer.serving.cache import StateVersion
 from longer.serving.history import HistorySource, check_kept
 from longer.serving.kept_states import KeptState

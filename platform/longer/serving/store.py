@@ -15,7 +15,8 @@ from torch import Tensor
 
 from longer.errors import UserError
 from longer.model.longer import Longer
-from longer.model.pool import Precision, StateLayout, StatePool
+from longer.model.pool import StatePool
+from longer.model.state_layout import Precision, StateLayout
 from longer.model.states import UserState
 from longer.serving.cache import Counters, Entry, Held, StateIndex, StateVersion, Tier
 from longer.serving.copies import Copies, DevicePool, HostPool

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longer.arrays import Int64
-from longer.model.embedding import HashedTable, HeldRows
 from longer.model.fuse import has_kernels
+from longer.model.hashed_table import HashedTable, HeldRows
 from longer.model.inputs import to_device
 from longer.model.ranker import Ranker
 from longer.training.table_gradients import Joined, TableGradient, joined

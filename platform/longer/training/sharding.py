@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from longer.model.embedding import HashedTable, HeldRows
 from longer.model.fuse import has_kernels
+from longer.model.hashed_table import HashedTable, HeldRows
 from longer.model.inputs import to_device
 from longer.model.ranker import Ranker
 from longer.training.checkpoints import copied

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from longer.arrays import RequestBatch
 from longer.model.captured import CapturedPass, Staged, keys_of, stage
-from longer.model.embedding import HeldRows
 from longer.model.fuse import has_kernels
+from longer.model.hashed_table import HeldRows
 from longer.model.inputs import to_tensors
 from longer.model.layout import Sizes
 from longer.model.longer import Longer

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longer.model.embedding import Reads
 from longer.model.fuse import has_kernels
+from longer.model.hashed_table import Reads
 
 CHUNK_READS = 64
 """Reads that one program sums: a row that everybody reads is summed by many, then once more over their sums."""

@@ -160,7 +160,7 @@ def test_sim_soft_searches_by_inner_product_and_keeps_the_weighted_sum(asked: Re
     def equation(model: EncoderRanker, user: OneUser, c: int) -> Tensor:
         unit, v = model.encoder, user.v_CD[c]
         assert isinstance(unit, SimEncoder)
-        relevance = [float(unit.search_event(e) @ unit.search_candidate(v)) / math.sqrt(len(v)) for e in user.x_LD]
+        relevance = [(unit.search_event(e) @ unit.search_candidate(v)).item() / math.sqrt(len(v)) for e in user.x_LD]
         everything = sum((r * e for r, e in zip(relevance, user.x_LD, strict=True)), torch.zeros_like(v))
         best = sorted(range(len(relevance)), key=lambda i: -relevance[i])[:3]
         found = (unit.long, best), (unit.short, [*range(len(user.x_LD))][-2:])
