@@ -38,7 +38,7 @@ import torch
 import longer.data
 import longer.datasets
 from benchmarks import quality_study
-from benchmarks.quality_study.arms import BASES, GROUPS, QUICK, Arm, Base, grid, model_settings
+from benchmarks.quality_study.arms import BASES, QUICK, Arm, Base, grid, model_settings, turn
 from benchmarks.quality_study.cache import cached
 from benchmarks.quality_study.data import SCHEMAS, read_log
 from benchmarks.quality_study.log import Log
@@ -117,9 +117,9 @@ class _Study:
         return self._left([arm for chain in least_first for arm in runnable(log, chain, SEARCH, records)], records)
 
     def _grid(self, logs: Sequence[str], trials: list[Arm], records: list[dict[str, Any]]) -> list[Arm]:
-        """Arms that wait for no trial: encoders and lengths log by log, then a group of all logs before the next one."""
+        """Arms that wait for no trial; of one turn, those of one log before the next."""
         every = [arm for log in logs for arm in grid(log, self.asked.quick, self.asked.seeds) if not waits(arm, trials)]
-        return self._left(sorted(every, key=lambda arm: max(1, GROUPS.index(arm.group))), records)
+        return self._left(sorted(every, key=turn), records)
 
     def _left(self, arms: list[Arm], records: list[dict[str, Any]]) -> list[Arm]:
         """What is asked and has no record."""

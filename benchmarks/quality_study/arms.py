@@ -163,6 +163,13 @@ def _windows(k: int, groups: int, most_stride: int) -> tuple[int, int, int]:
     return k, math.ceil(groups / stride) * stride if k < groups else k, stride
 
 
+def turn(arm: Arm) -> int:
+    """Encoders and lengths of every log come first, then the switches that goals rest on, then group by group."""
+    if arm.group in ("encoders", "lengths"):
+        return 0
+    return 1 if arm.name in OF_GOALS else 1 + GROUPS.index(arm.group)
+
+
 def grid(log: str, quick: bool, seeds: int) -> list[Arm]:
     """All arms of a log in the order in which they are worth their time; a block's seeds come one round each."""
     make = {"journey": _journey, "movielens": _movielens, "generated": _generated}[log]
