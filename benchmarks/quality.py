@@ -2,7 +2,8 @@
 
 First trials on the validation split alone, which settle how each encoder is trained (`--tune`: nothing else); then the arms of a
 grid, the most important first. An encoder's arms wait for its own trials only, and all are trained like the first of them.
-`--group` takes arms of these groups only, without trials, `--only` those of these names, with trials of an encoder that it names.
+`--group` takes arms of these groups only, or of all, without trials; `--only` those of these names, with trials of an encoder that
+it names.
 Each adds a JSON line to `--results`; what is there already is not trained again.
 Processes of one machine share the work: `--processes` a GPU, or the same command by hand in each.
 Arms that fail, or that memory does not hold, are tried once more at the end and by the next run; the page says what is left out.
@@ -38,7 +39,7 @@ import torch
 import longer.data
 import longer.datasets
 from benchmarks import quality_study
-from benchmarks.quality_study.arms import BASES, QUICK, Arm, Base, grid, model_settings, turn
+from benchmarks.quality_study.arms import BASES, GROUPS, QUICK, Arm, Base, grid, model_settings, turn
 from benchmarks.quality_study.cache import cached
 from benchmarks.quality_study.data import SCHEMAS, read_log
 from benchmarks.quality_study.log import Log
@@ -123,7 +124,7 @@ class _Study:
 
     def _left(self, arms: list[Arm], records: list[dict[str, Any]]) -> list[Arm]:
         """What is asked and has no record."""
-        only, groups = self.asked.only, self.asked.group
+        only, groups = self.asked.only, GROUPS if "all" in self.asked.group else self.asked.group
         done = {record.get("key") for record in records} | self.records.left_out(records)
         return [
             arm
@@ -238,7 +239,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="*", default=[], metavar="ARM", help="these only, by the name of arm or encoder"
     )
-    parser.add_argument("--group", nargs="*", default=[], help="arms of these groups only: encoders, lengths, flops...")
+    parser.add_argument(
+        "--group", nargs="*", default=[], choices=[*GROUPS, "all"], help="arms of these groups only, without any trial"
+    )
     parser.add_argument("--tune", action="store_true", help="only the trials, which come before the grid")
     parser.add_argument("--processes", type=int, default=0, help="share the work among so many new processes, a GPU")
     parser.add_argument(

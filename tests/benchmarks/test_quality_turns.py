@@ -144,3 +144,12 @@ def test_a_copy_that_was_cut_within_a_line_goes_on(tmp_path: Path) -> None:
     records.append({"key": "c"})
     records.append({"key": "d"})
     assert [each["key"] for each in records.read()] == ["a", "c", "d"]
+
+
+def test_a_sitting_without_more_trials_trains_every_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    without = study(monkeypatch, tmp_path, "--log", "all", "--group", "all")
+    logs = ("journey", "generated", "movielens")
+    assert not [arm for log in logs for arm in without._trials(log, [])]
+    assert len(without._grid(logs, [], [])) == sum(len(grid(log, False, 3)) for log in logs)
+    with pytest.raises(SystemExit):
+        study(monkeypatch, tmp_path, "--group", "length")
