@@ -36,6 +36,7 @@ SIZES: dict[str, dict] = {
     "no merging": {"merge_size": 1, "event_width": 4},
     "cross layer only": {"num_self_layers": 0, "inner_transformer": False},
     "no counts": {"interactions": False},
+    "no global tokens": {"num_user_tokens": 0, "num_cls_tokens": 0},
 }
 
 
