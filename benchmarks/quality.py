@@ -147,22 +147,23 @@ class _Study:
             try:
                 record = run(arm, self._base(arm.log), log, self.budget, arm.trial or chosen(self.records.read(), arm))
             except Exception as error:  # the other arms go on
-                is_memory = isinstance(error, torch.OutOfMemoryError)  # of a card that several processes share
-                why = "out of memory" if is_memory else f"{type(error).__name__}: {error}"[:200]
-                self._append({"left_out": arm.key, "log": arm.log, "why": why})
-                traceback.print_exc()
-                _say(f"{arm.key}: left out: {why}")
-                error.__traceback__ = None  # it holds the arm's tensors
-                self._free()
-                return True
-            self._append(record)
-            self._free()
-            found = record["test"] if arm.is_tested else record["valid"]
-            _say(
-                f"{arm.key}: AUC {found['auc']:.4f}, long {found['long_auc']:.4f}, "
-                f"{record['steps']} steps in {record['train_s']:.1f} s, tested in {record['test_s']:.1f} s"
-            )
+                self._leave_out(arm, error)
+            else:
+                self._append(record)
+                found = record["test"] if arm.is_tested else record["valid"]
+                _say(
+                    f"{arm.key}: AUC {found['auc']:.4f}, long {found['long_auc']:.4f}, "
+                    f"{record['steps']} steps in {record['train_s']:.1f} s, tested in {record['test_s']:.1f} s"
+                )
+            self._free()  # the error is gone, and with it the arm's tensors
             return True
+
+    def _leave_out(self, arm: Arm, error: Exception) -> None:
+        is_memory = isinstance(error, torch.OutOfMemoryError)  # of a card that several processes share
+        why = "out of memory" if is_memory else f"{type(error).__name__}: {error}"[:200]
+        self._append({"left_out": arm.key, "log": arm.log, "why": why})
+        traceback.print_exception(error)
+        _say(f"{arm.key}: left out: {why}")
 
     def _base(self, log: str) -> Base:
         return (QUICK if self.asked.quick else BASES)[log]

@@ -70,24 +70,25 @@ def _draw_flops(panels: Any, mine: Sequence[Record]) -> None:
         axes.set_ylabel("AUC")
         lowest = max((value for _, value, _ in points), default=1.0) - _SHOWN_AUC
         shown = [point for point in points if point[1] >= lowest]
-        for color, is_ours in ((_OURS, True), (_OTHERS, False)):
-            best, frontier = 0.0, []
-            for flops, value, arm in shown:
-                first = arms[arm][0]
-                if (first["encoder"] == "longer") != is_ours:
-                    continue
-                axes.errorbar(
-                    flops, value, spread(arms[arm], auc), fmt="o" if is_ours else "s", color=color, markersize=4
-                )
-                if value > best or first["group"] in ("encoders", "flops"):
-                    axes.annotate(
-                        arm.removesuffix(FEATURES), (flops, value), (3, 2), fontsize=6, textcoords="offset points"
-                    )
-                if value > best:
-                    best = value
-                    frontier.append((flops, value))
-            axes.step([x for x, _ in frontier], [y for _, y in frontier], where="post", color=color, linewidth=0.8)
+        ours = {arm for arm, records in arms.items() if records[0]["encoder"] == "longer"}
+        _draw_frontier(axes, arms, [point for point in shown if point[2] in ours], "o", _OURS)
+        _draw_frontier(axes, arms, [point for point in shown if point[2] not in ours], "s", _OTHERS)
         if below := [arm.removesuffix(FEATURES) for _, value, arm in points if value < lowest]:
             axes.set_ylim(lowest - _SHOWN_AUC / 8)
             told = textwrap.fill(f"below: {', '.join(below)}", 80)
             axes.text(0.98, 0.02, told, fontsize=5, ha="right", transform=axes.transAxes)
+
+
+def _draw_frontier(
+    axes: Any, arms: dict[str, list[Record]], points: Sequence[tuple[float, float, str]], marker: str, color: str
+) -> None:
+    """FLOPs and AUC of arms, by FLOPs, and the line that the best ones make."""
+    best, frontier = 0.0, []
+    for flops, value, arm in points:
+        axes.errorbar(flops, value, spread(arms[arm], auc), fmt=marker, color=color, markersize=4)
+        if value > best or arms[arm][0]["group"] in ("encoders", "flops"):
+            axes.annotate(arm.removesuffix(FEATURES), (flops, value), (3, 2), fontsize=6, textcoords="offset points")
+        if value > best:
+            best = value
+            frontier.append((flops, value))
+    axes.step([x for x, _ in frontier], [y for _, y in frontier], where="post", color=color, linewidth=0.8)

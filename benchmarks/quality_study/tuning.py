@@ -47,10 +47,10 @@ def runnable(log: str, chain: Chain, search: Search, records: Sequence[dict[str,
     encoder, features = chain
     if _began(records, log, chain):
         return []
-    on_ids = _tried(records, log, (encoder, False)) if features and encoder != "none" else {}
+    on_ids: dict[Trained, float] = {}
     if features and encoder != "none":
-        before = runnable(log, (encoder, False), search, records)
-        if not on_ids or any(arm.trial and arm.trial.passes == 1 for arm in before):
+        on_ids = _tried(records, log, (encoder, False))
+        if not on_ids or any(_is_rate(trial) for trial in runnable(log, (encoder, False), search, records)):
             return []
     tried = _tried(records, log, chain)
     for stage in _stages(search, tried, on_ids):
@@ -122,37 +122,36 @@ def chosen(records: Sequence[dict[str, Any]], arm: Arm) -> Trained:
     encoder = _tuned_as(arm)
     for features in (arm.features, not arm.features):
         if began := _began(records, arm.log, (encoder, features)):
-            return began[0]
+            return began
         if tried := _tried(records, arm.log, (encoder, features)):
             return max(tried, key=lambda each: tried[each])
     return Trained()
 
 
 def waits(arm: Arm, trials: Iterable[Arm]) -> bool:
-    """Whether one of these trials may change how an arm of the grid is trained."""
-    encoder = _tuned_as(arm)
-    for trial in trials:
-        if (trial.log, trial.encoder) == (arm.log, encoder):
-            is_rate = (
-                trial.trial is not None and trial.trial.passes == 1
-            )  # on ids, it is where that with features begins
-            if trial.features == arm.features or encoder == "none" or (arm.features and is_rate):
-                return True
-    return False
+    """Whether one of these trials may change how an arm of the grid is trained: one of its own chain or, with the features, of a
+    rate on ids, where that chain begins."""
+    mine = (trial for trial in trials if (trial.log, trial.encoder) == (arm.log, _tuned_as(arm)))
+    return any(
+        trial.features == arm.features or trial.encoder == "none" or (arm.features and _is_rate(trial))
+        for trial in mine
+    )
+
+
+def _is_rate(trial: Arm) -> bool:
+    """Of rates, not of passes."""
+    return trial.trial is not None and trial.trial.passes == 1
 
 
 def _tuned_as(arm: Arm) -> str:
     return "longer" if arm.encoder == ITSELF else arm.encoder
 
 
-def _began(records: Iterable[dict[str, Any]], log: str, chain: Chain) -> list[Trained]:
-    """How the grid's arms of an encoder were trained."""
-    return [
-        Trained(**record["trained"])
-        for record in records
-        if record.get("group", "tuning") != "tuning"
-        and (record["log"], record["encoder"], record["features"]) == (log, *chain)
-    ]
+def _began(records: Iterable[dict[str, Any]], log: str, chain: Chain) -> Trained | None:
+    """How the first of the grid's arms of an encoder was trained."""
+    of_grid = (record for record in records if record.get("group", "tuning") != "tuning")
+    arms = (r for r in of_grid if (r["log"], r["encoder"], r["features"]) == (log, *chain))
+    return next((Trained(**record["trained"]) for record in arms), None)
 
 
 def num_trials(records: Sequence[dict[str, Any]], log: str, chain: Chain) -> int:
