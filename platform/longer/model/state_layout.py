@@ -91,7 +91,7 @@ class StateLayout:
 
     def num_rows(self, groups: Int64) -> Int64:
         """Rows of a slot for `groups` full groups and a partial one."""
-        return self.event_rows(groups) + -(
+        return self._event_rows(groups) + -(
             -(self.num_fields + 1) * self.event_words(groups) * bool(self.num_fields) // (2 * self.vector_words)
         )
 
@@ -111,14 +111,14 @@ class StateLayout:
     def _groups_by_rows(self) -> Int64:
         return self.num_rows(np.arange(self.most_groups + 1))
 
-    def tail_rows(self, groups: Int64) -> Int64:
+    def _tail_rows(self, groups: Int64) -> Int64:
         return groups + (self.num_layers - 1) * self.upper_groups(groups)
 
-    def token_rows(self, groups: Int64) -> Int64:
-        return self.tail_rows(groups) + self.num_layers * self.num_tail
+    def _token_rows(self, groups: Int64) -> Int64:
+        return self._tail_rows(groups) + self.num_layers * self.num_tail
 
-    def event_rows(self, groups: Int64) -> Int64:
-        return self.token_rows(groups) + (self.upper_groups(groups) + 1) // 2
+    def _event_rows(self, groups: Int64) -> Int64:
+        return self._token_rows(groups) + (self.upper_groups(groups) + 1) // 2
 
 
 @dataclass(frozen=True)
@@ -137,17 +137,17 @@ class Places:
 
     def tail_B(self, layer: int) -> Int64:
         """First row of a layer's tail."""
-        return self.start_B + self.layout.tail_rows(self.groups_B) + layer * self.layout.num_tail
+        return self.start_B + self.layout._tail_rows(self.groups_B) + layer * self.layout.num_tail
 
     @property
     def tokens_B(self) -> Int64:
         """First vector of the query window's inputs."""
-        return 2 * (self.start_B + self.layout.token_rows(self.groups_B))
+        return 2 * (self.start_B + self.layout._token_rows(self.groups_B))
 
     @property
     def event_ts_B(self) -> Int64:
         """First word of the events' times; a field's pairs are `event_words` words further each."""
-        return 2 * self.layout.vector_words * (self.start_B + self.layout.event_rows(self.groups_B))
+        return 2 * self.layout.vector_words * (self.start_B + self.layout._event_rows(self.groups_B))
 
     @property
     def event_words_B(self) -> Int64:
