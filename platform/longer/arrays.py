@@ -65,6 +65,23 @@ class Histories:
             features={name: values[events] for name, values in self.features.items()},
         )
 
+    def of_row(self, row: int, start: int, end: int) -> "Histories":
+        """The same of one row alone; the arrays are views of these."""
+        first = int(self.first_index_B[row])
+        row_begin, row_end = int(self.offsets_B1[row]), int(self.offsets_B1[row + 1])
+        begin, stop = row_begin + start - first, row_begin + end - first
+        if start < first or stop > row_end:
+            raise IndexError("events outside the row: another user's would be read")
+        prev = self.prev_event_ts_B[row : row + 1] if start == first else self.event_ts_E[begin - 1 : begin]
+        return Histories(
+            user_key_B=self.user_key_B[row : row + 1],
+            offsets_B1=np.array([0, stop - begin], np.int64),
+            first_index_B=np.array([start], np.int64),
+            prev_event_ts_B=prev,
+            event_ts_E=self.event_ts_E[begin:stop],
+            features={name: values[begin:stop] for name, values in self.features.items()},
+        )
+
     def split(self) -> "list[Histories]":
         """Each user alone; the arrays are views of these."""
         parts = []

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longer.arrays import Histories
-from longer.serving.fingerprint import EventPrint
+from longer.serving.fingerprint import EventPrint, event_marks
 from tests.model.generate import random_histories
 
 STRIDE = 6
@@ -27,7 +27,7 @@ def test_events_that_came_in_pieces_and_slid_have_the_print_of_the_whole(
     cuts = sorted(data.draw(st.lists(st.integers(0, length), max_size=5)))
     grown = EventPrint.of(cut(events, 0, 0), STRIDE)
     for start, end in zip([0, *cuts], [*cuts, length], strict=True):
-        grown = grown.followed_by(cut(events, start, end), STRIDE)
+        grown = grown.followed_by(event_marks(cut(events, start, end)), STRIDE)
         kept = STRIDE * (min(begin, end) // STRIDE)
         grown = grown.from_index(max(grown.first_index, kept), STRIDE)
     whole = cut(events, begin, length)
@@ -53,3 +53,10 @@ def test_any_change_of_an_event_its_place_or_its_gap_is_seen(seed: int, length: 
     others.append(replace(events, first_index_B=events.first_index_B + STRIDE))
     others.append(cut(events, 0, length - 1))
     assert not any(known.agrees_with(other) for other in others)
+
+
+@given(seed=st.integers(0, 2**32 - 1), lengths=st.lists(st.integers(0, 5), min_size=1, max_size=6))
+def test_marks_of_users_together_are_those_of_each_alone(seed: int, lengths: list[int]) -> None:
+    users = random_histories(np.random.default_rng(seed), lengths)
+    alone = [event_marks(one) for one in users.split()]
+    np.testing.assert_array_equal(event_marks(users), np.concatenate(alone))

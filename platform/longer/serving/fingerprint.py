@@ -4,7 +4,7 @@ Each event has a mark, which tells it, its absolute index and its gap from any o
 modulo 2^64. Sums can be continued at the end and, kept at each place where a window may start, cut at the front. Two runs that
 differ anywhere agree with probability 2^-64.
 
-E events, S strides of a window.
+B users, E events of all of them, S strides of a window.
 """
 
 from dataclasses import dataclass
@@ -19,13 +19,16 @@ Sums = npt.NDArray[np.uint64]
 
 
 def event_marks(events: Histories) -> Sums:
-    """[E]: a number for each event of one user's history."""
-    previous_E = np.concatenate([events.prev_event_ts_B, events.event_ts_E])[: len(events.event_ts_E)]
+    """[E]: a number for each event of each user's history."""
+    length_B = np.diff(events.offsets_B1)
+    begin_B = events.offsets_B1[:-1]
+    previous_E = np.roll(events.event_ts_E, 1)
+    previous_E[begin_B[length_B > 0]] = events.prev_event_ts_B[length_B > 0]
     marks_E = hash_int64(previous_E) ^ hash_int64(hash_int64(events.event_ts_E).view(np.int64))
     for values in events.features.values():
         bits_E = values if values.dtype == np.int64 else values.view(np.int32).astype(np.int64)
         marks_E = hash_int64(marks_E.view(np.int64)) ^ hash_int64(bits_E)
-    index_E = events.first_index_B[0] + np.arange(len(marks_E))
+    index_E = np.arange(len(marks_E)) + np.repeat(events.first_index_B - begin_B, length_B)
     return hash_int64((marks_E ^ hash_int64(index_E)).view(np.int64))
 
 
@@ -42,14 +45,18 @@ class EventPrint:
     total: np.uint64
 
     @staticmethod
+    def from_start(first_index: int) -> "EventPrint":
+        """Of no event, before the first one, which is on a stride."""
+        return EventPrint(first_index, first_index, np.zeros(1, np.uint64), np.uint64(0))
+
+    @staticmethod
     def of(events: Histories, stride: int) -> "EventPrint":
         """Of one user's history, which starts on a stride."""
-        first = int(events.first_index_B[0])
-        return EventPrint(first, first, np.zeros(1, np.uint64), np.uint64(0)).followed_by(events, stride)
+        return EventPrint.from_start(int(events.first_index_B[0])).followed_by(event_marks(events), stride)
 
-    def followed_by(self, events: Histories, stride: int) -> "EventPrint":
-        """With the user's next events, which start where these end."""
-        running = np.cumsum(event_marks(events), dtype=np.uint64) + self.total
+    def followed_by(self, marks_E: Sums, stride: int) -> "EventPrint":
+        """With the user's next events, which start where these end, by their marks."""
+        running = np.cumsum(marks_E, dtype=np.uint64) + self.total
         end_index = self.end_index + len(running)
         new_S = np.arange(len(self.sums_S), (end_index - self.first_index) // stride + 1)
         sums_S = running[self.first_index + new_S * stride - self.end_index - 1]

@@ -86,13 +86,29 @@ class HistorySource:
     def with_online(
         self, user_ids: Sequence[pa.Array], rows: Sequence["TableRow"], online: pa.Table
     ) -> list["UserHistory"]:
-        """One history a user, in order: the rows, of this very version, with the users' `online` events. Reads nothing."""
+        """One history a user, in order: the rows, of this very version, with the users' `online` events. Reads nothing.
+
+        Whose online events are all younger than their row's has them added at its end; only others' rows are merged.
+        """
+        histories = [row.history for row in rows]
         if not len(online):
-            return [row.history for row in rows]
-        schema, wanted = self._table.schema, self._table.ids(pa.concat_arrays(user_ids))
-        together = pa.concat_tables([row.row for row in rows]).combine_chunks()
-        histories = histories_in_order(_with_online(together, online, schema, self._table.rule), wanted, schema)
-        return [UserHistory(histories, row) for row in range(len(histories))]
+            return histories
+        users = self._table.ids(pa.concat_arrays(user_ids))
+        last_ts_B = np.array([history.last_event_ts for history in histories], np.int64)
+        row_E = pc.index_in(online["user_id"], users).to_numpy()
+        is_younger_E = milliseconds(single_array(online["event_ts"])) > last_ts_B[row_E]
+        mixed = np.unique(row_E[~is_younger_E])
+        end_B = np.array([history.end_index for history in histories], np.int64)
+        for row, tail in enumerate(self.tails(users, online, end_B, last_ts_B)):
+            histories[row] = histories[row].followed_by(tail, self._table.rule)
+        if len(mixed):
+            together = pa.concat_tables([rows[row].row for row in mixed]).combine_chunks()
+            theirs = online.filter(pa.array(np.isin(row_E, mixed)))
+            merged = _with_online(together, theirs, self._table.schema, self._table.rule)
+            whole = histories_in_order(merged, users.take(pa.array(mixed)), self._table.schema)
+            for place, row in enumerate(mixed.tolist()):
+                histories[row] = UserHistory(whole, place)
+        return histories
 
     def most_active(self, num_users: int) -> pa.Array:
         """Ids of the table's users with most events, the most active first."""
@@ -166,6 +182,28 @@ class UserHistory:
     def _event_ts(self) -> Int64:
         return self.histories.event_ts_E[self.histories.offsets_B1[self.row] : self.histories.offsets_B1[self.row + 1]]
 
+    @property
+    def last_event_ts(self) -> int:
+        """Time of the last event; `NO_EVENT_TS` if there is none."""
+        return int(self._event_ts[-1]) if self.num_events else int(NO_EVENT_TS)
+
+    def followed_by(self, tail: "UserHistory", rule: KeepRule) -> "UserHistory":
+        """With the user's next events, cut where the table cuts."""
+        if not tail.num_events:
+            return self
+        parts = [self.events(self.first_index, self.end_index), tail.events(tail.first_index, tail.end_index)]
+        both = Histories.concatenate(parts)
+        joined = Histories(
+            user_key_B=both.user_key_B[:1],
+            offsets_B1=both.offsets_B1[[0, -1]],
+            first_index_B=both.first_index_B[:1],
+            prev_event_ts_B=both.prev_event_ts_B[:1],
+            event_ts_E=both.event_ts_E,
+            features=both.features,
+        )
+        first = max(self.first_index, int(rule.first_index(np.array([tail.end_index]))[0]))
+        return UserHistory(joined.of_row(0, first, tail.end_index), 0)
+
     def end_before(self, request_ts: int) -> int:
         """Absolute index after the last event strictly before `request_ts`."""
         return self.first_index + int(np.searchsorted(self._event_ts, request_ts, side="left"))
@@ -176,8 +214,8 @@ class UserHistory:
         return int(self._event_ts[place]) if place < len(self._event_ts) else NEVER_TS
 
     def events(self, start: int, end: int) -> Histories:
-        """The events with absolute index in [start, end), as histories of this one user."""
-        return self.histories.slice_events(np.array([self.row]), np.array([start]), np.array([end]))
+        """The events with absolute index in [start, end), as histories of this one user; views."""
+        return self.histories.of_row(self.row, start, end)
 
     def window(self, end: int, windows: WindowRule) -> Histories:
         """The history window of the events before `end`; a UserError if the table no longer keeps all of it."""

@@ -63,14 +63,19 @@ class _Held:
 
     events: pa.Table
     revision: int
+    num_bytes: int
+
+    @staticmethod
+    def of(events: pa.Table, revision: int) -> "_Held":
+        """Copied, so that nothing else is held on to."""
+        if events.column(0).num_chunks == 1:  # maybe a part of another table
+            events = events.take(pa.array(np.arange(len(events))))
+        events = events.combine_chunks()
+        return _Held(events, revision, events.nbytes + _USER_BYTES)
 
     @property
     def oldest_s(self) -> float:
         return self.events[_RECEIVED_S][0].as_py()
-
-    @property
-    def num_bytes(self) -> int:
-        return self.events.nbytes + _USER_BYTES
 
 
 class OnlineEvents:
@@ -105,19 +110,19 @@ class OnlineEvents:
         self.counters.received += len(events)
         self.counters.known += len(events) - len(new)
         key_E = stable_keys(new["user_id"])
-        news = {key: new.filter(pa.array(key_E == key)) for key in np.unique(key_E).tolist()}
-        now_s = time.time()
-        for key, of_user in news.items():
-            held, arrived = self._users.get(key), of_user.append_column(_RECEIVED_S, pa.repeat(now_s, len(of_user)))
-            self._hold(key, pa.concat_tables([held.events, arrived]) if held else arrived)
+        order_E = np.argsort(key_E, kind="stable")
+        arrived = new.take(pa.array(order_E)).append_column(_RECEIVED_S, pa.repeat(time.time(), len(new)))
+        time_E = milliseconds(single_array(arrived["event_ts"]))
+        found_U, start_U, num_U = np.unique(key_E[order_E], return_index=True, return_counts=True)
+        added = {}
+        for key, start, num in zip(found_U.tolist(), start_U.tolist(), num_U.tolist(), strict=True):
+            held, of_user = self._users.get(key), arrived.slice(start, num)
+            self._hold(key, pa.concat_tables([held.events, of_user]) if held else of_user)
             self._fit()
+            added[key] = num, int(time_E[start : start + num].min())
         return {
-            key: Added(
-                len(of_user),
-                int(milliseconds(single_array(of_user["event_ts"])).min()),
-                self._num_held(key) == before.get(key, 0) + len(of_user),
-            )
-            for key, of_user in news.items()
+            key: Added(num, first_ts, self._num_held(key) == before.get(key, 0) + num)
+            for key, (num, first_ts) in added.items()
         }
 
     def all(self) -> pa.Table:
@@ -149,7 +154,7 @@ class OnlineEvents:
         last = np.argsort(received_s, kind="stable")[-self._limits.max_user_events :]  # held ones, of equally old ones
         num_taken = int(np.count_nonzero(last < len(new)))
         if num_taken:
-            restored = _Held(_compact(together.take(pa.array(last))), next(self._revisions))
+            restored = _Held.of(together.take(pa.array(last)), next(self._revisions))
             if self.num_bytes + restored.num_bytes - (held.num_bytes if held else 0) <= self._limits.max_bytes:
                 self._keep(user_key, restored)
                 if held is None:
@@ -198,7 +203,7 @@ class OnlineEvents:
     def _put(self, user_key: int, events: pa.Table) -> None:
         """Another set of events."""
         if len(events):
-            self._keep(user_key, _Held(_compact(events), next(self._revisions)))
+            self._keep(user_key, _Held.of(events, next(self._revisions)))
         else:
             self.forget(user_key)
 
@@ -206,11 +211,6 @@ class OnlineEvents:
         self.forget(user_key)
         self._users[user_key] = held
         self.num_bytes += held.num_bytes
-
-
-def _compact(events: pa.Table) -> pa.Table:
-    """Copied, so that nothing else is held on to."""
-    return events.take(pa.array(np.arange(len(events)))).combine_chunks()
 
 
 def beyond(events: pa.Table, known: pa.Table, schema: EventSchema) -> pa.Table:

@@ -4,11 +4,13 @@ but no HTTP and no Ray."""
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from longer.arrays import Histories
 from longer.model.engine import StateEngine
 from longer.model.states import UserState, rows_for
 from longer.serving.cache import Entry, Known, StateVersion
-from longer.serving.fingerprint import EventPrint
+from longer.serving.fingerprint import EventPrint, Sums, event_marks
 from longer.serving.history import UserHistory
 from longer.serving.pending import Pending
 from longer.serving.requests import Source
@@ -65,8 +67,8 @@ class Updater:
         slots = store.slots(rows_for(store.layout, histories.end_index_B))
         with stage("encode"):
             states = self._engine.encode(histories, slots)
-        for update, state in zip(updates, states, strict=True):
-            self._finish(update, "load" if update.end else "cold", state)
+        for update, state, marks_E in zip(updates, states, _marks(histories), strict=True):
+            self._finish(update, "load" if update.end else "cold", state, marks_E)
 
     def append(self, updates: Sequence[tuple[Update, HeldState]]) -> None:
         """To these states. Where a state has outgrown its slot, it gets another; else it grows in place."""
@@ -82,14 +84,14 @@ class Updater:
         try:
             with stage("append"):
                 states = self._engine.append(bases, new, slots)
-            for (update, _), state in zip(updates, states, strict=True):
-                self._finish(update, "append", state)
+            for (update, _), state, marks_E in zip(updates, states, _marks(new), strict=True):
+                self._finish(update, "append", state, marks_E)
         except BaseException:
             for update, _ in updates:  # half-written, or longer than what is known of them
                 store.drop_stale(update.request.user_key)
             raise
 
-    def _finish(self, update: Update, source: Source, state: UserState) -> None:
+    def _finish(self, update: Update, source: Source, state: UserState, marks_E: Sums) -> None:
         """Gives the request its state, and the store too unless it has a newer one."""
         request, base = update.request, update.base
         request.settle(source, state)
@@ -100,7 +102,7 @@ class Updater:
             state.last_event_ts,
             update.history.next_ts(update.end),
             update.known,
-            _print(update, state, self._engine.model.windows.stride_events),
+            _print(update, state, marks_E, self._engine.model.windows.stride_events),
             update.holds_table,
             request.user_id[0].as_py(),
         )
@@ -110,12 +112,15 @@ class Updater:
             self._store.put(request.user_key, self._version, entry)
 
 
-def _print(update: Update, state: UserState, stride_events: int) -> EventPrint:
+def _print(update: Update, state: UserState, marks_E: Sums, stride_events: int) -> EventPrint:
     """Of the events in the state's window: the base's that are still in it, and the new ones."""
-    if update.base is None:
-        return EventPrint.of(update.events, stride_events)
-    grown = update.base.entry.events.followed_by(update.events, stride_events)
-    return grown.from_index(state.first_index, stride_events)
+    before = update.base.entry.events if update.base else EventPrint.from_start(int(update.events.first_index_B[0]))
+    return before.followed_by(marks_E, stride_events).from_index(state.first_index, stride_events)
+
+
+def _marks(histories: Histories) -> list[Sums]:
+    """Of each user's events."""
+    return np.split(event_marks(histories), histories.offsets_B1[1:-1])
 
 
 def _events(updates: Iterable[Update]) -> Histories:
