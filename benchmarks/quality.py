@@ -39,9 +39,10 @@ import torch
 import longer.data
 import longer.datasets
 from benchmarks import quality_study
-from benchmarks.quality_study.arms import BASES, GROUPS, QUICK, Arm, Base, grid, model_settings, turn
+from benchmarks.quality_study.arms import BASES, QUICK, Arm, Base, model_settings
 from benchmarks.quality_study.cache import cached
 from benchmarks.quality_study.data import SCHEMAS, read_log
+from benchmarks.quality_study.grid import GROUPS, grid, turn
 from benchmarks.quality_study.log import Log
 from benchmarks.quality_study.page import page
 from benchmarks.quality_study.plots import plots

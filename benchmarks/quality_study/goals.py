@@ -7,8 +7,9 @@ fewer than three seeds of an arm is not measured.
 from collections.abc import Sequence
 from itertools import pairwise
 
-from benchmarks.quality_study.arms import ENCODERS, FEATURES, ITSELF, LENGTHS
+from benchmarks.quality_study.arms import ENCODERS, FEATURES, ITSELF
 from benchmarks.quality_study.draws import lead
+from benchmarks.quality_study.grid import LENGTHS
 from benchmarks.quality_study.rows import Record, Value, auc, by_arm, curve, long_auc, mean, mega_flops, spread
 
 _SEEDS = 3

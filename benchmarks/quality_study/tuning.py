@@ -4,7 +4,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from benchmarks.quality_study.arms import ENCODERS, FEATURES, GENERATED_ENCODERS, ITSELF, Arm, Trained
+from benchmarks.quality_study.arms import ENCODERS, FEATURES, ITSELF, Arm, Trained
+from benchmarks.quality_study.grid import GENERATED_ENCODERS
 
 Chain = tuple[str, bool]
 """An encoder, and whether it has the interaction features."""

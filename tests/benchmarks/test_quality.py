@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.quality_study.arms import BASES, ENCODERS, FEATURES, ITSELF, QUICK, Trained, grid, model_settings
+from benchmarks.quality_study.arms import BASES, ENCODERS, FEATURES, ITSELF, QUICK, Trained, model_settings
 from benchmarks.quality_study.cache import cached
 from benchmarks.quality_study.data import SCHEMAS, read_log
 from benchmarks.quality_study.draws import auc_of_draws, lead
 from benchmarks.quality_study.goals import goals
+from benchmarks.quality_study.grid import grid
 from benchmarks.quality_study.log import Log
 from benchmarks.quality_study.page import page
 from benchmarks.quality_study.plots import plots

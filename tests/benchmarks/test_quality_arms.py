@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from benchmarks.quality_study import training
-from benchmarks.quality_study.arms import BASES, ITSELF, QUICK, UNDO, Arm, Base, Trained, grid, model_settings
+from benchmarks.quality_study.arms import BASES, ITSELF, QUICK, UNDO, Arm, Base, Trained, model_settings
 from benchmarks.quality_study.control import NoHistory
 from benchmarks.quality_study.data import SCHEMAS, read_log
+from benchmarks.quality_study.grid import grid
 from benchmarks.quality_study.log import Log
 from benchmarks.quality_study.training import TASKS as STUDY_TASKS
 from benchmarks.quality_study.training import Budget, undo

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from benchmarks import quality
-from benchmarks.quality_study.arms import GROUPS, ITSELF, OF_GOALS, Arm, Trained, grid
+from benchmarks.quality_study.arms import ITSELF, Arm, Trained
 from benchmarks.quality_study.cache import cached
+from benchmarks.quality_study.grid import GROUPS, OF_GOALS, grid
 from benchmarks.quality_study.records import Records
 from benchmarks.quality_study.tuning import SEARCH, chosen, runnable, waits
 from longer.table_settings import GenerateSettings
