@@ -158,7 +158,7 @@ class Replay:
 
     def _keep(self, row: int, state: UserState, source: str) -> None:
         entry = Entry(state, state.last_event_ts, 0, Known("", 0), NO_EVENTS, True)
-        held = self.store.take(row, VERSION)
+        held = self.store.hold(row, VERSION)
         if held and held.entry.state.slot is state.slot:
             self.store.update(row, entry)
         else:

@@ -16,6 +16,7 @@ OLD, NEW = StateVersion("m1", "s", "appendable"), StateVersion("m2", "s", "appen
 VERSIONS = st.sampled_from([OLD, NEW])
 NO_EVENTS = EventPrint(0, 0, np.zeros(1, np.uint64), np.uint64(0))
 BUDGET = 100
+VISIT_BYTES = 2 * BUDGET / 16
 OUTDATED, PROBATION, PROTECTED = range(3)
 
 
@@ -29,6 +30,8 @@ class Row:
     def __init__(self, user: int, version: StateVersion, state: int, num_bytes: int, asked_again: bool) -> None:
         self.user, self.version, self.state, self.num_bytes = user, version, state, num_bytes
         self.asked_again, self.tier, self.segment, self.num_pins = asked_again, Tier.DEVICE, PROBATION, 0
+        self.came_after = 0.0
+        """Bytes of what came in or came back since it came in."""
 
 
 class IndexAgainstLists(RuleBasedStateMachine):
@@ -56,6 +59,11 @@ class IndexAgainstLists(RuleBasedStateMachine):
             self.remembered.append((row.user, row.num_bytes))
             while sum(num_bytes for _, num_bytes in self.remembered) > 0.8 * 2 * BUDGET:
                 self.remembered.pop(0)
+
+    def count_visit(self, visitor: Row) -> None:
+        for row in self.rows:
+            if row is not visitor:
+                row.came_after += visitor.num_bytes
 
     def come_in(self, row: Row) -> None:
         """The last used of its segment; the first of those that are protected make room, as if used on probation just now."""
@@ -87,21 +95,25 @@ class IndexAgainstLists(RuleBasedStateMachine):
         version, old = self.served or version, self.row(user)
         asked_again = old.asked_again if old else user in [gone for gone, _ in self.remembered]
         self.remembered = [(gone, size) for gone, size in self.remembered if gone != user]
+        row = Row(user, version, self.serial, num_bytes, asked_again)
         if old:
+            row.came_after = old.came_after
             self.drop(old)
+        else:
+            self.count_visit(row)
         self.index.put(user, version, entry(self.serial), num_bytes)
-        self.come_in(Row(user, version, self.serial, num_bytes, asked_again))
+        self.come_in(row)
 
     @rule(user=USERS, version=VERSIONS, num_bytes=st.integers(1, 60), asked_again=st.booleans())
     def restore(self, user: int, version: StateVersion, num_bytes: int, asked_again: bool) -> None:
-        """In host memory, as what goes first of its segment; protected only where there is room for that."""
+        """In host memory, as what goes first of its segment; protected only where there is room for that. Who asks comes back."""
         if self.row(user):
             return
         self.serial += 1
         protected = [row.num_bytes for row in self.rows if (row.tier, row.segment) == (Tier.HOST, PROTECTED)]
         self.index.restore(user, self.served or version, entry(self.serial), num_bytes, asked_again)
         row = Row(user, self.served or version, self.serial, num_bytes, asked_again)
-        row.tier = Tier.HOST
+        row.tier, row.came_after = Tier.HOST, float("inf")
         row.segment = PROTECTED if asked_again and sum(protected) + num_bytes <= 0.8 * BUDGET else PROBATION
         self.rows.insert(0, row)
         self.remembered = [(gone, size) for gone, size in self.remembered if gone != user]
@@ -110,16 +122,18 @@ class IndexAgainstLists(RuleBasedStateMachine):
     def get(self, user: int, version: StateVersion) -> None:
         version = self.served or version
         row, found = self.row(user), self.index.get(user, version)
+        if row and not row.asked_again and row.came_after > VISIT_BYTES:
+            row.asked_again = True
+            self.count_visit(row)
         if row and row.version == version:
             assert found is not None
             assert found.entry.state == row.state
-            row.asked_again = True
             self.rows.remove(row)
             self.come_in(row)
         else:
             assert found is None
             if row:
-                self.drop(row, is_remembered=True)
+                self.drop(row, is_remembered=row.asked_again)
                 self.stale += 1
 
     @rule(user=USERS)
@@ -270,6 +284,75 @@ def test_a_scan_of_cold_users_pushes_out_no_user_who_comes_back(
     for user in range(200):
         cache.ask(10_000 + user, scanned)
     assert cache.holds_all(hot)
+
+
+@given(budgets=BUDGETS, sizes=HOT_SIZES, scanned=SIZES, num_requests=st.integers(2, 5), num_together=st.integers(1, 4))
+def test_a_scan_of_users_who_each_ask_twice_leaves_the_hot_ones(
+    budgets: tuple[int, int], sizes: list[int], scanned: int, num_requests: int, num_together: int
+) -> None:
+    """A second page or a retry is no second visit, though others come between."""
+    cache, hot = cache_and_hot(budgets, sizes, lambda tier_bytes: 0.8 * tier_bytes)
+    for _ in range(2):
+        cache.ask_all(hot)
+    num_together = min(num_together, int(sum(budgets) / 16 / scanned))
+    for first in range(10_000, 10_200, num_together or 1):
+        for user in [*range(first, first + num_together)] * num_requests:
+            cache.ask(user, scanned)
+    assert cache.holds_all(hot)
+
+
+@given(budgets=BUDGETS.filter(any), size=SIZES, num_requests=st.integers(1, 3), gap=st.floats(0.01, 1))
+def test_asking_again_protects_once_more_has_come_than_comes_during_a_visit(
+    budgets: tuple[int, int], size: int, num_requests: int, gap: float
+) -> None:
+    """However often, and wherever the state lies; the requests of those who came between make no difference."""
+    cache = Cache(*budgets)
+    cache.ask(0, size)
+    num_others = 0
+    while num_others + 1 <= gap * sum(budgets) / 10 and cache.index.find(0):
+        num_others += 1
+        for _ in range(num_requests):
+            cache.ask(num_others, 1)
+    if cache.ask(0, size):
+        held = cache.index.find(0)
+        assert held
+        assert held.asked_again == (num_others > sum(budgets) / 16)
+
+
+def test_a_state_that_grows_into_another_is_of_the_same_visit() -> None:
+    """Or an event between two requests, or each one that comes, would begin the visit anew, and nobody who acts came back."""
+    cache = Cache(100, 0)
+    cache.ask(0, 10)
+    for others in range(3):
+        cache.ask_all((10 * others + user, 1) for user in range(1, 6))
+        cache.index.put(0, OLD, entry(), 12)
+    cache.ask(0, 12)
+    held = cache.index.find(0)
+    assert held
+    assert held.asked_again
+
+
+def test_a_second_request_that_finds_its_state_stale_is_none_of_another_visit() -> None:
+    """A late event between two pages, or a roll-out: what is made anew is as hot as what was dropped."""
+    cache = Cache(160, 0)
+    for visitor, num_others in ((0, 9), (100, 11)):
+        cache.ask(visitor, 1)
+        cache.ask_all((visitor + 1 + other, 1) for other in range(num_others))
+        cache.ask(visitor, 1)
+        cache.index.drop_stale(visitor)
+        cache.ask(visitor, 1)
+        held = cache.index.find(visitor)
+        assert held
+        assert held.asked_again == (num_others > 10)
+
+
+def test_who_asks_for_what_a_replica_before_has_left_has_come_back() -> None:
+    cache = Cache(100, 100)
+    cache.index.restore(0, OLD, entry(), 10, asked_again=False)
+    cache.ask(0, 10)
+    held = cache.index.find(0)
+    assert held
+    assert held.asked_again
 
 
 @given(budgets=BUDGETS, earlier=EARLIER, sizes=HOT_SIZES)

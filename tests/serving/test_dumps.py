@@ -40,14 +40,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     return build_world(tmp_path_factory.mktemp("world"))
 
 
-def scorer_of(world: Settings, device_states: int = 2, precision: Precision = "float32") -> Scorer:
+def scorer_of(
+    world: Settings, device_states: int = 2, precision: Precision = "float32", host_bytes: int = 1 << 20
+) -> Scorer:
     """With room for so many states on the device, and for all users' in host memory."""
     scorer = Scorer(
         checkpoint_path(world),
         world.path("tables", "sequences"),
         0,
         world.path("tables", "items"),
-        host_bytes=1 << 20,
+        host_bytes=host_bytes,
         state_precision=precision,
     )
     scorer.cache.budget_bytes = device_states * scorer.cache.most_state_bytes
@@ -105,8 +107,8 @@ def test_restored_states_grow_as_those_that_never_left(world: Settings, dumped: 
 
 
 def test_each_replica_takes_what_is_its_own_the_hottest_where_room_is_short(world: Settings, tmp_path: Path) -> None:
-    scorer = scorer_of(world)
-    for user in [*USERS, 4, 2]:  # both protected, and 2 used last
+    scorer = scorer_of(world, host_bytes=50_000)
+    for user in [*USERS[:-1], 4, 2, USERS[-1]]:  # 4 and 2 come back, and whoever comes last has not
         ask(scorer, user)
     StateDumps(str(tmp_path), "before").write(scorer.cache, scorer.online, scorer.version, 60)
     dumps = StateDumps(str(tmp_path), "after")

@@ -180,8 +180,8 @@ def test_no_interleaving_of_tables_events_and_requests_changes_a_score(
             assert scorer.cache.num_bytes <= cache_bytes
 
 
-def scorer_of(world: Settings, **limits: Any) -> Scorer:
-    tables = world.path("tables", "sequences"), 1 << 30, world.path("tables", "items")
+def scorer_of(world: Settings, device_bytes: int = 1 << 30, **limits: Any) -> Scorer:
+    tables = world.path("tables", "sequences"), device_bytes, world.path("tables", "items")
     return Scorer(checkpoint_path(world), *tables, event_limits=EventLimits(**limits))
 
 
@@ -389,9 +389,11 @@ def test_a_forgotten_user_has_no_state_and_no_events_here(world: Settings) -> No
 
 
 def test_events_of_a_user_who_was_asked_about_once_are_no_second_request(world: Settings) -> None:
-    """What has been asked for again is protected from eviction: visitors who click would take all the room for it."""
-    scorer = scorer_of(world)
-    ask(scorer, 5, LATER)
+    """What has been asked for again is protected from eviction: visitors who click would take all the room for it. Others come
+    between, so that a second request would count."""
+    scorer = scorer_of(world, device_bytes=50_000)
+    for user in (5, 6, 7):
+        ask(scorer, user, LATER)
     for hour in range(3):
         scorer.add_events([EventsRequest(5, columns_of([event(LATER + hour, 0)]))])
     held = scorer.cache._index.find(scorer.user_key(5))

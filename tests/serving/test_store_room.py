@@ -89,6 +89,17 @@ def test_one_scan_of_cold_users_does_not_push_out_the_hot_ones_of_either_tier(
 
 
 @pytest.mark.parametrize(("num_device", "num_host", "num_hot"), [(10, 0, 8), (10, 40, 30), (4, 100, 82)])
+def test_visitors_who_each_ask_twice_do_not_push_out_the_hot_ones(num_device: int, num_host: int, num_hot: int) -> None:
+    """For a second page: the state is there, or was brought back from host memory, and its user has not come back."""
+    room, hot = Room(num_device, num_host), range(num_hot)
+    for _ in range(2):
+        room.num_hits(hot)
+    for visitor in range(10_000, 10_300):
+        assert [room.ask(visitor) for _ in range(2)] == [False, True]
+    assert room.num_hits(hot) == num_hot
+
+
+@pytest.mark.parametrize(("num_device", "num_host", "num_hot"), [(10, 0, 8), (10, 40, 30), (4, 100, 82)])
 def test_visitors_who_are_asked_about_once_and_then_act_do_not_push_out_the_hot_ones(
     num_device: int, num_host: int, num_hot: int
 ) -> None:

@@ -14,7 +14,7 @@ from enum import IntEnum
 from typing import Generic, NamedTuple, TypeVar
 
 from longer.serving.fingerprint import EventPrint
-from longer.serving.policy import Gone, Kept, SegmentedLru
+from longer.serving.policy import Gone, Kept, SegmentedLru, Visits
 
 NEVER_TS = 2**63 - 1
 """Stands for 'no event after': the `next_event_ts` of a state that holds all known events of its user."""
@@ -112,6 +112,7 @@ class StateIndex(Generic[S]):
         self.counters = Counters()
         self._users: dict[int, Held[S]] = {}
         self._gone = Gone(device_bytes + host_bytes)
+        self._visits = Visits(device_bytes + host_bytes)
         self._served: StateVersion | None = None
         self._release = release
 
@@ -133,6 +134,7 @@ class StateIndex(Generic[S]):
         held = self._users.get(user_key)
         if held is None:
             return None
+        self._visits.ask(held)
         if held.version != version:
             self.drop_stale(user_key)
             return None
@@ -140,18 +142,22 @@ class StateIndex(Generic[S]):
         return held
 
     def put(self, user_key: int, version: StateVersion, entry: Entry[S], num_bytes: int) -> Held[S]:
-        """A state on the device in place of what was held of the user, and as hot; if that has gone, it is asked for again."""
-        asked_again = self._gone.discard(user_key)
+        """A state on the device in place of what was held of the user, as hot and on the same visit; whose has gone comes back."""
+        held = Held(user_key=user_key, version=version, entry=entry, num_bytes=num_bytes)
+        was_gone = self._gone.discard(user_key)
         if (old := self._users.get(user_key)) is not None:
-            asked_again = old.asked_again
+            held.asked_again, held.came_at = old.asked_again, old.came_at
             self._drop(old)
-        held = Held(user_key=user_key, version=version, entry=entry, num_bytes=num_bytes, asked_again=asked_again)
+        else:
+            held.asked_again = was_gone
+            self._visits.begin(held)
         self._users[user_key] = held
         self.tiers[Tier.DEVICE].add(held, self._is_outdated(held))
         return held
 
     def restore(self, user_key: int, version: StateVersion, entry: Entry[S], num_bytes: int, asked_again: bool) -> None:
-        """A state in host memory of a user of whom nothing is held; it goes before all that are there and as hot."""
+        """A state in host memory of a user of whom nothing is held; it goes before all that are there and as hot. It came in
+        elsewhere, long ago: who asks for it comes back."""
         self._gone.discard(user_key)
         held = Held(
             user_key=user_key,
@@ -186,11 +192,13 @@ class StateIndex(Generic[S]):
         self._gone.add(held.user_key, held.num_bytes)
 
     def drop_stale(self, user_key: int) -> None:
-        """Drops a user's state because what it was made from is no longer so; the user who asked for it did so again."""
+        """Drops a user's state because what it was made from is no longer so; the next one is as hot if its user's key is still
+        remembered."""
         if (held := self._users.get(user_key)) is not None:
             self.counters.count("stale")
             self._drop(held)
-            self._gone.add(user_key, held.num_bytes)
+            if held.asked_again:
+                self._gone.add(user_key, held.num_bytes)
 
     def forget(self, user_key: int) -> bool:
         """Drops everything held of a user, wherever it is, and the key; whether anything was held."""

@@ -1,10 +1,15 @@
 """Who goes first, and who is known to come back. What is kept is not known here: no torch.
 
 Each tier is a segmented LRU (Karedla, Love and Wherry, "Caching strategies to improve disk system performance", IEEE Computer,
-1994): what is kept comes in on probation, and is protected once it has been asked for again; what is on probation goes first. That
-it was asked for again goes with it from tier to tier: what finds no room among a tier's protected goes to the next tier, and is
-protected there. So a scan of users who are asked about once pushes out each other, never those who come back, who have up to four
-fifths of every tier.
+1994): what is kept comes in on probation, and is protected once its user has come back; what is on probation goes first. That its
+user came back goes with it from tier to tier: what finds no room among a tier's protected goes to the next tier, and is protected
+there. So a scan of users who do not come back pushes out each other, never those who do, who have up to four fifths of every tier.
+
+Who asks again in a moment, for a second page or after a time-out, has not come back: it is the same visit (O'Neil, O'Neil and
+Weikum, "The LRU-K page replacement algorithm for database disk buffering", SIGMOD 1993: correlated references). There is no clock
+here: a visit lasts until others have come in or come back whose states take a sixteenth of the tiers. That is less than what is on
+probation, so that asking again counts before a state has to go. While nobody else comes, nobody comes back: users who are alone in
+the cache, and take less than a sixteenth of it, are not protected yet.
 
 What is protected gets old by those who come back after they went: their keys are remembered as long as they and all that went
 since could be protected together (Johnson and Shasha, "2Q: a low overhead high performance buffer management replacement
@@ -13,22 +18,26 @@ coming back, and could all be protected, are all there from their third round on
 comes back.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 _PROTECTED_SHARE = 0.8
+_VISIT_SHARE = 1 / 16
 
 
 @dataclass(eq=False)
 class Kept:
-    """`num_pins` counts who uses it just now: a pinned one is no victim. `asked_again` says that its user came back for it."""
+    """`num_pins` counts who uses it just now: a pinned one is no victim. `asked_again` says that its user came back for it, and
+    `came_at` when it came in, as `Visits` counts; before all that is counted if nothing is said."""
 
     user_key: int
     num_bytes: int
     num_pins: int = 0
     asked_again: bool = False
+    came_at: float = -math.inf
 
 
 K = TypeVar("K", bound=Kept)
@@ -103,12 +112,10 @@ class SegmentedLru(Generic[K]):
         self._protected_bytes -= kept.num_bytes
 
     def touch(self, kept: K) -> None:
-        """It was asked for again; it is not outdated."""
-        kept.asked_again = True
-        if self._probation.pop(kept.user_key, None) is not None:
-            self._protect(kept)
-        else:
-            self._protected.move_to_end(kept.user_key)
+        """It was used: it goes after all others of its segment, which is that of the protected if it was asked for again. It is not
+        outdated."""
+        self.remove(kept)
+        self.add(kept)
 
     def victim(self) -> K | None:
         """Who goes first of those who are not in use."""
@@ -125,6 +132,24 @@ class SegmentedLru(Generic[K]):
             key, oldest = self._protected.popitem(last=False)
             self._protected_bytes -= oldest.num_bytes
             self._probation[key] = oldest
+
+
+class Visits:
+    """Tells who comes back to tiers of `tiers_bytes` from who is still there, by the bytes of all that came in or back so far."""
+
+    def __init__(self, tiers_bytes: int) -> None:
+        self._longest_bytes, self._num_bytes = _VISIT_SHARE * tiers_bytes, 0
+
+    def begin(self, kept: Kept) -> None:
+        """It comes in."""
+        self._num_bytes += kept.num_bytes
+        kept.came_at = self._num_bytes
+
+    def ask(self, kept: Kept) -> None:
+        """Its user asks; `asked_again` from the first time on that this is after the visit that it came in on."""
+        if not kept.asked_again and self._num_bytes - kept.came_at > self._longest_bytes:
+            kept.asked_again = True
+            self._num_bytes += kept.num_bytes
 
 
 class Gone:
