@@ -1,7 +1,8 @@
 """How often a store of states is hit, at budgets from 1% to 100% of all states: python -m benchmarks.hit_rate [--requests N]
 
 Two logs replayed in order of time through the store that serving uses, with a model of random weights, on one device; each budget
-once all on the device, and once a quarter of it there and the rest in host memory:
+once all on the device, and once a quarter of it there and the rest in host memory. A budget of 0% is no cache: each request encodes
+its user's history once, for all its candidates.
 
     complete_journey   a grocery's customers: a request just before each basket, with 50 candidates
     generated          the synthetic log with its daily rhythm: a request before every tenth event
@@ -9,16 +10,18 @@ once all on the device, and once a quarter of it there and the rest in host memo
 A request is asked about the user's events strictly before it, in batches of up to 16 users, as serving asks; most users did
 something since their last one, so that a state which is there is appended to: a second page of the same visit would be a hit. The
 first half of the replay fills the store and is not counted. A user without a state is encoded from memory, so that `load` has no
-share of reading a table (`benchmarks.point_reads`). Requests per second are of the process's own time on one core, so that other
-work on the machine does not show as a dip in the curve; on a CPU both tiers are the same memory, and what comes `from host` costs a
-copy within it. Prints a Markdown page; last, one JSON line. `--chart PATH` also writes throughput against hit rate as SVG.
+share of reading a table (`benchmarks.point_reads`), which no cache would add to every request. Requests per second are of the
+process's own time on one core, and each batch goes through all budgets in turn, so that other work on the machine does not show as
+a dip in the curve. `against no cache` is their ratio to those of the row without a budget: the median of ten rounds of batches, and
+the lowest and highest. On a CPU both tiers are the same memory, and what comes `from host` costs a copy within it. Prints a
+Markdown page; last, one JSON line. `--chart PATH` also writes throughput against hit rate as SVG.
 """
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -51,7 +54,8 @@ from longer.training_settings import TaskSettings
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 HOST_PARTS = {"device": 0.0, "device + host": 0.75}
 """Of a budget, how much is in host memory."""
-NUM_CANDIDATES, BATCH = 50, 16
+NO_CACHE = ("device", 0.0)
+NUM_CANDIDATES, BATCH, NUM_ROUNDS = 50, 16, 10
 VERSION = StateVersion("benchmark", "schema", "appendable")
 NO_EVENTS = EventPrint(0, 0, np.zeros(1, np.uint64), np.uint64(0))
 
@@ -166,8 +170,12 @@ class Replay:
         self.store.counters.count(source)
 
 
-def replay(log: Log, num_requests: int, share: float, tiers: str) -> dict[str, Any]:
-    """The log's last requests at a budget of this share of what the states of all who ask in them need at the end."""
+def replay(log: Log, num_requests: int, arms: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
+    """The log's last requests at budgets of these shares of what the states of all who ask in them need at the end.
+
+    Each batch goes through all arms before the next one does, so that what slows the machine slows all alike. Throughput is told
+    against the first arm's, of each of `NUM_ROUNDS` rounds of batches.
+    """
     torch.manual_seed(0)
     model = Longer(log.model, log.schema, (TaskSettings(name="click"),)).eval()
     store = StateStore(model, 0)
@@ -175,33 +183,46 @@ def replay(log: Log, num_requests: int, share: float, tiers: str) -> dict[str, A
     row_R, end_R, ts_R = log.row_R[asked], log.end_R[asked], log.ts_R[asked]
     sizes = rows_for(store.layout, log.histories.end_index_B[np.unique(row_R)])
     all_bytes = sum(store.pool.slots.size_for(int(n)) for n in sizes) * store.layout.row_bytes
-    host_bytes = int(share * all_bytes * HOST_PARTS[tiers])
-    run = Replay(log, model, StateStore(model, int(share * all_bytes) - host_bytes, host_bytes))
-    before, started, counted_from = run.store.counters.as_dict(), time.process_time(), len(row_R) // 2
-    num_counted = 0
-    for batch in batches(row_R):
-        if not num_counted and batch.start >= counted_from:
-            before, started = run.store.counters.as_dict(), time.process_time()
-        num_counted += (batch.stop - batch.start) if batch.start >= counted_from else 0
+    budgets = [(int(share * all_bytes), int(share * all_bytes * HOST_PARTS[tiers])) for tiers, share in arms]
+    runs = [Replay(log, model, StateStore(model, budget - host, host)) for budget, host in budgets]
+    filling = [batch for batch in batches(row_R) if batch.start < len(row_R) // 2]
+    counted = [batch for batch in batches(row_R) if batch.start >= len(row_R) // 2]
+    for batch, run in product(filling, [run for run, (_, share) in zip(runs, arms, strict=True) if share]):
         run.ask(row_R[batch], end_R[batch], ts_R[batch])
-    seconds = time.process_time() - started
-    counts = {name: n - before[name] for name, n in run.store.counters.as_dict().items()}
-    shares = {name: counts[name] / num_counted for name in ("hit", "append", "load", "cold")}
-    in_store = shares["hit"] + shares["append"]
-    return {
-        "log": log.name, "tiers": tiers, "budget_share": share, "budget_bytes": int(share * all_bytes),
-        "users": len(sizes), "requests": num_counted, **shares, "in_store": in_store,
-        "from_host": counts["promote"] / num_counted, "evicted": counts["evict"],
-        "requests_per_s": num_counted / seconds,
-    }  # fmt: skip
+    before_A = [run.store.counters.as_dict() for run in runs]
+    seconds_AN = np.zeros((len(arms), len(counted)))
+    for n, batch in enumerate(counted):
+        for number in range(len(arms)):
+            arm, started = (number + n) % len(arms), time.process_time()
+            runs[arm].ask(row_R[batch], end_R[batch], ts_R[batch])
+            seconds_AN[arm, n] = time.process_time() - started
+    rounds_AK = np.stack([part.sum(1) for part in np.array_split(seconds_AN, min(NUM_ROUNDS, len(counted)), axis=1)], 1)
+    rows, num_counted = [], sum(batch.stop - batch.start for batch in counted)
+    for arm, (tiers, share) in enumerate(arms):
+        counts = {name: n - before_A[arm][name] for name, n in runs[arm].store.counters.as_dict().items()}
+        shares = {name: counts[name] / num_counted for name in ("hit", "append", "load", "cold")}
+        ratios_K = rounds_AK[0] / rounds_AK[arm]
+        rows.append({
+            "log": log.name, "tiers": tiers, "budget_share": share, "budget_bytes": budgets[arm][0],
+            "users": len(sizes), "requests": num_counted, **shares, "in_store": shares["hit"] + shares["append"],
+            "from_host": counts["promote"] / num_counted, "evicted": counts["evict"],
+            "requests_per_s": num_counted / rounds_AK[arm].sum(), "against_no_cache": float(np.median(ratios_K)),
+            "against_no_cache_rounds": [float(ratios_K.min()), float(ratios_K.max())],
+        })  # fmt: skip
+    return rows
 
 
 def shown(row: dict[str, Any]) -> str:
     shares = " | ".join(f"{row[name]:.1%}" for name in ("hit", "append", "load", "cold", "from_host"))
     return (
         f"| {row['log']} | {row['tiers']} | {row['budget_share']:.0%} | {row['budget_bytes'] / 2**20:.1f} "
-        f"| {shares} | {row['evicted']} | {row['requests_per_s']:.0f} |"
+        f"| {shares} | {row['evicted']} | {row['requests_per_s']:.0f} | {_ratio(row)} |"
     )
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    lowest, highest = row["against_no_cache_rounds"]
+    return f"{row['against_no_cache']:.2f} ({lowest:.2f} to {highest:.2f})" if row["budget_share"] else "1"
 
 
 def main() -> None:
@@ -212,6 +233,7 @@ def main() -> None:
     parser.add_argument(
         "--users", type=int, default=8, help="one household in so many of the Complete Journey (default 8)"
     )
+    parser.add_argument("--one-tier", action="store_true", help="only budgets that are all on the device")
     parser.add_argument("--chart", type=Path, help="where to write the chart, an SVG")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -220,14 +242,17 @@ def main() -> None:
     print(
         f"- {NUM_CANDIDATES} candidates a request, batches of up to {BATCH}; states in float32; seconds of the process's own time\n"
     )
-    print("| log | tiers | budget | MiB | hit | append | load | cold | from host | evicted | requests/s |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    print(
+        "| log | tiers | budget | MiB | hit | append | load | cold | from host | evicted | requests/s | against no cache |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    arms = [NO_CACHE, *product(["device"] if args.one_tier else HOST_PARTS, SHARES)]
     rows = []
     for log in (complete_journey_log(args.users), generated_log()):
         print(f"{log.name}: {len(log.histories)} users, {len(log.row_R)} requests in all", file=sys.stderr)
-        for tiers, share in product(HOST_PARTS, SHARES):
-            rows.append(replay(log, args.requests, share, tiers))
-            print(shown(rows[-1]), flush=True)
+        found = replay(log, args.requests, arms)
+        print(*map(shown, found), sep="\n", flush=True)
+        rows += found
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         lines.setdefault(f"{row['log']}, {row['tiers']}", []).append(row)
@@ -240,6 +265,7 @@ def main() -> None:
                 "in_store": round(r["in_store"], 4),
                 "from_host": round(r["from_host"], 4),
                 "requests_per_s": round(r["requests_per_s"], 1),
+                "against_no_cache": round(r["against_no_cache"], 3),
             }
             for r in line
         }

@@ -1,13 +1,16 @@
 """The replay of the hit rate's curve: it asks what it says it asks, and counts what it says it counts."""
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from benchmarks.hit_rate import BATCH, HOST_PARTS, Log, _log, batches, replay
+from benchmarks import hit_rate
+from benchmarks.hit_rate import BATCH, HOST_PARTS, NO_CACHE, Log, _log, batches, replay
 from longer.datasets import generator
 from longer.model_settings import ModelSettings
 from longer.table_settings import GenerateSettings
@@ -57,12 +60,48 @@ def test_shares_are_of_what_happened_in_the_counted_half(tiers: str) -> None:
         "cold": (is_first_R & (end_R == 0))[counted_from:].sum(),
     }
     assert num_first["load"] > 0
-    whole, tenth = (replay(log, NUM_REQUESTS, share, tiers) for share in (1.0, 0.1))
+    without, whole, tenth = replay(log, NUM_REQUESTS, [NO_CACHE, (tiers, 1.0), (tiers, 0.1)])
     assert (whole["requests"], whole["evicted"]) == (NUM_REQUESTS - counted_from, 0)
     assert {name: round(whole[name] * whole["requests"]) for name in num_first} == num_first
-    for row in (whole, tenth):
+    for row in (without, whole, tenth):
         assert sum(row[name] for name in ("hit", "append", "load", "cold")) == pytest.approx(1.0)
+    for row in (whole, tenth):
         assert (row["from_host"] > 0) == (tiers == "device + host")
         assert row["from_host"] <= row["in_store"]
     assert tenth["evicted"] > 0
-    assert 0 < tenth["in_store"] < whole["in_store"]
+    assert without["in_store"] == 0 < tenth["in_store"] < whole["in_store"]
+
+
+def test_throughput_against_no_cache_is_of_the_rows_own_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock on which each append takes one second and each encode three, though the machine slows down all the time."""
+    log, clock = tiny_log(), Clock()
+    monkeypatch.setattr(hit_rate, "time", clock)
+    for name, seconds in (("append", 1), ("encode", 3)):
+        monkeypatch.setattr(hit_rate, name, clock.costing(seconds, getattr(hit_rate, name)))
+    without, whole = replay(log, NUM_REQUESTS, [NO_CACHE, ("device", 1.0)])
+    assert without["against_no_cache"] == 1
+    appended = whole["append"]
+    expected = 3 / (appended + 3 * (1 - appended))
+    lowest, highest = whole["against_no_cache_rounds"]
+    assert lowest <= whole["against_no_cache"] <= highest
+    assert whole["against_no_cache"] == pytest.approx(expected, rel=0.1)
+    assert whole["requests_per_s"] > without["requests_per_s"]
+
+
+class Clock:
+    """Goes on by what is asked for, and ever more of it."""
+
+    def __init__(self) -> None:
+        self.now_s, self.slowness = 0.0, 1.0
+
+    def process_time(self) -> float:
+        return self.now_s
+
+    def costing(self, seconds: float, call: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+        def slowly(*args: Any) -> list[Any]:
+            found = call(*args)
+            self.now_s += len(found) * seconds * self.slowness
+            self.slowness *= 1.01
+            return found
+
+        return slowly
