@@ -226,7 +226,7 @@ class StateStore:
     # -- what outlives it ---------------------------------------------------------------------------------------------
 
     def hottest(self, version: StateVersion) -> Iterator[tuple[HeldState, bool]]:
-        """This version's states, and whether each was asked for again; those that were first, and who would go last first.
+        """This version's states, and whether each one's user came back; those whose did first, and who would go last first.
 
         Nothing may be in use.
         """
