@@ -8,7 +8,7 @@ launch by launch, so that they are there first; and the forward pass is made onc
 arithmetic's. There each arm has a process, and all run at once: nothing is timed, and most of it is compiling. Needs the pipeline's
 tables and checkpoint: `python -m jobs.pipeline --config configs/quickstart.yaml` (of the requests only the folders `split=test`).
 Prints a Markdown page, its rows as they are ready; last, one JSON line. Beside each largest difference on a CPU stands the
-tolerance that tests hold models of any weights to (`tests/model/tolerances.py`); on a GPU, whose products are in bf16 besides, none.
+tolerance that tests hold models of any weights to (`tests/model/tolerances.py`); on a GPU, with products in bf16 besides, none.
 """
 
 import argparse
