@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from benchmarks.capacity.measured import Measured, measured
-from benchmarks.capacity.plan import BF16, DAYS_A_MONTH, FLOAT32, MODEL, Plan, Workload, state_bytes
+from benchmarks.capacity.plan import DAYS_A_MONTH, MODEL, Plan, Workload
 
 PLANS = {
     "billion": Workload(),
@@ -44,15 +44,19 @@ def sequence_rows(plan: Plan) -> list[Row]:
 
 
 def state_rows(plan: Plan) -> list[Row]:
-    most = max(state_bytes(MODEL, plan.asked.events_per_user + n, BF16) for n in range(MODEL.windows.stride_events))
+    users, slot = plan.asked.users, "`StatePool`'s slot for its rows"
     return [
-        ("state, bf16", "`state_bytes`", size(plan.state_bytes(BF16))),
-        ("state, bf16, the largest until the windows move", "over the next s x K events", size(most)),
-        ("state, float32 (what serving keeps today)", "`state_bytes`", size(plan.state_bytes(FLOAT32))),
-        ("states a GPU, bf16", "GB for states / state", short(plan.states_per_gpu(BF16))),
-        ("states a GPU, float32", "GB for states / state", short(plan.states_per_gpu(FLOAT32))),
-        ("states of all users, bf16", "users x state", size(plan.asked.users * plan.state_bytes(BF16))),
-    ]
+        ("state, bf16", slot, size(plan.state_bytes("bf16"))),
+        ("state, bf16, the largest until the windows move", "over the next s x K events", size(plan.most_state_bytes("bf16"))),
+        ("state, float32 (what `state_precision` is if nobody sets it)", slot, size(plan.state_bytes("float32"))),
+        ("states a GPU, bf16", "GB for states / state", short(plan.states_per_gpu("bf16"))),
+        ("states a GPU, float32", "GB for states / state", short(plan.states_per_gpu("float32"))),
+        ("what the store takes of a GPU for that, bf16", "budget, and room for a batch and idle slabs",
+         size(plan.reserved_bytes("bf16"))),
+        ("states of all users, bf16", "users x state", size(users * plan.state_bytes("bf16"))),
+        ("index of a state, in the replica's host memory", "entry + 8 x (W / s + 1)", size(plan.index_bytes())),
+        ("index of a GPU's states, bf16", "states a GPU x index", size(plan.states_per_gpu("bf16") * plan.index_bytes())),
+    ]  # fmt: skip
 
 
 def training_rows(plan: Plan) -> list[Row]:
@@ -81,6 +85,9 @@ def fleet_table(plan: Plan) -> list[str]:
         ("of it, scoring", "`score()` / 32, x candidates / 500", lambda h: f"{plan.score_s() * 1e3:.2f} ms"),
         ("the same with a CUDA graph", "(`score()` - model part + graph) / 32, x candidates / 500",
          lambda h: f"{plan.graph_score_s() * 1e3:.2f} ms"),
+        ("the same on one H200 as served, states there with 8 new events each",
+         "(score x candidates / 500 + hit x append + (1 - hit) x encode) / 32",
+         lambda h: f"{plan.served_gpu_s(h) * 1e3:.2f} ms"),
         ("replicas, one GPU each", "peak x GPU time / utilisation", lambda h: short(plan.replicas(h))),
         ("states in the fleet", "replicas x states a GPU (bf16), at most users", lambda h: short(plan.fleet_states(h))),
         ("share of users", "states / users", lambda h: f"{plan.fleet_states(h) / plan.asked.users:.2%}"),

@@ -83,11 +83,12 @@ class StateKeeper:
                 await self._drop_forgotten(listing.forgotten_s)
                 wanted = (ring.replica_ids, listing.names, self._scorer.version)
                 self._read = {one for one in self._read if one[0] == self._scorer.version and one[1] in listing.names}
-                if wanted != self._brought and not self._is_full:
-                    await self._restore(listing, ring)
-                    await self._warm(ring)
+                if wanted != self._brought:
+                    if not self._is_full:
+                        await self._restore(listing, ring)
+                        await self._warm(ring)
                     self._brought = wanted
-                if self._dumps and wanted == self._brought:
+                if self._dumps:
                     self._dumps.done(listing)
                 if began_s >= self._often_until_s:
                     self._next_look_s = began_s + _LOOK_EVERY_S

@@ -43,10 +43,14 @@ class Measured:
     score_ms: Constant
     score_model_ms: Constant
     score_graph_ms: Constant
+    served_score_ms: Constant
+    served_encode_ms: Constant
+    served_append_ms: Constant
     block_events: Constant
     most_blocks: Constant
     bucket_events: Constant
     most_buckets: Constant
+    entry_bytes: Constant
 
     def constants(self) -> list[Constant]:
         return list(vars(self).values())
@@ -71,6 +75,8 @@ def measured(root: Path = ROOT) -> Measured:
     scored = ("scoring_ms", "width256_L10000_32x500")
     at_train = "one H100, D = 256, L = 10,000, 32 candidates a request, bf16"
     at_full = at_train.replace("L = 10,000", "L = 2,000")
+    states = _Page(root, newest(root, "user_state_h200"))
+    at_states = f"one H200, {SCORE_REQUESTS} users of 10,000 events, D = 256, bf16, from NumPy to NumPy"
     at_score = f"one H100, {SCORE_REQUESTS} users of 10,000 events x {SCORE_CANDIDATES} candidates, bf16, states ready"
     return Measured(
         page.cell(large, "longer", "events/s", "sequence build, events/s", at_200m),
@@ -91,13 +97,16 @@ def measured(root: Path = ROOT) -> Measured:
         gpu.figure((*scored, "score"), "`score()` of one batch, ms", at_score),
         gpu.figure((*scored, "model"), "its model part, ms", at_score),
         gpu.figure((*scored, "graph"), "its model part as a CUDA graph, now in serving, ms", at_score),
+        states.ms("hit", SCORE_CANDIDATES, f"scoring {SCORE_CANDIDATES} candidates a user, as served, ms", at_states),
+        states.ms("encode", None, "`encode()` of one batch, as served, ms", at_states),
+        states.ms("append 8, mixed", None, "`append()` of 8 events each, anywhere in their strides, as served, ms", at_states),
         *_limits(root),
     )  # fmt: skip
 
 
 def newest(root: Path, what: str) -> str:
     """The page of the latest date in its name, relative to `root`."""
-    pages = sorted(file.name for file in (root / RESULTS).glob(f"{what}_*.md"))
+    pages = sorted(file.name for file in (root / RESULTS).glob(f"{what}_[0-9]*.md"))
     if not pages:
         raise ValueError(f"{RESULTS} has no {what}_DATE.md")
     return f"{RESULTS}/{pages[-1]}"
@@ -132,6 +141,14 @@ class _Page:
         text = of_name[contender][rows[0].index(column)].split(" ")[0]
         return Constant(_number(text), text, what, at, self.source)
 
+    def ms(self, arm: str, candidates: int | None, what: str, at: str) -> Constant:
+        """Of a page of user states: its model, the longest histories, and batches as scored here."""
+        cells = " | ".join(["256", "10000", str(SCORE_REQUESTS), str(candidates or ""), arm, "graph"])
+        found = re.search(rf"^\| {re.escape(cells)} \| ([\d.]+) \|", self.text, re.M)
+        if not found:
+            raise ValueError(f"{self.source} has no '{arm}' of {SCORE_REQUESTS} users as a graph")
+        return Constant(_number(found[1]), found[1], what, at, self.source)
+
     def figure(self, path: tuple[str, ...], what: str, at: str) -> Constant:
         value: Any = self.json
         for name in path:
@@ -142,20 +159,22 @@ class _Page:
 
 
 def _limits(root: Path) -> list[Constant]:
-    """What the build cuts tables into: limits of the code, not measurements."""
+    """What the build cuts tables into, and what the store counts for a state's entry: from the code, not measurements."""
     named = [
-        ("segments.py", "_BLOCK_ROWS", "events of a block of the log"),
-        ("segments.py", "_MOST_BLOCKS", "blocks of one build; beyond it they grow"),
-        ("build_plan.py", "_EVENTS_PER_BUCKET", "events of a bucket of users"),
-        ("build_plan.py", "_MOST_BUCKETS", "buckets of a table; beyond it they grow"),
+        ("data/segments.py", "_BLOCK_ROWS", "events of a block of the log"),
+        ("data/segments.py", "_MOST_BLOCKS", "blocks of one build; beyond it they grow"),
+        ("data/build_plan.py", "_EVENTS_PER_BUCKET", "events of a bucket of users"),
+        ("data/build_plan.py", "_MOST_BUCKETS", "buckets of a table; beyond it they grow"),
+        ("serving/store.py", "_ENTRY_BYTES", "bytes of a state's entry in a replica's index"),
     ]
     limits = []
     for file, name, what in named:
-        source = f"platform/longer/data/{file}"
-        found = re.search(rf"^{name} = (\d+)(?: << (\d+))?", (root / source).read_text(), re.M)
+        source = f"platform/longer/{file}"
+        found = re.search(rf"^{name} = ([\d_]+)(?: << (\d+))?", (root / source).read_text(), re.M)
         if not found:
             raise ValueError(f"{source} has no {name}")
-        limits.append(Constant(int(found[1]) << int(found[2] or 0), found[0], what, "a limit of the code", source))
+        at = "a limit of the code" if file.startswith("data/") else "the code's own estimate"
+        limits.append(Constant(int(found[1]) << int(found[2] or 0), found[0], what, at, source))
     return limits
 
 

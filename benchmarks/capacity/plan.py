@@ -1,13 +1,21 @@
 """The arithmetic of a plan: from what is asked for and the measured constants to bytes, cores, GPUs, dollars and time."""
 
 import math
+from functools import cache
 from typing import Annotated
 
+import numpy as np
 from pydantic import Field
 
 from benchmarks.capacity.measured import BUILD_CORES, BUILD_EVENTS, SCORE_CANDIDATES, SCORE_REQUESTS, Measured
+from benchmarks.model_arms.sizes import SCHEMA, TASKS
 from longer.config import Section
+from longer.model.longer import Longer
+from longer.model.pool import StatePool
+from longer.model.state_layout import Precision, StateLayout
+from longer.model.states import rows_for
 from longer.model_settings import ModelSettings
+from longer.serving.store import BATCH_USERS
 from longer.table_settings import SequenceSettings
 
 MODEL = ModelSettings(
@@ -22,11 +30,6 @@ MODEL = ModelSettings(
     user_rows=100_000,
 )
 """The sizes at which the GPU figures were measured."""
-NUM_INTERACTION_FIELDS = 2
-EVENT_BYTES = 4 * 8
-"""A partial group's event: time and keys of item, action and category."""
-OBJECT_BYTES = 5_000
-FLOAT32, BF16 = 4, 2
 DAYS_A_MONTH = 30
 
 
@@ -55,22 +58,24 @@ class Workload(Section):
     )
 
 
-def state_bytes(
-    settings: ModelSettings,
-    num_events: int,
-    element_bytes: int,
-    num_interaction_fields: int = NUM_INTERACTION_FIELDS,
-    event_bytes: int = EVENT_BYTES,
-) -> int:
-    """`UserState.num_bytes` of a user with `num_events` events, keys and values kept in `element_bytes` each."""
-    windows, layers = settings.windows, settings.num_self_layers + 1
-    full, partial = divmod(num_events, windows.merge_size)
-    first, query_first = int(windows.history_start(num_events)), int(windows.query_start(num_events))
-    in_history, in_query = full - first, full - query_first
-    num_tail = settings.num_cls_tokens + 2
-    kept = 2 * (in_history + (layers - 1) * in_query) + in_query + 2 * layers * num_tail
-    index = 8 * (num_interaction_fields + 1) * (num_events - windows.merge_size * first)
-    return OBJECT_BYTES + element_bytes * settings.width * kept + index + num_tail + partial * event_bytes
+@cache
+def state_layout(precision: Precision) -> StateLayout:
+    """Of a model of these sizes; how many rows its tables have changes nothing, so that they have few here."""
+    few_rows = {"item_rows": 2, "user_rows": 2, "categorical_rows": 2}
+    return StateLayout.of(Longer(MODEL.model_copy(update=few_rows), SCHEMA, TASKS), precision)
+
+
+def state_bytes(num_events: int, precision: Precision) -> int:
+    """Of the slot that the store gives a user with `num_events` events, which is what its budget counts."""
+    layout = state_layout(precision)
+    [rows] = rows_for(layout, np.array([num_events])).tolist()
+    return layout.row_bytes * next(size for size in StatePool.sizes_of(layout) if size >= rows)
+
+
+def reserved_bytes(budget_bytes: int, precision: Precision) -> int:
+    """Memory that `StateStore` takes for a budget: a batch's states besides, and what may lie idle in slabs."""
+    layout = state_layout(precision)
+    return StatePool.bytes_for(layout, budget_bytes + 2 * BATCH_USERS * layout.largest_rows * layout.row_bytes)
 
 
 class Plan:
@@ -139,14 +144,33 @@ class Plan:
     def replicas(self, hit: float) -> int:
         return math.ceil(self.peak_requests_per_s * self.gpu_s(hit) / self.asked.utilisation)
 
-    def state_bytes(self, element_bytes: int) -> int:
-        return state_bytes(MODEL, self.asked.events_per_user, element_bytes)
+    def served_gpu_s(self, hit: float) -> float:
+        """By replicas' own steps, each of full windows; every state that is there has new events."""
+        grown_ms = hit * self.m.served_append_ms.value + (1 - hit) * self.m.served_encode_ms.value
+        score_ms = self.m.served_score_ms.value * self.asked.candidates / SCORE_CANDIDATES
+        return (score_ms + grown_ms) / 1e3 / SCORE_REQUESTS
 
-    def states_per_gpu(self, element_bytes: int) -> int:
-        return int(self.asked.state_gb_per_gpu * 1e9 / self.state_bytes(element_bytes))
+    def state_bytes(self, precision: Precision) -> int:
+        return state_bytes(self.asked.events_per_user, precision)
+
+    def most_state_bytes(self, precision: Precision) -> int:
+        """Until the windows move."""
+        later = range(self.asked.events_per_user, self.asked.events_per_user + MODEL.windows.stride_events)
+        return max(state_bytes(num_events, precision) for num_events in later)
+
+    def index_bytes(self) -> float:
+        """What Python keeps of a state, as `StateStore.index_bytes` counts it."""
+        num_sums = MODEL.windows.history_groups // MODEL.windows.stride_groups + 1
+        return self.m.entry_bytes.value + 8 * num_sums
+
+    def states_per_gpu(self, precision: Precision) -> int:
+        return int(self.asked.state_gb_per_gpu * 1e9 / self.state_bytes(precision))
+
+    def reserved_bytes(self, precision: Precision) -> int:
+        return reserved_bytes(round(self.asked.state_gb_per_gpu * 1e9), precision)
 
     def fleet_states(self, hit: float) -> int:
-        return min(self.replicas(hit) * self.states_per_gpu(BF16), self.asked.users)
+        return min(self.replicas(hit) * self.states_per_gpu("bf16"), self.asked.users)
 
     def stay_s(self, hit: float) -> float:
         return self.fleet_states(hit) / self.misses_per_s(hit)
@@ -169,7 +193,7 @@ class Plan:
             "sequences_bytes": self.sequences_bytes(),
             "build_core_hours": self.build_core_hours(),
             "increment_core_hours": self.increment_core_hours() + self.rewrite_core_hours(),
-            "state_bytes": self.state_bytes(BF16),
+            "state_bytes": self.state_bytes("bf16"),
             "training_gpu_hours_per_day": self.training_gpu_hours(),
             "hit_share": hit,
             "replicas": self.replicas(hit),

@@ -26,6 +26,8 @@ class Goal:
     how: str
     is_most: bool = False
     note: str = ""
+    spread: tuple[float, float] | None = None
+    """Least and most of the value in parts of the run."""
 
     @property
     def asked(self) -> str:
@@ -182,10 +184,16 @@ def _replays(table: Table, width: int) -> list[Goal]:
                 f"{row['new_events']} new events a request: throughput against no cache"
             )
             for name, rate in (("reads", "requests_per_s"), ("no_reads", "requests_per_s_without_reads")):
-                how = f"{row[rate]:.0f} / {without[0][rate]:.0f} requests/s"
+                how, spread = f"{row[rate]:.0f} / {without[0][rate]:.0f} requests/s", None
+                if "parts" in row and "parts" in without[0]:
+                    parts = list(zip(row["parts"][rate], without[0]["parts"][rate], strict=True))
+                    spread = min(a / b for a, b in parts), max(a / b for a, b in parts)
+                    how += f"; in {len(parts)} parts of the run {spread[0]:.3g} to {spread[1]:.3g}"
                 about = f"{what}{', reads left out of both' if name == 'no_reads' else ''}"
                 key = f"end_to_end_L{length}_{row['budget_share']:.0%}_{row['new_events']}new_{name}"
-                found.append(Goal(key, about, None, _ratio(row[rate], without[0][rate]), how, note=_PEERS))
+                found.append(
+                    Goal(key, about, None, _ratio(row[rate], without[0][rate]), how, note=_PEERS, spread=spread)
+                )
     return found
 
 
@@ -203,14 +211,15 @@ def page(rows: Sequence[Row]) -> str:
         header = "| goal | asked | measured | | from |\n|---|---|---|---|---|\n"
         parts += [f"## Goals, width {width}", header + "\n".join(lines)]
     parts += ["## All rows", _HEADER + "\n".join(shown(row) for row in table.rows)]
-    ratios = {
-        f"width{width}": {
-            goal.name: {"value": None if goal.value is None else round(goal.value, 4), "verdict": goal.verdict}
-            for goal in found
-        }
-        for width, found in by_width.items()
-    }
+    ratios = {f"width{width}": {goal.name: _as_json(goal) for goal in found} for width, found in by_width.items()}
     return "\n\n".join([*parts, json.dumps(ratios)])
+
+
+def _as_json(goal: Goal) -> dict[str, Any]:
+    told = {"value": None if goal.value is None else round(goal.value, 4), "verdict": goal.verdict}
+    if goal.spread is None:
+        return told
+    return told | {"least": round(goal.spread[0], 4), "most": round(goal.spread[1], 4)}
 
 
 _HEADER = (

@@ -2,6 +2,8 @@
 
 What a replica does but for HTTP: values as sent, the table's reads, states, scores as NumPy. Users ask as often as the generated
 log's are active (Zipf, exponent 0.8), in batches of different users; each brings the events that she has done since.
+
+On a CPU, whose speed drifts with other work, all budgets take turns at every batch; on a card each has it to itself.
 """
 
 import tempfile
@@ -35,12 +37,15 @@ SCHEMA = EventSchema()
 NUM_CANDIDATES = 500
 NUM_NEW = 8
 NUM_USERS, BATCH = (128, 32) if ON_CUDA else (32, 8)
-_NUM_WARM, _NUM_COUNTED = (8, 12) if ON_CUDA else (8, 4)
+_NUM_WARM, _NUM_COUNTED = (8, 12) if ON_CUDA else (8, 40)
+_NUM_PARTS = 4
+"""Of the counted batches, so that a ratio of two arms has a spread."""
 _NUM_ITEMS = 100_000
 _NUM_BUCKETS = 4
 _ZIPF_EXPONENT = GenerateSettings().user_zipf_exponent
 _ARMS = ((0.0, NUM_NEW), (0.2, NUM_NEW), (0.5, NUM_NEW), (1.0, NUM_NEW), (1.0, 0))
 """Budget as a share of all users' states, and the events that a request brings."""
+_TOGETHER = 1 if ON_CUDA else len(_ARMS)
 
 
 @dataclass(frozen=True)
@@ -63,12 +68,21 @@ def rows_of(settings: ModelSettings, precision: Precision) -> Iterator[Row]:
         yield size | {"users": 1, "arm": "read"} | _read(sequences.table_path)
         layout = StateLayout.of(model, precision)
         all_bytes = NUM_USERS * layout.largest_rows * layout.row_bytes
-        for share, num_new in _ARMS:
+
+        def replay_of(share: float, num_new: int) -> _Replay:
             budget_bytes = round(share * all_bytes)
             scorer = Scorer(
                 f"{root}/model", sequences.table_path, budget_bytes, device=DEVICE.type, state_precision=precision
             )
-            yield size | {"arm": "replay", "budget_share": share, "new_events": num_new} | _replay(scorer, num_new)
+            return _Replay(share, num_new, scorer)
+
+        for first in range(0, len(_ARMS), _TOGETHER):
+            replays = [replay_of(*arm) for arm in _ARMS[first : first + _TOGETHER]]
+            for number, asked in enumerate(_batches()):
+                turn = number % len(replays)
+                for one in replays[turn:] + replays[:turn]:
+                    one.answer(number, asked)
+            yield from (size | one.row() for one in replays)
 
 
 def _publish(path: str, settings: ModelSettings) -> Version:
@@ -112,36 +126,49 @@ def _batches() -> Iterator[_Asked]:
         yield _Asked(users.tolist(), items, rng.integers(1, _NUM_ITEMS + 1, (BATCH, NUM_NEW)))
 
 
-def _replay(scorer: Scorer, num_new: int) -> dict[str, Any]:
-    for call in scorer.warm_ups(BATCH, NUM_CANDIDATES):  # as a replica before it is ready
-        call()
-    whole_ms, history_ms, before = [], [], dict[str, int]()
-    for number, asked in enumerate(_batches()):
+class _Replay:
+    """One arm, and the milliseconds that its counted batches took, in all and for reading histories."""
+
+    def __init__(self, budget_share: float, num_new: int, scorer: Scorer) -> None:
+        self._arm = {"arm": "replay", "budget_share": budget_share, "new_events": num_new}
+        self._num_new, self._scorer = num_new, scorer
+        self._whole_ms, self._history_ms, self._before = list[float](), list[float](), dict[str, int]()
+        for call in scorer.warm_ups(BATCH, NUM_CANDIDATES):  # as a replica before it is ready
+            call()
+
+    def answer(self, number: int, asked: _Asked) -> None:
         if number == _NUM_WARM:
-            before = scorer.cache.counters.as_dict()
+            self._before = self._scorer.cache.counters.as_dict()
         now = NOW + 1_000 * (number + 1)
         requests = [
-            ScoreRequest(user, pa.array(items), request_ts=now, events=_events(new[:num_new], now))
+            ScoreRequest(user, pa.array(items), request_ts=now, events=_events(new[: self._num_new], now))
             for user, items, new in zip(asked.users, asked.item_ids, asked.new_items, strict=True)
         ]
         started = time.perf_counter()
         with collected_ms() as stages_ms:
-            outcomes = scorer.score(requests)
+            outcomes = self._scorer.score(requests)
         elapsed_ms = 1e3 * (time.perf_counter() - started)
         if failed := [outcome for outcome in outcomes if isinstance(outcome, UserError)]:
             raise failed[0]
         if number >= _NUM_WARM:
-            whole_ms.append(elapsed_ms)
-            history_ms.append(stages_ms.get("history", 0.0))
-    counts = {name: count - before[name] for name, count in scorer.cache.counters.as_dict().items()}
-    num_requests = BATCH * _NUM_COUNTED
-    computed_ms = sum(whole_ms) - sum(history_ms)
-    return {
-        **spread(whole_ms),
-        **{name: counts[name] / num_requests for name in ("hit", "append", "load")},
-        "requests_per_s": 1e3 * num_requests / sum(whole_ms),
-        "requests_per_s_without_reads": 1e3 * num_requests / computed_ms,
-    }
+            self._whole_ms.append(elapsed_ms)
+            self._history_ms.append(stages_ms.get("history", 0.0))
+
+    def row(self) -> Row:
+        counts = self._scorer.cache.counters.as_dict()
+        num_requests = BATCH * _NUM_COUNTED
+        whole_ms, history_ms = np.array(self._whole_ms), np.array(self._history_ms)
+        parts = {
+            "requests_per_s": whole_ms.reshape(_NUM_PARTS, -1).sum(1),
+            "requests_per_s_without_reads": (whole_ms - history_ms).reshape(_NUM_PARTS, -1).sum(1),
+        }
+        return {
+            **self._arm,
+            **spread(self._whole_ms),
+            **{name: (counts[name] - self._before[name]) / num_requests for name in ("hit", "append", "load")},
+            **{name: 1e3 * num_requests / float(part_ms.sum()) for name, part_ms in parts.items()},
+            "parts": {name: (1e3 * num_requests / _NUM_PARTS / part_ms).tolist() for name, part_ms in parts.items()},
+        }
 
 
 def _events(items: np.ndarray, now: int) -> dict[str, pa.Array]:

@@ -180,7 +180,7 @@ class SequenceSettings(Section):
         description="Hash buckets of users, fixed for the life of a table; null chooses about a million events a bucket.",
     )
     keep_events: int = Field(10_000, ge=1, description="Events kept per user, the newest.")
-    row_group_events: int = Field(65_536, ge=1, description="Events per Parquet row group: what a point read fetches.")
+    row_group_events: int = Field(16_384, ge=1, description="Events per Parquet row group: what a point read fetches.")
     merge_share: float = Field(
         0.2,
         ge=0,

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from benchmarks.model_arms.sizes import ON_CUDA
-from benchmarks.state_precision import by_forward, from_states, measured, waves
+from benchmarks.state_precision import by_forward, from_states, measured, shown, waves
 from longer.data.batches import Requests
 from longer.model.longer import Longer
 from longer.serving.store import BATCH_USERS
 from longer.training.loader import SplitData
 from tests.model.generate import random_candidates, random_histories, small_model
-from tests.model.test_precision import OF_TESTED_MODELS
+from tests.model.tolerances import OF_TESTED_MODELS, TOLERANCE
 
 
 def split_of(model: Longer, num_users: int) -> SplitData:
@@ -58,5 +58,7 @@ def test_states_answer_the_split_as_the_forward_pass_does_and_in_fewer_bits_near
     row = measured(from_states(model, data, "int8"), exact, data)
     assert 0 < row["mean_difference"] < row["largest_difference"] <= OF_TESTED_MODELS["int8"]
     assert row["state_bytes"] < exact.state_bytes
+    assert f"| {TOLERANCE['int8']:g} |" in shown(row, row)
+    assert f"| {TOLERANCE['int8']:g}, exceeded |" in shown(row | {"largest_difference": 0.009}, row)
     same = measured(exact, exact, data)
     assert (same["largest_difference"], 0.3 < same["auc"] < 0.7) == (0, True)

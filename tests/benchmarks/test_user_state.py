@@ -92,6 +92,23 @@ def test_appends_are_compared_over_one_stride_though_short_histories_move_more_o
     assert "1.08 at L=1000" in flat.how  # over its own stride
 
 
+def test_a_ratio_of_replays_is_told_with_its_spread_over_the_same_batches() -> None:
+    """One pass of a few batches told 0.87 where reruns told 1.1."""
+    parts = {0.0: [100.0, 80.0], 0.5: [150.0, 160.0]}
+    rows = [
+        one | {"parts": dict.fromkeys(("requests_per_s", "requests_per_s_without_reads"), parts[one["budget_share"]])}
+        if one.get("arm") == "replay"
+        else one
+        for one in ROWS
+    ]
+    [told] = [goal for goal in goals(Table(rows), 256) if goal.name == "end_to_end_L10000_50%_8new_reads"]
+    assert (told.value, told.spread) == (pytest.approx(1.5), (1.5, 2.0))
+    assert "in 2 parts of the run 1.5 to 2" in told.how
+    of_json = json.loads(page(rows).splitlines()[-1])["width256"]
+    assert (of_json[told.name]["least"], of_json[told.name]["most"]) == (1.5, 2.0)
+    assert "least" not in of_json["hit_vs_encode"]
+
+
 def test_what_was_not_measured_is_said_not_guessed() -> None:
     rows = [one for one in ROWS if one.get("arm") not in ("read", "append 8", "append 8, mixed", "recompute")]
     verdicts = {goal.name: goal.verdict for goal in goals(Table(rows), 256)}

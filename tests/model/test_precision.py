@@ -12,13 +12,9 @@ from longer.model.pool import StatePool
 from longer.model.state_layout import Precision, StateLayout
 from longer.model.states import append, score
 from tests.model.generate import encoded, pool_for, random_candidates, random_histories, slots_for, small_model
+from tests.model.tolerances import TOLERANCE
 
 MODEL = small_model(dtype=torch.float32)
-TOLERANCE: dict[Precision, float] = {"bf16": 2e-3, "int8": 8e-3, "fp8": 4e-2}
-"""Most that a probability moves, whatever the weights of a model of these sizes: twice as much as the most of a thousand. They are
-random, and log-odds reach 20; what it costs a trained model is measured by `benchmarks.state_precision`."""
-OF_TESTED_MODELS: dict[Precision, float] = {"bf16": 5e-4, "int8": 1e-3, "fp8": 5e-3}
-"""The same of the few models that states are tested with elsewhere: less, so that a wrong state does not pass for a rounded one."""
 
 
 def test_log_odds_of_rare_clicks_are_told_apart_though_products_are_in_bf16() -> None:

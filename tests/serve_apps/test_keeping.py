@@ -126,12 +126,16 @@ def test_what_was_read_of_dumps_and_models_that_are_gone_is_not_remembered(tmp_p
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("is_full", [False, True])
 def test_the_bytes_of_a_forgotten_user_do_not_stay_in_a_dump_until_the_next_replica_stops(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A dump holds her events as they were sent, and a service may run for months."""
+    """A dump holds her events as they were sent, and a service may run for months, and have brought back all that it may."""
     folder, (leaving, before), (keeper, scorer) = one_leaves_and_one_stays(tmp_path)
     answered(before, 4, 5)
+    if is_full:
+        monkeypatch.setattr(keeping, "_MOST_FORGOTTEN", 1)
+        keeper.forget(100)
     clock_s = [1000.0]
     monkeypatch.setattr(keeping, "monotonic", lambda: clock_s[0])
     monkeypatch.setattr(time, "monotonic", lambda: clock_s[0])
@@ -147,7 +151,7 @@ def test_the_bytes_of_a_forgotten_user_do_not_stay_in_a_dump_until_the_next_repl
 
     asyncio.run(run())
     assert [path.name for path in folder.iterdir()] == ["forgotten"]
-    assert len(scorer.online) == 1
+    assert len(scorer.online) == (0 if is_full else 1)
 
 
 def answered(before: Scorer, *users: int) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from longer.config import Settings
 from longer.model.state_layout import Precision
+from longer.serving.dump_files import Manifest
 from longer.serving.dumps import StateDumps
 from longer.serving.online import EventLimits
 from longer.serving.pending import pending_users
@@ -291,7 +292,7 @@ def test_a_dump_of_something_else_is_left_alone_told_once_and_counted(
         told["format"] += 1
     else:
         told["version"][["model_version", "schema_hash", "encoding"].index(what)] = "another"
-    path.write_text(json.dumps(told))
+    path.write_text(Manifest.model_validate(told).sealed().model_dump_json())
     dumps, scorer = StateDumps(str(dumped), "after"), scorer_of(world)
     assert restore(dumps, scorer) + restore(dumps, scorer) == []
     assert (dumps.counters.disagreeing, dumps.counters.torn, len(scorer.cache)) == (1, 0, 0)
@@ -299,7 +300,9 @@ def test_a_dump_of_something_else_is_left_alone_told_once_and_counted(
     assert "before is left alone: of another model" in line
 
 
-@pytest.mark.parametrize("how", ["no JSON", "half a JSON", "a file gone", "a file cut", "a byte changed"])
+@pytest.mark.parametrize(
+    "how", ["no JSON", "half a JSON", "another table", "a user more", "a file gone", "a file cut", "a byte changed"]
+)
 def test_a_torn_dump_is_left_alone_told_once_and_counted(
     world: Settings, dumped: Path, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -309,6 +312,11 @@ def test_a_torn_dump_is_left_alone_told_once_and_counted(
         told.unlink()
     elif how == "half a JSON":
         told.write_text(told.read_text()[:100])
+    elif how == "another table":  # whose rows would never be looked at
+        manifest = Manifest.model_validate_json(told.read_text())
+        told.write_text(manifest.model_copy(update={"tables": ["v2"]}).model_dump_json())
+    elif how == "a user more":
+        told.write_text(told.read_text().replace('"user_ids":[', '"user_ids":[7,'))
     elif how == "a file gone":
         data.unlink()
     elif how == "a file cut":

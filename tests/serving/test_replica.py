@@ -20,7 +20,7 @@ from longer.model.state_layout import Precision
 from longer.serving.scorer import EventsRequest, Scorer, ScoreRequest, ScoreResult
 from longer.training.checkpoints import load_appendable
 from tests.model.reference import reference_outputs
-from tests.model.test_precision import OF_TESTED_MODELS as SHORTENED
+from tests.model.tolerances import OF_TESTED_MODELS as SHORTENED
 from tests.serving.tables import START_MS, build_world, checkpoint_path, tiny_settings
 from tests.serving.test_online import CANDIDATES, HOUR_MS, Event, columns_of, event, histories, in_order, publish
 

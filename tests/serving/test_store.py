@@ -23,7 +23,7 @@ from longer.serving.kept_states import pack, unpack
 from longer.serving.store import StateStore
 from tests.model.generate import random_candidates, random_histories, small_model
 from tests.model.reference import reference_outputs
-from tests.model.test_precision import OF_TESTED_MODELS as SHORTENED
+from tests.model.tolerances import OF_TESTED_MODELS as SHORTENED
 
 NO_EVENTS = EventPrint(0, 0, np.zeros(1, np.uint64), np.uint64(0))
 NUM_USERS, MOST_EVENTS = 6, 60

@@ -3,6 +3,7 @@
 U users of whom there are events.
 """
 
+import hashlib
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -25,7 +26,7 @@ from longer.serving.kept_states import KeptState, pack, unpack
 from longer.serving.online import OnlineEvents
 from longer.serving.store import HeldState, StateStore
 
-DUMP_FORMAT = 3
+DUMP_FORMAT = 4
 """Raise it when a slot's or a file's content changes."""
 
 _FILE_BYTES = 16 << 20
@@ -60,6 +61,19 @@ class Manifest(BaseModel):
     tables: list[str]
     events: DumpFile | None
     states: list[DumpFile]
+    sha256: str = ""
+    """Of all the rest."""
+
+    def sealed(self) -> "Manifest":
+        """With its checksum."""
+        return self.model_copy(update={"sha256": self._checksum()})
+
+    @property
+    def is_as_sealed(self) -> bool:
+        return self.sha256 == self._checksum()
+
+    def _checksum(self) -> str:
+        return hashlib.sha256(self.model_dump_json(exclude={"sha256"}).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

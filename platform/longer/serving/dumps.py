@@ -3,13 +3,14 @@ else has before the table does. No Ray, no HTTP.
 
     FOLDER/REPLICA/events.parquet             all events sent online (`OnlineEvents.all`), of any model
     FOLDER/REPLICA/states-00000.safetensors   states (`kept_states`), the hottest in the first files
-    FOLDER/REPLICA/_DUMP.json                 written last: what they are states of, and each file's users, size and checksum
+    FOLDER/REPLICA/_DUMP.json                 written last: what they are states of, all users, and checksums of all files
     FOLDER/forgotten/USER_KEY-MILLISECONDS    a user of whom no dump may bring anything back (`forgotten`)
 
-A dump without its JSON is unfinished, and a file that is not as the JSON says is torn; both are left alone, told once and counted.
-So are the states of another model, schema, encoding or precision, and the events of another schema. Nothing in a dump is trusted
-beyond that: a state that disagrees with the user's history is found out by its fingerprint when it is asked for (`resolver`). One
-that was true is so where the very events that go with it are known (`KeptState.knows_events`), and needs no look at the table.
+A dump without its JSON is unfinished, and what is not as its checksum says is torn; both are left alone, told once and counted. So
+are the states of another model, schema, encoding or precision, and the events of another schema. A state that disagrees with the
+user's history is found out by its fingerprint when it is asked for (`resolver`), unless it is of the table version that is read and
+of the very events that go with it (`KeptState.knows_events`): then it needs no look at the table. So checksums find accidents;
+whoever can write to the folder decides what is answered.
 
 A forgotten user stays out of every dump that had begun by then; their bytes go with the dump. That is removed by a replica that
 has taken in what was its own of it, and has known it as it is for so long that the others have too: their events are nowhere else.
@@ -124,7 +125,7 @@ class StateDumps:
             events=files.pop(0) if has_events else None,
             states=files,
         )
-        write_bytes(f"{self._own}/{_DUMP}", manifest.model_dump_json().encode())
+        write_bytes(f"{self._own}/{_DUMP}", manifest.sealed().model_dump_json().encode())
         self.counters.dumped += (num_states := sum(len(file.user_ids) for file in files))
         self.counters.dumped_event_users += len(manifest.events.user_ids) if manifest.events else 0
         return num_states
@@ -244,6 +245,9 @@ class StateDumps:
         if _DUMP not in sizes:
             return Dump(name, sizes, None, f"unfinished, without {_DUMP}")
         try:
-            return Dump(name, sizes, Manifest.model_validate_json(read_bytes(f"{self._folder}/{name}/{_DUMP}")))
+            manifest = Manifest.model_validate_json(read_bytes(f"{self._folder}/{name}/{_DUMP}"))
         except ValidationError:
             return Dump(name, sizes, None, f"{_DUMP} cannot be read")
+        if manifest.format == DUMP_FORMAT and not manifest.is_as_sealed:
+            return Dump(name, sizes, None, f"{_DUMP} is not what it was")
+        return Dump(name, sizes, manifest)

@@ -76,6 +76,9 @@ class StateStore:
             return
         before = self.layout
         self._index.clear()
+        if device.type == "cuda":  # torch keeps this memory, where no later `forget` looks
+            self._copies.finish()
+            self.pool.words_NI.zero_()
         del self.pool, self._host
         try:
             self._allocate(layout, device)
