@@ -15,7 +15,7 @@ from longer.model.pool import StatePool
 from longer.model.state_layout import Precision, StateLayout
 from longer.model.states import rows_for
 from longer.model_settings import ModelSettings
-from longer.serving.store import BATCH_USERS
+from longer.serving.store import device_bytes_for
 from longer.table_settings import SequenceSettings
 
 MODEL = ModelSettings(
@@ -70,12 +70,6 @@ def state_bytes(num_events: int, precision: Precision) -> int:
     layout = state_layout(precision)
     [rows] = rows_for(layout, np.array([num_events])).tolist()
     return layout.row_bytes * next(size for size in StatePool.sizes_of(layout) if size >= rows)
-
-
-def reserved_bytes(budget_bytes: int, precision: Precision) -> int:
-    """Memory that `StateStore` takes for a budget: a batch's states besides, and what may lie idle in slabs."""
-    layout = state_layout(precision)
-    return StatePool.bytes_for(layout, budget_bytes + 2 * BATCH_USERS * layout.largest_rows * layout.row_bytes)
 
 
 class Plan:
@@ -167,7 +161,8 @@ class Plan:
         return int(self.asked.state_gb_per_gpu * 1e9 / self.state_bytes(precision))
 
     def reserved_bytes(self, precision: Precision) -> int:
-        return reserved_bytes(round(self.asked.state_gb_per_gpu * 1e9), precision)
+        """Memory that `StateStore` takes for what is for states."""
+        return device_bytes_for(state_layout(precision), round(self.asked.state_gb_per_gpu * 1e9))
 
     def fleet_states(self, hit: float) -> int:
         return min(self.replicas(hit) * self.states_per_gpu("bf16"), self.asked.users)

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from benchmarks.quality_study.arms import ENCODERS, FEATURES, ITSELF
 from benchmarks.quality_study.draws import lead
-from benchmarks.quality_study.grid import LENGTHS
+from benchmarks.quality_study.grid import LENGTHS, SHORT
 from benchmarks.quality_study.rows import Record, Value, auc, by_arm, curve, long_auc, mean, mega_flops, spread
 
 _SEEDS = 3
@@ -142,8 +142,8 @@ def _merging(arms: dict[str, list[Record]]) -> str:
 
 def _short_then_long(arms: dict[str, list[Record]]) -> str:
     claim = f"trained on shorter histories, LONGER scores longer ones no worse (by {_NO_WORSE}) than those that it was trained on"
-    names = [f"trained at L={length}, tested at {LENGTHS[-1]}" for length in (2000, 1000, 500)]
-    if missing := _missing(arms, [*names, *(f"longer L={length}" for length in (2000, 1000, 500))]):
+    names = [f"trained at L={length}, tested at {LENGTHS[-1]}" for length in SHORT]
+    if missing := _missing(arms, [*names, *(f"longer L={length}" for length in SHORT)]):
         return _not_measured(claim, missing)
     pairs = [(arms[f"longer L={arms[name][0]['length']}"], arms[name]) for name in names]
     told = "; ".join(

@@ -11,12 +11,12 @@ GROUPS = ("encoders", "lengths", "flops", "tables", "widths", "switches", "undon
 """The tables and plots that arms are for, in the order in which they are worth their time."""
 LENGTHS = (20, 50, 100, 200, 500, 1000, 2000, 4000)
 _QUERIES = ("uniform", "learnable", "recent_uniform")
-_SHORT = (2000, 1000, 500)
+SHORT = (2000, 1000, 500)
 OF_GOALS = (
     "K=1",
     *(f"{kind} queries" for kind in _QUERIES),
     "k=250 L=1000",
-    *(f"trained at L={length}, tested at {LENGTHS[-1]}" for length in _SHORT),
+    *(f"trained at L={length}, tested at {LENGTHS[-1]}" for length in SHORT),
 )
 """Switches of LONGER that a goal rests on."""
 
@@ -133,7 +133,7 @@ def _undone(here: Arm) -> list[Arm]:
 def _sizes(here: Arm) -> list[Arm]:
     trained = [
         replace(here, name=f"trained at L={length}, tested at {LENGTHS[-1]}", length=length, score_length=LENGTHS[-1])
-        for length in _SHORT
+        for length in SHORT
     ]
     widths = [replace(here, name=f"D={w}", group="widths", model={"width": w}) for w in (32, 64, 96, 192)]
     layers = [replace(here, name=f"N={n}", model={"num_self_layers": n}) for n in (0, 2)]

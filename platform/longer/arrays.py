@@ -6,7 +6,6 @@ times are int64 milliseconds since 1970 UTC, numeric features are float32. Nothi
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -84,19 +83,8 @@ class Histories:
 
     def split(self) -> "list[Histories]":
         """Each user alone; the arrays are views of these."""
-        parts = []
-        for b, (begin, end) in enumerate(pairwise(self.offsets_B1.tolist())):
-            parts.append(
-                Histories(
-                    user_key_B=self.user_key_B[b : b + 1],
-                    offsets_B1=np.array([0, end - begin], np.int64),
-                    first_index_B=self.first_index_B[b : b + 1],
-                    prev_event_ts_B=self.prev_event_ts_B[b : b + 1],
-                    event_ts_E=self.event_ts_E[begin:end],
-                    features={name: values[begin:end] for name, values in self.features.items()},
-                )
-            )
-        return parts
+        spans = zip(self.first_index_B.tolist(), self.end_index_B.tolist(), strict=True)
+        return [self.of_row(row, first, end) for row, (first, end) in enumerate(spans)]
 
     def followed_by(self, newer: "Histories") -> "Histories":
         """The same B users with `newer`'s events after their own; `newer` starts where each of these ends."""

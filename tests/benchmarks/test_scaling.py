@@ -9,12 +9,12 @@ import pytest
 
 from benchmarks import scaling
 from benchmarks.capacity.measured import ROOT, measured, newest
-from benchmarks.capacity.plan import MODEL, Plan, Workload, reserved_bytes, state_bytes
+from benchmarks.capacity.plan import MODEL, Plan, Workload, state_bytes, state_layout
 from benchmarks.model_arms.sizes import SCHEMA, TASKS, model_settings
 from longer.model.longer import Longer
 from longer.model.state_layout import Precision
 from longer.model.states import rows_for
-from longer.serving.store import StateStore
+from longer.serving.store import StateStore, device_bytes_for
 
 DOCUMENT = ROOT / "docs" / "scaling.md"
 UPDATE = "python -m benchmarks.scaling --update docs/scaling.md"
@@ -60,7 +60,7 @@ def test_a_plan_counts_the_bytes_that_the_store_takes(monkeypatch: pytest.Monkey
         assert slot is not None
         assert slot.size * store.layout.row_bytes == state_bytes(num_events, precision), num_events
     trash_bytes = store.layout.row_bytes
-    assert store.reserved_bytes == (reserved_bytes(budget, precision) + trash_bytes, 0)
+    assert store.reserved_bytes == (device_bytes_for(state_layout(precision), budget) + trash_bytes, 0)
     monkeypatch.setattr(StateStore, "__len__", lambda store: 1)
     assert store.index_bytes == Plan(Workload(), measured()).index_bytes()
 

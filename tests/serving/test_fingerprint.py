@@ -17,6 +17,10 @@ def cut(events: Histories, begin: int, end: int) -> Histories:
     return events.slice_events(np.array([0]), np.array([begin]), np.array([end]))
 
 
+def print_of(events: Histories) -> EventPrint:
+    return EventPrint.from_start(int(events.first_index_B[0])).followed_by(event_marks(events), STRIDE)
+
+
 @given(seed=st.integers(0, 2**32 - 1), length=st.integers(0, 60), data=st.data())
 @settings(max_examples=100, deadline=None)
 def test_events_that_came_in_pieces_and_slid_have_the_print_of_the_whole(
@@ -25,14 +29,14 @@ def test_events_that_came_in_pieces_and_slid_have_the_print_of_the_whole(
     events = random_histories(np.random.default_rng(seed), [length])
     begin = STRIDE * data.draw(st.integers(0, length // STRIDE))
     cuts = sorted(data.draw(st.lists(st.integers(0, length), max_size=5)))
-    grown = EventPrint.of(cut(events, 0, 0), STRIDE)
+    grown = print_of(cut(events, 0, 0))
     for start, end in zip([0, *cuts], [*cuts, length], strict=True):
         grown = grown.followed_by(event_marks(cut(events, start, end)), STRIDE)
         kept = STRIDE * (min(begin, end) // STRIDE)
         grown = grown.from_index(max(grown.first_index, kept), STRIDE)
     whole = cut(events, begin, length)
     assert (grown.first_index, grown.end_index) == (begin, length)
-    assert grown.value == EventPrint.of(whole, STRIDE).value
+    assert grown.value == print_of(whole).value
     assert grown.agrees_with(whole)
 
 
@@ -40,7 +44,7 @@ def test_events_that_came_in_pieces_and_slid_have_the_print_of_the_whole(
 @settings(max_examples=100, deadline=None)
 def test_any_change_of_an_event_its_place_or_its_gap_is_seen(seed: int, length: int, data: st.DataObject) -> None:
     events = random_histories(np.random.default_rng(seed), [length])
-    known, at = EventPrint.of(events, STRIDE), data.draw(st.integers(0, length - 1))
+    known, at = print_of(events), data.draw(st.integers(0, length - 1))
 
     def changed(values: np.ndarray) -> np.ndarray:
         values = values.copy()

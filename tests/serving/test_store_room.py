@@ -12,7 +12,7 @@ from longer.model.pool import StatePool
 from longer.model.state_layout import StateLayout
 from longer.model.states import encode, rows_for
 from longer.serving.cache import Entry, Known, StateVersion
-from longer.serving.fingerprint import EventPrint
+from longer.serving.fingerprint import EventPrint, event_marks
 from longer.serving.store import StateStore, check_card
 from tests.model.generate import random_histories, small_model
 
@@ -251,7 +251,8 @@ def test_what_python_keeps_of_a_state_is_told_with_its_fingerprints_sums(merge_s
     store, history = StateStore(model, 1 << 20), random_histories(np.random.default_rng(0), [2_048])
     with torch.compiler.set_stance("force_eager"):
         [state] = encode(model, store.pool, history, store.slots(rows_for(store.layout, history.end_index_B)))
-    events = EventPrint.of(history, model.windows.stride_events)
+    stride_events = model.windows.stride_events
+    events = EventPrint.from_start(0).followed_by(event_marks(history), stride_events)
     store.put(0, OLD, Entry(state, 0, 0, Known("t", 0), events, True))
     assert 3_000 < store.index_bytes - events.sums_S.nbytes < 6_000
 

@@ -49,11 +49,6 @@ class EventPrint:
         """Of no event, before the first one, which is on a stride."""
         return EventPrint(first_index, first_index, np.zeros(1, np.uint64), np.uint64(0))
 
-    @staticmethod
-    def of(events: Histories, stride: int) -> "EventPrint":
-        """Of one user's history, which starts on a stride."""
-        return EventPrint.from_start(int(events.first_index_B[0])).followed_by(event_marks(events), stride)
-
     def followed_by(self, marks_E: Sums, stride: int) -> "EventPrint":
         """With the user's next events, which start where these end, by their marks."""
         running = np.cumsum(marks_E, dtype=np.uint64) + self.total

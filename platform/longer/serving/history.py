@@ -192,14 +192,14 @@ class UserHistory:
         if not tail.num_events:
             return self
         parts = [self.events(self.first_index, self.end_index), tail.events(tail.first_index, tail.end_index)]
+        # Side by side they are one history: a copy, where `Histories.followed_by` would place 10,000 events one by one.
         both = Histories.concatenate(parts)
-        joined = Histories(
+        joined = replace(
+            both,
             user_key_B=both.user_key_B[:1],
             offsets_B1=both.offsets_B1[[0, -1]],
             first_index_B=both.first_index_B[:1],
             prev_event_ts_B=both.prev_event_ts_B[:1],
-            event_ts_E=both.event_ts_E,
-            features=both.features,
         )
         first = max(self.first_index, int(rule.first_index(np.array([tail.end_index]))[0]))
         return UserHistory(joined.of_row(0, first, tail.end_index), 0)

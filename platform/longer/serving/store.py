@@ -56,9 +56,7 @@ class StateStore:
     def _allocate(self, layout: StateLayout, device: torch.device) -> None:
         self.layout = layout
         self._copies = Copies(device)
-        batch_bytes = 2 * BATCH_USERS * self.most_state_bytes  # a state that outgrows its slot has two for a moment
-        device_bytes = StatePool.bytes_for(layout, self.budget_bytes + batch_bytes)
-        self.pool = DevicePool(layout, device_bytes, device, self._copies)
+        self.pool = DevicePool(layout, device_bytes_for(layout, self.budget_bytes), device, self._copies)
         host_bytes = StatePool.bytes_for(layout, self.host_budget_bytes)
         self._host = HostPool(layout, host_bytes, self._copies) if self.host_budget_bytes else None
 
@@ -336,6 +334,12 @@ class StateStore:
         pool = self.pool if held.tier == Tier.DEVICE else self._host
         assert pool is not None
         return pool
+
+
+def device_bytes_for(layout: StateLayout, budget_bytes: int) -> int:
+    """What a budget takes of a device: room for the states of one batch stands beside it, and what may lie idle."""
+    batch_states = 2 * BATCH_USERS  # a state that outgrows its slot has two for a moment
+    return StatePool.bytes_for(layout, budget_bytes + batch_states * layout.largest_rows * layout.row_bytes)
 
 
 def check_card(precision: Precision, device: torch.device) -> None:
