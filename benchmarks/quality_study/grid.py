@@ -21,11 +21,12 @@ OF_GOALS = (
 """Switches of LONGER that a goal rests on."""
 
 
-def turn(arm: Arm) -> int:
-    """Encoders and lengths of every log come first, then the switches that goals rest on, then group by group."""
+def turn(arm: Arm) -> tuple[int, int, int]:
+    """Encoders and lengths of every log come first, then the switches that goals rest on, then the rest group by group, all of one
+    seed before the next."""
     if arm.group in ("encoders", "lengths"):
-        return 0
-    return 1 if arm.name in OF_GOALS else 1 + GROUPS.index(arm.group)
+        return 0, 0, 0
+    return (1, 0, 0) if arm.name in OF_GOALS else (2, arm.seed, GROUPS.index(arm.group))
 
 
 def grid(log: str, quick: bool, seeds: int) -> list[Arm]:
