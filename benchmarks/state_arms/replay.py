@@ -36,8 +36,10 @@ Row = dict[str, Any]
 SCHEMA = EventSchema()
 NUM_CANDIDATES = 500
 NUM_NEW = 8
-NUM_USERS, BATCH = (128, 32) if ON_CUDA else (32, 8)
-_NUM_WARM, _NUM_COUNTED = (8, 12) if ON_CUDA else (8, 40)
+NUM_USERS, BATCH = (512, 32) if ON_CUDA else (128, 8)
+"""The smallest budget holds some batches: with fewer states than a batch has users, every hit would be evicted by its own batch."""
+_NUM_WARM, _NUM_COUNTED = (32, 16) if ON_CUDA else (32, 40)
+_STAGES = ("history", "encode", "append")
 _NUM_PARTS = 4
 """Of the counted batches, so that a ratio of two arms has a spread."""
 _NUM_ITEMS = 100_000
@@ -127,12 +129,12 @@ def _batches() -> Iterator[_Asked]:
 
 
 class _Replay:
-    """One arm, and the milliseconds that its counted batches took, in all and for reading histories."""
+    """One arm, and the milliseconds that its counted batches took, in all and by stage."""
 
     def __init__(self, budget_share: float, num_new: int, scorer: Scorer) -> None:
         self._arm = {"arm": "replay", "budget_share": budget_share, "new_events": num_new}
         self._num_new, self._scorer = num_new, scorer
-        self._whole_ms, self._history_ms, self._before = list[float](), list[float](), dict[str, int]()
+        self._whole_ms, self._stages_ms, self._before = list[float](), list[dict[str, float]](), dict[str, int]()
         for call in scorer.warm_ups(BATCH, NUM_CANDIDATES):  # as a replica before it is ready
             call()
 
@@ -152,21 +154,24 @@ class _Replay:
             raise failed[0]
         if number >= _NUM_WARM:
             self._whole_ms.append(elapsed_ms)
-            self._history_ms.append(stages_ms.get("history", 0.0))
+            self._stages_ms.append(dict(stages_ms))
 
     def row(self) -> Row:
         counts = self._scorer.cache.counters.as_dict()
         num_requests = BATCH * _NUM_COUNTED
-        whole_ms, history_ms = np.array(self._whole_ms), np.array(self._history_ms)
+        whole_ms = np.array(self._whole_ms)
+        stage_ms = {name: np.array([one.get(name, 0.0) for one in self._stages_ms]) for name in _STAGES}
+        stage_ms["rest"] = whole_ms - sum(stage_ms.values())
         parts = {
             "requests_per_s": whole_ms.reshape(_NUM_PARTS, -1).sum(1),
-            "requests_per_s_without_reads": (whole_ms - history_ms).reshape(_NUM_PARTS, -1).sum(1),
+            "requests_per_s_without_reads": (whole_ms - stage_ms["history"]).reshape(_NUM_PARTS, -1).sum(1),
         }
         return {
             **self._arm,
             **spread(self._whole_ms),
             **{name: (counts[name] - self._before[name]) / num_requests for name in ("hit", "append", "load")},
             **{name: 1e3 * num_requests / float(part_ms.sum()) for name, part_ms in parts.items()},
+            "stages_ms": {name: float(each_ms.mean()) for name, each_ms in stage_ms.items()},
             "parts": {name: (1e3 * num_requests / _NUM_PARTS / part_ms).tolist() for name, part_ms in parts.items()},
         }
 
