@@ -232,9 +232,8 @@ def shown(row: Row) -> str:
     rate, arm = "", row["arm"]
     if "requests_per_s" in row:
         rate = f"{row['requests_per_s']:.0f} ({row['requests_per_s_without_reads']:.0f} without reads)"
-        arm += f", budget {row['budget_share']:.0%}, {row['new_events']} new"
-        if stages_ms := row.get("stages_ms"):
-            arm += f" ({', '.join(f'{name} {ms:.3g}' for name, ms in stages_ms.items())} ms)"
+        stages = ", ".join(f"{name} {ms:.3g}" for name, ms in row["stages_ms"].items())
+        arm += f", budget {row['budget_share']:.0%}, {row['new_events']} new ({stages} ms)"
     elif row["arm"] == "hit":
         rate = f"{row['users'] * row['candidates'] / row['ms'] / 1e3:.3g}"
     if "move_ms" in row:

@@ -154,24 +154,24 @@ class _Replay:
             raise failed[0]
         if number >= _NUM_WARM:
             self._whole_ms.append(elapsed_ms)
-            self._stages_ms.append(dict(stages_ms))
+            self._stages_ms.append(stages_ms)
 
     def row(self) -> Row:
         counts = self._scorer.cache.counters.as_dict()
         num_requests = BATCH * _NUM_COUNTED
         whole_ms = np.array(self._whole_ms)
-        stage_ms = {name: np.array([one.get(name, 0.0) for one in self._stages_ms]) for name in _STAGES}
-        stage_ms["rest"] = whole_ms - sum(stage_ms.values())
+        by_stage_ms = {name: np.array([stages_ms.get(name, 0.0) for stages_ms in self._stages_ms]) for name in _STAGES}
+        by_stage_ms["rest"] = whole_ms - sum(by_stage_ms.values())
         parts = {
             "requests_per_s": whole_ms.reshape(_NUM_PARTS, -1).sum(1),
-            "requests_per_s_without_reads": (whole_ms - stage_ms["history"]).reshape(_NUM_PARTS, -1).sum(1),
+            "requests_per_s_without_reads": (whole_ms - by_stage_ms["history"]).reshape(_NUM_PARTS, -1).sum(1),
         }
         return {
             **self._arm,
             **spread(self._whole_ms),
             **{name: (counts[name] - self._before[name]) / num_requests for name in ("hit", "append", "load")},
             **{name: 1e3 * num_requests / float(part_ms.sum()) for name, part_ms in parts.items()},
-            "stages_ms": {name: float(each_ms.mean()) for name, each_ms in stage_ms.items()},
+            "stages_ms": {name: float(each_ms.mean()) for name, each_ms in by_stage_ms.items()},
             "parts": {name: (1e3 * num_requests / _NUM_PARTS / part_ms).tolist() for name, part_ms in parts.items()},
         }
 

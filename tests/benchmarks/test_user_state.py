@@ -40,7 +40,8 @@ def append(length: int, inside_ms: float, move_ms: float) -> Row:
 def replay(share: float, per_s: float, without_reads: float) -> Row:
     rates = {"requests_per_s": per_s, "requests_per_s_without_reads": without_reads}
     shares = {"hit": 0.1, "append": 0.5, "load": 0.4}
-    return row("replay", 1.0, 32, budget_share=share, new_events=8, **rates, **shares)
+    stages_ms = {"history": 0.5, "encode": 0.2, "append": 0.1, "rest": 0.2}
+    return row("replay", 1.0, 32, budget_share=share, new_events=8, stages_ms=stages_ms, **rates, **shares)
 
 
 CONDITIONS = {
