@@ -87,8 +87,9 @@ def test_headline_rows_of_all_logs_come_before_switches(monkeypatch: pytest.Monk
     later = [arm for arm in found if arm.group not in GROUPS[:2]]
     assert later == found[-len(later) :]
     assert {arm.name for arm in later[: 3 * len(OF_GOALS)]} == set(OF_GOALS)
-    others = [arm.group for arm in later[3 * len(OF_GOALS) :]]
-    assert others == sorted(others, key=GROUPS.index)
+    others = [(arm.seed, GROUPS.index(arm.group)) for arm in later[3 * len(OF_GOALS) :]]
+    assert others == sorted(others)
+    assert {seed for seed, _ in others} == {0, 1, 2}
     assert [arm.seed for arm in found[:24]] == [0] * 24
 
 
