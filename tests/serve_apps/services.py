@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -52,6 +52,21 @@ class Front:
             yield
         finally:
             serve.delete("scoring")
+
+
+def wait_for_kept(
+    url: str, is_so: Callable[[dict[str, int]], bool], headers: Mapping[str, str] | None = None
+) -> dict[str, int]:
+    """What all replicas dumped, restored, warmed and left alone, once it is so."""
+    deadline = time.monotonic() + _WITHIN_S
+    while True:
+        replicas = httpx.get(f"{url}/v1/status", headers=headers, timeout=30).json()["replicas"]
+        told = [one["kept_states"] for one in replicas]
+        found = {name: sum(one[name] for one in told) for name in told[0]}
+        if is_so(found):
+            return found
+        assert time.monotonic() < deadline, found
+        time.sleep(0.2)
 
 
 @contextmanager

@@ -1,8 +1,6 @@
 """A service that stops and starts again on real Ray Serve: its users' states are there before they ask."""
 
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +9,11 @@ import numpy as np
 import pytest
 import ray
 
-from tests.serve_apps.services import CANDIDATES, END_MS, Front, running
+from tests.serve_apps.services import CANDIDATES, END_MS, Front, running, wait_for_kept
 from tests.serving.tables import NUM_USERS, build_world
 
 USERS = range(1, NUM_USERS + 1)
 SENDER, EVENT = 5, {"item_id": "item2", "event_ts": END_MS - 1, "action": "buy"}
-_WITHIN_S = 60
 
 
 def score(url: str, user: int) -> dict[str, Any]:
@@ -24,20 +21,6 @@ def score(url: str, user: int) -> dict[str, Any]:
     answer = httpx.post(f"{url}/v1/score", json=body, headers={"x-session-id": str(user)}, timeout=30)
     assert answer.status_code == 200, answer.text
     return answer.json()
-
-
-def kept(url: str) -> dict[str, int]:
-    """What all replicas dumped, restored, warmed and left alone."""
-    told = [one["kept_states"] for one in httpx.get(f"{url}/v1/status", timeout=30).json()["replicas"]]
-    return {name: sum(one[name] for one in told) for name in told[0]}
-
-
-def wait_for(url: str, is_so: Callable[[dict[str, int]], bool]) -> dict[str, int]:
-    deadline = time.monotonic() + _WITHIN_S
-    while not is_so(found := kept(url)):
-        assert time.monotonic() < deadline, found
-        time.sleep(0.2)
-    return found
 
 
 @pytest.mark.ray
@@ -55,7 +38,7 @@ def test_the_first_request_after_a_restart_is_a_hit_that_knows_what_was_sent_and
         assert before[SENDER]["user_state"]["num_events"] == SENDER**2 + 1
         assert httpx.delete(f"{url}/v1/users/3", timeout=30).json()["held"] == 1
     with running(front, world, num_replicas=1, **kwargs) as url:
-        found = wait_for(url, lambda counts: counts["restored"] >= NUM_USERS - 1)
+        found = wait_for_kept(url, lambda counts: counts["restored"] >= NUM_USERS - 1)
         assert (found["restored"], found["torn"], found["disagreeing"]) == (NUM_USERS - 1, 0, 0)
         after = {user: score(url, user) for user in USERS}
         cache = httpx.get(f"{url}/v1/stats", timeout=30).json()["cache"]
@@ -74,7 +57,7 @@ def test_replicas_warm_their_own_most_active_users_who_hit_at_once_and_the_end_o
 ) -> None:
     world = build_world(tmp_path)
     with running(front, world, num_replicas=2, max_replicas=2, warm_users=NUM_USERS, refresh_s=1) as url:
-        wait_for(url, lambda counts: counts["warmed"] >= NUM_USERS)
+        wait_for_kept(url, lambda counts: counts["warmed"] >= NUM_USERS)
         assert {score(url, user)["user_state"]["source"] for user in USERS} == {"hit"}
         replicas = [one["replica"] for one in httpx.get(f"{url}/v1/status", timeout=30).json()["replicas"]]
     logs = Path(ray._private.worker._global_node.get_logs_dir_path()) / "serve"
