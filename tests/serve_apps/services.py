@@ -54,19 +54,24 @@ class Front:
             serve.delete("scoring")
 
 
-def wait_for_kept(
-    url: str, is_so: Callable[[dict[str, int]], bool], headers: Mapping[str, str] | None = None
-) -> dict[str, int]:
-    """What all replicas dumped, restored, warmed and left alone, once it is so."""
+Replicas = list[dict[str, Any]]
+"""What each tells of itself."""
+
+
+def wait_for_replicas(
+    url: str, is_so: Callable[[Replicas], bool], headers: Mapping[str, str] | None = None
+) -> Replicas:
+    """What they tell once it is so."""
     deadline = time.monotonic() + _WITHIN_S
-    while True:
-        replicas = httpx.get(f"{url}/v1/status", headers=headers, timeout=30).json()["replicas"]
-        told = [one["kept_states"] for one in replicas]
-        found = {name: sum(one[name] for one in told) for name in told[0]}
-        if is_so(found):
-            return found
-        assert time.monotonic() < deadline, found
+    while not is_so(replicas := httpx.get(f"{url}/v1/status", headers=headers, timeout=30).json()["replicas"]):
+        assert time.monotonic() < deadline, replicas
         time.sleep(0.2)
+    return replicas
+
+
+def kept(replicas: Replicas) -> Counter[str]:
+    """What all of them dumped, restored, warmed and left alone."""
+    return sum((Counter(one["kept_states"]) for one in replicas), Counter())
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """A service that stops and starts again on real Ray Serve: its users' states are there before they ask."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 import ray
 
-from tests.serve_apps.services import CANDIDATES, END_MS, Front, running, wait_for_kept
+from longer.ring import Ring, session_of
+from tests.serve_apps.services import CANDIDATES, END_MS, Front, Replicas, kept, running, wait_for_replicas
 from tests.serving.tables import NUM_USERS, build_world
 
 USERS = range(1, NUM_USERS + 1)
@@ -21,6 +23,13 @@ def score(url: str, user: int) -> dict[str, Any]:
     answer = httpx.post(f"{url}/v1/score", json=body, headers={"x-session-id": str(user)}, timeout=30)
     assert answer.status_code == 200, answer.text
     return answer.json()
+
+
+def have_warmed_their_own(replicas: Replicas) -> bool:
+    """Both: the first, while it is alone, may have warmed everybody."""
+    ring = Ring([one["replica"] for one in replicas])
+    own = Counter(ring.owner(session_of(user)) for user in USERS)
+    return len(replicas) == 2 and all(one["kept_states"]["warmed"] >= own[one["replica"]] for one in replicas)
 
 
 @pytest.mark.ray
@@ -38,7 +47,7 @@ def test_the_first_request_after_a_restart_is_a_hit_that_knows_what_was_sent_and
         assert before[SENDER]["user_state"]["num_events"] == SENDER**2 + 1
         assert httpx.delete(f"{url}/v1/users/3", timeout=30).json()["held"] == 1
     with running(front, world, num_replicas=1, **kwargs) as url:
-        found = wait_for_kept(url, lambda counts: counts["restored"] >= NUM_USERS - 1)
+        found = kept(wait_for_replicas(url, lambda replicas: kept(replicas)["restored"] >= NUM_USERS - 1))
         assert (found["restored"], found["torn"], found["disagreeing"]) == (NUM_USERS - 1, 0, 0)
         after = {user: score(url, user) for user in USERS}
         cache = httpx.get(f"{url}/v1/stats", timeout=30).json()["cache"]
@@ -57,9 +66,8 @@ def test_replicas_warm_their_own_most_active_users_who_hit_at_once_and_the_end_o
 ) -> None:
     world = build_world(tmp_path)
     with running(front, world, num_replicas=2, max_replicas=2, warm_users=NUM_USERS, refresh_s=1) as url:
-        wait_for_kept(url, lambda counts: counts["warmed"] >= NUM_USERS)
+        replicas = wait_for_replicas(url, have_warmed_their_own)
         assert {score(url, user)["user_state"]["source"] for user in USERS} == {"hit"}
-        replicas = [one["replica"] for one in httpx.get(f"{url}/v1/status", timeout=30).json()["replicas"]]
     logs = Path(ray._private.worker._global_node.get_logs_dir_path()) / "serve"
-    lines = [line for one in replicas for line in (logs / f"access_{one}.jsonl").read_text().splitlines()]
+    lines = [line for one in replicas for line in (logs / f"access_{one['replica']}.jsonl").read_text().splitlines()]
     assert sum(json.loads(line)["route"] == "score" for line in lines) == NUM_USERS

@@ -15,7 +15,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 from jobs.serve import where_to_look
 from serve_apps.account import Recent, service_status
-from tests.serve_apps.services import Front, running, wait_for_kept
+from tests.serve_apps.services import Front, kept, running, wait_for_replicas
 from tests.serving.tables import DAY_MS, START_MS, build_world
 
 DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana" / "scoring.json"
@@ -35,7 +35,7 @@ def url(front: Front, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
     sizes = {"num_replicas": 2, "max_replicas": 2, "token_file": str(folder / "token"), "refresh_s": 2, "warm_users": 1}
     with running(front, build_world(folder), **sizes) as service:
         # A user whose request came first is not warmed, and a counter that has counted nothing is not exported.
-        wait_for_kept(service, lambda counts: counts["warmed"] > 0, BEARER)
+        wait_for_replicas(service, lambda replicas: kept(replicas)["warmed"] > 0, BEARER)
         event = {"item_id": HTML, "event_ts": END_MS, "action": "buy", "features": {"quantity": 1}}
         for events in ([], [], [event]):
             for user in range(9, 0, -1):
