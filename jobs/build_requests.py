@@ -33,7 +33,7 @@ def run(settings: Settings) -> Version:
     Splits are whole days of the span in which something is asked: that of impressions, up to the newest event, or of events.
     """
     schema, windows = settings.event_schema, settings.model.windows
-    histories = SequenceTable(settings.path("tables", "sequences"), schema)
+    histories = _histories(settings)
     sequences = histories.version
     shown = _impressions(settings, histories)
     chosen = {**settings.requests.model_dump(mode="json"), "windows": vars(windows), "seed": settings.seed}
@@ -78,6 +78,10 @@ def run(settings: Settings) -> Version:
     later = f", {stats['num_later']} after the newest event left for later" if stats.get("num_later") else ""
     say("build_requests", f"version {version_id}: {counts} requests, {stats['num_cut']} cut and left out{later}")
     return version
+
+
+def _histories(settings: Settings) -> SequenceTable:
+    return SequenceTable(settings.path("tables", "sequences"), settings.event_schema)
 
 
 def _impressions(settings: Settings, histories: SequenceTable) -> SequenceTable | None:
@@ -144,4 +148,4 @@ def _check_cut(settings: Settings, num_cut: int, num_requests: int) -> None:
 
 
 if __name__ == "__main__":
-    run_job(__doc__, run)
+    run_job(__doc__, run, check=_histories)

@@ -31,7 +31,7 @@ def run(settings: Settings, since_last: bool = False) -> Version:
 def build(settings: Settings, table: Table, base: Version | None) -> Version:
     """The sequence table alone, of the rows that were imported: events or impressions."""
     schema, asked, about = settings.event_schema, settings.sequences, settings.import_events
-    events = open_version(settings.path("tables", "events"), schema, None, f"jobs.{about.section}")
+    events = imported(settings)
     rows_of = readable_files(events.files(), schema, True, type(about)) if asked.skip_unreadable_files else None
     unreadable = set(events.files()) - set(rows_of) if rows_of is not None else set()
     plan = plan_build(settings, events, unreadable, base)
@@ -58,6 +58,12 @@ def build(settings: Settings, table: Table, base: Version | None) -> Version:
     return version
 
 
+def imported(settings: Settings) -> Version:
+    """The rows that are served: events or impressions."""
+    job = f"jobs.{settings.import_events.section}"
+    return open_version(settings.path("tables", "events"), settings.event_schema, None, job)
+
+
 def _folder(table: Table, plan: BuildPlan) -> str:
     """Where to write: what a killed run of this build has done is there, what is left of others is removed."""
     if table.find(plan.version_id):  # it lost files: its records cannot be trusted
@@ -75,4 +81,5 @@ def _tell(version: Version, base: Version | None, about: ImportSettings) -> None
 
 
 if __name__ == "__main__":
-    run_job(__doc__, run, flags=(("since-last", "merge what has come since the last version into it"),))
+    since_last = ("since-last", "merge what has come since the last version into it")
+    run_job(__doc__, run, flags=(since_last,), check=imported)

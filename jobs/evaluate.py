@@ -4,6 +4,7 @@ from longer.config import Settings
 from longer.runner import run_job
 from longer.storage import Version
 from longer.training.evaluate import evaluate
+from longer.training.inputs import Inputs
 
 
 def run(settings: Settings) -> Version:
@@ -12,4 +13,4 @@ def run(settings: Settings) -> Version:
 
 
 if __name__ == "__main__":
-    run_job(__doc__, run)
+    run_job(__doc__, run, check=Inputs.served)

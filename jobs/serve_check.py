@@ -59,4 +59,4 @@ def _stop(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_job(__doc__, run)
+    run_job(__doc__, run, check=Inputs.served)

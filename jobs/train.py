@@ -9,7 +9,7 @@ from longer.runner import run_job
 from longer.section import same_for_workers
 from longer.storage import Version
 from longer.training.continuous import train_new_days
-from longer.training.run import train
+from longer.training.run import pin_tables, train
 
 FLAGS = (
     ("from", "start from the weights of this checkpoint, a local folder or s3:// prefix", "PATH"),
@@ -25,4 +25,4 @@ def run(settings: Settings, from_: str | None = None, continue_: bool = False) -
 
 
 if __name__ == "__main__":
-    run_job(__doc__, run, flags=FLAGS)
+    run_job(__doc__, run, flags=FLAGS, check=pin_tables)

@@ -45,11 +45,26 @@ def test_a_mistake_is_one_line_and_exit_code_2(args: list[str], line: str) -> No
     assert done.stderr.count("\n") == 1
 
 
-def test_what_is_missing_for_serving_is_told_before_a_ray_is_started_or_looked_for(tmp_path: Path) -> None:
-    done = run_python("-m", "jobs.serve", "--root", str(tmp_path), RAY_ADDRESS="127.0.0.1:1")
+@pytest.mark.parametrize(
+    ("job", "table", "first"),
+    [
+        ("build_sequences", "tables/events", "import_events"),
+        ("build_requests", "tables/sequences", "build_sequences"),
+        ("train", "tables/requests", "build_requests"),
+        ("evaluate", "checkpoints", "train"),
+        ("serve_check", "checkpoints", "train"),
+        ("serve", "checkpoints", "train"),
+        ("batch_score", "checkpoints", "train"),
+        ("export_embeddings", "checkpoints", "train"),
+    ],
+)
+def test_what_is_missing_is_told_before_a_ray_is_started_or_looked_for(
+    tmp_path: Path, job: str, table: str, first: str
+) -> None:
+    done = run_python("-m", f"jobs.{job}", "--root", str(tmp_path), "--ray.address", "127.0.0.1:1")
     assert done.returncode == 2
-    assert done.stderr.startswith(
-        f"{tmp_path}/checkpoints: no published version of this table: run `python -m jobs.train`"
+    assert done.stderr == (
+        f"{tmp_path}/{table}: no published version of this table: run `python -m jobs.{first}` first, with the same --root\n"
     )
 
 

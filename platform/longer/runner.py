@@ -29,19 +29,23 @@ def run_job(
     flags: Sequence[tuple[str, ...]] = (),
     needs_ray: bool = True,
     short: Sequence[str] = (),
+    check: Callable[[Settings], Any] | None = None,
 ) -> Any:
     """Runs a job and gives what it returns; exits with 2 and one line on stderr for a UserError; bugs keep their traceback.
 
     Ctrl-C and SIGTERM end it with one line, too, and 130 or 143, as shells have it.
 
     `run` gets the settings, and each of its own `flags` (`parse_settings`) as a keyword argument, `from_` where Python has a
-    word of its own. Settings named in `short` may be given without their section.
+    word of its own. Settings named in `short` may be given without their section. `check` raises the UserError that a look at the
+    tables tells, before a Ray is started for nothing.
     """
     ended_by = [signal.SIGINT]
     try:
         settings, given = parse_settings(description, flags=flags, short=short)
         _check_root(settings)
         with _terminated_as_interrupted(ended_by):
+            if check:
+                check(settings)
             if needs_ray:
                 start_ray(settings.ray)
             return run(settings, **{_argument(name): value for name, value in given.items()})

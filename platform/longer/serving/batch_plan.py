@@ -177,6 +177,13 @@ def _named_requests(settings: Settings, path: str) -> Version:
     return named
 
 
+def served(settings: Settings) -> tuple[Version, Version]:
+    """The checkpoint and the sequences."""
+    schema = settings.event_schema
+    checkpoint = open_version(settings.path("checkpoints"), schema, None, "jobs.train")
+    return checkpoint, open_version(settings.path("tables", "sequences"), schema, None, "jobs.build_sequences")
+
+
 def plan_vectors(settings: Settings) -> Plan:
     """What `export_embeddings` asks."""
     return _plan_users(settings, settings.export_embeddings, "vectors")
@@ -199,8 +206,7 @@ def check_model(plan: Plan) -> None:
 
 def _plan_users(settings: Settings, asked: UserSettings, kind: Kind) -> Plan:
     schema, section = settings.event_schema, "export_embeddings" if kind == "vectors" else "batch_score"
-    checkpoint = open_version(settings.path("checkpoints"), schema, None, "jobs.train")
-    sequences = open_version(settings.path("tables", "sequences"), schema, None, "jobs.build_sequences")
+    checkpoint, sequences = served(settings)
     inputs = {"checkpoint": checkpoint.id, "sequences": sequences.id}
     user_type, item_type = schema.id_types
     users = IdList(asked.users, "user_id", user_type, f"{section}.users") if asked.users else None
