@@ -103,7 +103,7 @@ class Arm:
     @property
     def is_tested(self) -> bool:
         """What steers the study sees the validation split only."""
-        return self.group not in ("tuning", "undone")
+        return self.group not in ("tuning", "tried", "undone")
 
     @property
     def is_compared(self) -> bool:

@@ -7,7 +7,7 @@ from benchmarks.quality_study.arms import BASES, ENCODERS, FEATURES, ITSELF, UND
 
 GENERATED_ENCODERS = ("longer", "none", "din_recent50", "sim_hard", "sim_soft", "din", "twin")
 """Those whose cost at 10,000 events is linear, and small enough."""
-GROUPS = ("encoders", "lengths", "flops", "tables", "widths", "switches", "undone")
+GROUPS = ("encoders", "lengths", "tried", "flops", "tables", "widths", "switches", "undone")
 """The tables and plots that arms are for, in the order in which they are worth their time."""
 LENGTHS = (20, 50, 100, 200, 500, 1000, 2000, 4000)
 _QUERIES = ("uniform", "learnable", "recent_uniform")
@@ -63,6 +63,7 @@ def _journey(quick: bool, seeds: int) -> Iterator[Arm]:
     switches = [*_merging(ids_only), *_queries(ids_only), *_sizes(ids_only)]
     yield from _rounds(seeds, [arm for arm in switches if arm.name in OF_GOALS])
     yield from _rounds(seeds, [arm for arm in switches if arm.name not in OF_GOALS])
+    yield from _tried(base)
     yield from _undone(ids_only)
 
 
@@ -129,6 +130,17 @@ def _undone(here: Arm) -> list[Arm]:
     here = replace(here, group="undone")
     every = [replace(here, name=f"K={k}, {what}", undone=what, merge=k) for k in (4, 1) for what in UNDO]
     return [replace(arm, queries=400) if arm.merge == 1 else arm for arm in every]
+
+
+def _tried(base: Arm) -> list[Arm]:
+    """What might part LONGER from the encoder that it ties with, with the features: each by its validation split alone."""
+    here = replace(base, group="tried")
+    both = [replace(here, name=name, encoder=name) for name in ("longer", "hstu")]
+    dropped = [
+        replace(arm, name=f"{arm.name}+features dropout {p}", model={"dropout": p}) for arm in both for p in (0.1, 0.2)
+    ]
+    sizes = {"N=2": {"num_self_layers": 2}, "D=192": {"width": 192}}
+    return [*dropped, *(replace(both[0], name=f"longer+features {name}", model=model) for name, model in sizes.items())]
 
 
 def _sizes(here: Arm) -> list[Arm]:

@@ -58,6 +58,7 @@ def page(records: Sequence[Record]) -> str:
     logs = sorted({record["log"] for record in records}, key=["journey", "generated", "movielens"].index)
     parts = ["# Quality: LONGER and the encoders that it is compared with", _conditions(records, trained)]
     for log in logs:
+        all_of_log = [record for record in records if record.get("log") == log]
         mine = [record for record in tested if record["log"] == log]
         measured = next((r for r in records if r.get("key") == f"{log}/baselines"), {})
         baselines = measured.get("baselines", {})
@@ -70,9 +71,20 @@ def page(records: Sequence[Record]) -> str:
                 mine, "tables", "Encoders whose events are as wide as LONGER's, on ids alone: items' tables of one size"
             ),
             _table(mine, "switches", "Switches of LONGER, on ids alone unless said, trained as LONGER is"),
-            _undone([record for record in records if record.get("log") == log]),
+            _validated(
+                all_of_log,
+                "undone",
+                ("longer", "K=1"),
+                "What merging lost: LONGER on ids alone with a part of its start taken back",
+            ),
+            _validated(
+                all_of_log,
+                "tried",
+                ("longer" + FEATURES, "hstu" + FEATURES),
+                "What was tried with the features for LONGER and the encoder nearest to it",
+            ),
             _widths(mine),
-            _trials([record for record in records if record.get("log") == log]),
+            _trials(all_of_log),
         ]
     first = next((log for log in logs if any(record["log"] == log for record in tested)), logs[0])
     return "\n\n".join([*filter(None, parts), json.dumps(_summary(tested, first))])
@@ -127,21 +139,14 @@ def _about(log: str, measured: Record, tested: Sequence[Record], quick: bool) ->
     return " ".join(lines)
 
 
-def _undone(mine: Sequence[Record]) -> str:
-    """Seen on the validation split alone, as all that steers the study."""
-    chosen = {r["arm"]: r for r in mine if r.get("group") == "undone"}
-    as_it_is = [r for r in mine if r.get("arm") in ("longer", "K=1") and r.get("seed") == 0]
+def _validated(mine: Sequence[Record], group: str, beside: Sequence[str], title: str) -> str:
+    """A group that is seen on the validation split alone, as all that steers the study, beside these arms as they are."""
+    chosen = [r for r in mine if r.get("group") == group]
+    as_it_is = [r for r in mine if r.get("arm") in beside and r.get("seed") == 0]
     if not chosen:
         return ""
-    lines = [
-        "### What merging lost: LONGER on ids alone with a part of its start taken back; validation split, one seed",
-        "",
-    ]
-    lines += ["| arm | AUC | AUC, long histories |", "|---|---|---|"]
-    lines += [
-        f"| {r['arm']} | {r['valid']['auc']:.4f} | {r['valid']['long_auc']:.4f} |"
-        for r in [*as_it_is, *chosen.values()]
-    ]
+    lines = [f"### {title}; validation split, one seed", "", "| arm | AUC | AUC, long histories |", "|---|---|---|"]
+    lines += [f"| {r['arm']} | {r['valid']['auc']:.4f} | {r['valid']['long_auc']:.4f} |" for r in [*as_it_is, *chosen]]
     return "\n".join(lines)
 
 
