@@ -3,6 +3,7 @@
 An event is a tuple in the log's canonical order: time, item, action, category, price, quantity.
 """
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -432,12 +433,24 @@ def test_events_that_the_log_would_not_take_are_refused_whole(
 
 
 @settings(deadline=None)
-@given(known=EVENTS, sent=EVENTS)
-def test_what_is_beyond_is_the_difference_of_multisets(known: list[Event], sent: list[Event], world: Settings) -> None:
-    schema = world.event_schema
-    padded = {1: Counter([event(50, 0)])}  # a log is never empty here
-    tables = [log_of({**padded, 2: Counter(events)}, schema) for events in (known, sent)]
+@given(known=EVENTS, sent=EVENTS, is_known=st.booleans())
+def test_what_is_beyond_is_the_difference_of_multisets(
+    known: list[Event], sent: list[Event], is_known: bool, world: Settings
+) -> None:
+    schema, padding = world.event_schema, Counter([event(50, 0)])  # a log is never empty here
+    other = padding if is_known else Counter([event(60, 0)])
+    tables = [log_of({1: pad, 2: Counter(events)}, schema) for pad, events in ((padding, known), (other, sent))]
     difference = beyond(tables[1], tables[0], schema).select(FIELDS)
     times = difference["event_ts"].cast(pa.int64())
     found = Counter(zip(*[times.to_pylist(), *(c.to_pylist() for c in difference.columns[1:])], strict=True))
-    assert found == Counter(sent) - Counter(known)
+    assert found == Counter(sent) + (other - padding) - Counter(known)
+
+
+def test_equal_events_that_are_new_together_stay_as_many_and_have_no_negative_zero(world: Settings) -> None:
+    schema = world.event_schema
+    time_ms, *rest, _ = event(50, 0)
+    one = (time_ms, *rest, -0.0)
+    sent = log_of({1: Counter({one: 2})}, schema)
+    found = beyond(sent, sent.slice(0, 0), schema)
+    assert len(found) == 2
+    assert [math.copysign(1, number) for number in found[FIELDS[-1]].to_pylist()] == [1, 1]

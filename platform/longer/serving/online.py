@@ -100,7 +100,8 @@ class OnlineEvents:
     def of(self, user_keys: list[int]) -> pa.Table:
         """All events of these users, in no stated order (`events_arrow`)."""
         held = [found.events.select(self._names) for key in user_keys if (found := self._users.get(key))]
-        return pa.concat_tables([self._schema.events_arrow().empty_table(), *held])
+        # In one piece: what is done with it next costs a call for each piece of each column.
+        return pa.concat_tables([self._schema.events_arrow().empty_table(), *held]).combine_chunks()
 
     def add(self, events: pa.Table) -> dict[int, Added]:
         """Takes in events (`events_arrow`) of any users; by user key, what was new."""
@@ -222,6 +223,8 @@ def beyond(events: pa.Table, known: pa.Table, schema: EventSchema) -> pa.Table:
     names = schema.events_arrow().names
     kept = [_RECEIVED_S] if _RECEIVED_S in events.column_names else []
     same_time = known.filter(pc.is_in(known["event_ts"], single_array(events["event_ts"])))
+    if not len(same_time) and not kept:  # as nearly always, and counting takes most of the time
+        return _positive_zeros(events.select(names)).combine_chunks()
     theirs = same_time.select(names)
     for name in kept:
         theirs = theirs.append_column(name, pa.nulls(len(theirs), pa.float64()))
@@ -235,10 +238,18 @@ def beyond(events: pa.Table, known: pa.Table, schema: EventSchema) -> pa.Table:
 
 
 def _counted(events: pa.Table, known: int, sent: int) -> pa.Table:
-    """The events with how often each is on which side; -0.0 is 0.0, which sorts and scores the same."""
+    """The events with how often each is on which side."""
+    ones = {"known": np.full(len(events), known), "sent": np.full(len(events), sent)}
+    events = _positive_zeros(events)
+    for name, values in ones.items():
+        events = events.append_column(name, pa.array(values))
+    return events
+
+
+def _positive_zeros(events: pa.Table) -> pa.Table:
+    """-0.0 is 0.0, which sorts and scores the same."""
     columns = {
         name: pc.add(column, pa.scalar(0, column.type)) if pa.types.is_floating(column.type) else column
         for name, column in zip(events.column_names, events.columns, strict=True)
     }
-    ones = {"known": np.full(len(events), known), "sent": np.full(len(events), sent)}
-    return pa.table({**columns, **{name: pa.array(values) for name, values in ones.items()}})
+    return pa.table(columns)
