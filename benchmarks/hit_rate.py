@@ -32,8 +32,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from benchmarks.point_reads import commit
-from benchmarks.quickstart import cpu_model
+from benchmarks.conditions import commit, cpu_model
 from longer.arrays import Candidates, Histories, Int64
 from longer.charts import curve
 from longer.config import load_settings

@@ -33,9 +33,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.conditions import commit
 from benchmarks.model_arms.sizes import ON_CUDA
 from benchmarks.model_arms.workers import exit_at_sigterm
-from benchmarks.point_reads import commit
 
 MODULES = {"step": "steps", "resume": "runs", "resume-rows": "runs", "serving": "replicas"}
 OF_STEP = (

@@ -9,7 +9,6 @@ import argparse
 import json
 import logging
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.quickstart import cpu_model
+from benchmarks.conditions import commit, cpu_model
 from jobs import build_sequences, generate_events
 from longer.config import load_settings
 from longer.data.tables import SequenceTable
@@ -89,15 +88,6 @@ def requests_a_read(local: Table, users: list[int]) -> dict[str, float]:
         "s3_requests": len(proxy.requests) / len(users),
         "s3_bytes": num_bytes / len(users),
     }
-
-
-def commit() -> str:
-    """Of this tree; a copy without its history does not know."""
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "not known here"
 
 
 def main() -> None:

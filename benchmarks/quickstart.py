@@ -7,7 +7,6 @@ JSON line. Each run has its own seed, so that quality comes with its spread. The
 import argparse
 import json
 import os
-import platform as python_platform
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks.conditions import cpu_model
 from longer.datasets.complete_journey import locate
 
 CONFIG = "configs/quickstart.yaml"
@@ -71,11 +71,6 @@ def page(reports: list[dict[str, Any]]) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def cpu_model() -> str:
-    named = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return named[0].split(":", 1)[1].strip() if named else python_platform.processor()
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
-from benchmarks.quickstart import cpu_model
+from benchmarks.conditions import cpu_model
 from benchmarks.regroup import libraries
 from benchmarks.regroup.digest import Digest, digest_log, problem_of, rows_of_files, rows_of_table
 from benchmarks.regroup.job import Job

@@ -25,9 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.conditions import commit, cpu_model
 from benchmarks.model_arms.sizes import DEVICE, ON_CUDA
-from benchmarks.point_reads import commit
-from benchmarks.quickstart import cpu_model
 from longer.arrays import Float32, Int64, RequestBatch
 from longer.config import Settings, load_settings
 from longer.data.tables import RequestTable, SequenceTable

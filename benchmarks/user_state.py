@@ -37,9 +37,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.conditions import commit, cpu_model
 from benchmarks.model_arms.sizes import ON_CUDA, model_settings
-from benchmarks.point_reads import commit
-from benchmarks.quickstart import cpu_model
 from benchmarks.state_arms import compiled, kernels, replay, states
 from benchmarks.state_arms.page import page, shown
 from benchmarks.state_arms.users import Users, Way, worst_difference

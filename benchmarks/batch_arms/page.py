@@ -12,8 +12,7 @@ import ray
 import torch
 
 from benchmarks.batch_arms.world import num_cores, scoring_seconds
-from benchmarks.point_reads import commit
-from benchmarks.quickstart import cpu_model
+from benchmarks.conditions import commit, cpu_model
 from longer.config import Settings
 from longer.storage import Version
 

@@ -11,8 +11,7 @@ import numpy as np
 import ray
 import torch
 
-from benchmarks.point_reads import commit
-from benchmarks.quickstart import cpu_model
+from benchmarks.conditions import commit, cpu_model
 from benchmarks.serving_arms.arms import Arm, extra_ms, throughput_ratio, told_ratio
 
 
