@@ -39,6 +39,7 @@ import torch
 import longer.data
 import longer.datasets
 from benchmarks import quality_study
+from benchmarks.conditions import commit
 from benchmarks.quality_study.arms import BASES, QUICK, Arm, Base, model_settings
 from benchmarks.quality_study.cache import cached
 from benchmarks.quality_study.data import SCHEMAS, read_log
@@ -225,7 +226,7 @@ def _made_of(log: str, root: str, sizes: GenerateSettings) -> str:
 
 def _about(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{len(os.sched_getaffinity(0))} CPU cores"
-    return {"hardware": name, "torch": torch.__version__, "quick": asked.quick}
+    return {"hardware": name, "torch": torch.__version__, "commit": commit(), "quick": asked.quick}
 
 
 def _say(message: str) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from benchmarks.quality_study.arms import BASES, ENCODERS, FEATURES, ITSELF, UNDO, Arm
+from benchmarks.quality_study.arms import BASES, ENCODERS, FEATURES, ITSELF, UNDO, Arm, Trained
 
 GENERATED_ENCODERS = ("longer", "none", "din_recent50", "sim_hard", "sim_soft", "din", "twin")
 """Those whose cost at 10,000 events is linear, and small enough."""
@@ -16,6 +16,7 @@ OF_GOALS = (
     "K=1",
     *(f"{kind} queries" for kind in _QUERIES),
     "k=250 L=1000",
+    "k=250 L=1000" + FEATURES,
     *(f"trained at L={length}, tested at {LENGTHS[-1]}" for length in SHORT),
 )
 """Switches of LONGER that a goal rests on."""
@@ -97,11 +98,8 @@ def _queries(here: Arm) -> list[Arm]:
     """Which groups are queries, and how many, as in the paper's Table 2."""
     kinds = [replace(here, name=f"{kind} queries", model={"queries": kind}) for kind in _QUERIES]
     numbers = [replace(here, name=f"k={k}", queries=k) for k in (12, 25, 50, 250, 1000)]
-    return [
-        *kinds,
-        *numbers,
-        replace(here, name="k=250 L=1000", queries=250, length=1000),
-    ]  # all of 250, as in the paper
+    whole = replace(here, name="k=250 L=1000", queries=250, length=1000)  # all of 250, as in the paper
+    return [*kinds, *numbers, whole, replace(whole, name=whole.name + FEATURES, features=True)]
 
 
 def _flops(base: Arm) -> list[Arm]:
@@ -133,14 +131,27 @@ def _undone(here: Arm) -> list[Arm]:
 
 
 def _tried(base: Arm) -> list[Arm]:
-    """What might part LONGER from the encoder that it ties with, with the features: each by its validation split alone."""
+    """What might part LONGER from the encoder that it ties with, with the features, and switches at other rates than LONGER's own
+    best (0.01, 0.0006): by the validation split alone."""
     here = replace(base, group="tried")
     both = [replace(here, name=name, encoder=name) for name in ("longer", "hstu")]
     dropped = [
         replace(arm, name=f"{arm.name}+features dropout {p}", model={"dropout": p}) for arm in both for p in (0.1, 0.2)
     ]
     sizes = {"N=2": {"num_self_layers": 2}, "D=192": {"width": 192}}
-    return [*dropped, *(replace(both[0], name=f"longer+features {name}", model=model) for name, model in sizes.items())]
+    larger = [replace(both[0], name=f"longer+features {name}", model=model) for name, model in sizes.items()]
+    ids_only = replace(here, features=False)
+    switched = (
+        replace(ids_only, name="K=1", merge=1, queries=400),
+        replace(ids_only, name="learnable queries", model={"queries": "learnable"}),
+    )
+    rates = (Trained(0.003, 0.0006, 3), Trained(0.03, 0.0006, 3), Trained(0.01, 0.002, 3))
+    at_rates = [
+        replace(arm, name=f"{arm.name} tables {rate.tables:g} dense {rate.dense:g}", trial=rate)
+        for arm in switched
+        for rate in rates
+    ]
+    return [*dropped, *larger, *at_rates]
 
 
 def _sizes(here: Arm) -> list[Arm]:

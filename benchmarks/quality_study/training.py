@@ -23,6 +23,7 @@ from longer.arrays import Candidates, Int64
 from longer.data.batches import Packs, plan_packs
 from longer.model.attention import Rotation
 from longer.model.encoders.factory import make_model, upstream_settings
+from longer.model.encoders.hstu import HstuLayer
 from longer.model.encoders.ranker import EncoderRanker
 from longer.model.inputs import to_tensors
 from longer.model.longer import Longer
@@ -269,6 +270,9 @@ def _forward_flops(log: Log, arm: Arm, settings: ModelSettings) -> dict[str, flo
     features = {name: values[again] for name, values in asked.candidates.features.items()}
     batch = to_tensors(replace(asked, candidates=Candidates(np.array([0, mean]), features), labels={}))
     model = _make(arm, settings, log).eval()
+    for layer in model.modules():
+        if isinstance(layer, HstuLayer):  # all pairs at once, as in the Transformer's attention
+            layer.block_events = settings.windows.max_history_events
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # others are not counted on a CPU
         model(batch)
     return {

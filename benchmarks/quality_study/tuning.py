@@ -150,7 +150,7 @@ def _tuned_as(arm: Arm) -> str:
 
 def _began(records: Iterable[dict[str, Any]], log: str, chain: Chain) -> Trained | None:
     """How the first of the grid's arms of an encoder was trained."""
-    of_grid = (record for record in records if record.get("group", "tuning") != "tuning")
+    of_grid = (record for record in records if record.get("group", "tuning") not in ("tuning", "tried"))
     arms = (r for r in of_grid if (r["log"], r["encoder"], r["features"]) == (log, *chain))
     return next((Trained(**record["trained"]) for record in arms), None)
 

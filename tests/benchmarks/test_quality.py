@@ -233,7 +233,7 @@ def test_no_goal_is_met_by_seeds_that_lie_far_apart_or_by_queries_that_gain_noth
         return line
 
     few = {"some": (0.79, 0.79, 0.79), "alone": (0.5, 0.5, 0.5)}
-    share = "keep more than 95%"
+    share = "at about half of the FLOPs, on ids"
     assert told(share, none=(0.70,) * 3, every=(0.7901,) * 3, **few).startswith("- **missed**")  # at all of the FLOPs
     assert "no gain to keep" in told(share, none=(0.70,) * 3, every=(0.69, 0.70, 0.72), **few)
     assert told("merging loses little", longer=(0.740, 0.740, 0.740), k1=(0.743, 0.743, 0.743)).startswith("- **met**")
@@ -256,8 +256,18 @@ def test_the_page_ends_with_one_line_of_json_and_means_over_seeds() -> None:
     assert last["auc"]["longer+features"] == pytest.approx(0.75)
     assert last["spread"] == pytest.approx(0.05)
     assert any("0.7500 ± 0.0500" in line for line in lines)
-    with pytest.raises(AssertionError, match="different steps"):
-        page([record("longer", 0, 0.7), record("longer", 1, 0.8, steps=2)])
+
+
+def test_records_of_runs_with_other_budgets_make_no_page_together() -> None:
+    """Half of an arm's seeds would be tested on other requests than the arm that it is compared with."""
+    one = record("longer", 0, 0.7)
+    for other, what in (
+        ({"steps": 2}, "steps a pass"),
+        ({"test": one["test"] | {"rows": 198}}, "tested on different requests"),
+        ({"hardware": "2 CPU cores"}, "precision"),
+    ):
+        with pytest.raises(AssertionError, match=what):
+            page([one, record("longer", 1, 0.8, **other)])
 
 
 def test_a_sitting_that_ended_early_has_plots_and_a_page_that_names_what_was_left_out(tmp_path: Path) -> None:

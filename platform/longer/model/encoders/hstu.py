@@ -64,6 +64,7 @@ class HstuLayer(nn.Module):
         super().__init__()
         width, self.num_heads = settings.width, settings.num_heads
         self.scale = 1 / settings.history_events
+        self.block_events = _BLOCK_EVENTS
         self.norm_input = nn.LayerNorm(width)
         self.f1 = nn.Linear(width, 4 * width)
         self.norm_gathered = nn.LayerNorm(
@@ -111,10 +112,10 @@ class HstuLayer(nn.Module):
     def attend_causally(self, query: Tensor, key: Tensor, value: Tensor, ts_BL: Tensor) -> Tensor:
         """[B, L, H, Z]: of every event with those up to itself."""
         num_events, parts = ts_BL.shape[1], []
-        for begin in range(0, num_events, _BLOCK_EVENTS):
-            end = min(begin + _BLOCK_EVENTS, num_events)
+        for begin in range(0, num_events, self.block_events):
+            end = min(begin + self.block_events, num_events)
             block = query[:, begin:end], key[:, :end], value[:, :end], ts_BL[:, :end]
-            parts.append(run(self._attend_block, *block, recompute=num_events > _BLOCK_EVENTS))
+            parts.append(run(self._attend_block, *block, recompute=num_events > self.block_events))
         return torch.cat(parts, dim=1)
 
     def _attend_block(self, query: Tensor, key: Tensor, value: Tensor, ts_BS: Tensor) -> Tensor:
