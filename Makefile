@@ -1,4 +1,4 @@
-# make quickstart | test | test-slow | lint | serve | bench | clean     (PYTHON=python3.12 picks another interpreter)
+# make quickstart | test | test-slow | test-kernels | lint | serve | bench | clean     (PYTHON=python3.12 picks another interpreter)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ export RAY_AUTH_TOKEN ?= $(shell od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export RAY_USAGE_STATS_ENABLED ?= 0
 export PYTHONUNBUFFERED := 1
 
-.PHONY: quickstart test test-slow lint format serve bench clean
+.PHONY: quickstart test test-slow test-kernels lint format serve bench clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "longer needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -27,6 +27,14 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 	$(BIN)/python -m pytest tests/serve_apps/test_malformed.py --malformed 10000
+
+# Beside the environment, not in it: a gigabyte, and CUDA builds of PyTorch bring the one that fits them.
+$(VENV)/triton: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.9.0
+	@touch $@
+
+test-kernels: $(VENV)/triton
+	PYTHONPATH=$(VENV)/triton $(BIN)/python -m pytest -m kernels
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

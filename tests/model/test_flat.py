@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from longer.model import flat
@@ -31,6 +31,7 @@ if not ON_CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="the kernels need Triton: CUDA builds of PyTorch bring it")
 DEVICE = "cuda" if ON_CUDA else "cpu"
+pytestmark = pytest.mark.kernels
 SIZES: dict[str, dict] = {
     "default": {},
     "no merging": {"merge_size": 1, "event_width": 4},
@@ -57,6 +58,7 @@ def outputs_and_gradients(model: Longer, outputs: torch.Tensor) -> list[torch.Te
 
 @pytest.mark.parametrize("name", SIZES)
 @given(seed=st.integers(0, 2**32 - 1), lengths=st.lists(st.integers(0, 60), min_size=1, max_size=3))
+@example(seed=0, lengths=[0, 1, 11, 12, 13, 24, 25, 30, 31])  # nothing, a part of a group, the windows' edges
 @settings(max_examples=10 if ON_CUDA else 3, deadline=None)
 def test_flat_pass_equals_the_three_steps(name: str, seed: int, lengths: list[int]) -> None:
     exact, model = (

@@ -14,6 +14,7 @@ if not ON_CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="the kernels need Triton: CUDA builds of PyTorch bring it")
 DEVICE = "cuda" if ON_CUDA else "cpu"
+pytestmark = pytest.mark.kernels
 
 
 @given(

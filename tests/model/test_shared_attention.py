@@ -16,6 +16,7 @@ if not ON_CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="the kernel needs Triton: CUDA builds of PyTorch bring it")
 DEVICE = "cuda" if ON_CUDA else "cpu"
+pytestmark = pytest.mark.kernels
 NUM_EXAMPLES = 60 if ON_CUDA else 5
 HALF = (torch.bfloat16, 1e-2) if ON_CUDA else (torch.float16, 1e-3)
 """The interpreter multiplies no bfloat16 matrices."""

@@ -13,6 +13,7 @@ ON_CUDA = torch.cuda.is_available()
 if not ON_CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 DEVICE = "cuda" if ON_CUDA else "cpu"
+pytestmark = pytest.mark.kernels
 
 
 def gradient_of(weight: torch.Tensor, read: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
