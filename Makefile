@@ -34,7 +34,7 @@ $(VENV)/triton: $(INSTALLED)
 	@touch $@
 
 test-kernels: $(VENV)/triton
-	PYTHONPATH=$(VENV)/triton $(BIN)/python -m pytest -m kernels
+	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/triton $(BIN)/python -m pytest -m kernels
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
