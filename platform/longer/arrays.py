@@ -81,6 +81,17 @@ class Histories:
             features={name: values[begin:stop] for name, values in self.features.items()},
         )
 
+    def copied(self) -> "Histories":
+        """The same in memory of its own, so that nothing else is held on to."""
+        return Histories(
+            user_key_B=self.user_key_B.copy(),
+            offsets_B1=self.offsets_B1.copy(),
+            first_index_B=self.first_index_B.copy(),
+            prev_event_ts_B=self.prev_event_ts_B.copy(),
+            event_ts_E=self.event_ts_E.copy(),
+            features={name: values.copy() for name, values in self.features.items()},
+        )
+
     def split(self) -> "list[Histories]":
         """Each user alone; the arrays are views of these."""
         spans = zip(self.first_index_B.tolist(), self.end_index_B.tolist(), strict=True)

@@ -28,7 +28,10 @@ def hash_int64(values: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
 
 
 def stable_keys(column: pa.Array | pa.ChunkedArray) -> Keys:
-    """Keys of an int or string column, shape [rows]; nulls and empty strings become 0, everything else a positive int64."""
+    """Keys of an int or string column, shape [rows]; nulls and empty strings become 0, everything else a positive int64.
+
+    Of 63 bits: two ids share a key once in 2^63 pairs. Where that would mix up users, serving compares the ids too.
+    """
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
     if pa.types.is_dictionary(column.type):

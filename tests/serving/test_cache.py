@@ -1,9 +1,11 @@
 """The index of states against a naive model: lists of users, who goes first in front."""
 
+import math
 from collections.abc import Callable, Iterable
 from itertools import accumulate, cycle, takewhile
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -32,6 +34,7 @@ class Row:
         self.asked_again, self.tier, self.segment, self.num_pins = asked_again, Tier.DEVICE, PROBATION, 0
         self.came_after = 0.0
         """Bytes of what came in or came back since it came in."""
+        self.asked_s = -math.inf
 
 
 class IndexAgainstLists(RuleBasedStateMachine):
@@ -40,7 +43,10 @@ class IndexAgainstLists(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.released: list[int] = []
-        self.index: StateIndex[int] = StateIndex(BUDGET, BUDGET, lambda held: self.released.append(held.entry.state))
+        self.now_s = 0.0
+        self.index: StateIndex[int] = StateIndex(
+            BUDGET, BUDGET, lambda held: self.released.append(held.entry.state), lambda: self.now_s
+        )
         self.rows: list[Row] = []
         self.pinned: list[tuple[Held[int], Row]] = []
         self.gone: list[int] = []
@@ -97,9 +103,10 @@ class IndexAgainstLists(RuleBasedStateMachine):
         self.remembered = [(gone, size) for gone, size in self.remembered if gone != user]
         row = Row(user, version, self.serial, num_bytes, asked_again)
         if old:
-            row.came_after = old.came_after
+            row.came_after, row.asked_s = old.came_after, old.asked_s
             self.drop(old)
         else:
+            row.asked_s = self.now_s
             self.count_visit(row)
         self.index.put(user, version, entry(self.serial), num_bytes)
         self.come_in(row)
@@ -118,13 +125,21 @@ class IndexAgainstLists(RuleBasedStateMachine):
         self.rows.insert(0, row)
         self.remembered = [(gone, size) for gone, size in self.remembered if gone != user]
 
+    @rule(minutes=st.sampled_from([20, 40]))
+    def wait(self, minutes: int) -> None:
+        """A visit ends with half an hour in which its user asks nothing."""
+        self.now_s += 60 * minutes
+
     @rule(user=USERS, version=VERSIONS)
     def get(self, user: int, version: StateVersion) -> None:
         version = self.served or version
         row, found = self.row(user), self.index.get(user, version)
-        if row and not row.asked_again and row.came_after > VISIT_BYTES:
-            row.asked_again = True
-            self.count_visit(row)
+        if row:
+            is_over = row.came_after > VISIT_BYTES or self.now_s - row.asked_s > 1_800
+            row.asked_s = self.now_s
+            if is_over and not row.asked_again:
+                row.asked_again = True
+                self.count_visit(row)
         if row and row.version == version:
             assert found is not None
             assert found.entry.state == row.state
@@ -210,7 +225,8 @@ class Cache:
     """The index with nothing behind it: who is asked for is there afterwards, and the tiers keep to their budgets."""
 
     def __init__(self, device_bytes: int, host_bytes: int) -> None:
-        self.index: StateIndex[int] = StateIndex(device_bytes, host_bytes, lambda held: None)
+        self.now_s = 0.0
+        self.index: StateIndex[int] = StateIndex(device_bytes, host_bytes, lambda held: None, lambda: self.now_s)
         self.host_bytes, self.version = host_bytes, OLD
 
     def serve(self, version: StateVersion) -> None:
@@ -284,6 +300,19 @@ def test_a_scan_of_cold_users_pushes_out_no_user_who_comes_back(
     for user in range(200):
         cache.ask(10_000 + user, scanned)
     assert cache.holds_all(hot)
+
+
+@pytest.mark.parametrize("num_hot", [1, 3, 6])
+def test_a_scan_pushes_out_no_few_users_who_come_every_day_to_a_cache_that_they_have_nearly_alone(num_hot: int) -> None:
+    """Nobody else came in while they came, whose states would have told one visit from the next."""
+    cache = Cache(100, 0)
+    for _ in range(3):
+        for user in range(num_hot):
+            cache.ask(user, 1)
+        cache.now_s += 86_400
+    for user in range(200):
+        cache.ask(10_000 + user, 1)
+    assert cache.holds_all([(user, 1) for user in range(num_hot)])
 
 
 @given(budgets=BUDGETS, sizes=HOT_SIZES, scanned=SIZES, num_requests=st.integers(2, 5), num_together=st.integers(1, 4))

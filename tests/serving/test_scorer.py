@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from longer.config import Settings
 from longer.errors import StorageError, UserError
+from longer.hashing import stable_key
 from longer.model.longer import Longer
 from longer.serving.pending import pending_users, read_rows
 from longer.serving.scorer import EventsRequest, Scorer, ScoreRequest, ScoreResult, Scoring
@@ -118,6 +119,21 @@ def test_a_state_ends_strictly_before_the_request(world: Settings) -> None:
         assert after.source == "append"
         previous = after.num_events
     assert scorer.cache.counters.load == 0
+
+
+def test_users_whose_ids_have_one_key_are_never_scored_from_each_others_states_or_events(world: Settings) -> None:
+    """A key has 63 bits, and an id 64: of a billion users two may share one, and whoever likes can compute such a pair."""
+    namesakes = (5, -7677626428535463196)
+    assert stable_key(namesakes[0]) == stable_key(namesakes[1])
+    alone = {user: ask(scorer_of(world), (user, END_MS))[0] for user in namesakes}
+    scorer = scorer_of(world)
+    for user in (*namesakes, *namesakes):
+        [found] = ask(scorer, (user, END_MS))
+        assert_same(found, alone[user])
+        assert found.source == alone[user].source
+    assert [found.num_events for found in ask(scorer, *((user, END_MS) for user in namesakes))] == [25, 0]
+    scorer.add_events([EventsRequest(5, {"event_ts": [END_MS], "item_id": ["item1"]})])
+    assert [found.num_events for found in ask(scorer, *((user, END_MS + 1) for user in namesakes))] == [26, 0]
 
 
 def test_a_question_about_the_past_leaves_the_newer_state(world: Settings) -> None:

@@ -308,6 +308,27 @@ def test_nothing_is_left_of_a_user_who_is_forgotten_in_any_tier(device: str) -> 
     assert not any(user in world.store._index._gone for user in range(NUM_USERS))
 
 
+def test_a_state_keeps_no_array_of_another_user_who_may_be_forgotten() -> None:
+    """The newest events of a whole batch would live as long as any of its users, and those of a whole dump."""
+    world = World("float32", 0, 4, 2)
+    for _ in range(2):
+        world.end_U += 20
+        world.ask([0, 1, 2])
+        world.store.release()
+    kept = [
+        (held, asked_again, world.store.words(held))
+        for held, asked_again in world.store.hottest(StateVersion("m0", "s", "appendable"))
+    ]
+    tables = list[str]()
+    packed = pack(kept, tables, lambda _: 0)
+    entries = [held.entry for held, *_ in kept] + [one.entry for one in unpack(packed, ["any"] * len(kept), tables)]
+    assert len(entries) == 6
+    for partial in (entry.state.partial for entry in entries):
+        assert len(partial.event_ts_E)
+        own = (partial.user_key_B, partial.event_ts_E, partial.prev_event_ts_B, *partial.features.values())
+        assert all(array.base is None for array in own)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pins memory for CUDA")
 def test_pinned_memory_is_as_large_as_asked_and_copies_both_ways() -> None:
     words = pinned_words((1 << 20) + 7)

@@ -78,7 +78,10 @@ class CapturedScores:
         num_users, room = size = self._choice.of(own, self._graphs.sizes)
         last_ts_R = np.array([state.last_event_ts for state in states], np.int64)
         numbers = context_of(self._pool, states).arrays | {"last_ts": last_ts_R, "request_ts": request_ts_R}
-        numbers_AU = np.zeros((len(numbers), num_users), np.int64)
+        nobody_AU = np.zeros((len(numbers), num_users), np.int64)  # what it reads is no user's: the pool's last row
+        nobody_AU[[name.startswith("tail") for name in numbers]] = self._pool.trash_row
+        nobody_AU[list(numbers).index("event_ts")] = self._pool.trash_word
+        numbers_AU = nobody_AU.copy()
         numbers_AU[:, : len(states)] = list(numbers.values())
         offsets_U1 = np.append(candidates.offsets_R1, np.full(num_users - len(states), num_candidates))
         offsets_U1[-1] = room
@@ -88,7 +91,7 @@ class CapturedScores:
             size,
             lambda tensors: self._outputs(names, tensors),
             lambda: (
-                {"numbers": np.zeros_like(numbers_AU), "offsets": of_filling}
+                {"numbers": nobody_AU, "offsets": of_filling}
                 | {name: np.zeros(room, values.dtype) for name, values in features.items()}
             ),
         )

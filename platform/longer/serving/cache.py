@@ -8,6 +8,7 @@ Who goes first is for `policy` to say; here is who is held, and where. States of
 others, and are never moved: nobody can be answered from them.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import IntEnum
@@ -41,8 +42,8 @@ class Known(NamedTuple):
 class Entry(Generic[S]):
     """A user's state, the request times that it answers, and which events it was made from.
 
-    `holds_table` says that no event of the table is younger than the state, so that what comes next can only be online. `user_id`
-    is told where states may outlive the replica, whose successors share users out by it.
+    `holds_table` says that no event of the table is younger than the state, so that what comes next can only be online. By
+    `user_id` users are told apart whose ids share a key, and shared out where states outlive the replica.
     """
 
     state: S
@@ -104,7 +105,13 @@ class StateIndex(Generic[S]):
     The index holds no memory: `release(held)` is called once for each that leaves it, when nobody uses it any more.
     """
 
-    def __init__(self, device_bytes: int, host_bytes: int, release: Callable[[Held[S]], None]) -> None:
+    def __init__(
+        self,
+        device_bytes: int,
+        host_bytes: int,
+        release: Callable[[Held[S]], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.tiers: tuple[SegmentedLru[Held[S]], SegmentedLru[Held[S]]] = (
             SegmentedLru(device_bytes),
             SegmentedLru(host_bytes),
@@ -112,7 +119,7 @@ class StateIndex(Generic[S]):
         self.counters = Counters()
         self._users: dict[int, Held[S]] = {}
         self._gone = Gone(device_bytes + host_bytes)
-        self._visits = Visits(device_bytes + host_bytes)
+        self._visits = Visits(device_bytes + host_bytes, clock)
         self._served: StateVersion | None = None
         self._release = release
 
@@ -146,7 +153,7 @@ class StateIndex(Generic[S]):
         held = Held(user_key=user_key, version=version, entry=entry, num_bytes=num_bytes)
         was_gone = self._gone.discard(user_key)
         if (old := self._users.get(user_key)) is not None:
-            held.asked_again, held.came_at = old.asked_again, old.came_at
+            held.asked_again, held.came_at, held.asked_s = old.asked_again, old.came_at, old.asked_s
             self._drop(old)
         else:
             held.asked_again = was_gone

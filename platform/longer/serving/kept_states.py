@@ -122,4 +122,4 @@ def _partial(arrays: Arrays, events: slice, of: dict[str, int]) -> Histories:
         prev_event_ts_B=np.array([of["prev_event_ts"]]),
         event_ts_E=arrays["event_ts_E"][events],
         features={name.split(".", 2)[2]: arrays[name][events] for name in sorted(arrays) if name.startswith("event.")},
-    )
+    ).copied()  # the file has other users' too

@@ -64,6 +64,7 @@ class _Held:
     events: pa.Table
     revision: int
     num_bytes: int
+    user_id: int | str
 
     @staticmethod
     def of(events: pa.Table, revision: int) -> "_Held":
@@ -71,7 +72,7 @@ class _Held:
         if events.column(0).num_chunks == 1:  # maybe a part of another table
             events = events.take(pa.array(np.arange(len(events))))
         events = events.combine_chunks()
-        return _Held(events, revision, events.nbytes + _USER_BYTES)
+        return _Held(events, revision, events.nbytes + _USER_BYTES, events["user_id"][0].as_py())
 
     @property
     def oldest_s(self) -> float:
@@ -148,6 +149,8 @@ class OnlineEvents:
     def _restore_user(self, user_key: int, young: pa.Table) -> int:
         """How many of the events were not here, whether or not there was room for them."""
         held = self._users.get(user_key)
+        if held and len(young) and held.user_id != young["user_id"][0].as_py():
+            return 0  # of another user of the same key, who is known here
         new = beyond(young, self.of([user_key]), self._schema) if held else young
         new = new.sort_by([(_RECEIVED_S, "ascending"), ("event_ts", "ascending")])
         together = pa.concat_tables([new, held.events]) if held else new
@@ -181,6 +184,13 @@ class OnlineEvents:
             return False
         self.num_bytes -= held.num_bytes
         return True
+
+    def forget_others(self, user_key: int, user_id: int | str) -> None:
+        """Drops what another user of the same key has sent."""
+        held = self._users.get(user_key)
+        if held and held.user_id != user_id:
+            self.counters.dropped += len(held.events)
+            self.forget(user_key)
 
     def _num_held(self, user_key: int) -> int:
         held = self._users.get(user_key)

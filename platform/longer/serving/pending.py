@@ -30,6 +30,10 @@ class Pending:
     error: UserError | None = None
     is_taken_in: bool = False
 
+    @property
+    def id(self) -> int | str:
+        return self.user_id[0].as_py()
+
     def settle(self, source: Source, state: UserState) -> None:
         self.source, self.state, self.error = source, state, None
 

@@ -6,10 +6,10 @@ user came back goes with it from tier to tier: what finds no room among a tier's
 there. So a scan of users who do not come back pushes out each other, never those who do, who have up to four fifths of every tier.
 
 Who asks again in a moment, for a second page or after a time-out, has not come back: it is the same visit (O'Neil, O'Neil and
-Weikum, "The LRU-K page replacement algorithm for database disk buffering", SIGMOD 1993: correlated references). There is no clock
-here: a visit lasts until others have come in or come back whose states take a sixteenth of the tiers. That is less than what is on
-probation, so that asking again counts before a state has to go. While nobody else comes, nobody comes back: users who are alone in
-the cache, and take less than a sixteenth of it, are not protected yet.
+Weikum, "The LRU-K page replacement algorithm for database disk buffering", SIGMOD 1993: correlated references). A visit ends when
+others have come in or come back whose states take a sixteenth of the tiers: less than what is on probation, so that asking
+again counts before a state has to go. It ends too when its user has asked nothing for half an hour (the usual bound of a session):
+else users who come back every day, but are nearly alone in the cache, would go with the first scan.
 
 What is protected gets old by those who come back after they went: their keys are remembered as long as they and all that went
 since could be protected together (Johnson and Shasha, "2Q: a low overhead high performance buffer management replacement
@@ -26,18 +26,20 @@ from typing import Generic, TypeVar
 
 _PROTECTED_SHARE = 0.8
 _VISIT_SHARE = 1 / 16
+_VISIT_S = 1_800.0
 
 
 @dataclass(eq=False)
 class Kept:
     """`num_pins` counts who uses it just now: a pinned one is no victim. `asked_again` says that its user came back for it, and
-    `came_at` when it came in, as `Visits` counts; before all that is counted if nothing is said."""
+    `came_at` when it came in, as `Visits` counts; before all that is counted if nothing is said. It was last asked at `asked_s`."""
 
     user_key: int
     num_bytes: int
     num_pins: int = 0
     asked_again: bool = False
     came_at: float = -math.inf
+    asked_s: float = -math.inf
 
 
 K = TypeVar("K", bound=Kept)
@@ -135,19 +137,23 @@ class SegmentedLru(Generic[K]):
 
 
 class Visits:
-    """Tells who comes back to tiers of `tiers_bytes` from who is still there, by the bytes of all that came in or back so far."""
+    """Tells who comes back to tiers of `tiers_bytes` from who is still there, by the bytes of all that came in or back so far, and
+    by the seconds of a `clock`."""
 
-    def __init__(self, tiers_bytes: int) -> None:
-        self._longest_bytes, self._num_bytes = _VISIT_SHARE * tiers_bytes, 0
+    def __init__(self, tiers_bytes: int, clock: Callable[[], float]) -> None:
+        self._longest_bytes, self._num_bytes, self._clock = _VISIT_SHARE * tiers_bytes, 0, clock
 
     def begin(self, kept: Kept) -> None:
         """It comes in."""
         self._num_bytes += kept.num_bytes
-        kept.came_at = self._num_bytes
+        kept.came_at, kept.asked_s = self._num_bytes, self._clock()
 
     def ask(self, kept: Kept) -> None:
         """Its user asks; `asked_again` from the first time on that this is after the visit that it came in on."""
-        if not kept.asked_again and self._num_bytes - kept.came_at > self._longest_bytes:
+        now_s = self._clock()
+        is_over = self._num_bytes - kept.came_at > self._longest_bytes or now_s - kept.asked_s > _VISIT_S
+        kept.asked_s = now_s
+        if not kept.asked_again and is_over:
             kept.asked_again = True
             self._num_bytes += kept.num_bytes
 

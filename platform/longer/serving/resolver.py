@@ -129,8 +129,17 @@ class StateResolver:
     def _known(self, user_key: int) -> Known:
         return Known(self._history.version_id, self._online.revision(user_key))
 
+    def _part_namesakes(self, wave: Sequence[Pending]) -> None:
+        """What is held under a request's key is her own: of two ids that share a key, who asks last is known here."""
+        for request in wave:
+            entry = self._store.peek(request.user_key, self._version)
+            if entry and entry.user_id != request.id:
+                self._store.drop_stale(request.user_key)
+            self._online.forget_others(request.user_key, request.id)
+
     def _take_in(self, wave: Sequence[Pending]) -> None:
         """New events that all come after a state leave it true: it only ends earlier than it did. Others are found out later."""
+        self._part_namesakes(wave)
         self._online.expire(
             [request.user_key for request in wave]
         )  # and at no other moment, or a state's `known` might lie

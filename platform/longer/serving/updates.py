@@ -104,7 +104,7 @@ class Updater:
             update.known,
             _print(update, state, marks_E, self._engine.model.windows.stride_events),
             update.holds_table,
-            request.user_id[0].as_py(),
+            request.id,
         )
         if base is not None and base.entry.state.slot is state.slot:
             self._store.update(request.user_key, entry)
