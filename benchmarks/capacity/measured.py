@@ -50,7 +50,6 @@ class Measured:
     most_blocks: Constant
     bucket_events: Constant
     most_buckets: Constant
-    entry_bytes: Constant
 
     def constants(self) -> list[Constant]:
         return list(vars(self).values())
@@ -159,13 +158,12 @@ class _Page:
 
 
 def _limits(root: Path) -> list[Constant]:
-    """What the build cuts tables into, and what the store counts for a state's entry: from the code, not measurements."""
+    """What the build cuts tables into: from the code, not measurements."""
     named = [
         ("data/segments.py", "_BLOCK_ROWS", "events of a block of the log"),
         ("data/segments.py", "_MOST_BLOCKS", "blocks of one build; beyond it they grow"),
         ("data/build_plan.py", "_EVENTS_PER_BUCKET", "events of a bucket of users"),
         ("data/build_plan.py", "_MOST_BUCKETS", "buckets of a table; beyond it they grow"),
-        ("serving/store.py", "_ENTRY_BYTES", "bytes of a state's entry in a replica's index"),
     ]
     limits = []
     for file, name, what in named:
@@ -173,8 +171,7 @@ def _limits(root: Path) -> list[Constant]:
         found = re.search(rf"^{name} = ([\d_]+)(?: << (\d+))?", (root / source).read_text(), re.M)
         if not found:
             raise ValueError(f"{source} has no {name}")
-        at = "a limit of the code" if file.startswith("data/") else "the code's own estimate"
-        limits.append(Constant(int(found[1]) << int(found[2] or 0), found[0], what, at, source))
+        limits.append(Constant(int(found[1]) << int(found[2] or 0), found[0], what, "a limit of the code", source))
     return limits
 
 

@@ -15,7 +15,7 @@ from longer.model.pool import StatePool
 from longer.model.state_layout import Precision, StateLayout
 from longer.model.states import rows_for
 from longer.model_settings import ModelSettings
-from longer.serving.store import device_bytes_for
+from longer.serving.store import device_bytes_for, entry_bytes
 from longer.table_settings import SequenceSettings
 
 MODEL = ModelSettings(
@@ -152,10 +152,9 @@ class Plan:
         later = range(self.asked.events_per_user, self.asked.events_per_user + MODEL.windows.stride_events)
         return max(state_bytes(num_events, precision) for num_events in later)
 
-    def index_bytes(self) -> float:
+    def index_bytes(self) -> int:
         """What Python keeps of a state, as `StateStore.index_bytes` counts it."""
-        num_sums = MODEL.windows.history_groups // MODEL.windows.stride_groups + 1
-        return self.m.entry_bytes.value + 8 * num_sums
+        return entry_bytes(SCHEMA, MODEL.windows)
 
     def states_per_gpu(self, precision: Precision) -> int:
         return int(self.asked.state_gb_per_gpu * 1e9 / self.state_bytes(precision))

@@ -1,5 +1,7 @@
 """What a store holds in its two tiers, who goes, and what is left in memory; states of any size, in batches of one."""
 
+import gc
+import tracemalloc
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -7,14 +9,18 @@ import numpy as np
 import pytest
 import torch
 
+from longer.arrays import NO_EVENT_TS, Histories
 from longer.errors import UserError
+from longer.model.longer import Longer
 from longer.model.pool import StatePool
 from longer.model.state_layout import StateLayout
 from longer.model.states import encode, rows_for
+from longer.model_settings import ModelSettings
+from longer.schema import EventSchema, Feature
 from longer.serving.cache import Entry, Known, StateVersion
 from longer.serving.fingerprint import EventPrint, event_marks
 from longer.serving.store import StateStore, check_card
-from tests.model.generate import random_histories, small_model
+from tests.model.generate import TASKS, random_histories, small_model
 
 NO_EVENTS = EventPrint(0, 0, np.zeros(1, np.uint64), np.uint64(0))
 OLD, NEW = StateVersion("m1", "s", "appendable"), StateVersion("m2", "s", "appendable")
@@ -237,24 +243,52 @@ def test_what_is_free_takes_new_states_without_anybody_going_for_them(budgets: t
                 store.drop_stale(int(rng.integers(60)) * int(rng.choice([1, 1_000])))
 
 
-@pytest.mark.parametrize(("merge_size", "stride_groups"), [(8, 4), (1, 1)])
-def test_what_python_keeps_of_a_state_is_told_with_its_fingerprints_sums(merge_size: int, stride_groups: int) -> None:
-    """One for each stride of the window: with the shortest strides they are most of it."""
+@pytest.mark.parametrize(
+    ("num_features", "merge_size", "stride_groups"), [(0, 1, 1), (0, 8, 4), (12, 8, 4), (24, 16, 2)]
+)
+def test_what_python_keeps_of_states_is_told_whatever_the_schema_and_the_strides(
+    num_features: int, merge_size: int, stride_groups: int
+) -> None:
+    """Of many features they take three times as much as of none, and so they do of the shortest strides."""
+    schema = EventSchema(
+        features=tuple(Feature(name=f"f{n}", kind="categorical", of="event") for n in range(num_features))
+    )
     sizes = {
-        "merge_size": merge_size,
-        "query_groups": 4,
-        "stride_groups": stride_groups,
-        "event_width": 2,
+        "history_events": 512,
+        "query_groups": 8,
+        "num_self_layers": 0,
+        "event_width": 4,
         "num_heads": 1,
+        "item_rows": 5,
     }
-    model = small_model(0, torch.float32, history_events=2_048, **sizes)
-    store, history = StateStore(model, 1 << 20), random_histories(np.random.default_rng(0), [2_048])
-    with torch.compiler.set_stance("force_eager"):
+    asked = ModelSettings(merge_size=merge_size, stride_groups=stride_groups, interactions=False, **sizes)
+    model, rng, num_users, num_events = Longer(asked, schema, TASKS[:1]).eval(), np.random.default_rng(0), 64, 511
+    store, stride, none = StateStore(model, 1 << 30), model.windows.stride_events, np.zeros(1, np.int64)
+
+    def put(user: int) -> None:
+        features = {f"f{n}": rng.integers(1, 2**62, num_events) for n in range(num_features)}
+        features = {"item_id": np.arange(num_events), "action": np.arange(num_events), **features}
+        offsets, first = np.array([0, num_events]), none.copy()
+        history = Histories(first + user, offsets, first, first + NO_EVENT_TS, np.arange(num_events) + user, features)
         [state] = encode(model, store.pool, history, store.slots(rows_for(store.layout, history.end_index_B)))
-    stride_events = model.windows.stride_events
-    events = EventPrint.from_start(0).followed_by(event_marks(history), stride_events)
-    store.put(0, OLD, Entry(state, 0, 0, Known("t", 0), events, True))
-    assert 3_000 < store.index_bytes - events.sums_S.nbytes < 6_000
+        events = (
+            EventPrint.from_start(0).followed_by(event_marks(history), stride).from_index(state.first_index, stride)
+        )
+        store.put(user, OLD, Entry(state, 10**12 + user, 10**13 + user, Known("t", user), events, True, 10**6 + user))
+        store.release()
+
+    put(10**6)  # what is made once
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for user in range(num_users):
+            put(user)
+        gc.collect()
+        taken = tracemalloc.get_traced_memory()[0] / num_users
+    finally:
+        tracemalloc.stop()
+    told = store.index_bytes / len(store)
+    assert taken < told < 1.6 * taken
 
 
 def dirty(store: StateStore) -> None:

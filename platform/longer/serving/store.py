@@ -18,15 +18,18 @@ from longer.model.longer import Longer
 from longer.model.pool import StatePool
 from longer.model.state_layout import Precision, StateLayout
 from longer.model.states import UserState
+from longer.schema import EventSchema
 from longer.serving.cache import Counters, Entry, Held, StateIndex, StateVersion, Tier
 from longer.serving.copies import Copies, DevicePool, HostPool
 from longer.slots import Slot
+from longer.windows import WindowRule
 
 BATCH_USERS = 32
 """Most users whose states one batch uses: room for them stands beside the budget."""
 
-_ENTRY_BYTES = 5_000
-"""Of a state's Python objects and its partial group's arrays, as measured over thousands of states, the heap's gaps included."""
+_ENTRY_BYTES, _ARRAY_BYTES = 2_900, 175
+"""Of a state's Python objects, and of each feature's array of its partial group besides the values: as measured over thousands of
+states, and a quarter for the heap's gaps."""
 
 _FP8_CAPABILITY = 8, 9
 """Of the first cards that compute with float8."""
@@ -50,6 +53,7 @@ class StateStore:
         self._copied_from: dict[
             HeldState, Slot
         ] = {}  # in host memory: the very same as on the device; the oldest first
+        self._schema = model.schema
         check_card(precision, model.norm_head.weight.device)
         self._allocate(StateLayout.of(model, precision), model.norm_head.weight.device)
 
@@ -108,9 +112,8 @@ class StateStore:
 
     @property
     def index_bytes(self) -> int:
-        """About what Python keeps of the states besides, in host memory; a fingerprint has a sum for each stride of a window."""
-        num_sums = self.layout.windows.history_groups // self.layout.windows.stride_groups + 1
-        return len(self) * (_ENTRY_BYTES + num_sums * np.dtype(np.uint64).itemsize)
+        """About what Python keeps of the states besides, in host memory."""
+        return len(self) * entry_bytes(self._schema, self.layout.windows)
 
     @property
     def free_bytes(self) -> int:
@@ -340,6 +343,13 @@ def device_bytes_for(layout: StateLayout, budget_bytes: int) -> int:
     """What a budget takes of a device: room for the states of one batch stands beside it, and what may lie idle."""
     batch_states = 2 * BATCH_USERS  # a state that outgrows its slot has two for a moment
     return StatePool.bytes_for(layout, budget_bytes + batch_states * layout.largest_rows * layout.row_bytes)
+
+
+def entry_bytes(schema: EventSchema, windows: WindowRule) -> int:
+    """What Python keeps of a state in host memory: objects, a partial group's events, and a sum for each stride of the window."""
+    num_arrays = 2 + len(schema.of_history("categorical")) + len(schema.of_history("numeric"))
+    num_values = (1 + num_arrays) * (windows.merge_size - 1) + windows.history_groups // windows.stride_groups + 1
+    return _ENTRY_BYTES + num_arrays * _ARRAY_BYTES + num_values * np.dtype(np.int64).itemsize
 
 
 def check_card(precision: Precision, device: torch.device) -> None:
