@@ -120,3 +120,15 @@ def test_a_million_operations_lose_no_room() -> None:
     for slot in held:
         slots.free(slot)
     assert (slots.used_units, slots.free_units) == (0, slots.num_units)
+
+
+def test_what_is_given_back_in_a_full_pool_is_left_to_be_cleared() -> None:
+    """Every slab is in use when a user of a full cache is forgotten."""
+    slots = SlotAllocator(4 * LARGEST, LARGEST, SMALLEST, lambda moves: None)
+    held = []
+    while slot := slots.allocate(LARGEST):
+        held.append(slot)
+    assert slots.rests() == []
+    slots.free(held[1])
+    assert (held[1].start, LARGEST) in slots.rests()
+    assert slots.rests() == []

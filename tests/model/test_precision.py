@@ -44,7 +44,7 @@ def probabilities(model: Longer, kept: Precision, seed: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_scores_of_shortened_states_stay_within_their_stated_tolerance_whatever_the_model(seed: int) -> None:
+def test_scores_of_shortened_states_stay_within_the_tolerance_stated_for_models_of_many_sizes(seed: int) -> None:
     rng = np.random.default_rng(seed)
     sizes = {
         "event_width": int(rng.choice([4, 8])),

@@ -54,6 +54,23 @@ def test_warm_up_makes_no_state_of_a_forgotten_user_before_she_asks(has_dumps: b
     assert is_held()
 
 
+def test_warm_up_makes_no_state_of_a_user_whom_another_replica_has_marked_as_forgotten(tmp_path: Path) -> None:
+    """A replica that starts was not there when she was forgotten."""
+    world = build_world(tmp_path / "world")
+    asked = {"checkpoint": checkpoint_path(world), "sequences": world.path("tables", "sequences"), "warm_users": 3}
+    args = ScoringArgs(**asked, host_cache_bytes=1 << 20, state_dump=str(tmp_path / "dumps"))
+    (other, _), scorer = keeper_of(world, tmp_path / "dumps", "other"), scorer_of(world, device_states=9)
+    keeper = StateKeeper(args, scorer, "me", in_worker)
+
+    async def run() -> None:
+        await other.mark_forgotten(9)
+        await keeper.bring(Ring(["me"]))
+
+    asyncio.run(run())
+    held = [user for user in range(1, 10) if scorer.cache.peek(scorer.user_key(user), scorer.version)]
+    assert held == [7, 8]  # of the three most active
+
+
 def test_what_is_remembered_of_forgotten_users_is_bounded_and_past_it_nobody_is_brought_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
