@@ -54,7 +54,7 @@ def state_rows(plan: Plan) -> list[Row]:
         ("what the store takes of a GPU for that, bf16", "budget, and room for a batch and idle slabs",
          size(plan.reserved_bytes("bf16"))),
         ("states of all users, bf16", "users x state", size(users * plan.state_bytes("bf16"))),
-        ("index of a state, in the replica's host memory", "`entry_bytes` of `serving/store.py`", size(plan.index_bytes())),
+        ("index of a state, in the replica's host memory", "`entry_bytes` of `serving/room.py`", size(plan.index_bytes())),
         ("index of a GPU's states, bf16", "states a GPU x index", size(plan.states_per_gpu("bf16") * plan.index_bytes())),
     ]  # fmt: skip
 

@@ -37,7 +37,7 @@ from longer.model.longer import Longer
 from longer.model.pool import StatePool
 from longer.model.state_layout import Precision, StateLayout
 from longer.model.states import UserState
-from longer.serving.store import BATCH_USERS
+from longer.serving.room import BATCH_USERS
 from longer.training.checkpoints import CheckpointInfo, load_appendable
 from longer.training.inputs import Inputs
 from longer.training.loader import SplitData, read_split, score_split

@@ -15,7 +15,7 @@ from longer.model.pool import StatePool
 from longer.model.state_layout import Precision, StateLayout
 from longer.model.states import rows_for
 from longer.model_settings import ModelSettings
-from longer.serving.store import device_bytes_for, entry_bytes
+from longer.serving.room import device_bytes_for, entry_bytes
 from longer.table_settings import SequenceSettings
 
 MODEL = ModelSettings(

@@ -14,7 +14,8 @@ from benchmarks.model_arms.sizes import SCHEMA, TASKS, model_settings
 from longer.model.longer import Longer
 from longer.model.state_layout import Precision
 from longer.model.states import rows_for
-from longer.serving.store import StateStore, device_bytes_for
+from longer.serving.room import device_bytes_for
+from longer.serving.store import StateStore
 
 DOCUMENT = ROOT / "docs" / "scaling.md"
 UPDATE = "python -m benchmarks.scaling --update docs/scaling.md"

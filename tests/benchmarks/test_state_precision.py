@@ -9,7 +9,7 @@ from benchmarks.model_arms.sizes import ON_CUDA
 from benchmarks.state_precision import by_forward, from_states, measured, shown, waves
 from longer.data.batches import Requests
 from longer.model.longer import Longer
-from longer.serving.store import BATCH_USERS
+from longer.serving.room import BATCH_USERS
 from longer.training.loader import SplitData
 from tests.model.generate import random_candidates, random_histories, small_model
 from tests.model.tolerances import OF_TESTED_MODELS, TOLERANCE

@@ -19,7 +19,8 @@ from longer.model_settings import ModelSettings
 from longer.schema import EventSchema, Feature
 from longer.serving.cache import Entry, Known, StateVersion
 from longer.serving.fingerprint import EventPrint, event_marks
-from longer.serving.store import StateStore, check_card
+from longer.serving.room import check_card
+from longer.serving.store import StateStore
 from tests.model.generate import TASKS, random_histories, small_model
 
 NO_EVENTS = EventPrint(0, 0, np.zeros(1, np.uint64), np.uint64(0))

@@ -13,7 +13,8 @@ from longer.model.state_layout import StateLayout
 from longer.model.states import encode
 from longer.serving.cache import Entry, Known, StateVersion, Tier
 from longer.serving.fingerprint import EventPrint
-from longer.serving.store import BATCH_USERS, HeldState, StateStore
+from longer.serving.room import BATCH_USERS
+from longer.serving.store import HeldState, StateStore
 from longer.slots import Slot
 from tests.model.generate import random_histories, small_model
 from tests.serving.test_store import check_bytes

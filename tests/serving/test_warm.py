@@ -16,8 +16,9 @@ from longer.model.longer import Longer
 from longer.model.states import rows_for
 from longer.serving import warm
 from longer.serving.history import HistorySource, UserHistory
+from longer.serving.room import BATCH_USERS
 from longer.serving.scorer import Scorer
-from longer.serving.store import BATCH_USERS, StateStore
+from longer.serving.store import StateStore
 from tests.model.generate import random_histories, small_model
 from tests.serving.tables import build_world, checkpoint_path
 

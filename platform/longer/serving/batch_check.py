@@ -29,9 +29,9 @@ from longer.model.states import gather
 from longer.serving.batch_input import Chunk, Items
 from longer.serving.batch_plan import Plan
 from longer.serving.pending import Pending
+from longer.serving.room import BATCH_USERS
 from longer.serving.scorer import Scorer, ScoreRequest
 from longer.serving.stages import collected_ms, stage
-from longer.serving.store import BATCH_USERS
 from longer.training_settings import TaskKind
 
 _SCORE = score_column("")

@@ -29,9 +29,9 @@ from longer.serving.batch_roll import sign
 from longer.serving.batch_waiting import Waiting, Written
 from longer.serving.batch_warm import FirstSweep, warm_up
 from longer.serving.questions import Budget
+from longer.serving.room import BATCH_USERS
 from longer.serving.scorer import Scorer
 from longer.serving.stages import collected_ms, stage
-from longer.serving.store import BATCH_USERS
 from longer.training.checkpoints import load_model
 from longer.training.loader import prefetch
 

@@ -34,9 +34,10 @@ from longer.serving.requests import (
     ScoreResult,
 )
 from longer.serving.resolver import StateResolver
+from longer.serving.room import BATCH_USERS
 from longer.serving.scorings import Asked, Scoring, prepare, prepared_events, waves
 from longer.serving.stages import stage
-from longer.serving.store import BATCH_USERS, StateStore
+from longer.serving.store import StateStore
 from longer.serving.warm import warm_up
 from longer.training.checkpoints import CheckpointInfo, load_appendable
 

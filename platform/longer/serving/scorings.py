@@ -10,7 +10,7 @@ from longer.data.items import ItemTable
 from longer.errors import UserError
 from longer.serving.pending import Pending
 from longer.serving.requests import EventsRequest, Features, RequestReader, ScoreRequest, ScoreResult, User, now_ms
-from longer.serving.store import BATCH_USERS
+from longer.serving.room import BATCH_USERS
 
 P = TypeVar("P", bound=Pending)
 

@@ -9,30 +9,17 @@ as nobody needs the room there: if it goes again as it came, nothing is copied.
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from longer.errors import UserError
 from longer.model.longer import Longer
 from longer.model.pool import StatePool
 from longer.model.state_layout import Precision, StateLayout
 from longer.model.states import UserState
-from longer.schema import EventSchema
 from longer.serving.cache import Counters, Entry, Held, StateIndex, StateVersion, Tier
 from longer.serving.copies import Copies, DevicePool, HostPool
+from longer.serving.room import check_card, device_bytes_for, entry_bytes
 from longer.slots import Slot
-from longer.windows import WindowRule
-
-BATCH_USERS = 32
-"""Most users whose states one batch uses: room for them stands beside the budget."""
-
-_ENTRY_BYTES, _ARRAY_BYTES = 2_900, 175
-"""Of a state's Python objects, and of each feature's array of its partial group besides the values: as measured over thousands of
-states, and a quarter for the heap's gaps."""
-
-_FP8_CAPABILITY = 8, 9
-"""Of the first cards that compute with float8."""
 
 HeldState = Held[UserState]
 StateEntry = Entry[UserState]
@@ -337,31 +324,6 @@ class StateStore:
         pool = self.pool if held.tier == Tier.DEVICE else self._host
         assert pool is not None
         return pool
-
-
-def device_bytes_for(layout: StateLayout, budget_bytes: int) -> int:
-    """What a budget takes of a device: room for the states of one batch stands beside it, and what may lie idle."""
-    batch_states = 2 * BATCH_USERS  # a state that outgrows its slot has two for a moment
-    return StatePool.bytes_for(layout, budget_bytes + batch_states * layout.largest_rows * layout.row_bytes)
-
-
-def entry_bytes(schema: EventSchema, windows: WindowRule) -> int:
-    """What Python keeps of a state in host memory: objects, a partial group's events, and a sum for each stride of the window."""
-    num_arrays = 2 + len(schema.of_history("categorical")) + len(schema.of_history("numeric"))
-    num_values = (1 + num_arrays) * (windows.merge_size - 1) + windows.history_groups // windows.stride_groups + 1
-    return _ENTRY_BYTES + num_arrays * _ARRAY_BYTES + num_values * np.dtype(np.int64).itemsize
-
-
-def check_card(precision: Precision, device: torch.device) -> None:
-    """A UserError if the device cannot compute with states of this precision."""
-    if precision != "fp8" or device.type != "cuda":
-        return
-    found = torch.cuda.get_device_capability(device)
-    if found < _FP8_CAPABILITY:
-        name, (major, minor) = torch.cuda.get_device_name(device), found
-        raise UserError(
-            f"state_precision: {name} has no fp8 (compute capability {major}.{minor}, it takes 8.9): set int8 or bf16"
-        )
 
 
 def _lies_in(held: HeldState, slot: Slot) -> None:
