@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TRITON := 3.9.0
+KERNELS := $(VENV)/triton-$(TRITON)
 CONFIG ?= configs/quickstart.yaml
 export RAY_AUTH_MODE ?= token
 export RAY_AUTH_TOKEN ?= $(shell od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
@@ -28,13 +30,14 @@ test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 	$(BIN)/python -m pytest tests/serve_apps/test_malformed.py --malformed 10000
 
-# Beside the environment, not in it: a gigabyte, and CUDA builds of PyTorch bring the one that fits them.
-$(VENV)/triton: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.9.0
+# Beside the environment, not in it: a gigabyte. CUDA builds of PyTorch bring the one that fits them, and `make test` runs its kernels.
+$(KERNELS)/.installed: $(INSTALLED)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) triton==$(TRITON)
 	@touch $@
 
-test-kernels: $(VENV)/triton
-	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/triton $(BIN)/python -m pytest -m kernels
+test-kernels: $(KERNELS)/.installed
+	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= PYTHONPATH=$(KERNELS) $(BIN)/python -m pytest -m kernels
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
 from longer.config import Settings
 from longer.runner import run_job
 from longer.serving.batch import export_vectors
-from longer.serving.batch_plan import served
+from longer.serving.batch_plan import served_checkpoint
 from longer.storage import Version
 
 SHORT = ["export_embeddings.users"]
@@ -15,4 +15,4 @@ def run(settings: Settings) -> Version:
 
 
 if __name__ == "__main__":
-    run_job(__doc__, run, short=SHORT, check=served)
+    run_job(__doc__, run, short=SHORT, check=served_checkpoint)

@@ -28,8 +28,8 @@ pytestmark = pytest.mark.kernels
 
 LENGTHS = [0, 1, 11, 12, 13, 24, 25, 30, 31, 60]
 REQUEST_TS = 2_000_000_000_000
-OUTPUTS: list[Tensor] = []
-"""Of the examples with which graphs would have been captured."""
+EXAMPLES: list[tuple[dict[str, np.ndarray], Tensor]] = []
+"""With which graphs would have been captured, and what came out."""
 
 
 class Called:
@@ -38,7 +38,7 @@ class Called:
     def __init__(self, function: Callable[[dict[str, Tensor]], Any], example: dict[str, np.ndarray], *_: Any) -> None:
         self._function = function
         self._tensors = {name: torch.from_numpy(array.reshape(-1).copy()) for name, array in example.items()}
-        OUTPUTS.append(function(self._tensors))
+        EXAMPLES.append((example, function(self._tensors)))
 
     def __call__(self, arrays: dict[str, np.ndarray]) -> Any:
         for name, array in arrays.items():
@@ -53,7 +53,7 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         if getattr(module, "has_kernels", None) is real:
             monkeypatch.setattr(module, "has_kernels", lambda x: x.dtype != torch.float64)
     monkeypatch.setattr(captured_call, "CapturedCall", Called)
-    OUTPUTS.clear()
+    EXAMPLES.clear()
 
 
 def graphs_of(model: Longer, pool: StatePool) -> tuple[CapturedGrowth, CapturedScores]:
@@ -92,5 +92,6 @@ def test_what_fills_a_batch_up_reads_nothing_of_anyone() -> None:
         states: list[UserState] = encoded(model, pool, histories)
         pool.words_NI[: pool.trash_row] = -1  # NaN in every float
         assert np.isnan(scores.score(states, np.full(2, REQUEST_TS), random_candidates(rng, [3, 4]))).all()
-    [of_filling] = OUTPUTS
-    assert torch.isfinite(of_filling).all()
+    [(filling, outputs)] = EXAMPLES
+    assert torch.isfinite(outputs).all()
+    assert set(filling["numbers"].flatten()) == {0, pool.trash_row, pool.trash_word}  # words of numbers have no NaN

@@ -302,6 +302,15 @@ def test_a_scan_of_cold_users_pushes_out_no_user_who_comes_back(
     assert cache.holds_all(hot)
 
 
+def test_a_state_that_moves_to_a_larger_slot_is_on_the_visit_that_it_was_on() -> None:
+    cache = Cache(100, 0)
+    for num_bytes in (1, 2):
+        cache.index.put(0, OLD, entry(), num_bytes)
+    held = cache.index.get(0, OLD)
+    assert held is not None
+    assert not held.asked_again
+
+
 @pytest.mark.parametrize("num_hot", [1, 3, 6])
 def test_a_scan_pushes_out_no_few_users_who_come_every_day_to_a_cache_that_they_have_nearly_alone(num_hot: int) -> None:
     """Nobody else came in while they came, whose states would have told one visit from the next."""

@@ -15,7 +15,7 @@ from longer.errors import StorageError, UserError
 from longer.hashing import stable_key
 from longer.model.longer import Longer
 from longer.serving.pending import pending_users, read_rows
-from longer.serving.scorer import EventsRequest, Scorer, ScoreRequest, ScoreResult, Scoring
+from longer.serving.scorer import EventsRequest, Scorer, ScoreRequest, ScoreResult, Scoring, Tables
 from longer.storage import Table
 from longer.training.checkpoints import save_model
 from tests.serving.tables import (
@@ -134,6 +134,26 @@ def test_users_whose_ids_have_one_key_are_never_scored_from_each_others_states_o
     assert [found.num_events for found in ask(scorer, *((user, END_MS) for user in namesakes))] == [25, 0]
     scorer.add_events([EventsRequest(5, {"event_ts": [END_MS], "item_id": ["item1"]})])
     assert [found.num_events for found in ask(scorer, *((user, END_MS + 1) for user in namesakes))] == [26, 0]
+
+
+def test_what_one_has_sent_stays_while_another_user_of_her_key_is_warmed_restored_or_looked_at_again(
+    world: Settings,
+) -> None:
+    """Nobody has asked for the other one."""
+    other, sender = 7, 3048781524208496881
+    assert stable_key(other) == stable_key(sender)
+    scorer, elsewhere = scorer_of(world), scorer_of(world)
+    for one, user in ((scorer, sender), (elsewhere, other)):
+        one.add_events([EventsRequest(user, {"event_ts": [END_MS], "item_id": ["item1"]})])
+    pending = pending_users(pa.array([other]))
+    assert scorer.warmable(pending) == []
+    assert scorer.online.restore(elsewhere.online.all()) == {}
+    ask(scorer, (sender, END_MS))
+    scorer.move_to(Tables(scorer.history._table, scorer.items))
+    read_rows(scorer.history, pending)
+    scorer.bring_up_to_date(pending)
+    [found] = ask(scorer, (sender, END_MS + 1))
+    assert (found.num_events, scorer.online.counters.dropped) == (1, 0)
 
 
 def test_a_question_about_the_past_leaves_the_newer_state(world: Settings) -> None:

@@ -78,7 +78,7 @@ class CapturedScores:
         num_users, room = size = self._choice.of(own, self._graphs.sizes)
         last_ts_R = np.array([state.last_event_ts for state in states], np.int64)
         numbers = context_of(self._pool, states).arrays | {"last_ts": last_ts_R, "request_ts": request_ts_R}
-        nobody_AU = np.zeros((len(numbers), num_users), np.int64)  # what it reads is no user's: the pool's last row
+        nobody_AU = np.zeros((len(numbers), num_users), np.int64)  # reads the pool's last row only, which is in no slot
         nobody_AU[[name.startswith("tail") for name in numbers]] = self._pool.trash_row
         nobody_AU[list(numbers).index("event_ts")] = self._pool.trash_word
         numbers_AU = nobody_AU.copy()

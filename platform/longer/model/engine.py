@@ -59,6 +59,7 @@ class StateEngine:
         """Overwrites what graphs keep of the calls before, events among it; what states keep is the pool's."""
         for captured in self._captured:
             captured.forget()
+            self.pool.clear([(self.pool.trash_row, 1)])  # what growth leaves there is read by the filling of scores
 
     def _how(self) -> AbstractContextManager:
         return plainly() if self._is_plain else nullcontext()

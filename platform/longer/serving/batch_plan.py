@@ -177,11 +177,8 @@ def _named_requests(settings: Settings, path: str) -> Version:
     return named
 
 
-def served(settings: Settings) -> tuple[Version, Version]:
-    """The checkpoint and the sequences."""
-    schema = settings.event_schema
-    checkpoint = open_version(settings.path("checkpoints"), schema, None, "jobs.train")
-    return checkpoint, open_version(settings.path("tables", "sequences"), schema, None, "jobs.build_sequences")
+def served_checkpoint(settings: Settings) -> Version:
+    return open_version(settings.path("checkpoints"), settings.event_schema, None, "jobs.train")
 
 
 def plan_vectors(settings: Settings) -> Plan:
@@ -206,7 +203,8 @@ def check_model(plan: Plan) -> None:
 
 def _plan_users(settings: Settings, asked: UserSettings, kind: Kind) -> Plan:
     schema, section = settings.event_schema, "export_embeddings" if kind == "vectors" else "batch_score"
-    checkpoint, sequences = served(settings)
+    checkpoint = served_checkpoint(settings)
+    sequences = open_version(settings.path("tables", "sequences"), schema, None, "jobs.build_sequences")
     inputs = {"checkpoint": checkpoint.id, "sequences": sequences.id}
     user_type, item_type = schema.id_types
     users = IdList(asked.users, "user_id", user_type, f"{section}.users") if asked.users else None

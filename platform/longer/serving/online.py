@@ -139,6 +139,8 @@ class OnlineEvents:
         key_E, from_s, exactly = stable_keys(kept["user_id"]), time.time() - self._limits.keep_s, dict[int, int]()
         for user_key in dict.fromkeys(key_E.tolist()):
             sent = kept.filter(pa.array(key_E == user_key))
+            if not self.is_free(user_key, sent["user_id"][0].as_py()):
+                continue  # who is known here stays
             young = sent.filter(pc.greater(sent[_RECEIVED_S], from_s))
             num_before = self._num_held(user_key)
             num_new = self._restore_user(user_key, young)
@@ -149,8 +151,6 @@ class OnlineEvents:
     def _restore_user(self, user_key: int, young: pa.Table) -> int:
         """How many of the events were not here, whether or not there was room for them."""
         held = self._users.get(user_key)
-        if held and len(young) and held.user_id != young["user_id"][0].as_py():
-            return 0  # of another user of the same key, who is known here
         new = beyond(young, self.of([user_key]), self._schema) if held else young
         new = new.sort_by([(_RECEIVED_S, "ascending"), ("event_ts", "ascending")])
         together = pa.concat_tables([new, held.events]) if held else new
@@ -185,11 +185,15 @@ class OnlineEvents:
         self.num_bytes -= held.num_bytes
         return True
 
+    def is_free(self, user_key: int, user_id: int | str) -> bool:
+        """Whether nothing is held that another user of the same key has sent."""
+        held = self._users.get(user_key)
+        return held is None or held.user_id == user_id
+
     def forget_others(self, user_key: int, user_id: int | str) -> None:
         """Drops what another user of the same key has sent."""
-        held = self._users.get(user_key)
-        if held and held.user_id != user_id:
-            self.counters.dropped += len(held.events)
+        if not self.is_free(user_key, user_id):
+            self.counters.dropped += self._num_held(user_key)
             self.forget(user_key)
 
     def _num_held(self, user_key: int) -> int:

@@ -104,6 +104,8 @@ class StateResolver:
             (user, user.row, held)
             for user in users
             if (held := self._store.hold(user.user_key, self._version))
+            and held.entry.user_id == user.id
+            and self._online.is_free(user.user_key, user.id)
             and held.entry.known != self._known(user.user_key)
             and user.row
             and user.row.version_id == self._history.version_id
@@ -130,7 +132,10 @@ class StateResolver:
         return Known(self._history.version_id, self._online.revision(user_key))
 
     def _part_namesakes(self, wave: Sequence[Pending]) -> None:
-        """What is held under a request's key is her own: of two ids that share a key, who asks last is known here."""
+        """What is held under a request's key is her own: of two ids that share a key, who asks last is known here.
+
+        Who waits for her row meanwhile is scored without what she sent, until the table has it.
+        """
         for request in wave:
             entry = self._store.peek(request.user_key, self._version)
             if entry and entry.user_id != request.id:

@@ -201,7 +201,11 @@ class Scorer:
     def warmable(self, users: Sequence[Pending]) -> list[Pending]:
         """Those of whom no state is here, as far as none has to go for them; `BATCH_USERS` at most."""
         most = self.cache.free_bytes // self.cache.most_state_bytes
-        unknown = [user for user in users if self.cache.peek(user.user_key, self.version) is None]
+        unknown = [
+            user
+            for user in users
+            if self.cache.peek(user.user_key, self.version) is None and self.online.is_free(user.user_key, user.id)
+        ]
         return unknown[: min(most, BATCH_USERS)]
 
     def warm(self, users: Sequence[Pending]) -> int:
