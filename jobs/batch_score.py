@@ -11,8 +11,8 @@ from longer.progress import say
 from longer.runner import run_job
 from longer.serving.batch import batch_score
 from longer.serving.batch_online import check_against_online
-from longer.serving.batch_plan import served_checkpoint
 from longer.storage import Version
+from longer.training.inputs import served_checkpoint
 
 SHORT = [f"batch_score.{name}" for name in ("requests_table", "split", "users", "candidates", "catalogue", "top_k")]
 

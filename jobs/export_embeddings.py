@@ -3,8 +3,8 @@
 from longer.config import Settings
 from longer.runner import run_job
 from longer.serving.batch import export_vectors
-from longer.serving.batch_plan import served_checkpoint
 from longer.storage import Version
+from longer.training.inputs import served_checkpoint
 
 SHORT = ["export_embeddings.users"]
 

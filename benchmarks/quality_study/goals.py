@@ -117,34 +117,39 @@ def _queries_in_order(arms: dict[str, list[Record]]) -> str:
 
 def _part_of_the_queries(arms: dict[str, list[Record]], features: bool) -> str:
     """As in the paper, 100 of 250 groups that are all of the history; on ids what is known of longer ones is told too."""
-    suffix, gain_of = (FEATURES, "none L=1000" + FEATURES) if features else ("", "none")
-    names = ("longer L=1000" + suffix, "k=250 L=1000" + suffix, gain_of)
     claim = f"100 queries keep more than 95% of the gain of 250 at about half of the FLOPs, {_how(features)}"
-    if missing := _missing(arms, [*names, *([] if features else [ITSELF])]):
+    suffix = FEATURES * features
+    pairs = [("longer L=1000" + suffix, "k=250 L=1000" + suffix, "all 250 groups of 1,000 events")]
+    if not features:
+        pairs += [
+            ("longer", "k=250", "250 of 1,000 groups"),
+            ("longer", "k=1000", "all 1,000 groups of 4,000 events"),
+        ]
+    none, itself = "none L=1000" + suffix if features else "none", ITSELF + suffix
+    some, every, _ = pairs[0]
+    if missing := _missing(arms, (some, every, none, itself)):
         return _not_measured(claim, missing)
-    whole, noise = _difference(arms[names[1]], arms[gain_of], auc)
+    whole, noise = _difference(arms[every], arms[none], auc)
     if whole <= noise:
         return _line(False, claim, f"there is no gain to keep: {whole:+.4f}, spreads {noise:.4f}")
-    told, shares = [], []
-    for some, every, what in (
-        (*names[:2], "all 250 groups of 1,000 events"),
-        ("longer", "k=250", "250 of 1,000 groups"),
-        ("longer", "k=1000", "all 1,000 groups of 4,000 events"),
-    )[: 1 if features else 3]:
-        if not _missing(arms, (some, every)):
-            part, whole = (_difference(arms[name], arms[gain_of], auc)[0] for name in (some, every))
-            shares.append((part / whole, mega_flops(arms[some][0]) / mega_flops(arms[every][0])))
-            told.append(f"of {what} {part / whole:.1%} ({part:+.4f} of {whole:+.4f}) at {shares[-1][1]:.0%}")
-    kept, cost = shares[0]
-    lost, noise = _difference(arms[names[1]], arms[names[0]], auc)
-    within = (
-        f"; the difference of the first two, {lost:+.4f}, is {'within' if lost <= noise else 'more than'} the spreads"
-    )
-    figures = f"{'; '.join(told)} of the FLOPs, candidates' own among them{within}"
-    if not features:
-        history = [mega_flops(arms[name][0]) - mega_flops(arms[ITSELF][0]) for name in names[:2]]
-        figures += f"; {history[0] / history[1]:.0%} of those that a history costs"
-    return _line(kept > 0.95 and cost <= 0.6, claim, figures)
+    told = []
+    for part, all_of_it, what in pairs:
+        if not _missing(arms, (part, all_of_it)):
+            kept, cost, of_history = _shares(*(arms[name] for name in (part, all_of_it, none, itself)))
+            told.append(f"of {what} {kept:.1%} at {cost:.0%} of the FLOPs ({of_history:.0%} of a history's)")
+    lost, noise = _difference(arms[every], arms[some], auc)
+    told.append(f"of {whole:+.4f} are lost {lost:+.4f}, {'within' if lost <= noise else 'more than'} the spreads")
+    kept, cost, _ = _shares(*(arms[name] for name in (some, every, none, itself)))
+    return _line(kept > 0.95 and cost <= 0.6, claim, "; ".join(told))
+
+
+def _shares(
+    part: Sequence[Record], whole: Sequence[Record], none: Sequence[Record], itself: Sequence[Record]
+) -> tuple[float, float, float]:
+    """What a part has of a whole's gain over none, of its FLOPs, and of those that candidates do not make by themselves."""
+    gain, of_gain = (_difference(records, none, auc)[0] for records in (part, whole))
+    flops, of_flops, own = (mega_flops(records[0]) for records in (part, whole, itself))
+    return gain / of_gain, flops / of_flops, (flops - own) / (of_flops - own)
 
 
 def _merging(arms: dict[str, list[Record]]) -> str:

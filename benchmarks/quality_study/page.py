@@ -102,7 +102,7 @@ def _check_alike(trained: Sequence[Record]) -> None:
         ("were validated on different requests", lambda r: r.get("valid", {}).get("rows")),
         ("were tested on different requests", lambda r: r["test"]["rows"] if "test" in r else None),
     ):
-        found = {(r["log"], value(r)) for r in trained} - {(r["log"], None) for r in trained}
+        found = {(r["log"], alike) for r in trained if (alike := value(r)) is not None}
         assert len(found) == len({log for log, _ in found}), f"arms of one log {what}: {sorted(found)}"
 
 

@@ -93,9 +93,9 @@ class Histories:
         )
 
     def split(self) -> "list[Histories]":
-        """Each user alone; the arrays are views of these."""
+        """Each user alone, in memory of her own: she may be forgotten while others are not."""
         spans = zip(self.first_index_B.tolist(), self.end_index_B.tolist(), strict=True)
-        return [self.of_row(row, first, end) for row, (first, end) in enumerate(spans)]
+        return [self.of_row(row, first, end).copied() for row, (first, end) in enumerate(spans)]
 
     def followed_by(self, newer: "Histories") -> "Histories":
         """The same B users with `newer`'s events after their own; `newer` starts where each of these ends."""

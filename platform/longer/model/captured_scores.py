@@ -67,6 +67,10 @@ class CapturedScores:
     def __init__(self, model: Longer, pool: StatePool, memory: Any) -> None:
         self._model, self._pool, self._graphs = model, pool, Graphs[Size](pool.device, memory)
         self._choice = SizeChoice()
+        self._names = [*context_of(pool, []).arrays, "last_ts", "request_ts"]
+        tails = {f"tail{layer}": pool.trash_row for layer in range(pool.layout.num_layers)}
+        of_nobody = {"event_ts": pool.trash_word, **tails}  # it reads the pool's last row, which is in no slot
+        self._nobody_A1 = np.array([[of_nobody.get(name, 0)] for name in self._names], np.int64)
 
     @torch.inference_mode()
     def score(
@@ -78,20 +82,17 @@ class CapturedScores:
         num_users, room = size = self._choice.of(own, self._graphs.sizes)
         last_ts_R = np.array([state.last_event_ts for state in states], np.int64)
         numbers = context_of(self._pool, states).arrays | {"last_ts": last_ts_R, "request_ts": request_ts_R}
-        nobody_AU = np.zeros((len(numbers), num_users), np.int64)  # reads the pool's last row only, which is in no slot
-        nobody_AU[[name.startswith("tail") for name in numbers]] = self._pool.trash_row
-        nobody_AU[list(numbers).index("event_ts")] = self._pool.trash_word
-        numbers_AU = nobody_AU.copy()
+        numbers_AU = self._nobody_A1.repeat(num_users, 1)
         numbers_AU[:, : len(states)] = list(numbers.values())
         offsets_U1 = np.append(candidates.offsets_R1, np.full(num_users - len(states), num_candidates))
         offsets_U1[-1] = room
         features = {f"candidate.{name}": values for name, values in candidates.features.items()}
-        names, of_filling = list(numbers), np.append(np.zeros_like(offsets_U1[1:]), room)
+        of_filling = np.append(np.zeros_like(offsets_U1[1:]), room)
         graph = self._graphs.of(
             size,
-            lambda tensors: self._outputs(names, tensors),
+            self._outputs,
             lambda: (
-                {"numbers": nobody_AU, "offsets": of_filling}
+                {"numbers": self._nobody_A1.repeat(num_users, 1), "offsets": of_filling}
                 | {name: np.zeros(room, values.dtype) for name, values in features.items()}
             ),
         )
@@ -102,8 +103,8 @@ class CapturedScores:
         """Nothing of anyone's requests is left in the graphs."""
         self._graphs.forget()
 
-    def _outputs(self, names: list[str], tensors: dict[str, Tensor]) -> Tensor:
-        model, pool = self._model, self._pool
+    def _outputs(self, tensors: dict[str, Tensor]) -> Tensor:
+        model, pool, names = self._model, self._pool, self._names
         numbers = dict(zip(names, tensors["numbers"].view(len(names), -1).unbind(), strict=True))
         with computing(model, pool):
             together = gathered(model, StagedContext(pool, numbers), numbers, numbers["last_ts"])

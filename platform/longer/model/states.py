@@ -206,7 +206,7 @@ def _advanced(model: Longer, growth: Growth, slots: Sequence[Slot], carry_out: G
             num_events=int(end_B[b]),
             last_event_ts=int(last_ts_B[b]),
             query_first=int(query_first_B[b]),
-            partial=partial_1.copied(),  # of its own: it must not outlive another user of the batch who is forgotten
+            partial=partial_1,
             slot=slot,
         )
         for b, (partial_1, slot) in enumerate(zip(partial.split(), slots, strict=True))

@@ -17,7 +17,7 @@ from longer.errors import UserError
 from longer.schema import EventSchema
 from longer.storage import TABLE_FORMAT, DataFile, Table, Version, fingerprint
 from longer.training.checkpoints import load_appendable, load_model
-from longer.training.inputs import Inputs
+from longer.training.inputs import Inputs, served_checkpoint
 
 Kind = Literal["requests", "lists", "top_k", "vectors"]
 _TABLES: dict[Kind, str] = {
@@ -175,10 +175,6 @@ def _named_requests(settings: Settings, path: str) -> Version:
             "have: name requests that were made from one of its versions"
         )
     return named
-
-
-def served_checkpoint(settings: Settings) -> Version:
-    return open_version(settings.path("checkpoints"), settings.event_schema, None, "jobs.train")
 
 
 def plan_vectors(settings: Settings) -> Plan:

@@ -7,6 +7,10 @@ from longer.data.tables import open_version
 from longer.storage import Version
 
 
+def served_checkpoint(settings: Settings) -> Version:
+    return open_version(settings.path("checkpoints"), settings.event_schema, None, "jobs.train")
+
+
 @dataclass(frozen=True)
 class Inputs:
     """The versions that decide every score."""
@@ -19,7 +23,7 @@ class Inputs:
     def served(settings: Settings, requests: Version | None = None) -> "Inputs":
         """The checkpoint that is served now, the root's requests, or those given, and the sequences that these were built from."""
         schema = settings.event_schema
-        checkpoint = open_version(settings.path("checkpoints"), schema, None, "jobs.train")
+        checkpoint = served_checkpoint(settings)
         requests = requests or open_version(settings.path("tables", "requests"), schema, None, "jobs.build_requests")
         built_from = requests.manifest["inputs"]["sequences"]
         sequences = open_version(settings.path("tables", "sequences"), schema, built_from, "jobs.build_sequences")
