@@ -226,7 +226,7 @@ def _made_of(log: str, root: str, sizes: GenerateSettings) -> str:
 
 def _about(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{len(os.sched_getaffinity(0))} CPU cores"
-    return {"hardware": name, "torch": torch.__version__, "commit": commit(), "quick": asked.quick}
+    return {"hardware": name, "torch": torch.__version__, "commit": asked.commit or commit(), "quick": asked.quick}
 
 
 def _say(message: str) -> None:
@@ -257,6 +257,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--results", help="JSON lines, one an arm or trial")
     parser.add_argument("--plots", help="folder for plots")
     parser.add_argument("--page-only", action="store_true", help="train nothing")
+    parser.add_argument("--commit", help="what the code is, where it is not a Git checkout")
     parser.add_argument("--quick", action="store_true", help="a small grid of smaller models")
     parser.add_argument(
         "--compile", action="store_true", help="on cuda, compile what LONGER fuses: minutes more in all"
