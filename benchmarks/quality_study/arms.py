@@ -32,6 +32,8 @@ UNDO = (
 """Parts of LONGER's start that the study takes back one by one, and all of them (`training.undo`)."""
 FEATURES = "+features"
 """Suffix of arms that have the interaction features too."""
+UNMERGED = "K=1"
+"""LONGER in which every event is a token."""
 ITSELF = "longer, no history"
 """LONGER whose candidates attend to themselves alone (`control.NoHistory`)."""
 
@@ -108,7 +110,7 @@ class Arm:
     @property
     def is_compared(self) -> bool:
         """With intervals over users."""
-        return self.group == "encoders"
+        return self.group == "encoders" or self.name in (UNMERGED, UNMERGED + FEATURES)
 
 
 def model_settings(arm: Arm, base: Base) -> ModelSettings:

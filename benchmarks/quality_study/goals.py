@@ -7,7 +7,7 @@ fewer than three seeds of an arm is not measured.
 from collections.abc import Sequence
 from itertools import pairwise
 
-from benchmarks.quality_study.arms import ENCODERS, FEATURES, ITSELF
+from benchmarks.quality_study.arms import ENCODERS, FEATURES, ITSELF, UNMERGED
 from benchmarks.quality_study.draws import lead
 from benchmarks.quality_study.grid import LENGTHS, SHORT
 from benchmarks.quality_study.rows import (
@@ -32,7 +32,7 @@ def goals(mine: Sequence[Record], baselines: dict[str, dict[str, float]]) -> lis
     """Of the Complete Journey's records; what was not trained is said."""
     arms = {name: records for name, records in by_arm(mine).items() if len(records) >= _SEEDS}
     return [
-        *(_beats_all(arms, baselines, features) for features in (True, False)),
+        *(_beats_all(arms, baselines, ours, features) for ours in ("longer", UNMERGED) for features in (True, False)),
         *(_grows(mine, features) for features in (True, False)),
         _queries_in_order(arms),
         *(_part_of_the_queries(arms, features) for features in (False, True)),
@@ -41,10 +41,11 @@ def goals(mine: Sequence[Record], baselines: dict[str, dict[str, float]]) -> lis
     ]
 
 
-def leads_of(arms: dict[str, list[Record]], features: bool) -> dict[str, tuple[float, float, tuple[float, float]]]:
+def leads_of(
+    arms: dict[str, list[Record]], ours: Sequence[Record], suffix: str
+) -> dict[str, tuple[float, float, tuple[float, float]]]:
     """By how much LONGER leads each other encoder on long histories, both spreads, and the interval over users."""
-    suffix = FEATURES * features
-    ours, found = arms["longer" + suffix], {}
+    found = {}
     for name in ENCODERS:
         if theirs := arms.get(name + suffix):
             noise = spread(ours, long_auc) + spread(theirs, long_auc)
@@ -68,14 +69,16 @@ def _missing(arms: dict[str, list[Record]], names: Sequence[str]) -> list[str]:
     return [name for name in names if name not in arms]
 
 
-def _beats_all(arms: dict[str, list[Record]], baselines: dict[str, dict[str, float]], features: bool) -> str:
-    suffix = FEATURES * features
-    claim = f"on long histories LONGER beats every encoder and count_all, {_how(features)}"
-    missing = _missing(arms, ["longer" + suffix, *(name + suffix for name in ENCODERS)])
+def _beats_all(arms: dict[str, list[Record]], baselines: dict[str, dict[str, float]], name: str, features: bool) -> str:
+    """Of LONGER as it is, or without merging and trained alike; an arm without intervals is not compared."""
+    arms = {arm: records for arm, records in arms.items() if all("long_auc_draws" in record for record in records)}
+    suffix, unmerged = FEATURES * features, " without merging (K = 1)" * (name == UNMERGED)
+    claim = f"on long histories LONGER{unmerged} beats every encoder and count_all, {_how(features)}"
+    missing = _missing(arms, [name + suffix, *(other + suffix for other in ENCODERS)])
     if missing or not baselines:
-        return _not_measured(claim, missing or ["the baselines"])
-    ours = arms["longer" + suffix]
-    leads = leads_of(arms, features)
+        return _not_measured(claim, [f"{arm} with intervals over users" for arm in missing] or ["the baselines"])
+    ours = arms[name + suffix]
+    leads = leads_of(arms, ours, suffix)
     count_all = baselines["count_all"]
     leads["count_all"] = mean(ours, long_auc) - count_all["long_auc"], spread(ours, long_auc), lead(ours, [count_all])
     told = [
@@ -154,9 +157,9 @@ def _shares(
 
 def _merging(arms: dict[str, list[Record]]) -> str:
     claim = f"merging loses little on ids alone (within {_LITTLE} of K = 1 trained alike, spreads and all)"
-    if missing := _missing(arms, ("longer", "K=1")):
+    if missing := _missing(arms, ("longer", UNMERGED)):
         return _not_measured(claim, missing)
-    found = {k: arms[name] for k, name in ((1, "K=1"), (2, "K=2"), (4, "longer"), (8, "K=8")) if name in arms}
+    found = {k: arms[name] for k, name in ((1, UNMERGED), (2, "K=2"), (4, "longer"), (8, "K=8")) if name in arms}
     told = ", ".join(
         f"K={k} {mean(records, auc):.4f} ± {spread(records, auc):.4f} ({mega_flops(records[0]):,.0f} MFLOPs)"
         for k, records in found.items()

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from benchmarks.quality_study.arms import BASES, ENCODERS, FEATURES, ITSELF, UNDO, Arm, Trained
+from benchmarks.quality_study.arms import BASES, ENCODERS, FEATURES, ITSELF, UNDO, UNMERGED, Arm, Trained
 
 GENERATED_ENCODERS = ("longer", "none", "din_recent50", "sim_hard", "sim_soft", "din", "twin")
 """Those whose cost at 10,000 events is linear, and small enough."""
@@ -13,7 +13,8 @@ LENGTHS = (20, 50, 100, 200, 500, 1000, 2000, 4000)
 _QUERIES = ("uniform", "learnable", "recent_uniform")
 SHORT = (2000, 1000, 500)
 OF_GOALS = (
-    "K=1",
+    UNMERGED,
+    UNMERGED + FEATURES,
     *(f"{kind} queries" for kind in _QUERIES),
     "k=250 L=1000",
     "k=250 L=1000" + FEATURES,
@@ -74,7 +75,7 @@ def _merging(here: Arm) -> list[Arm]:
     At d = 32, K = 4 is LONGER as it is; at d = 64, K = 2 is "K=2".
     """
     of_tokens = [
-        replace(here, name="K=1", merge=1, queries=400),
+        replace(here, name=UNMERGED, merge=1, queries=400),
         replace(here, name="K=2", merge=2, queries=200),
         replace(here, name="K=8", merge=8, queries=50),
     ]
@@ -142,7 +143,7 @@ def _tried(base: Arm) -> list[Arm]:
     larger = [replace(both[0], name=f"longer+features {name}", model=model) for name, model in sizes.items()]
     ids_only = replace(here, features=False)
     switched = (
-        replace(ids_only, name="K=1", merge=1, queries=400),
+        replace(ids_only, name=UNMERGED, merge=1, queries=400),
         replace(ids_only, name="learnable queries", model={"queries": "learnable"}),
     )
     rates = (Trained(0.003, 0.0006, 3), Trained(0.03, 0.0006, 3), Trained(0.01, 0.002, 3))

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.quality_study.arms import BASES, FEATURES, QUICK, Arm, model_settings
+from benchmarks.quality_study.arms import BASES, FEATURES, QUICK, UNMERGED, Arm, model_settings
 from benchmarks.quality_study.goals import goals
 from benchmarks.quality_study.rows import (
     MOST_EXPONENT,
@@ -78,13 +78,13 @@ def page(records: Sequence[Record]) -> str:
             _validated(
                 all_of_log,
                 "undone",
-                ("longer", "K=1"),
+                ("longer", UNMERGED),
                 "What merging lost: LONGER on ids alone with a part of its start taken back",
             ),
             _validated(
                 all_of_log,
                 "tried",
-                ("longer" + FEATURES, "hstu" + FEATURES, "K=1", "learnable queries"),
+                ("longer" + FEATURES, "hstu" + FEATURES, UNMERGED, "learnable queries"),
                 "What else was tried: LONGER and the encoder nearest to it with the features, and switches at rates of their own",
             ),
             _widths(mine),

@@ -13,7 +13,8 @@ from benchmarks.quality_study.grid import LENGTHS, SHORT
 from benchmarks.quality_study.rows import curve, power_law
 from tests.benchmarks.test_quality import record
 
-BEATS = "beats every encoder and count_all"
+BEATS = "LONGER beats every encoder and count_all"
+UNMERGED_BEATS = "LONGER without merging (K = 1) beats every encoder and count_all"
 GROWS = "AUC on long histories grows with L"
 QUERIES = "recent queries > uniform > learnable"
 MERGING = "merging loses little"
@@ -64,6 +65,19 @@ def test_longer_beats_what_is_beaten_on_long_histories_with_and_without_features
     assert verdicts(BEATS, [*on_ids, *beaten(0.81)], baseline(0.6)) == ["missed", "met"]
     assert verdicts(BEATS, counted, baseline(0.6)) == ["met", "not measured"]
     assert verdicts(BEATS, counted) == ["not measured", "not measured"]
+
+
+def test_longer_without_merging_is_told_beside_longer_and_by_figures_of_its_own() -> None:
+    unmerged = long_seeds("K=1" + FEATURES, 0.90)
+    assert verdicts(UNMERGED_BEATS, [*beaten(0.85), *unmerged], baseline(0.6)) == ["met", "not measured"]
+    assert verdicts(UNMERGED_BEATS, [*beaten(0.95), *unmerged], baseline(0.6)) == ["missed", "not measured"]
+    assert verdicts(BEATS, [*beaten(0.85), *unmerged], baseline(0.6))[0] == "missed"
+    assert verdicts(UNMERGED_BEATS, [*beaten(0.85), *unmerged[:2]], baseline(0.6))[0] == "not measured"
+
+
+def test_what_has_no_interval_over_users_is_not_compared() -> None:
+    without = [{k: v for k, v in r.items() if k != "long_auc_draws"} for r in long_seeds("K=1" + FEATURES, 0.90)]
+    assert verdicts(UNMERGED_BEATS, [*beaten(0.85), *without], baseline(0.6))[0] == "not measured"
 
 
 def test_longer_beats_nothing_that_some_draws_of_users_place_before_it() -> None:

@@ -30,14 +30,16 @@ class EventTensors:
 
     @property
     def row_E(self) -> Tensor:
-        return torch.repeat_interleave(self.num_events_B)
+        return torch.repeat_interleave(self.num_events_B, output_size=len(self.event_ts_E))
 
     def previous_ts_E(self) -> Tensor:
         """Time of the event before each event, across the start of the row."""
-        previous_E = torch.roll(self.event_ts_E, 1)
-        starts = self.offsets_B1[:-1][self.num_events_B > 0]
-        previous_E[starts] = self.prev_event_ts_B[self.num_events_B > 0]
-        return previous_E
+        num_events = len(self.event_ts_E)
+        previous_E1 = F.pad(self.event_ts_E, (1, 0))
+        start_B = torch.where(
+            self.num_events_B > 0, self.offsets_B1[:-1], num_events
+        )  # of none: beyond, where none asks
+        return previous_E1.index_copy_(0, start_B, self.prev_event_ts_B)[:num_events]
 
     def slice_events(self, row_N: Tensor, start_N: Tensor, end_N: Tensor, num_events: int) -> "EventTensors":
         """`Histories.slice_events` where the events lie: of row `row_N[i]`, [start_N[i], end_N[i]), `num_events` in all."""
