@@ -72,7 +72,7 @@ def _journey(quick: bool, seeds: int) -> Iterator[Arm]:
 def _merging(here: Arm) -> list[Arm]:
     """At the same width D of a token, where an event of K = 8 has an eighth, and, as in the paper, at the same width d of an event.
 
-    At d = 32, K = 4 is LONGER as it is; at d = 64, K = 2 is "K=2".
+    At d = 32, K = 4 is LONGER as it is; at d = 64, K = 2 is "K=2"; at d = 128, K = 1 is "K=1".
     """
     of_tokens = [
         replace(here, name=UNMERGED, merge=1, queries=400),
@@ -84,6 +84,7 @@ def _merging(here: Arm) -> list[Arm]:
         replace(here, name="K=2 D=64", merge=2, queries=200, model={"width": 64}),
         replace(here, name="K=8 D=256", merge=8, queries=50, model={"width": 256}),
         replace(here, name="K=4 D=256", model={"width": 256}),
+        replace(here, name="K=4 D=512", model={"width": 512}),
     ]
     plain = {"inner_transformer": False}
     no_inner = [

@@ -253,7 +253,7 @@ def _lengths(mine: Sequence[Record]) -> str:
 
 def _widths(mine: Sequence[Record]) -> str:
     chosen = by_arm(record for record in mine if record["group"] == "widths")
-    chosen |= {name: records for name, records in by_arm(mine).items() if name in ("longer", "K=4 D=256")}
+    chosen |= {name: records for name, records in by_arm(mine).items() if name in ("longer", "K=4 D=256", "K=4 D=512")}
     if len(chosen) < 2:
         return ""
     arms = sorted(chosen.items(), key=lambda item: item[1][0]["dense_parameters"])
