@@ -31,13 +31,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast files first: without Ray, then with one of their own, then those on the Ray of the session, idle for none before."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Fast files first: without Ray, then with one of their own, then those on the Ray of the session, idle for none before.
+
+    With two processes (`make test`) all that start a Ray are one's, and what is without is the other's.
+    """
     rank = dict.fromkeys((item.path for item in items), 0)
     for item in items:
         here = 2 if "local_ray" in getattr(item, "fixturenames", ()) else 1 if item.get_closest_marker("ray") else 0
         rank[item.path] = max(rank[item.path], here)
     items.sort(key=lambda item: rank[item.path])
+    if config.getoption("dist", "no") == "loadgroup":
+        for item in items:
+            if rank[item.path]:
+                item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 @pytest.fixture

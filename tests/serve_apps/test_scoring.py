@@ -130,7 +130,8 @@ def test_what_is_served_and_how_it_does_can_be_asked(service: tuple[str, Scorer]
     model = httpx.get(f"{url}/v1/model").json()
     assert model["model_version"] == scorer.info.model_version
     assert model["sequences_version"] == scorer.history.version_id
-    stats = httpx.get(f"{url}/v1/stats").json()
+    assert post(url, 5, {"candidates": ITEMS}).status_code == 200
+    stats = httpx.get(f"{url}/v1/stats", headers={"x-session-id": "5"}).json()  # of the replica that has just answered
     assert stats["cache"]["hit"] >= 0
     assert 0 < stats["cache"]["bytes"] <= stats["cache"]["budget_bytes"]
     logs = Path(ray._private.worker._global_node.get_logs_dir_path())
