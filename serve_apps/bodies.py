@@ -1,11 +1,13 @@
 """What goes over HTTP as JSON, field by field: bodies in, answers out. These models are also the service's OpenAPI document."""
 
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, StrictInt, StrictStr, WithJsonSchema
 
 from longer.serving.requests import LAST_MS
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def _milliseconds(value: Any) -> Any:
@@ -13,7 +15,7 @@ def _milliseconds(value: Any) -> Any:
         moment = datetime.fromisoformat(value)
         if moment.tzinfo is None:
             raise ValueError("no time zone")
-        return int(moment.timestamp() * 1000)
+        return (moment - _EPOCH) // timedelta(milliseconds=1)
     return value
 
 

@@ -86,7 +86,7 @@ def _events(messages: Any, limits: Limits) -> list[dict[str, Any]]:
     return [
         {
             "item_id": value_of(event.item_id),
-            "event_ts": event.event_ts,
+            "event_ts": event.event_ts if event.HasField("event_ts") else None,
             "action": event.action if event.HasField("action") else None,
             "features": {name: value_of(value) for name, value in event.features.items()},
         }

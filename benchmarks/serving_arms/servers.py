@@ -105,7 +105,7 @@ def plain_app(args: ServerArgs) -> FastAPI:
     users = pa.concat_arrays([table.read_bucket(bucket)[0] for bucket in table.buckets])
     rows = zip(users.to_pylist(), source.read(users), strict=True)
     histories = {user_id: row.history for user_id, row in rows}
-    items, reader = ItemTable(args.items, info.schema), RequestReader(info.schema)
+    items, reader = ItemTable(args.items, info.schema), RequestReader(info.schema, "ms")
     api = FastAPI()
 
     @api.post("/v1/score")

@@ -9,24 +9,25 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+METRIC_NAMES = {"auc": "AUC", "gauc": "GAUC", "logloss": "log loss", "ne": "NE", "mse": "mean squared error"}
 _INK, _ACCENT, _SECOND, _QUIET = "#1b2a36", "#0b6e99", "#d1682f", "#9aa7b1"
 
 
 def training_curve(history: Sequence[Mapping[str, Any]]) -> str:
-    """Training loss by step, and the first task's validation AUC on a second axis."""
+    """Training loss by step, and the first task's first metric on the validation split on a second axis."""
     losses = [(record["step"], record["loss"]) for record in history if "loss" in record]
-    aucs = [
-        (record["step"], next(iter(record["validation"].values()))["auc"])
-        for record in history
-        if "validation" in record
+    validated = [
+        (record["step"], next(iter(record["validation"].values()))) for record in history if "validation" in record
     ]
+    metric = next(iter(validated[0][1]))
+    label, curve = f"validation {METRIC_NAMES[metric]}", [(step, values[metric]) for step, values in validated]
     with _chart() as (axes, svg):
         axes.plot(*zip(*losses, strict=True), color=_QUIET, label="training loss")
         axes.set_xlabel("step")
         axes.set_ylabel("training loss")
         right = axes.twinx()
-        right.plot(*zip(*aucs, strict=True), color=_ACCENT, marker="o", label="validation AUC")
-        right.set_ylabel("validation AUC", color=_ACCENT)
+        right.plot(*zip(*curve, strict=True), color=_ACCENT, marker="o", label=label)
+        right.set_ylabel(label, color=_ACCENT)
         right.spines["top"].set_visible(False)
     return svg.getvalue()
 

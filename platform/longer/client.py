@@ -159,7 +159,8 @@ class ScoringClient:
             return None
 
     def _content(self, answer: requests.Response, content: bytes) -> bytes:
-        if answer.status_code >= 400 and (reason := _reason(answer, content)):
+        is_refused = answer.status_code >= 400 and answer.status_code != requests.codes.internal_server_error
+        if is_refused and (reason := _reason(answer, content)):
             raise UserError(f"{self._url}: {reason} ({answer.status_code})")
         answer.raise_for_status()
         return content

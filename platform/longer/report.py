@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-from longer.charts import auc_by_length, histogram, training_curve
+from longer.charts import METRIC_NAMES, auc_by_length, histogram, training_curve
 from longer.config import Settings
 from longer.files import exists, read_bytes, write_bytes
 from longer.progress import say
@@ -63,7 +63,7 @@ def _ids(versions: Mapping[str, Version]) -> dict[str, str]:
 
 def render(report: Mapping[str, Any], versions: Mapping[str, Version]) -> str:
     """The page: figures as tables, curves as inline SVG, nothing loaded from anywhere."""
-    evaluation = versions["evaluate"].manifest
+    bins = versions["evaluate"].manifest["auc_by_length"]
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -72,9 +72,10 @@ def render(report: Mapping[str, Any], versions: Mapping[str, Version]) -> str:
         sizes={name: versions[name].manifest for name in ("import_events", "build_sequences", "build_requests")},
         settings=versions["train"].manifest["settings"],
         methods={"LONGER": report["test"], **report["baselines"]},
+        metric_names=METRIC_NAMES,
         charts={
             "Training": training_curve(versions["train"].manifest["history"]),
-            "Test AUC by length of history": auc_by_length(evaluation["auc_by_length"]),
+            **({"Test AUC by length of history": auc_by_length(bins)} if bins else {}),
             "Latency of online requests": histogram(versions["serve"].manifest["latencies_ms"], "milliseconds"),
         },
     )

@@ -27,7 +27,7 @@ class WindowRule:
 
     @property
     def max_history_events(self) -> int:
-        """The most events a history window can hold: W + s groups less one, the last of them full."""
+        """Room for the events of any history window: W + s groups, one more than the longest holds."""
         return (self.history_groups + self.stride_groups) * self.merge_size
 
     def num_groups(self, num_events: Any) -> Any:

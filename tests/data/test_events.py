@@ -88,6 +88,18 @@ def test_negative_keys_and_values_that_do_not_parse_are_quarantined() -> None:
     assert (len(good), len(none)) == (5, 0)
 
 
+def test_the_reason_is_the_first_of_more_than_a_byte_can_count() -> None:
+    names = [f"f{number}" for number in range(200)]
+    schema = EventSchema(features=[{"name": name, "of": "event", "kind": "numeric"} for name in names])
+    log = pa.table(
+        {"user_id": [1], "item_id": [2], "event_ts": ["2019-05-01"], "action": ["a"], **{n: ["?"] for n in names}}
+    )
+    _, quarantined = check_rows(log, schema, NOW)
+    assert quarantined["reason"].to_pylist() == ["f0 is not a number"]
+    last = log.set_column(0, "user_id", [[None]])
+    assert check_rows(last, schema, NOW)[1]["reason"].to_pylist() == ["null user_id"]
+
+
 def test_an_empty_id_is_nobody_and_nothing() -> None:
     schema = EventSchema(user_id="string", item_id="string")
     log = pa.table(

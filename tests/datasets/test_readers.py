@@ -128,10 +128,12 @@ def test_a_log_of_ones_own_is_what_its_endings_say_in_any_case_and_the_rest_is_n
     others = ["a.csv.bak", "a.csv.old", "a.csv.part", "a.csv.tmp", "a.csv.zip", "c.txt"]
     for name in others:
         (tmp_path / name).write_text("u,i\n3,4\n")
-    log = Generic(COLUMNS | {"action": None})
+    log = Generic(COLUMNS | {"action": None}, section="import_impressions")
     parts = log.locate(str(tmp_path))
     assert [part.name for part in parts] == ["b.CSV", "d.tsv.Gz"]
-    assert f"6 files ({', '.join(others[:5])}, ...)" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"6 files ({', '.join(others[:5])}, ...)" in told
+    assert "import_impressions" in told
     rows = [row for part in parts for batch in log.read(part, ["user_id", "item_id"]) for row in batch.to_pylist()]
     assert rows == [{"user_id": "1", "item_id": "2", "action": "event"}] * 2
 

@@ -91,6 +91,23 @@ def test_a_full_service_is_asked_again_and_not_for_ever(full_at_first: str) -> N
         ScoringClient("http://127.0.0.1:9", max_retries=0).score(1, [1])
 
 
+class Broken(FullAtFirst):
+    """An error of the service's own."""
+
+    def do_POST(self) -> None:
+        content = b'{"error": "internal error: see the replica\'s log"}'
+        self.send_response(500)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+def test_an_error_of_the_service_is_no_mistake_of_its_caller() -> None:
+    with serving(Broken) as url, pytest.raises(requests.HTTPError, match="500 "):
+        ScoringClient(url).score(1, [1])
+
+
 @contextmanager
 def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)

@@ -108,6 +108,11 @@ MISTAKES = {
         "INVALID_ARGUMENT",
         "features: expected a value for each candidate",
     ),
+    "an event without a time": (
+        pb.ScoreRequest(user_id=USER, candidates=ITEMS, events=[pb.Event(item_id=pb.Id(text="item2"))]),
+        "INVALID_ARGUMENT",
+        "events",
+    ),
     "a negative time": (
         pb.ScoreRequest(user_id=USER, candidates=ITEMS, request_ts=-1),
         "INVALID_ARGUMENT",

@@ -1,13 +1,17 @@
 """Bodies become requests or one line that repeats nothing of them."""
 
 import json
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from longer.grpc_client import _score_request as score_message
+from longer.serving.requests import LAST_MS
 from longer.serving.scorer import ScoreRequest, ScoreResult
 from serve_apps.arrow_body import parse_arrow_body
 from serve_apps.messages import parse_score
@@ -124,6 +128,15 @@ def test_scores_lose_nothing_in_json() -> None:
     result = ScoreResult({"a": of_two_tasks[:, 0], "b": of_two_tasks[:, 1]}, 5, "hit", 12, 4)
     told = json.loads(as_json(score_answer(Asked(ScoreRequest("u", list(range(500))), None), result, "m1")))["scores"]
     assert np.array_equal(np.array([told["a"], told["b"]], np.float32).T, of_two_tasks)
+
+
+@given(st.integers(0, LAST_MS))
+@example(1_083_369_600_001)  # in the spring of 2004 the nearest float is less
+def test_an_iso_time_is_its_millisecond(time_ms: int) -> None:
+    """An event that is sent is the one in the log, not another a millisecond before."""
+    moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=time_ms)
+    asked = parse({"user_id": "u", "candidates": ["a"], "request_ts": moment.isoformat()})
+    assert asked.request.request_ts == time_ms
 
 
 def test_events_become_columns_of_the_log_and_what_an_event_lacks_is_null() -> None:

@@ -379,6 +379,31 @@ def test_a_dump_goes_when_a_replica_has_known_it_so_long_that_all_have_brought_i
     assert sorted(path.name for path in dumped.iterdir()) == ["neighbour", "writes just now"]
 
 
+def test_of_a_dump_that_runs_out_of_time_the_events_and_what_was_written_stay(
+    world: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("longer.serving.dump_files._FILE_BYTES", 1)
+    before = scorer_of(world)
+    for user in USERS:
+        ask(before, user, events={"event_ts": [END_MS - 1], "item_id": ["item1"]})
+    dumps, written = StateDumps(str(tmp_path), "before"), list[str]()
+    as_it_is = dumps._write_file
+
+    def slowly(name: str, content: Any) -> Any:
+        written.append(name)
+        if len(written) > 4:
+            time.sleep(1.0)
+        return as_it_is(name, content)
+
+    monkeypatch.setattr(dumps, "_write_file", slowly)
+    num_states = dumps.write(before.cache, before.online, before.version, 0.5)
+    assert 0 < num_states < NUM_USERS
+    assert "could not be written in time" in caplog.text
+    after = scorer_of(world)
+    assert len(restore(StateDumps(str(tmp_path), "after"), after)) == num_states
+    assert len(after.online) == len(before.online)
+
+
 def leave_as(dumps: StateDumps, world: Settings) -> None:
     scorer = scorer_of(world)
     ask(scorer, 5)

@@ -5,10 +5,12 @@ An event is a tuple in the log's canonical order: time, item, action, category, 
 
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,7 +27,16 @@ from longer.serving.online import EventLimits, beyond
 from longer.serving.scorer import EventsRequest, EventsResult, Scorer, ScoreRequest, ScoreResult
 from tests.data.tables import publish_sequences
 from tests.model.generate import encoded, pool_for
-from tests.serving.tables import START_MS, build_world, checkpoint_path, publish_catalogue, random_events, tiny_settings
+from tests.serving.tables import (
+    START_MS,
+    build_world,
+    checkpoint_path,
+    publish_catalogue,
+    publish_random_model,
+    random_events,
+    tiny_settings,
+)
+from tests.serving.tables import publish_sequences as publish_of_world
 
 CANDIDATES = ["item1", "item5", "never seen"]
 FIELDS = ["event_ts", "item_id", "action", "category", "price", "quantity"]
@@ -343,6 +354,25 @@ def test_the_memory_of_all_users_events_is_bounded_and_who_was_dropped_is_answer
         assert isinstance(result, ScoreResult)
         held = len(scorer.online.of([int(stable_keys(pa.array([user]))[0])]))
         assert result.num_events == user * user + held
+
+
+def test_of_a_bound_of_one_event_the_newest_stays(world: Settings) -> None:
+    scorer = scorer_of(world, max_user_events=1)
+    for hour in (LATER, LATER + 1, LATER + 2):
+        scorer.add_events([EventsRequest(5, columns_of([event(hour, 0)]))])
+        assert len(scorer.online) == 1
+
+
+def test_events_of_a_log_whose_times_are_relative_are_taken_in_as_it_has_them(tmp_path: Path) -> None:
+    """Seven hours after its beginning are a fine time there, and everywhere else a mistake of the unit."""
+    relative = tiny_settings(tmp_path)
+    rows = random_events(relative.event_schema, seed=0)
+    times = pc.subtract(rows["event_ts"].cast(pa.int64()), START_MS).cast(rows["event_ts"].type)
+    rows = rows.set_column(rows.column_names.index("event_ts"), "event_ts", times)
+    publish_catalogue(relative, publish_of_world(relative, rows))
+    publish_random_model(relative)
+    sent = EventsRequest(1, {"event_ts": [7 * HOUR_MS], "item_id": ["item1"]})
+    assert scorer_of(relative).add_events([sent]) == [EventsResult(1, 1)]
 
 
 def test_events_that_come_together_are_each_their_own_requests(world: Settings) -> None:

@@ -70,7 +70,7 @@ def iso_time(time_ms: int) -> str:
 
 def _first_reasons(unfit: dict[str, pa.Array], num_rows: int) -> pa.Array:
     """The first reason that applies to each row, null where none does."""
-    first = np.full(num_rows, -1, np.int8)
+    first = np.full(num_rows, -1, np.int16)
     for place, rows in reversed(list(enumerate(unfit.values()))):
         first[pc.fill_null(rows, False).to_numpy(zero_copy_only=False)] = place
     return pa.array(list(unfit), pa.string()).take(pa.array(first, mask=first < 0))

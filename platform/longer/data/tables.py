@@ -177,6 +177,7 @@ class RequestTable:
         self.num_buckets: int = self.version.manifest["num_buckets"]
         self.schema = schema
         self._arrow_schema = schema.requests_arrow()
+        self._file_at = {file.path: file for file in self.version.data_files()}
 
     def read(self, split: str, bucket: int) -> Requests:
         """All requests of a split ('train', 'valid' or 'test') in a bucket, by user and time."""
@@ -192,7 +193,8 @@ class RequestTable:
 
     def _files(self, split: str, bucket: int) -> list[str]:
         """One or none."""
-        return self.version.files(f"split={split}/bucket={bucket:04d}/")
+        file = self._file_at.get(f"split={split}/{rows_path(bucket)}")
+        return [self.version.path_of(file)] if file else []
 
 
 def histories_in_order(rows: pa.Table, wanted: pa.Array, schema: EventSchema) -> Histories:

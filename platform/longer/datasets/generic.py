@@ -26,7 +26,7 @@ class Generic:
     section: str = "import_events"
 
     def locate(self, source: str) -> list[Part]:
-        parts = log_parts(source, _PATTERNS, says_left_out=True)
+        parts = log_parts(source, _PATTERNS, section=self.section)
         return require_parts(source, parts, ".parquet, .csv or .tsv files (.gz, .bz2, .zst and .lz4 too)", self.section)
 
     def read(self, part: Part, names: Sequence[str]) -> Iterator[pa.Table]:

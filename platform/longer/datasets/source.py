@@ -63,16 +63,19 @@ class Source(Protocol):
 
 
 def log_parts(
-    source: str, patterns: Sequence[str], joined: Sequence[Part] = (), says_left_out: bool = False
+    source: str, patterns: Sequence[str], joined: Sequence[Part] = (), section: str | None = None
 ) -> list[Part]:
     """The files under the folder or glob `source` whose name matches a pattern, large ones in stretches."""
-    files = [replace(file, joined=tuple(joined)) for file in find_files(source, patterns, says_left_out)]
+    files = [replace(file, joined=tuple(joined)) for file in find_files(source, patterns, section)]
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         return [part for parts in pool.map(_stretches, files) for part in parts]
 
 
-def find_files(source: str, patterns: Sequence[str], says_left_out: bool = False) -> list[Part]:
-    """The same files whole, sorted by path; hidden ones, and those that start with '_', are not part of a log."""
+def find_files(source: str, patterns: Sequence[str], section: str | None = None) -> list[Part]:
+    """The same files whole, sorted by path; hidden ones, and those that start with '_', are not part of a log.
+
+    A line of `section`, a job's, tells which were left out for their names; none where a reader knows its files.
+    """
     fs, bare = filesystem(source.rstrip("/"))
     if any(sign in source for sign in "*?["):
         found = {path: info for path, info in fs.glob(bare, detail=True).items() if info["type"] == "file"}
@@ -87,9 +90,9 @@ def find_files(source: str, patterns: Sequence[str], says_left_out: bool = False
         path for path in visible if any(fnmatch.fnmatch(path.rpartition("/")[2], pattern) for pattern in patterns)
     ]
     left_out = sorted(names[path] for path in set(visible).difference(chosen))
-    if says_left_out and left_out:
+    if section and left_out:
         named = ", ".join(left_out[:_NUM_NAMED] + ["..."] * (len(left_out) > _NUM_NAMED))
-        say("import_events", f"left out, for the ending of their names: {len(left_out)} files ({named})")
+        say(section, f"left out, for the ending of their names: {len(left_out)} files ({named})")
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         return list(pool.map(lambda path: _part(source, path, names[path], found[path]), sorted(chosen)))
 

@@ -74,7 +74,7 @@ class StateLayout:
 
     @property
     def most_groups(self) -> int:
-        """Groups of the longest history window."""
+        """Room for the groups of any history window: one more than the longest has."""
         return self.windows.history_groups + self.windows.stride_groups
 
     @property

@@ -4,8 +4,10 @@ from typing import Any
 
 from longer.config import Settings
 from longer.data.scores import check_difference, most_difference, read_scores
+from longer.data.tables import open_version
 from longer.errors import UserError
 from longer.storage import TABLE_FORMAT, Table, Version, fingerprint
+from longer.training.checkpoints import read_info
 
 
 def check_against_online(settings: Settings, scored: Version) -> Version:
@@ -28,11 +30,15 @@ def check_against_online(settings: Settings, scored: Version) -> Version:
         "compared_requests": 0,
     }
     if online:
+        made_by = scored.manifest["inputs"]["checkpoint"]
+        tasks = read_info(
+            open_version(settings.path("checkpoints"), settings.event_schema, made_by, "jobs.train").path
+        ).tasks
         asked = read_scores(online)
         ours = read_scores(scored, asked["request_id"].to_numpy())
         precision = scored.manifest["settings"].get("precision", "float32")
         try:
-            diff, compared = check_difference(asked, ours, settings.train.tasks, most_difference(precision))
+            diff, compared = check_difference(asked, ours, tasks, most_difference(precision))
         except ArithmeticError as error:
             stays = f"{scored.path} is published all the same, and current"
             if precision == "float32":

@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import requests
 
 from longer.client import ScoringClient
 from longer.config import Settings
@@ -26,6 +26,7 @@ from longer.hashing import hash_int64
 from longer.progress import say
 from longer.ring import session_of
 from longer.storage import TABLE_FORMAT, Table, Version, checked_output, fingerprint
+from longer.training.checkpoints import read_info
 from longer.training.inputs import Inputs
 from longer.training.loader import concat_requests
 
@@ -117,7 +118,7 @@ def replay(url: str, users: list[Requests], logged: dict[int, Logged], token: st
     replicas = {}
     for user in users:
         session = {"x-session-id": session_of(user.user_id_R[0].as_py())}
-        stats = httpx.get(f"{url}/v1/stats", headers={**headers, **session}, timeout=_TIMEOUT_S).json()
+        stats = requests.get(f"{url}/v1/stats", headers={**headers, **session}, timeout=_TIMEOUT_S).json()
         replicas[stats["replica"]] = stats["cache"]
     return Replay(
         answers, {name: sum(cache[name] for cache in replicas.values()) for name in next(iter(replicas.values()))}
@@ -191,7 +192,7 @@ def publish_check(
     settings: Settings, table: Table, inputs: Inputs, offline: Version, users: list[Requests], replayed: Replay
 ) -> Version:
     """Compares every answer with the offline scores; publishes the record, and the online scores as a score table."""
-    tasks, schema, asked = settings.train.tasks, settings.event_schema, concat_requests(users)
+    tasks, schema, asked = read_info(inputs.checkpoint.path).tasks, settings.event_schema, concat_requests(users)
     expected = read_scores(offline, asked.request_id_R)
     worst, compared = 0.0, 0
     for first in (True, False):

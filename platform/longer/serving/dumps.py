@@ -109,7 +109,8 @@ class StateDumps:
                 break
         wait(writes, timeout=max(0.0, deadline_s - time.monotonic()))
         pool.shutdown(wait=False, cancel_futures=True)
-        files = [write.result() for write in writes if write.done() and not write.exception()]
+        done = (write for write in writes if write.done() and not write.cancelled())
+        files = [write.result() for write in done if not write.exception()]
         if len(files) < len(writes):
             num_missing = len(writes) - len(files)
             _logger.error("state dump: %d of %d files could not be written in time", num_missing, len(writes))

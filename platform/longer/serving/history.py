@@ -25,6 +25,7 @@ from longer.serving.cache import NEVER_TS
 from longer.serving.fingerprint import EventPrint
 from longer.serving.online import beyond
 from longer.storage import Table, Version
+from longer.table_settings import TimeUnit
 from longer.windows import WindowRule
 
 
@@ -52,6 +53,11 @@ class HistorySource:
     @property
     def version(self) -> Version:
         return self._table.version
+
+    @property
+    def time_unit(self) -> TimeUnit:
+        """Of events that come from outside: a log whose newest is before 1990 counts from a moment of its own."""
+        return "relative_ms" if self.version.manifest["watermark"] < "1990" else "ms"
 
     def newer(self) -> SequenceTable | None:
         """The table at its served version if that is another than this source's; a pinned source never moves. For any thread."""

@@ -204,7 +204,7 @@ class OnlineEvents:
         """Another set of the user's events, in order of arrival, within the bound for a user."""
         excess = 0
         if len(events) > self._limits.max_user_events:  # a quarter at once: each time costs a look at the table
-            excess = len(events) - self._limits.max_user_events * 3 // 4
+            excess = len(events) - max(1, self._limits.max_user_events * 3 // 4)
         self._put(user_key, events.slice(excess))
         self.counters.dropped += excess
 

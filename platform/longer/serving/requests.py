@@ -20,6 +20,7 @@ from longer.data.items import ItemTable
 from longer.errors import UserError
 from longer.hashing import stable_key, stable_keys
 from longer.schema import EventSchema
+from longer.table_settings import TimeUnit
 
 Source = Literal["hit", "append", "load", "cold"]
 Columns = Mapping[str, Sequence[Any] | pa.Array]
@@ -93,8 +94,9 @@ class _Sent:
 class RequestReader:
     """Values as sent to what the scorer works with; a UserError names the field at fault and repeats nothing of it."""
 
-    def __init__(self, schema: EventSchema) -> None:
-        self._schema = schema
+    def __init__(self, schema: EventSchema, time_unit: TimeUnit) -> None:
+        """`time_unit` is that of the events that requests bring."""
+        self._schema, self._time_unit = schema, time_unit
         self._types = {f.name: f.arrow_type for f in schema.features}
 
     def user(self, user_id: int | str) -> User:
@@ -166,7 +168,8 @@ class RequestReader:
         raw = [outcome for outcome in outcomes if isinstance(outcome, pa.Table)]
         if not raw:
             return outcomes
-        events, unfit = check_rows(pa.concat_tables(raw), self._schema, datetime.now(UTC) + _CLOCK_SKEW)
+        latest = datetime.now(UTC) + _CLOCK_SKEW
+        events, unfit = check_rows(pa.concat_tables(raw), self._schema, latest, self._time_unit)
         if len(unfit):
             if len(asked) == 1:
                 return [UserError(f"events: {unfit['reason'][0]}: send events as the log will have them")]

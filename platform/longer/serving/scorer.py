@@ -71,7 +71,7 @@ class Scorer:
         self._device, self._is_plain = device, is_plain
         self.model, self.info = load_appendable(checkpoint, device)
         self.history = HistorySource(sequences, self.info.schema, sequences_version)
-        self._items_path, self._reader = items, RequestReader(self.info.schema)
+        self._items_path, self._reader = items, RequestReader(self.info.schema, self.history.time_unit)
         self.cache = StateStore(self.model, cache_bytes, host_bytes, state_precision)
         self.online = OnlineEvents(self.info.schema, event_limits or EventLimits())
         self._serve_states()

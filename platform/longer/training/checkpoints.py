@@ -109,6 +109,11 @@ def load_model(
     return model.to(device).eval(), info
 
 
+def read_info(path: str) -> CheckpointInfo:
+    """What the model under `path` is, without a look at its weights."""
+    return _info(path, read_json(path, "model.json"))
+
+
 def check_model(path: str) -> str:
     """The version of the model under `path`; a UserError unless both of its files are, to the last byte, what was saved."""
     about = read_json(path, "model.json")

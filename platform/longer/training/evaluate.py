@@ -74,12 +74,14 @@ def evaluate(settings: Settings) -> Version:
             f"{requests.path}: no requests in the test split: raise requests.test_days_share, build them again"
         )
     may_be_seen = _check_held_out(checkpoint, requests)
-    load_model(checkpoint.path, expected_schema=settings.event_schema)  # a mistake is told here once, not by every task
+    _, info = load_model(
+        checkpoint.path, expected_schema=settings.event_schema
+    )  # mistakes are told here, not by every task
     train_end_ms = round(datetime.fromisoformat(requests.manifest["valid_from"]).timestamp() * 1000)
     scorer = BucketScorer(settings, inputs.ids, checkpoint.path, table.begin(version_id), train_end_ms)
     try:
         parts = list(_score_buckets(settings, scorer, requests.manifest["num_buckets"]))
-        metrics = _metrics(settings, parts)
+        metrics = _metrics(settings, info.tasks, parts)
         write_bytes(f"{scorer.version_path}/metrics.json", json.dumps(metrics, indent=1).encode())
     except BaseException:
         table.discard(version_id)
@@ -184,16 +186,20 @@ def _score_buckets(settings: Settings, scorer: BucketScorer, num_buckets: int) -
     return track(map(ray.get, scored), num_buckets, "evaluate", "buckets")
 
 
-def _metrics(settings: Settings, parts: list[BucketScores]) -> dict[str, Any]:
-    """Of the first task and of each; baselines and AUC by history length rank for the first binary task."""
-    tasks = settings.train.tasks
+def _metrics(settings: Settings, tasks: tuple[TaskSettings, ...], parts: list[BucketScores]) -> dict[str, Any]:
+    """Of the model's first task and of each; baselines and AUC by history length rank for the first binary task."""
     output_CT, user_C, item_C, history_end_C = (
         np.concatenate([getattr(part, name) for part in parts])
         for name in ("output_CT", "user_C", "item_C", "history_end_C")
     )
     labels = {task.name: np.concatenate([part.labels[task.name] for part in parts]) for task in tasks}
     metrics = defined(task_metrics(output_CT, labels, user_C, tasks))
-    result: dict[str, Any] = {"test": metrics[tasks[0].name], "test_by_task": metrics}
+    result: dict[str, Any] = {
+        "test": metrics[tasks[0].name],
+        "test_by_task": metrics,
+        "baselines": {},
+        "auc_by_length": [],
+    }
     binary = [index for index, task in enumerate(tasks) if task.kind == "binary"]
     if not binary:
         return result
