@@ -3,13 +3,12 @@
 With import_impressions.source they are what jobs.import_impressions has imported; else they are made from the events.
 """
 
-from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
 
 from longer.config import Settings
-from longer.data.events import iso_time
+from longer.data.events import iso_ms, iso_time
 from longer.data.items import read_items
 from longer.data.ray_requests import (
     ImpressionBuilder,
@@ -49,7 +48,7 @@ def run(settings: Settings) -> Version:
     path = table.begin(version_id)
     try:
         if shown:
-            asked, until_ms = settings.import_impressions, _milliseconds(sequences.manifest["watermark"])
+            asked, until_ms = settings.import_impressions, iso_ms(sequences.manifest["watermark"])
             builder = ImpressionBuilder(histories, shown, asked.group_id, splits, windows, until_ms, path)
             stats = write_shown(builder, _items(settings, histories))
             stats["requests_until"] = iso_time(last)
@@ -133,10 +132,6 @@ def _split_times(settings: Settings, first: int, last: int) -> SplitTimes:
             f"left to train on in requests from {iso_time(first)} to {iso_time(last)}: lower the shares or import more days"
         )
     return splits
-
-
-def _milliseconds(iso: str) -> int:
-    return round(datetime.fromisoformat(iso).timestamp() * 1000)
 
 
 def _check_cut(settings: Settings, num_cut: int, num_requests: int) -> None:

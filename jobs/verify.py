@@ -7,9 +7,9 @@ python -m jobs.verify --verify.sequences mine/sequences --verify.requests mine/r
 """
 
 import sys
-from datetime import datetime
 
 from longer.config import Settings
+from longer.data.events import iso_ms
 from longer.data.findings import KINDS, BucketReport, Findings
 from longer.data.items import read_items
 from longer.data.ray_verification import verify_tables
@@ -77,7 +77,7 @@ def _impressions(settings: Settings, sequences: Source, requests: Source | None)
     table = SequenceTable(path, schema.of_impressions(group_id), named["impressions"], "jobs.import_impressions")
     has_items = bool(schema.features_of("item"))
     items = read_items(settings.path("tables", "items"), sequences.version.id, schema) if has_items else None
-    return ShownRequests(table, schema, group_id, items, _ms(sequences.version.manifest["watermark"]))
+    return ShownRequests(table, schema, group_id, items, iso_ms(sequences.version.manifest["watermark"]))
 
 
 def _promises(settings: Settings, sequences: Source, requests: Source | None) -> Promises:
@@ -92,7 +92,7 @@ def _promises(settings: Settings, sequences: Source, requests: Source | None) ->
         stride_events=stride_events,
         windows=WindowRule(**windows) if windows else settings.model.windows,
         keep=KeepRule(built["keep_events"], stride_events) if "keep_events" in built else None,
-        splits=SplitTimes(_ms(asked["valid_from"]), _ms(asked["test_from"])) if "test_from" in asked else None,
+        splits=SplitTimes(iso_ms(asked["valid_from"]), iso_ms(asked["test_from"])) if "test_from" in asked else None,
         ordered_ties=sequences.version is not None,
         complete_histories="inputs" in asked,
     )
@@ -105,10 +105,6 @@ def _num_buckets(settings: Settings) -> int:
             "sequences.num_buckets: tables without a manifest do not say how many buckets they have: set it"
         )
     return settings.sequences.num_buckets
-
-
-def _ms(iso: str) -> int:
-    return round(datetime.fromisoformat(iso).timestamp() * 1000)
 
 
 def _print(report: BucketReport, sequences: Source, requests: Source | None) -> None:

@@ -1,6 +1,6 @@
 """Events: the row checks that every importer uses."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +12,7 @@ from longer.errors import UserError
 from longer.schema import TIMESTAMP, EventSchema
 from longer.table_settings import TimeUnit
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _KINDS = {pa.int64(): "an integer", pa.string(): "text or an integer", pa.float32(): "a number"}
 
 
@@ -66,6 +67,11 @@ def check_rows(
 def iso_time(time_ms: int) -> str:
     """A time as manifests write it."""
     return datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(timespec="milliseconds")
+
+
+def iso_ms(iso: str) -> int:
+    """Milliseconds of a time that manifests have."""
+    return (datetime.fromisoformat(iso) - _EPOCH) // timedelta(milliseconds=1)
 
 
 def _first_reasons(unfit: dict[str, pa.Array], num_rows: int) -> pa.Array:

@@ -7,7 +7,6 @@ A draw is a hash of (seed, request_id, slot, round), so it is the same however t
 """
 
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ import pyarrow.compute as pc
 from longer.arrays import Float32, Histories, Int64
 from longer.data.catalogue import first_seen
 from longer.data.columns import changes, flat_list, list_columns, milliseconds, single_array
+from longer.data.events import iso_ms
 from longer.hashing import hash_int64, stable_keys
 from longer.schema import TIMESTAMP, EventSchema
 from longer.storage import Version
@@ -54,10 +54,7 @@ def split_times(first_ms: int, last_ms: int, validation_days_share: float, test_
 def asked_in(sequences: Version, impressions: Version | None) -> tuple[int, int]:
     """First and last millisecond in which a request can be: with impressions, theirs, but none after the newest event."""
     spans = [
-        [
-            round(datetime.fromisoformat(version.manifest[name]).timestamp() * 1000)
-            for name in ("first_event_ts", "watermark")
-        ]
+        [iso_ms(version.manifest[name]) for name in ("first_event_ts", "watermark")]
         for version in (impressions or sequences, sequences)
     ]
     return spans[0][0], min(spans[0][1], spans[1][1])

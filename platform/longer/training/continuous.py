@@ -6,14 +6,13 @@ day is tested just before its first step, so that these metrics are of requests 
 the table later than the training has passed its time is left out.
 """
 
-from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from longer.config import Settings
-from longer.data.events import iso_time
+from longer.data.events import iso_ms, iso_time
 from longer.data.parquet import read_columns
 from longer.errors import UserError
 from longer.progress import say
@@ -49,7 +48,7 @@ def train_new_days(settings: Settings) -> Version:
         return base
     is_leaking = may_be_seen(base.path, base.manifest, since)
     table.claim()
-    last = fit(Job(settings, versions, base.path, _milliseconds(since)), run_id)
+    last = fit(Job(settings, versions, base.path, iso_ms(since)), run_id)
     state = read_trainer_state(last)
     tested = {record["day"]: record["tested"] for record in state.history if "tested" in record}
     days: list[dict[str, Any]] = [{**day, "tested": tested[day["day"]]} for day in state.epochs]
@@ -74,14 +73,10 @@ def train_new_days(settings: Settings) -> Version:
 def requests_end(requests: Version) -> str:
     """The moment from which on requests are not known yet: of impressions that is earlier than the newest event, if they lag."""
     stated = requests.manifest
-    return iso_time(_milliseconds(stated.get("requests_until", stated["watermark"])) + 1)
+    return iso_time(iso_ms(stated.get("requests_until", stated["watermark"])) + 1)
 
 
 def _num_requests_since(requests: Version, since: str) -> int:
-    first = pa.scalar(_milliseconds(since), pa.int64()).cast(TIMESTAMP)
+    first = pa.scalar(iso_ms(since), pa.int64()).cast(TIMESTAMP)
     times = (read_columns(path, ["request_ts"])["request_ts"] for path in requests.files())
     return sum(pc.sum(pc.greater_equal(part, first)).as_py() or 0 for part in times)
-
-
-def _milliseconds(iso: str) -> int:
-    return round(datetime.fromisoformat(iso).timestamp() * 1000)

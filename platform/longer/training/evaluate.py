@@ -9,7 +9,6 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ import torch
 from longer.arrays import Int64, RequestBatch
 from longer.config import RaySettings, Settings
 from longer.data.batches import Requests
+from longer.data.events import iso_ms
 from longer.data.ray_tasks import as_they_finish
 from longer.data.scores import score_rows
 from longer.data.tables import RequestTable, SequenceTable
@@ -77,7 +77,7 @@ def evaluate(settings: Settings) -> Version:
     _, info = load_model(
         checkpoint.path, expected_schema=settings.event_schema
     )  # mistakes are told here, not by every task
-    train_end_ms = round(datetime.fromisoformat(requests.manifest["valid_from"]).timestamp() * 1000)
+    train_end_ms = iso_ms(requests.manifest["valid_from"])
     scorer = BucketScorer(settings, inputs.ids, checkpoint.path, table.begin(version_id), train_end_ms)
     try:
         parts = list(_score_buckets(settings, scorer, requests.manifest["num_buckets"]))
