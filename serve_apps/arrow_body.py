@@ -24,7 +24,7 @@ _NOT_A_STREAM = "body: not an Arrow IPC stream of plain columns"
 
 def parse_arrow_body(body: bytes, limits: Limits) -> Asked:
     """The request; BodyError says what it should be."""
-    table = _table(body, limits.max_candidates)
+    table = _table(body, limits)
     about = parse_about((table.schema.metadata or {}).get(b"request", b"{}"))
     if "id" not in table.column_names or not len(table):
         raise BodyError(422, "candidates: expected a column `id` with at least one row")
@@ -51,8 +51,8 @@ def arrow_answer(asked: Asked, result: ScoreResult, model_version: str) -> bytes
     return sink.getvalue().to_pybytes()
 
 
-def _table(body: bytes, max_rows: int) -> pa.Table:
-    """The stream's rows, values valid; 413 before more than `max_rows` of them are looked at."""
+def _table(body: bytes, limits: Limits) -> pa.Table:
+    """The stream's rows, values valid; 413 before more candidates than the limit are looked at."""
     try:
         messages = list(_messages(body))
         schema = pa.ipc.read_schema(messages[0])
@@ -61,8 +61,7 @@ def _table(body: bytes, max_rows: int) -> pa.Table:
         batches, num_rows = [], 0
         for message in messages[1:]:
             num_rows += _rows_declared(message.metadata)
-            if num_rows > max_rows:
-                raise BodyError(413, f"candidates: at most {max_rows} in a request: split them over several")
+            limits.check_candidates(num_rows)
             batches.append(pa.ipc.read_record_batch(message, schema))
             batches[-1].validate(full=True)
         return pa.Table.from_batches(batches, schema)

@@ -13,8 +13,7 @@ from serve_apps.protocol import MAX_COLUMNS, Asked, BodyError, Limits, chosen, e
 def parse_score(message: pb.ScoreRequest, limits: Limits) -> Asked:
     """The request; BodyError names the field that is wrong and what it should be."""
     ids = _ids(message.candidates)
-    if len(ids) > limits.max_candidates:
-        raise BodyError(413, f"candidates: at most {limits.max_candidates} in a request: split them over several")
+    limits.check_candidates(len(ids))
     about = validated(AboutRequest, _about(message, limits))
     columns, events = _columns(message, len(ids)), event_columns(about.events, limits)
     request = ScoreRequest(about.user_id, ids, columns, about.request_ts, events, about.request_features)
@@ -25,8 +24,7 @@ def parse_score_batch(message: pb.ScoreBatchRequest, limits: Limits) -> list[Ask
     """The requests; a BodyError if the message as a whole, or any of them, is not one."""
     if not message.requests:
         raise BodyError(422, "requests: expected one at least")
-    if len(message.requests) > limits.max_users:
-        raise BodyError(413, f"requests: at most {limits.max_users} in a call: split them over several")
+    limits.check_users(len(message.requests))
     return [parse_score(request, limits) for request in message.requests]
 
 

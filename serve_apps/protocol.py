@@ -37,11 +37,19 @@ class BodyError(UserError):
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that one call may bring."""
+    """The most that one call may bring; a BodyError where it brings more."""
 
     max_candidates: int
     max_events: int
     max_users: int
+
+    def check_candidates(self, num_candidates: int) -> None:
+        if num_candidates > self.max_candidates:
+            raise BodyError(413, f"candidates: at most {self.max_candidates} in a request: split them over several")
+
+    def check_users(self, num_requests: int) -> None:
+        if num_requests > self.max_users:
+            raise BodyError(413, f"requests: at most {self.max_users} in a call: split them over several")
 
 
 @dataclass(frozen=True)
@@ -63,8 +71,7 @@ def parse_score_body(body: bytes, limits: Limits) -> Asked:
 def parse_score_batch_body(body: bytes, limits: Limits) -> list[Asked]:
     """The requests; a BodyError if the body as a whole, or any of them, is not one."""
     parsed = _parsed(ScoreBatchBody, body)
-    if len(parsed.requests) > limits.max_users:
-        raise BodyError(413, f"requests: at most {limits.max_users} in a call: split them over several")
+    limits.check_users(len(parsed.requests))
     return [_asked(one, limits) for one in parsed.requests]
 
 
@@ -97,8 +104,7 @@ def event_columns(events: Sequence[Event], limits: Limits) -> dict[str, list[Any
 
 
 def _asked(parsed: ScoreBody, limits: Limits) -> Asked:
-    if len(parsed.candidates) > limits.max_candidates:
-        raise BodyError(413, f"candidates: at most {limits.max_candidates} in a request: split them over several")
+    limits.check_candidates(len(parsed.candidates))
     ids, features = parsed.candidates, {}
     if Candidate in set(map(type, parsed.candidates)):  # a tenth of the time of a loop
         ids = [c.id if isinstance(c, Candidate) else c for c in parsed.candidates]
