@@ -32,7 +32,7 @@ from jobs import build_requests, build_sequences, generate_events
 from longer.config import Settings, load_settings
 from longer.model.longer import Longer
 from longer.runner import start_ray
-from longer.training.content import Content, Job, read_requests
+from longer.training.content import Content, Job, Tables
 from longer.training.run import pin_tables, train
 from longer.training.steps import Stepper
 
@@ -158,7 +158,8 @@ def _model_step(settings: Settings, num_steps: int, validates: bool = False) -> 
     """Impressions per second of the run's own steps, from staged batches; of the first one, outputs as a validation has them."""
     _, inputs = pin_tables(settings)
     job = Job(settings, inputs)
-    content = Content(job, read_requests(job))
+    tables = Tables.of(job)
+    content = Content(job, tables.read(range(tables.requests.num_buckets)))
     plan = content.cursor.plan(0, 1)
     num_steps = min(num_steps, content.cursor.steps_of(0))
     steps = np.linspace(0, content.cursor.steps_of(0) - 1, num_steps).astype(int)

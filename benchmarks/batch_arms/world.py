@@ -20,7 +20,7 @@ from longer.model.longer import Longer
 from longer.serving.batch import batch_score
 from longer.serving.batch_plan import plan_scores
 from longer.storage import Table, Version, fingerprint
-from longer.training.checkpoints import save_model
+from longer.training.checkpoints import save_weights, weights_of
 
 NUM_DAYS = 60
 CATALOGUE_ZIPF_EXPONENT = 0.5
@@ -101,7 +101,7 @@ def make_tables(settings: Settings, with_requests: bool) -> None:
     table, version_id = Table(settings.path("checkpoints")), fingerprint("random", settings.seed)
     if table.reuse(version_id) is None:
         path = table.begin(version_id)
-        version = save_model(path, model, settings.model, settings.event_schema, settings.train.tasks)
+        version = save_weights(path, weights_of(model), settings.model, settings.event_schema, settings.train.tasks)
         table.publish(version_id, {"schema_hash": settings.event_schema.hash(), "model_version": version})
 
 

@@ -14,7 +14,7 @@ from longer.data.tables import SequenceTable
 from longer.model.longer import Longer
 from longer.model_settings import ModelSettings
 from longer.storage import Table, fingerprint
-from longer.training.checkpoints import save_model
+from longer.training.checkpoints import save_weights, weights_of
 
 NUM_DAYS = 60
 
@@ -74,7 +74,9 @@ def _publish(settings: Settings, model: ModelSettings, name: str, seed: int) -> 
     network = Longer(model, settings.event_schema, settings.train.tasks)
     table, version_id = Table(settings.path(name)), fingerprint("random", seed)
     if (published := table.reuse(version_id)) is None:
-        model_version = save_model(table.begin(version_id), network, model, settings.event_schema, settings.train.tasks)
+        model_version = save_weights(
+            table.begin(version_id), weights_of(network), model, settings.event_schema, settings.train.tasks
+        )
         about = {"schema_hash": settings.event_schema.hash(), "model_version": model_version}
         published = table.publish(version_id, about)
     return published.path

@@ -28,7 +28,7 @@ from longer.serving.scorer import Scorer, ScoreRequest
 from longer.serving.stages import collected_ms
 from longer.storage import Version
 from longer.table_settings import GenerateSettings, SequenceSettings
-from longer.training.checkpoints import save_model
+from longer.training.checkpoints import save_weights, weights_of
 from tests.data.tables import publish_sequences
 
 Row = dict[str, Any]
@@ -66,7 +66,7 @@ def rows_of(settings: ModelSettings, precision: Precision) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as root:
         sequences = _publish(f"{root}/sequences", settings)
         model = Longer(settings, SCHEMA, TASKS)
-        save_model(f"{root}/model", model, settings, SCHEMA, TASKS)
+        save_weights(f"{root}/model", weights_of(model), settings, SCHEMA, TASKS)
         yield size | {"users": 1, "arm": "read"} | _read(sequences.table_path)
         layout = StateLayout.of(model, precision)
         all_bytes = NUM_USERS * layout.largest_rows * layout.row_bytes

@@ -52,16 +52,6 @@ class SlotAllocator:
         self._left: set[int] = set()
         self._num_free = dict.fromkeys(self.sizes, 0)
 
-    @property
-    def free_units(self) -> int:
-        return self.num_units - self.used_units
-
-    @property
-    def most_idle_units(self) -> int:
-        """An allocation fails only while fewer units than this are free."""
-        num_slabs = self.num_units // self._slab_units
-        return self.num_units - (num_slabs - len(self.sizes)) * _usable_units(self._slab_units, self.sizes)
-
     def size_for(self, num_units: int) -> int:
         """The size of the slot that `num_units` get."""
         return next(size for size in self.sizes if size >= num_units)

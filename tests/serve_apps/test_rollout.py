@@ -15,7 +15,7 @@ from longer.config import Settings
 from longer.errors import UserError
 from longer.model.longer import Longer
 from longer.serving.scorer import Scorer, ScoreRequest, ScoreResult
-from longer.training.checkpoints import CheckpointInfo, load_model, save_model
+from longer.training.checkpoints import CheckpointInfo, load_model, save_weights, weights_of
 from serve_apps.arguments import ScoringArgs, resolved
 from serve_apps.rollout import Rollouts
 from tests.serving.tables import START_MS, build_world, checkpoint_path, publish_random_model
@@ -215,7 +215,7 @@ def test_weights_that_are_not_finite_are_refused_at_the_start_and_at_a_rollout(w
     with torch.no_grad():
         model.norm_head.weight[0] = np.nan
     broken = str(tmp_path / "nan")
-    save_model(broken, model, info.model, info.schema, info.tasks)
+    save_weights(broken, weights_of(model), info.model, info.schema, info.tasks)
     with pytest.raises(UserError, match="not finite"):
         scorer_of(world, broken)
     with pytest.raises(UserError, match="not finite"):  # told before a replica starts

@@ -18,7 +18,7 @@ from longer.data.tables import SequenceTable
 from longer.model.longer import Longer
 from longer.schema import EventSchema
 from longer.storage import Table, Version, checked_output, fingerprint
-from longer.training.checkpoints import save_model
+from longer.training.checkpoints import save_weights, weights_of
 from tests.data import tables
 
 DAY_MS = 86_400_000
@@ -136,7 +136,7 @@ def random_model(settings: Settings, seed: int, scale: float = 0.1) -> Longer:
 def publish_model(settings: Settings, model: Longer, version_id: str) -> Version:
     table = Table(settings.path("checkpoints"))
     path = table.begin(version_id)
-    model_version = save_model(path, model, settings.model, settings.event_schema, settings.train.tasks)
+    model_version = save_weights(path, weights_of(model), settings.model, settings.event_schema, settings.train.tasks)
     return table.publish(version_id, {"schema_hash": settings.event_schema.hash(), "model_version": model_version})
 
 

@@ -14,7 +14,7 @@ from longer.model_settings import ModelSettings
 from longer.serving.offline import score_lists
 from longer.serving.questions import Budget, Questions
 from longer.serving.scorer import Scorer
-from longer.training.checkpoints import load_appendable, load_model, load_upstream, save_model
+from longer.training.checkpoints import load_appendable, load_model, load_upstream, save_weights, weights_of
 from tests.model.generate import SCHEMA, SIZES, TASKS, one_request_a_row, random_candidates, random_histories
 
 PLAIN = {**SIZES, "merge_size": 1, "event_width": 8}
@@ -56,7 +56,7 @@ def test_a_request_with_very_many_candidates_is_scored_a_part_at_a_time(sizes: d
 @pytest.mark.parametrize("sizes", STATELESS, ids=["din", "uniform queries", "paper"])
 def test_whoever_keeps_states_refuses_the_model_in_one_line(sizes: dict, tmp_path: Path) -> None:
     settings = ModelSettings(**sizes)
-    save_model(str(tmp_path), make_model(settings, SCHEMA, TASKS), settings, SCHEMA, TASKS)
+    save_weights(str(tmp_path), weights_of(make_model(settings, SCHEMA, TASKS)), settings, SCHEMA, TASKS)
     assert load_model(str(tmp_path))[1].model == settings
     with pytest.raises(UserError, match="no user state") as told:
         load_appendable(str(tmp_path))
@@ -69,7 +69,7 @@ def test_a_user_embedding_takes_its_towers_weights_and_no_others(tmp_path: Path)
     asked = ModelSettings(**PLAIN, encoder={"kind": "user_embedding", "upstream": str(tmp_path)})
     wanted = upstream_settings(asked)
     tower = make_model(wanted, SCHEMA, TASKS)
-    save_model(str(tmp_path), tower, wanted, SCHEMA, TASKS)
+    save_weights(str(tmp_path), weights_of(tower), wanted, SCHEMA, TASKS)
     model = make_model(asked, SCHEMA, TASKS)
     load_upstream(model, asked)
     assert isinstance(model, EncoderRanker)

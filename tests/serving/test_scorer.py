@@ -17,7 +17,7 @@ from longer.model.longer import Longer
 from longer.serving.pending import pending_users, read_rows
 from longer.serving.scorer import EventsRequest, Scorer, ScoreRequest, ScoreResult, Scoring, Tables
 from longer.storage import Table
-from longer.training.checkpoints import save_model
+from longer.training.checkpoints import save_weights, weights_of
 from tests.serving.tables import (
     DAY_MS,
     NUM_USERS,
@@ -443,11 +443,15 @@ def test_states_of_another_model_are_misses_and_a_checkpoint_that_cannot_serve_i
     model, info = scorer.load_checkpoint(second_path)
     with torch.no_grad():
         model.norm_head.weight[0] = np.nan
-    save_model(str(tmp_path / "nan"), model, info.model, info.schema, info.tasks)
+    save_weights(str(tmp_path / "nan"), weights_of(model), info.model, info.schema, info.tasks)
     longer = world.model.model_copy(update={"history_events": 64})
-    save_model(str(tmp_path / "longer"), Longer(longer, info.schema, info.tasks), longer, info.schema, info.tasks)
+    save_weights(
+        str(tmp_path / "longer"), weights_of(Longer(longer, info.schema, info.tasks)), longer, info.schema, info.tasks
+    )
     schema = info.schema.model_copy(update={"features": info.schema.features[:1]})
-    save_model(str(tmp_path / "schema"), Longer(info.model, schema, info.tasks), info.model, schema, info.tasks)
+    save_weights(
+        str(tmp_path / "schema"), weights_of(Longer(info.model, schema, info.tasks)), info.model, schema, info.tasks
+    )
     for name, reason in (
         ("nan", "not finite"),
         ("longer", "keeps 40 events"),

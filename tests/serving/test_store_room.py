@@ -210,7 +210,7 @@ def test_a_host_tier_without_a_slot_for_what_its_budget_has_room_for_loses_state
     room = Room(0, 4)
     host = room.store._host
     assert host is not None
-    while host.slots.free_units > 2 * LARGEST:
+    while host.slots.num_units - host.slots.used_units > 2 * LARGEST:
         host.slots.allocate(LARGEST)
     room.num_hits(range(5))
     assert (room.num_held(range(5)), room.num_held([3, 4]), room.store.counters.evict) == (2, 2, 3)

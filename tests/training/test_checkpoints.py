@@ -17,7 +17,7 @@ from longer.files import read_bytes, write_bytes
 from longer.model.longer import Longer
 from longer.schema import EventSchema
 from longer.section import same_for_workers
-from longer.training.checkpoints import check_start, load_model, save_model
+from longer.training.checkpoints import check_start, load_model, save_weights, weights_of
 from longer.training.cursor import Position
 from longer.training.metrics import defined
 from longer.training.run import start_of
@@ -39,7 +39,7 @@ from tests.model.generate import SCHEMA, TASKS, small_model
 def saved(tmp_path: Path) -> tuple[str, Longer]:
     model = small_model(dtype=torch.float32)
     directory = str(tmp_path / "checkpoint")
-    save_model(directory, model, model.settings, SCHEMA, TASKS)
+    save_weights(directory, weights_of(model), model.settings, SCHEMA, TASKS)
     return directory, model
 
 
@@ -52,7 +52,7 @@ def test_a_model_comes_back_with_its_weights_settings_and_version(saved: tuple[s
     assert not loaded.training
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=0)
-    assert save_model(directory, loaded, info.model, info.schema, info.tasks) == info.model_version
+    assert save_weights(directory, weights_of(loaded), info.model, info.schema, info.tasks) == info.model_version
 
 
 def test_loading_leaves_the_random_stream_as_it_was(saved: tuple[str, Longer]) -> None:
@@ -68,7 +68,7 @@ def test_version_changes_with_any_weight(saved: tuple[str, Longer], tmp_path: Pa
     before = load_model(directory)[1].model_version
     with torch.no_grad():
         next(model.parameters())[0, 0] += 1e-3
-    assert save_model(str(tmp_path / "other"), model, model.settings, SCHEMA, TASKS) != before
+    assert save_weights(str(tmp_path / "other"), weights_of(model), model.settings, SCHEMA, TASKS) != before
 
 
 def test_a_model_on_s3_loads_like_a_local_one(saved: tuple[str, Longer], s3: str) -> None:
@@ -141,7 +141,7 @@ def test_training_goes_on_from_saved_state_as_if_never_interrupted(saved: tuple[
     step(model, optimizer)
     epochs = [{"num_requests": 9, "id_sum": "00000000000000ff"}]
     state = TrainerState(Position(1, 7), [{"step": 3, "loss": 0.5}], epochs, [{"step": 2, "score": 0.75}])
-    save_model(directory, model, model.settings, SCHEMA, TASKS)
+    save_weights(directory, weights_of(model), model.settings, SCHEMA, TASKS)
     save_trainer(directory, moments_of(model, optimizer), state)
     step(model, optimizer)
 
@@ -225,7 +225,7 @@ def test_training_does_not_start_from_weights_that_do_not_fit_or_would_be_repeat
 ) -> None:
     """Workers would fail at them, start again and fail again; one learned query would become all queries without a word."""
     model = small_model(dtype=torch.float32, **{"stride_groups": 1, **kind, **before})
-    save_model(str(tmp_path), model, model.settings, SCHEMA, TASKS)
+    save_weights(str(tmp_path), weights_of(model), model.settings, SCHEMA, TASKS)
     assert check_start(str(tmp_path), settings_like(model)).model_version
     with pytest.raises(UserError, match=rf"model.safetensors: .* the settings make it .*{remedy}") as refused:
         check_start(str(tmp_path), settings_like(model, **after))
@@ -259,7 +259,7 @@ def test_a_trainer_state_of_another_format_is_refused_with_the_remedy(tmp_path: 
 
 def test_a_worker_resumes_with_its_rows_of_the_tables_and_with_all_of_the_rest(tmp_path: Path) -> None:
     directory, model, mine = str(tmp_path), small_model(seed=1), small_model(seed=2)
-    save_model(directory, model, model.settings, SCHEMA, TASKS)
+    save_weights(directory, weights_of(model), model.settings, SCHEMA, TASKS)
     tables = mine.large_tables()
 
     def own_rows(name: str) -> slice:

@@ -19,7 +19,7 @@ from longer.errors import UserError
 from longer.model.inputs import to_tensors
 from longer.model.longer import Longer
 from longer.storage import Table, Version
-from longer.training.checkpoints import load_model, save_model
+from longer.training.checkpoints import load_model, save_weights, weights_of
 from longer.training.content import tally
 from longer.training.continuous import _milliseconds
 from longer.training.cursor import Position
@@ -40,7 +40,7 @@ def publish_base(settings: Settings, **manifest: Any) -> Version:
     requests = RequestTable(settings.path("tables", "requests"), schema).version
     table = Table(settings.path("checkpoints"))
     model = Longer(settings.model, schema, tasks)
-    version = save_model(table.begin("base"), model, settings.model, schema, tasks)
+    version = save_weights(table.begin("base"), weights_of(model), settings.model, schema, tasks)
     until = requests.manifest["valid_from"]
     about = {"trained": [{"requests": "earlier", "until": until}], "trained_until": until}
     return table.publish("base", {"schema_hash": schema.hash(), "model_version": version, **about, **manifest})

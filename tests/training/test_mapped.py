@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from longer.arrays import Candidates, Histories, Int64
 from longer.data.batches import Requests, concat_histories
 from longer.errors import UserError
-from longer.training.content import Job, read_requests
+from longer.training.content import Job, Tables
 from longer.training.keepers import Keepers
 from longer.training.loader import Part, concat_requests
 from longer.training.mapped import Mapped, ReadParts, RequestFiles, num_bytes
 from longer.training.reading import request_files
+from tests.serving.tables import NUM_BUCKETS
 from tests.training.test_reading import job, laid_out, same  # noqa: F401
 
 _WITHIN_S = 60
@@ -144,7 +145,7 @@ def test_workers_of_a_node_lay_out_once_and_later_ones_find_it_until_the_run_end
         at_once = ray.get([opened.remote(noted) for _ in range(3)])
         later = ray.get(opened.remote(noted))
         assert len({path for _, path in [*at_once, later]}) == len([*tmp_path.glob("by-*")]) == 1
-        whole = read_requests(job)
+        whole = Tables.of(job).read(range(NUM_BUCKETS))
         assert all(same(whole, part) for part, _ in [*at_once, later])
         assert not [*(tmp_path / "scratch").iterdir()], "no kill can leave a file without a name behind"
         assert os.path.exists(later[1])

@@ -14,7 +14,7 @@ from longer.config import Settings
 from longer.errors import UserError
 from longer.storage import Table
 from longer.training import reading
-from longer.training.content import Content, Job, Tables, read_requests
+from longer.training.content import Content, Job, Tables
 from longer.training.loader import Part
 from longer.training.mapped import Mapped, ReadParts, num_bytes, write_parts
 from longer.training.reading import in_groups, request_files
@@ -67,7 +67,7 @@ def test_the_order_of_training_does_not_depend_on_how_many_tasks_read(
 ) -> None:
     job = Job(job.settings, job.versions, since_ms=since_ms)
     tables = Tables.of(job)
-    whole, in_parts = read_requests(job), laid_out([tables.read(buckets) for buckets in cuts], tmp_path)
+    whole, in_parts = tables.read(range(NUM_BUCKETS)), laid_out([tables.read(buckets) for buckets in cuts], tmp_path)
     assert len(whole.requests[0]) > 40
     assert same(whole, in_parts)
     of_whole, of_parts = Content(job, whole), Content(job, in_parts)
@@ -100,7 +100,7 @@ def test_a_table_is_read_by_many_tasks_and_not_by_one_node_s_single_core(
         found = files.open()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"[{bucket}]" for bucket in range(NUM_BUCKETS))
     monkeypatch.undo()
-    assert same(read_requests(job), found), "what is mapped stays until it is not used any more"
+    assert same(Tables.of(job).read(range(NUM_BUCKETS)), found), "what is mapped stays until it is not used any more"
 
 
 @pytest.mark.parametrize("split", [0, 1])

@@ -20,7 +20,7 @@ import torch.multiprocessing
 from longer.arrays import RequestBatch
 from longer.data.batches import Requests
 from longer.model.longer import Longer
-from longer.training.checkpoints import Tensors, save_model, weights_of
+from longer.training.checkpoints import Tensors, save_weights, weights_of
 from longer.training.loader import SplitData
 from longer.training.steps import Stepper
 from longer.training.trainer_state import TrainerState, load_own_weights, load_trainer, moments_of, save_trainer
@@ -189,7 +189,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Outcome
     folder, model = tmp_path_factory.mktemp("sharding"), small_model(dtype=DTYPE)
     stepper = Stepper(model, TrainSettings(**TRAIN), torch.device("cpu"), 1)
     stepper.step(batches_of(model, 0, 1), [1.0, 1.0], num_candidates=300)
-    save_model(str(folder), model, model.settings, SCHEMA, TASKS)
+    save_weights(str(folder), weights_of(model), model.settings, SCHEMA, TASKS)
     save_trainer(str(folder), moments_of(model, stepper.optimizer), TrainerState())
     torch.multiprocessing.spawn(worker, (str(folder),), nprocs=NUM_WORKERS)
     return tuple(torch.load(Path(folder) / name, weights_only=False) for name in ("replicated", "rows"))  # type: ignore[return-value]

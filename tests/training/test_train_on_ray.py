@@ -29,7 +29,7 @@ from longer.model_settings import ModelSettings
 from longer.runner import user_error_in
 from longer.storage import Table, Version
 from longer.training import loop, upload
-from longer.training.checkpoints import load_model, save_model
+from longer.training.checkpoints import load_model, save_weights, weights_of
 from longer.training.content import tally
 from longer.training.cursor import Position
 from longer.training.loop import Run, train_worker
@@ -407,7 +407,7 @@ def save_tower(settings: Settings, seed: int) -> str:
     torch.manual_seed(seed)
     about = {"trained": [], "trained_until": "2999-01-01T00:00:00.000+00:00"}
     write_bytes(f"{folder}/_MANIFEST.json", json.dumps(about).encode())
-    return save_model(folder, make_model(wanted, schema, tasks), wanted, schema, tasks)
+    return save_weights(folder, weights_of(make_model(wanted, schema, tasks)), wanted, schema, tasks)
 
 
 def tower_in(version: Version) -> dict[str, torch.Tensor]:

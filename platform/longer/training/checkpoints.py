@@ -59,17 +59,13 @@ def weights_of(model: Ranker, whole: Callable[[str, torch.Tensor], torch.Tensor]
     return {name: whole(name, tensor) for name, tensor in model.state_dict().items()}
 
 
-def save_model(
-    directory: str, model: Ranker, settings: ModelSettings, schema: EventSchema, tasks: tuple[TaskSettings, ...]
-) -> str:
-    """Writes model.safetensors, then model.json; returns the model version, a hash of the weights and of the settings."""
-    return save_weights(directory, weights_of(model), settings, schema, tasks)
-
-
 def save_weights(
     directory: str, weights: Tensors, settings: ModelSettings, schema: EventSchema, tasks: tuple[TaskSettings, ...]
 ) -> str:
-    """As `save_model`, of weights that `weights_of` has copied."""
+    """Writes model.safetensors, then model.json, of weights that `weights_of` has copied.
+
+    Returns the model version, a hash of the weights and of the settings.
+    """
     about = {
         "schema_hash": schema.hash(),
         "event_schema": schema.model_dump(mode="json"),

@@ -143,16 +143,8 @@ def _check_labels(task: TaskSettings, lowest: float, highest: float) -> None:
         )
 
 
-def read_requests(job: Job) -> Part:
-    """The requests of a job, read right here."""
-    tables = Tables.of(job)
-    part = tables.read(range(tables.requests.num_buckets))
-    tables.check([tables.look(part)])
-    return part
-
-
 class Content:
-    """The requests of a job (`read_requests`), packed, and the cursor over them; few arrays beside them are as long as they are.
+    """The requests of a job (`Tables.read`), packed, and the cursor over them; few arrays beside them are as long as they are.
 
     `expected` is the tally of each epoch's requests, and its day where an epoch is one; `valid` are the requests that validate,
     none where days are tested instead.

@@ -31,7 +31,6 @@ class Bucket:
 
     batch: BatchTensors
     event_BL: Tensor
-    length_B: Tensor
     x_BLD: Tensor
     row_N: Tensor
     candidate_NA: Tensor
@@ -127,13 +126,13 @@ def buckets(
         candidate_NA, asked_NA = pad_ranges(tile_begin.astype(np.int64), tile_end)
         candidate_NA = np.where(asked_NA, candidate_NA, candidate_NA[:, :1])
         event_BL %= len(x_ED)  # a padded slot is any event: a GPU sums the gradients of one event one by one
-        event, length, row, candidate, asked, begin, end = on(
-            device, event_BL, length_B[rows], row_N, candidate_NA, np.flatnonzero(asked_NA),
+        event, row, candidate, asked, begin, end = on(
+            device, event_BL, row_N, candidate_NA, np.flatnonzero(asked_NA),
             begin_C[candidate_NA], end_C[candidate_NA],
         )  # fmt: skip
         request_ts = batch.request_ts_R[batch.request_of_candidate_C[candidate]]
         x_BLD = take_rows(x_ED, event) * on(device, exists_BL)[0][..., None]
-        bucket = Bucket(batch, event, length, x_BLD, row, candidate, take_rows(x_CD, candidate), begin, end, request_ts)
+        bucket = Bucket(batch, event, x_BLD, row, candidate, take_rows(x_CD, candidate), begin, end, request_ts)
         yield bucket, asked, candidate_NA[asked_NA]
 
 
