@@ -46,7 +46,7 @@ def check_difference(
     """As `max_abs_diff`; raises ArithmeticError where a relative gap is above `most`: then one of the two paths is wrong."""
     pairs, compared = _pairs(left, right, tasks)
     for task in tasks:
-        check_gaps(*pairs[task.name], task.kind, f"scores of {task.name}", "two paths", most=most)
+        check_gaps(*pairs[task.name], task.kind, f"scores of {task.name}", "two paths", None, most)
     return _worst(pairs), compared
 
 
@@ -56,10 +56,10 @@ def check_gaps(
     kind: TaskKind,
     what: str,
     between: str,
-    scale: float | None = None,
-    most: float = MAX_DIFFERENCE,
+    scale: float | None,
+    most: float,
 ) -> None:
-    """ArithmeticError if a relative gap is above `most`."""
+    """ArithmeticError if a relative gap is above `most`; `scale` is that of `relative_gaps`."""
     relative = relative_gaps(left, right, kind, scale)
     if len(relative) and relative.max() > most:
         worst = int(relative.argmax())

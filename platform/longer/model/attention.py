@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from longer.model.fuse import fused_on_cuda, has_kernels
 from longer.model.recompute import run
 
+_BASE = 10_000.0
+"""Of the angles' geometric series."""
 _ROTATED_SHARE = 4
 """One in so many pairs of channels is turned."""
 SEARCH_SCALE = 16.0
@@ -30,9 +32,9 @@ class Rotation(nn.Module):
     are taken in float64 and reduced there, so that a user's billionth event is placed as exactly as the first.
     """
 
-    def __init__(self, head_width: int, base: float = 10_000.0):
+    def __init__(self, head_width: int):
         super().__init__()
-        self.head_width, self.base = head_width, base
+        self.head_width = head_width
         self.num_turned = -(-head_width // 2 // _ROTATED_SHARE)
 
     def forward(self, x_THZ: Tensor, position_T: Tensor) -> Tensor:
@@ -42,13 +44,13 @@ class Rotation(nn.Module):
     def turn(self, position_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine of each position's angles, in float32 at least: the same for all layers that turn alike."""
         made = _frequencies if torch.compiler.is_compiling() else _kept_frequencies  # a compiled function keeps its own
-        frequencies = made(self.head_width // 2, self.num_turned, self.base, position_T.device)
+        frequencies = made(self.head_width // 2, self.num_turned, position_T.device)
         return _turn(position_T, frequencies, torch.promote_types(dtype, torch.float32))
 
 
-def _frequencies(num_pairs: int, num_turned: int, base: float, device: torch.device) -> Tensor:
+def _frequencies(num_pairs: int, num_turned: int, device: torch.device) -> Tensor:
     """Not a buffer of the module, which would lose its float64 when the model is cast."""
-    frequencies = [base ** (-i / num_turned) for i in range(num_turned)] + [0.0] * (num_pairs - num_turned)
+    frequencies = [_BASE ** (-i / num_turned) for i in range(num_turned)] + [0.0] * (num_pairs - num_turned)
     return torch.tensor(frequencies, dtype=torch.float64, device=device)
 
 
@@ -103,7 +105,7 @@ class Block(nn.Module):
         what a candidate gathers of itself is the less the more its history drew, and what all heads found adds up.
         """
         width = len(mark_D)
-        same_DD = search_weight(width, width // self.num_heads, mark_D)
+        same_DD = search_weight(width // self.num_heads, mark_D)
         self.query.weight.copy_(same_DD)
         self.key_value.weight[:width].copy_(same_DD)
         self.key_value.weight[width:].add_(mark_D / mark_D.square().sum())
@@ -181,15 +183,13 @@ class Block(nn.Module):
         return x_TD.unflatten(-1, (self.num_heads, -1))
 
 
-def search_weight(width: int, head_width: int, blind_to_D: Tensor | None = None) -> Tensor:
+def search_weight(head_width: int, blind_to_D: Tensor) -> Tensor:
     """[D, D]: first weight of both queries and keys with which attention is a search for tokens like the one that asks.
 
     From random weights it must be found by chance that equal items should score high, which long histories of rare items do not
     teach in any number of steps that one would wait for.
     """
-    same_DD = torch.eye(width)
-    if blind_to_D is not None:
-        same_DD -= torch.outer(blind_to_D, blind_to_D) / blind_to_D.square().sum()
+    same_DD = torch.eye(len(blind_to_D)) - torch.outer(blind_to_D, blind_to_D) / blind_to_D.square().sum()
     return same_DD * (SEARCH_SCALE / math.sqrt(head_width)) ** 0.5
 
 

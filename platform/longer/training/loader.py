@@ -122,15 +122,12 @@ def largest_batch(sizes_of_packs: list[Int64], plans: Iterable[EpochPlan]) -> Si
 
 
 def score_packs(
-    data: SplitData,
-    packs: Packs,
-    score: Callable[[RequestBatch], npt.NDArray[np.float32]],
-    cost_per_batch: int = COST_PER_BATCH,
+    data: SplitData, packs: Packs, score: Callable[[RequestBatch], npt.NDArray[np.float32]]
 ) -> Iterator[tuple[Int64, npt.NDArray[np.float32]]]:
     """Rows among all candidates of `data`, and their scores, batch by batch. Packs of similar cost go together: less padding."""
     cost_P = data.cost(packs)
     by_cost = np.argsort(cost_P, kind="stable")
-    batch_P = np.cumsum(cost_P[by_cost]) // cost_per_batch
+    batch_P = np.cumsum(cost_P[by_cost]) // COST_PER_BATCH
     offsets_R1 = data.requests.candidates.offsets_R1
     for members in np.split(by_cost, np.flatnonzero(np.diff(batch_P)) + 1):
         if len(members):

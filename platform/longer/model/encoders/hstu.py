@@ -84,7 +84,7 @@ class HstuLayer(nn.Module):
         """
         width = len(request_D)
         head_width = width // self.num_heads
-        same_DD = search_weight(width, head_width, request_D)
+        same_DD = search_weight(head_width, request_D)
         self.f1.weight[2 * width :] = same_DD.repeat(2, 1)
         nn.init.zeros_(self.f1.bias[2 * width :])
         x = torch.linspace(-5, 5, 1001)

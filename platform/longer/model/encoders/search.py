@@ -50,7 +50,7 @@ def _begin_as_search(query: nn.Linear, key: nn.Linear, head_width: int, request_
     """As LONGER's first layer does, so that what is compared is what they read. What else keys are made of comes last."""
     width = len(request_D)
     for linear in (query, key):
-        linear.weight[:, :width] = search_weight(width, head_width, request_D)
+        linear.weight[:, :width] = search_weight(head_width, request_D)
 
 
 def _by_head(linear: nn.Linear, num_heads: int) -> Tensor:
