@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longer.model.captured_call import power_of_two
 from longer.model.fuse import has_kernels
 
 _MOST_EVENTS = 64
@@ -64,8 +65,8 @@ class _GroupAttention(torch.autograd.Function):
 
 def _launch(num_groups: int, group_size: int, width: int, dtype: torch.dtype) -> tuple[tuple[int], dict[str, Any]]:
     """The grid, and the sizes of a tile: as many whole groups as it holds."""
-    block_m = max(32 if dtype == torch.float32 else 64, 1 << (group_size - 1).bit_length())
+    block_m = max(32 if dtype == torch.float32 else 64, power_of_two(group_size))
     groups = block_m // group_size
-    block_d = max(16, 1 << (width - 1).bit_length())
+    block_d = max(16, power_of_two(width))
     sizes = {"K": group_size, "D": width, "GROUPS": groups, "BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": 4}
     return (-(-num_groups // groups),), sizes

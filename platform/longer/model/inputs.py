@@ -178,6 +178,11 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     return tensor if torch.device(device).type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
+def on(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
+    """The arrays as tensors there, each by a copy of its own."""
+    return [to_device(torch.from_numpy(np.ascontiguousarray(array)), device) for array in arrays]
+
+
 def packed(arrays: dict[str, np.ndarray]) -> dict[np.dtype, Tensor]:
     """The arrays end to end, by type, in pinned memory: a few long copies to CUDA instead of many short ones."""
     by_type: dict[np.dtype, list[np.ndarray]] = {}

@@ -6,11 +6,8 @@ N rows of any kind, T slots of the longest.
 from collections.abc import Iterator
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from longer.arrays import Int64
-from longer.model.inputs import to_device
 
 _SHORTEST_CLASS = 16
 LANES = 8
@@ -34,8 +31,3 @@ def pad_ranges(begin_N: Int64, end_N: Int64, multiple: int = 1, plus: int = 0) -
     slots = -(-(longest + plus) // multiple) * multiple - plus
     number_NT = begin_N[:, None] + np.arange(slots)
     return number_NT, number_NT < end_N[:, None]
-
-
-def on(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
-    """The arrays as tensors there."""
-    return [to_device(torch.from_numpy(np.ascontiguousarray(array)), device) for array in arrays]

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longer.model.captured_call import power_of_two
+
 Pair = tuple[Tensor, Tensor]
 """Keys and values."""
 
@@ -244,7 +246,7 @@ def _write_gradients(
         kernels.tail_gradient_kernel[(num_requests, num_heads)](
             query, tail_key, tail_value, lse_PH, readers.request_offsets_JR1, readers.sees_PT, d_out_PHZ, delta_PH,
             *d_tail, steps[0], *steps[3:5], num_requests, readers.tail_first, scale,
-            **shape, T=num_tail, RUNS=num_runs, BLOCK_T=max(16, _power_of_two(num_tail)),
+            **shape, T=num_tail, RUNS=num_runs, BLOCK_T=max(16, power_of_two(num_tail)),
             BLOCK_M=min(32, sizes["BLOCK_M"]), **{k: v for k, v in sizes.items() if k not in ("BLOCK_M", "BLOCK_N")},
         )  # fmt: skip
 
@@ -268,10 +270,6 @@ def _firsts(readers: Readers) -> tuple[int, int, int]:
     return readers.num_rows, readers.tail_first, readers.own_first
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
 def _sizes(
     num_queries: int, num_segments: int, width: int, dtype: torch.dtype, backward: bool = False
 ) -> dict[str, Any]:
@@ -281,7 +279,7 @@ def _sizes(
     return {
         "BLOCK_M": min(tallest, 16 if mean_queries <= 16 else 32 if mean_queries <= 32 else tallest),
         "BLOCK_N": 32 if exact else 64,
-        "BLOCK_Z": max(16, _power_of_two(width)),
+        "BLOCK_Z": max(16, power_of_two(width)),
         "PRECISION": "ieee",
         "num_warps": 8 if tallest == 128 else 4,
         "num_stages": 2 if exact or backward else 3,

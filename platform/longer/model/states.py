@@ -21,7 +21,7 @@ from longer.model.context import Tail
 from longer.model.fuse import computed_in
 from longer.model.grow import grow
 from longer.model.growth import Growth
-from longer.model.inputs import RequestTensors, feature_tensors, to_device
+from longer.model.inputs import RequestTensors, feature_tensors, on
 from longer.model.longer import Longer
 from longer.model.pool import StatePool
 from longer.model.pool_context import PoolContext, StagedContext
@@ -103,12 +103,13 @@ def score(
     model: Longer, pool: StatePool, states: Sequence[UserState], request_ts_R: Int64, candidates: Candidates
 ) -> np.ndarray:
     """[C, tasks] float outputs as the model's forward pass gives: request r asks `states[r]` about its own candidates."""
-    device = pool.device
+    device, num_events_R = pool.device, np.array([state.num_events for state in states], np.int64)
+    history_end, request_ts, candidate_offsets = on(device, num_events_R, request_ts_R, candidates.offsets_R1)
     requests = RequestTensors(
         row_R=torch.arange(len(states), device=device),
-        history_end_R=to_device(torch.tensor([state.num_events for state in states]), device),
-        request_ts_R=to_device(torch.from_numpy(request_ts_R), device),
-        candidate_offsets_R1=to_device(torch.from_numpy(candidates.offsets_R1), device),
+        history_end_R=history_end,
+        request_ts_R=request_ts,
+        candidate_offsets_R1=candidate_offsets,
         candidates=feature_tensors(candidates, device),
         labels={},
     )
@@ -134,8 +135,8 @@ class Gathered:
 def gather(model: Longer, pool: StatePool, states: Sequence[UserState]) -> Gathered:
     """Where the states lie, and a copy of their tails. Valid until a state is appended to or the pool moves one."""
     context = context_of(pool, states)
-    last_ts_B = torch.tensor([state.last_event_ts for state in states], dtype=torch.int64)
-    return gathered(model, context, context.numbers, to_device(last_ts_B, pool.device))
+    (last_ts_B,) = on(pool.device, np.array([state.last_event_ts for state in states], np.int64))
+    return gathered(model, context, context.numbers, last_ts_B)
 
 
 def context_of(pool: StatePool, states: Sequence[UserState]) -> PoolContext:

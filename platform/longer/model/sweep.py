@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longer.arrays import Histories, Int64
 from longer.model.context import Context, Tail
-from longer.model.inputs import EventTensors, RequestTensors, event_tensors, to_device
+from longer.model.inputs import EventTensors, RequestTensors, event_tensors, on
 from longer.model.interactions import InteractionIndex
 from longer.model.longer import Longer
 
@@ -49,12 +49,13 @@ class Asked:
         Request `first + n` has the candidates `offsets_N1[n]` to `offsets_N1[n + 1]`: all that it is asked about, or a part.
         """
         begin_row, end_row = int(self.row_R[first]), int(self.row_R[end - 1]) + 1
-        asked, device = self.requests, self.last_event_ts_R.device
+        asked = self.requests
+        (candidate_offsets,) = on(self.last_event_ts_R.device, offsets_N1)
         part = RequestTensors(
             row_R=asked.row_R[first:end] - begin_row,
             history_end_R=asked.history_end_R[first:end],
             request_ts_R=asked.request_ts_R[first:end],
-            candidate_offsets_R1=to_device(torch.from_numpy(offsets_N1), device),
+            candidate_offsets_R1=candidate_offsets,
             candidates=candidates,
             labels={},
         )
@@ -90,6 +91,7 @@ class Sweep:
         """
         windows, num_users = self._model.windows, len(end_B)
         first_B, query_first_B = windows.history_start(end_B), windows.query_start(end_B)
+        first, query_first = on(self._device, first_B, query_first_B)
         begin_B = first_B
         old = None
         if self._context is not None:
@@ -97,14 +99,13 @@ class Sweep:
             begin_B = np.maximum(kept_end_B, first_B)
             old = _rows(self._context, 0, num_users)
             if (kept_end_B < first_B).any():
-                old = _forget(old, self._to_device(kept_end_B < first_B), self._to_device(first_B))
+                (gone,) = on(self._device, kept_end_B < first_B)
+                old = _forget(old, gone, first)
         rows = np.arange(num_users)
         events = self._slice(rows, begin_B * windows.merge_size, end_B)
         new_ND = self._model.full_groups(events, self._model.embedding.events(events))
-        num_new_B = self._to_device(end_B // windows.merge_size - begin_B)
-        self._context = self._model.extend(
-            old, new_ND, num_new_B, self._to_device(first_B), self._to_device(query_first_B)
-        )
+        (num_new,) = on(self._device, end_B // windows.merge_size - begin_B)
+        self._context = self._model.extend(old, new_ND, num_new, first, query_first)
         self._end_B = end_B // windows.merge_size
         if self._model.settings.interactions:
             window = self._slice(rows, first_B * windows.merge_size, end_B)
@@ -119,14 +120,9 @@ class Sweep:
         assert self._context is not None
         merge_size = self._model.windows.merge_size
         events = self._slice(row_R, history_end_R // merge_size * merge_size, history_end_R)
-        requests = RequestTensors(
-            row_R=self._to_device(row_R),
-            history_end_R=self._to_device(history_end_R),
-            request_ts_R=self._to_device(request_ts_R),
-            candidate_offsets_R1=self._to_device(np.zeros(len(row_R) + 1, np.int64)),
-            candidates={},
-            labels={},
-        )
+        no_candidates_R1 = np.zeros(len(row_R) + 1, np.int64)
+        row, end, request_ts, offsets = on(self._device, row_R, history_end_R, request_ts_R, no_candidates_R1)
+        requests = RequestTensors(row, end, request_ts, offsets, candidates={}, labels={})
         each_R, end_R = torch.arange(len(row_R), device=self._device), requests.history_end_R
         groups = self._model.partial_groups(events, self._model.embedding.events(events), each_R, end_R)
         tail = self._model.tail(self._context, requests.row_R, end_R, events.user_key_B, *groups)
@@ -135,11 +131,8 @@ class Sweep:
 
     def _slice(self, rows_N: Int64, starts_N: Int64, ends_N: Int64) -> EventTensors:
         """Events of absolute index in [starts_N[i], ends_N[i]) of row `rows_N[i]`, which lie on the device already."""
-        row_N, start_N, end_N = (self._to_device(x) for x in (rows_N, starts_N, ends_N))
+        row_N, start_N, end_N = on(self._device, rows_N, starts_N, ends_N)
         return self._events.slice_events(row_N, start_N, end_N, int((ends_N - starts_N).sum()))
-
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        return to_device(torch.from_numpy(np.ascontiguousarray(array)), self._device)
 
 
 def _rows(context: Context, begin: int, end: int) -> Context:

@@ -25,8 +25,8 @@ from longer.arrays import Int64
 from longer.model.attention import Block
 from longer.model.context import take_rows
 from longer.model.embedding import Gap
-from longer.model.inputs import BatchTensors
-from longer.model.padded import LANES, length_classes, on, pad_ranges
+from longer.model.inputs import BatchTensors, on
+from longer.model.padded import LANES, length_classes, pad_ranges
 from longer.model.visibility import CANDIDATE, GLOBAL, GROUP, visible
 from longer.model_settings import ModelSettings
 from longer.windows import WindowRule

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from longer.arrays import Int64
 from longer.model.context import take_rows
-from longer.model.inputs import BatchTensors
-from longer.model.padded import LANES, length_classes, on, pad_ranges
+from longer.model.inputs import BatchTensors, on
+from longer.model.padded import LANES, length_classes, pad_ranges
 from longer.windows import WindowRule
 
 _TILE_CANDIDATES = 64

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from longer.model.context import take_rows
 from longer.model.embedding import Embedding
 from longer.model.encoders.bucket import Bucket, buckets, readable
-from longer.model.inputs import BatchTensors
-from longer.model.padded import on
+from longer.model.inputs import BatchTensors, on
 from longer.model.ranker import Ranker
 from longer.model.recompute import run
 
