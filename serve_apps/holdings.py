@@ -1,13 +1,12 @@
 """What a replica holds, as its scorer's thread last told: the event loop reads only this, as a roll-out may rebuild the rest."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from longer.serving.scorer import Scorer
+from serve_apps.keeping import InWorker
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Holdings:
 class Ledger:
     """The last `Holdings`, asked for anew by whoever looks; while the scorer's thread has long work, those before it."""
 
-    def __init__(self, scorer: Scorer, in_worker: Callable[..., Awaitable[Any]]) -> None:
+    def __init__(self, scorer: Scorer, in_worker: InWorker) -> None:
         self._scorer, self._in_worker = scorer, in_worker
         self.last = Holdings.of(scorer)
         self._looking: asyncio.Future[Holdings] | None = None

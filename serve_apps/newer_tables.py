@@ -7,13 +7,12 @@ batches of requests. Who asks before it is her turn is answered as ever, by a re
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from typing import Any
 
 import pyarrow as pa
 
 from longer.serving.pending import pending_users, read_rows
 from longer.serving.scorer import Scorer
+from serve_apps.keeping import InWorker
 
 _READ_TOGETHER = 64
 """Users whose rows are in memory at a time: of 10,000 events each, some 50 MB."""
@@ -26,7 +25,7 @@ _logger = logging.getLogger("ray.serve")
 class NewerTables:
     """Goes over to them, and looks at the held users again; `in_worker` runs what touches the scorer."""
 
-    def __init__(self, scorer: Scorer, in_worker: Callable[..., Awaitable[Any]]) -> None:
+    def __init__(self, scorer: Scorer, in_worker: InWorker) -> None:
         self._scorer, self._in_worker = scorer, in_worker
         self._looked_at = scorer.history.version_id
 

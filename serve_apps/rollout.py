@@ -12,6 +12,7 @@ from longer.model.longer import Longer
 from longer.serving.scorer import Scorer
 from longer.training.checkpoints import CheckpointInfo
 from serve_apps.arguments import Rollout
+from serve_apps.keeping import InWorker
 
 _logger = logging.getLogger("ray.serve")
 
@@ -28,7 +29,7 @@ class Rollouts:
         self,
         scorer: Scorer,
         first: str,
-        in_worker: Callable[..., Awaitable[Any]],
+        in_worker: InWorker,
         warm_ups: Callable[[Scorer], Iterator[Callable[[], None]]],
         ask_peers: Callable[[], Awaitable[list[str]]],
     ) -> None:

@@ -97,7 +97,7 @@ def test_a_replica_answers_as_the_reference_whatever_it_runs(tmp_path: Path, pre
 
 
 def graphs_of(replica: Replica) -> list[CapturedCall]:
-    return [call for captured in replica.scorer._engine._captured for call in captured._graphs._calls.values()]
+    return [call for graphs in replica.scorer._engine._graphs for call in graphs._calls.values()]
 
 
 def num_found(events: Iterable[Event], calls: list[CapturedCall]) -> int:
@@ -153,9 +153,9 @@ def test_a_batch_of_a_new_size_is_scored_by_a_larger_graph_as_the_reference_does
     with torch.compiler.set_stance("force_eager"):
         replica = Replica(tmp_path, "float32", "cuda")
         list(replica.differences(1, 2))
-        _, scores = replica.scorer._engine._captured
-        captured = set(scores._graphs.sizes)
+        _, of_scores = replica.scorer._engine._graphs
+        captured = set(of_scores.sizes)
         for user in (3, 4, 1):
             [(_, difference)] = replica.differences(user)
             assert difference <= MOST_DIFFERENCE["cuda"]["float32"]
-        assert set(scores._graphs.sizes) == captured
+        assert set(of_scores.sizes) == captured

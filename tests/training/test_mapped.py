@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longer.arrays import Candidates, Histories, Int64
-from longer.data.batches import Requests, concat_histories
+from longer.data.batches import Requests
 from longer.errors import UserError
 from longer.training.content import Job, Tables
 from longer.training.keepers import Keepers
@@ -72,7 +72,7 @@ def together(parts: list[Part]) -> Part:
     num_before = np.cumsum([0] + [len(part.histories) for part in parts])
     rows = [[row_R + n for row_R in part.rows] for part, n in zip(parts, num_before, strict=False)]
     return Part(
-        concat_histories([part.histories for part in parts]),
+        Histories.concatenate([part.histories for part in parts]),
         [concat_requests(list(of_parts)) for of_parts in zip(*(part.requests for part in parts), strict=True)],
         [np.concatenate(of_parts) for of_parts in zip(*rows, strict=True)],
     )

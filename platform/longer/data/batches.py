@@ -114,9 +114,6 @@ def assemble(histories: Histories, row_R: Int64, requests: Requests, packs: Pack
     )
 
 
-concat_histories = Histories.concatenate
-
-
 def _ranges(starts_N: Int64, ends_N: Int64) -> tuple[Int64, Int64]:
     """Offsets of the ranges laid end to end, and the indices they hold."""
     lengths_N = ends_N - starts_N

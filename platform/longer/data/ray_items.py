@@ -50,11 +50,13 @@ def _first_seen_in(files: list[str], schema: EventSchema, folder: str, parts: li
     def of_block(numbered: tuple[int, list[Piece]]) -> str:
         number, pieces = numbered
         events = read_block(pieces, schema).select(["item_id", "event_ts", *schema.features_of("item")])
-        return _write(f"{folder}/0-{number:05d}.arrow", first_seen(plain(events), schema))
+        write_table(path := f"{folder}/0-{number:05d}.arrow", first_seen(plain(events), schema))
+        return path
 
     def of_parts(named: tuple[str, list[str]]) -> str:
         path, paths = named
-        return _write(path, first_seen(pa.concat_tables([read_table(part) for part in paths]), schema))
+        write_table(path, first_seen(pa.concat_tables([read_table(part) for part in paths]), schema))
+        return path
 
     blocks = plan_blocks(readable_files(files, schema, False))
     paths = each(of_block, enumerate(blocks), len(blocks), "items of the log", "blocks")
@@ -65,8 +67,3 @@ def _first_seen_in(files: list[str], schema: EventSchema, folder: str, parts: li
         named = [(f"{folder}/{level}-{start:05d}.arrow", paths[start : start + _TABLES_AT_ONCE]) for start in starts]
         paths = each(of_parts, named, len(named), "merge items", "parts")
     return first_seen(pa.concat_tables([*parts, *(read_table(path) for path in paths)]), schema)
-
-
-def _write(path: str, items: pa.Table) -> str:
-    write_table(path, items)
-    return path

@@ -33,7 +33,8 @@ class CapturedGrowth:
     """`grow.grow` on CUDA without a launch a kernel; the same numbers as far as equal shapes give them."""
 
     def __init__(self, model: Longer, pool: StatePool, memory: Any) -> None:
-        self._model, self._pool, self._graphs = model, pool, Graphs[tuple[int, Room]](pool.device, memory)
+        self._model, self._pool = model, pool
+        self.graphs = Graphs[tuple[int, Room]](pool.device, memory)
 
     def grow(self, growth: Growth) -> None:
         """Writes everything that the states after `growth.events` hold into their places; the device is not waited for."""
@@ -44,17 +45,13 @@ class CapturedGrowth:
         names = list(numbers)
         numbers_AU = np.zeros((len(names), num_users), np.int64)
         numbers_AU[[name.startswith("tail") for name in names]] = self._pool.trash_row  # of users who have nothing
-        graph = self._graphs.of(
+        graph = self.graphs.of(
             size,
             lambda tensors: self._carry_out(names, tensors, size[1]),
             lambda: {"numbers": numbers_AU, **{name: np.zeros(size[1].events, x.dtype) for name, x in events.items()}},
         )
         numbers_AU[:, : len(growth.events)] = list(numbers.values())
         graph({"numbers": numbers_AU, **events})
-
-    def forget(self) -> None:
-        """Nothing of anyone's events is left in the graphs."""
-        self._graphs.forget()
 
     def _carry_out(self, names: list[str], tensors: dict[str, Tensor], room: Room) -> None:
         at = dict(zip(names, tensors["numbers"].view(len(names), -1).unbind(), strict=True))

@@ -65,8 +65,8 @@ class CapturedScores:
     """`states.score` on CUDA without a launch a kernel; the same numbers as far as equal shapes give them."""
 
     def __init__(self, model: Longer, pool: StatePool, memory: Any) -> None:
-        self._model, self._pool, self._graphs = model, pool, Graphs[Size](pool.device, memory)
-        self._choice = SizeChoice()
+        self._model, self._pool, self._choice = model, pool, SizeChoice()
+        self.graphs = Graphs[Size](pool.device, memory)
         self._names = [*context_of(pool, []).arrays, "last_ts", "request_ts"]
         tails = {f"tail{layer}": pool.trash_row for layer in range(pool.layout.num_layers)}
         of_nobody = {"event_ts": pool.trash_word, **tails}  # it reads the pool's last row, which is in no slot
@@ -79,7 +79,7 @@ class CapturedScores:
         """[C, tasks]: request r asks `states[r]` about its own candidates."""
         num_candidates = int(candidates.offsets_R1[-1])
         own = power_of_two(len(states)) + 1, rounded(num_candidates)
-        num_users, room = size = self._choice.of(own, self._graphs.sizes)
+        num_users, room = size = self._choice.of(own, self.graphs.sizes)
         last_ts_R = np.array([state.last_event_ts for state in states], np.int64)
         numbers = context_of(self._pool, states).arrays | {"last_ts": last_ts_R, "request_ts": request_ts_R}
         numbers_AU = self._nobody_A1.repeat(num_users, 1)
@@ -88,7 +88,7 @@ class CapturedScores:
         offsets_U1[-1] = room
         features = {f"candidate.{name}": values for name, values in candidates.features.items()}
         of_filling = np.append(np.zeros_like(offsets_U1[1:]), room)
-        graph = self._graphs.of(
+        graph = self.graphs.of(
             size,
             self._outputs,
             lambda: (
@@ -98,10 +98,6 @@ class CapturedScores:
         )
         output_CT: Tensor = graph({"numbers": numbers_AU, "offsets": offsets_U1} | features)
         return output_CT[:num_candidates].cpu().numpy()
-
-    def forget(self) -> None:
-        """Nothing of anyone's requests is left in the graphs."""
-        self._graphs.forget()
 
     def _outputs(self, tensors: dict[str, Tensor]) -> Tensor:
         model, pool, names = self._model, self._pool, self._names

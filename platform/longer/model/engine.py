@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from longer.arrays import Candidates, Histories, Int64
+from longer.model.captured_call import Graphs
 from longer.model.captured_growth import CapturedGrowth
 from longer.model.captured_scores import CapturedScores
 from longer.model.fuse import has_kernels, plainly
@@ -37,11 +38,11 @@ class StateEngine:
         self._served = _with_products_in(computing_dtype(model, pool), model) if is_on_kernels else model
         self._grow: Grow | None = None
         self._score: Score = partial(score, self._served, pool)
-        self._captured: tuple[CapturedGrowth | CapturedScores, ...] = ()
+        self._graphs: tuple[Graphs, ...] = ()
         if is_on_kernels and not is_plain:
             memory = torch.cuda.graph_pool_handle()
             growth, scores = CapturedGrowth(self._served, pool, memory), CapturedScores(self._served, pool, memory)
-            self._grow, self._score, self._captured = growth.grow, scores.score, (growth, scores)
+            self._grow, self._score, self._graphs = growth.grow, scores.score, (growth.graphs, scores.graphs)
 
     def encode(self, histories: Histories, slots: Sequence[Slot]) -> list[UserState]:
         with self._how():
@@ -57,8 +58,8 @@ class StateEngine:
 
     def forget_inputs(self) -> None:
         """Overwrites what graphs keep of the calls before, events among it; what states keep is the pool's."""
-        for captured in self._captured:
-            captured.forget()
+        for graphs in self._graphs:
+            graphs.forget()
             self.pool.clear([(self.pool.trash_row, 1)])  # what growth leaves there is read by the filling of scores
 
     def _how(self) -> AbstractContextManager:

@@ -15,7 +15,6 @@ from longer.data.batches import (
     Packs,
     Requests,
     assemble,
-    concat_histories,
     plan_packs,
     rows_of_requests,
     with_all_users,
@@ -186,7 +185,10 @@ def _in_buckets(sequences: SequenceTable, buckets: Iterable[int], read: Callable
         asked.append(read(bucket))
         user_key_R = np.concatenate([requests.user_key_R for requests in asked[-1]])
         found.append(with_all_users(sequences.read_bucket(bucket)[1], user_key_R))
-    histories, requests = concat_histories(found), [concat_requests(list(split)) for split in zip(*asked, strict=True)]
+    histories, requests = (
+        Histories.concatenate(found),
+        [concat_requests(list(split)) for split in zip(*asked, strict=True)],
+    )
     return Part(histories, requests, [rows_of_requests(histories, of_split) for of_split in requests])
 
 
