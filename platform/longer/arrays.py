@@ -17,6 +17,15 @@ NO_EVENT_TS = np.int64(-(2**63))
 """Stands for 'no event before': the time before a user's event 0."""
 
 
+def changes(*keys: npt.NDArray) -> npt.NDArray[np.bool_]:
+    """True where a row differs from the one before in any key, and for the first row."""
+    changed = np.zeros(len(keys[0]), bool)
+    changed[:1] = True
+    for key in keys:
+        changed[1:] |= key[1:] != key[:-1]
+    return changed
+
+
 @dataclass(frozen=True)
 class Histories:
     """Consecutive events of B users, oldest to newest; a user may have none.

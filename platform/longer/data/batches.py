@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
-from longer.arrays import NO_EVENT_TS, Candidates, Float32, Histories, Int64, RequestBatch
+from longer.arrays import NO_EVENT_TS, Candidates, Float32, Histories, Int64, RequestBatch, changes
 from longer.windows import WindowRule
 
 
@@ -69,10 +69,7 @@ def plan_packs(row_R: Int64, history_end_R: Int64, windows: WindowRule, max_requ
     """Packs that hold every request once: one user's, equal window starts, in time order, at most `max_requests` each."""
     order_R = np.lexsort((history_end_R, row_R))  # stable: requests of one time keep their order
     row, end = row_R[order_R], history_end_R[order_R]
-    new_run = np.zeros(len(row), bool)
-    new_run[:1] = True
-    for start in (row, windows.history_start(end), windows.query_start(end)):
-        new_run[1:] |= start[1:] != start[:-1]
+    new_run = changes(row, windows.history_start(end), windows.query_start(end))
     place = np.arange(len(row))
     place -= np.maximum.accumulate(np.where(new_run, place, 0))  # in its run
     first = np.flatnonzero(place % max_requests == 0)

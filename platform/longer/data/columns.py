@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from longer.arrays import NO_EVENT_TS, Candidates, Float32, Histories, Int64
+from longer.arrays import changes as changes  # impressions.py and the quality study take it from here
 from longer.data.batches import Requests
 from longer.hashing import stable_keys
 from longer.schema import EventSchema
@@ -19,15 +20,6 @@ Rows = TypeVar("Rows", pa.RecordBatch, pa.Array)
 def single_array(column: pa.ChunkedArray) -> pa.Array:
     """The column as one array, without a copy where it has one chunk."""
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-
-
-def changes(*keys: npt.NDArray) -> npt.NDArray[np.bool_]:
-    """True where a row differs from the one before in any key, and for the first row."""
-    changed = np.zeros(len(keys[0]), bool)
-    changed[:1] = True
-    for key in keys:
-        changed[1:] |= key[1:] != key[:-1]
-    return changed
 
 
 def flat_list(column: pa.ChunkedArray) -> tuple[Int64, pa.Array]:

@@ -14,9 +14,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longer.arrays import Float32, Histories, Int64
+from longer.arrays import Float32, Histories, Int64, changes
 from longer.data.catalogue import first_seen
-from longer.data.columns import changes, flat_list, list_columns, milliseconds, single_array
+from longer.data.columns import flat_list, list_columns, milliseconds, single_array
 from longer.data.events import iso_ms
 from longer.hashing import hash_int64, stable_keys
 from longer.schema import TIMESTAMP, EventSchema

@@ -14,8 +14,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longer.arrays import NO_EVENT_TS, Int64
-from longer.data.columns import changes, flat_list, list_columns, milliseconds, single_array
+from longer.arrays import NO_EVENT_TS, Int64, changes
+from longer.data.columns import flat_list, list_columns, milliseconds, single_array
 from longer.schema import EventSchema
 
 NUM_OLDER = "num_older"

@@ -13,10 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from longer.arrays import Histories, Int64
+from longer.arrays import Histories, Int64, changes
 from longer.data.batches import Requests, rows_of_requests
 from longer.data.columns import (
-    changes,
     cut_lists,
     missing_features,
     plain_bytes,
