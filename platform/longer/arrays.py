@@ -16,6 +16,9 @@ Float32 = npt.NDArray[np.float32]
 NO_EVENT_TS = np.int64(-(2**63))
 """Stands for 'no event before': the time before a user's event 0."""
 
+MS_PER_HOUR = 3_600_000
+MS_PER_DAY = 24 * MS_PER_HOUR
+
 
 def changes(*keys: npt.NDArray) -> npt.NDArray[np.bool_]:
     """True where a row differs from the one before in any key, and for the first row."""

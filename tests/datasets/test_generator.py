@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs import generate_events
+from longer.arrays import MS_PER_DAY, MS_PER_HOUR
 from longer.config import Settings, load_settings
 from longer.datasets import ray_generator
-from longer.datasets.generator import DAY_MS, chunks, first_event, generate, planted_cluster
+from longer.datasets.generator import chunks, first_event, generate, planted_cluster
 from longer.errors import UserError
 from longer.schema import EventSchema, Feature
 from longer.table_settings import GenerateSettings
@@ -88,7 +89,7 @@ def test_files_are_in_the_order_of_arrival_not_of_time_and_evenings_are_busier_t
     )
     assert (np.diff(times) < 0).mean() > 0.2
     assert (np.maximum.accumulate(times) - times).max() <= SMALL.max_delay_s * 1000
-    hours = np.bincount(times % DAY_MS // (DAY_MS // 24), minlength=24)
+    hours = np.bincount(times % MS_PER_DAY // MS_PER_HOUR, minlength=24)
     assert hours[18:22].min() > 5 * hours[1:5].max()
     in_order = SMALL.model_copy(update={"max_delay_s": 0})
     assert np.all(np.diff(whole_log(in_order)["event_ts"].cast(pa.int64()).to_numpy()) >= 0)

@@ -13,6 +13,7 @@ import ray.train
 import ray.train.collective
 
 from jobs import evaluate, train
+from longer.arrays import MS_PER_DAY
 from longer.config import Settings
 from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import UserError
@@ -24,7 +25,7 @@ from longer.training.content import tally
 from longer.training.continuous import _milliseconds
 from longer.training.cursor import Position
 from longer.training.lineage import finished, past_of
-from longer.training.loader import MS_PER_DAY, read_part_since, score_split
+from longer.training.loader import read_part_since, score_split
 from longer.training.loop import Run, train_worker
 from longer.training.metrics import defined
 from longer.training.steps import task_metrics

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from longer.arrays import MS_PER_DAY
 from longer.storage import DataFile, checked_output
 
 _RUN_BYTES = 128 << 20
@@ -58,7 +59,7 @@ class DayFiles:
     def _take_run(self) -> _Run:
         events = pa.concat_tables(self._gathered)
         self._gathered, self._num_bytes = [], 0
-        day = (events["event_ts"].cast(pa.int64()).to_numpy() // 86_400_000).astype("datetime64[D]")
+        day = (events["event_ts"].cast(pa.int64()).to_numpy() // MS_PER_DAY).astype("datetime64[D]")
         order = np.argsort(day, kind="stable")
         days, starts = np.unique(day[order], return_index=True)
         spans = zip(starts.tolist(), [*starts.tolist()[1:], len(order)], strict=True)

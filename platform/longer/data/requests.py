@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longer.arrays import Float32, Histories, Int64, changes
+from longer.arrays import MS_PER_DAY, Float32, Histories, Int64, changes
 from longer.data.catalogue import first_seen
 from longer.data.columns import flat_list, list_columns, milliseconds, single_array
 from longer.data.events import iso_ms
@@ -24,7 +24,6 @@ from longer.storage import Version
 from longer.windows import WindowRule
 
 SPLITS = ("train", "valid", "test")
-_MS_PER_DAY = 86_400_000
 _MAX_ROUNDS = 16
 
 
@@ -42,13 +41,13 @@ class SplitTimes:
 
 def split_times(first_ms: int, last_ms: int, validation_days_share: float, test_days_share: float) -> SplitTimes | None:
     """Newest days test, those before them validation; None if no day is left to train on. At least one day is test."""
-    first_day, last_day = first_ms // _MS_PER_DAY, last_ms // _MS_PER_DAY
+    first_day, last_day = first_ms // MS_PER_DAY, last_ms // MS_PER_DAY
     num_days = last_day - first_day + 1
     test = max(1, round(num_days * test_days_share))
     valid = max(1, round(num_days * validation_days_share)) if validation_days_share else 0
     if test + valid >= num_days:
         return None
-    return SplitTimes((last_day + 1 - test - valid) * _MS_PER_DAY, (last_day + 1 - test) * _MS_PER_DAY)
+    return SplitTimes((last_day + 1 - test - valid) * MS_PER_DAY, (last_day + 1 - test) * MS_PER_DAY)
 
 
 def asked_in(sequences: Version, impressions: Version | None) -> tuple[int, int]:

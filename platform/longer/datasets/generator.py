@@ -27,14 +27,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from longer.arrays import Int64
+from longer.arrays import MS_PER_DAY, MS_PER_HOUR, Int64
 from longer.errors import UserError
 from longer.hashing import hash_int64
 from longer.schema import TIMESTAMP, EventSchema
 from longer.table_settings import GenerateSettings
 
 PROVENANCE = "Generated: longer.datasets.generator. Nobody's behaviour, planted interests included."
-DAY_MS = 86_400_000
 _NEARLY_ONE = 1e-6
 
 _ACTIONS = ("view", "click", "purchase")
@@ -103,7 +102,7 @@ def generate(settings: GenerateSettings, seed: int, schema: EventSchema, day: in
 
 def midnight_ms(settings: GenerateSettings, day: int) -> int:
     """When a day of the log begins (UTC)."""
-    return ((settings.first_day - date(1970, 1, 1)).days + day) * DAY_MS
+    return ((settings.first_day - date(1970, 1, 1)).days + day) * MS_PER_DAY
 
 
 def planted_cluster(settings: GenerateSettings, seed: int, day: int, user_N: Int64) -> Int64:
@@ -126,7 +125,7 @@ def _arrival_ms(settings: GenerateSettings, day: int, number_N: Int64) -> Int64:
     start, end = first_event(settings, day), first_event(settings, day + 1)
     busy = np.concatenate([[0.0], np.cumsum(_HOURLY_WEIGHTS) / sum(_HOURLY_WEIGHTS)])
     place_N = (number_N - start + 0.5) / (end - start)
-    return midnight_ms(settings, day) + (np.interp(place_N, busy, np.arange(25)) * (DAY_MS // 24)).astype(np.int64)
+    return midnight_ms(settings, day) + (np.interp(place_N, busy, np.arange(25)) * MS_PER_HOUR).astype(np.int64)
 
 
 def _zipf(uniform_N: npt.NDArray[np.float64], size: int | Int64, exponent: float) -> Int64:

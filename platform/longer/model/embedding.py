@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longer.arrays import NO_EVENT_TS
+from longer.arrays import MS_PER_HOUR, NO_EVENT_TS
 from longer.model.fuse import fused_on_cuda
 from longer.model.group_attention import attend_in_groups
 from longer.model.hashed_table import TABLE_STD, HashedTable
@@ -19,7 +19,6 @@ from longer.model.small_tables import read_rows
 from longer.model_settings import ModelSettings
 from longer.schema import EventSchema
 
-_MS_PER_HOUR = 3_600_000
 _HOURS_PER_WEEK = 168
 _THURSDAY = 72  # 1970-01-01 was a Thursday; the week starts on Monday 00:00 UTC
 _NUM_GAPS = 64
@@ -56,7 +55,7 @@ class HourOfWeek(nn.Module):
         nn.init.normal_(self.embedding.weight, std=TABLE_STD)
 
     def forward(self, ts: Tensor) -> Tensor:
-        return read_rows(self.embedding.weight, (ts // _MS_PER_HOUR + _THURSDAY) % _HOURS_PER_WEEK)
+        return read_rows(self.embedding.weight, (ts // MS_PER_HOUR + _THURSDAY) % _HOURS_PER_WEEK)
 
 
 def _number(width: int) -> nn.Linear:

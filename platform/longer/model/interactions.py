@@ -14,13 +14,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from longer.arrays import MS_PER_HOUR
 from longer.model.fuse import fused_on_cuda
 from longer.model.inputs import EventTensors
 
 _INDEX_BITS = 23
 _KEY_MASK = 2**39 - 1
 PAD = 2**62
-_MS_PER_HOUR = 3_600_000.0
 TILE_CANDIDATES = 32
 
 
@@ -126,7 +126,7 @@ def features_of_counts(
     age_events_CF = torch.where(seen_CF, end_C[:, None] - newest_CF, 0)
     age_ms_CF = torch.where(seen_CF, request_ts_C[:, None] - newest_ts_CF, 0)
     counts_CFV = torch.where(seen_CF[..., None], count_CFV, 0).to(dtype).log1p()
-    ages_CFV = torch.stack([age_events_CF.to(dtype).log1p(), (age_ms_CF.to(dtype) / _MS_PER_HOUR).log1p()], dim=-1)
+    ages_CFV = torch.stack([age_events_CF.to(dtype).log1p(), (age_ms_CF.to(dtype) / MS_PER_HOUR).log1p()], dim=-1)
     return torch.cat([counts_CFV, seen_CF[..., None].to(dtype), ages_CFV], dim=-1).flatten(1)
 
 

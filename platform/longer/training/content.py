@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from longer.arrays import Int64
+from longer.arrays import MS_PER_DAY, Int64
 from longer.config import Settings
 from longer.data.batches import Packs
 from longer.data.events import iso_time
@@ -21,7 +21,6 @@ from longer.hashing import hash_int64
 from longer.model.layout import Sizes
 from longer.training.cursor import DataCursor
 from longer.training.loader import (
-    MS_PER_DAY,
     Part,
     SplitData,
     check_windows,

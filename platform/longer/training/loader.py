@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from longer.arrays import Candidates, Histories, Int64, RequestBatch
+from longer.arrays import MS_PER_DAY, Candidates, Histories, Int64, RequestBatch
 from longer.data.batches import (
     Packs,
     Requests,
@@ -27,8 +27,6 @@ from longer.training.cursor import EpochPlan
 from longer.windows import WindowRule
 
 T = TypeVar("T")
-
-MS_PER_DAY = 86_400_000
 
 _SCORED_PACK_REQUESTS = 64
 """Requests of one user that share an encode where nothing is learned, so that alike requests do no harm."""
