@@ -9,10 +9,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longer.data.parse import TimeUnit, as_type
 from longer.datasets.readers import FileError, naming, text_batches
 from longer.datasets.source import Part, find_files, log_parts, require_files, require_parts
 from longer.files import read_bytes
+from longer.table_settings import TimeUnit
 
 PROVENANCE = (
     "MovieLens by GroupLens, University of Minnesota: ratings by volunteers, for research; "
@@ -57,13 +57,14 @@ def read(part: Part, names: Sequence[str]) -> Iterator[pa.Table]:
     for batch in text_batches(part.path, chosen, header, delimiter, part.start, part.stop):
         batch = batch.append_column("action", pa.repeat("rating", len(batch)))
         if movies is not None:
-            item_id = as_type(batch["item_id"].combine_chunks(), pa.field("item_id", pa.int64()))
-            batch = batch.append_column("genres", movies["genres"].take(pc.index_in(item_id, movies["item_id"])))
+            batch = batch.append_column(
+                "genres", movies["genres"].take(pc.index_in(batch["item_id"], movies["item_id"]))
+            )
         yield batch
 
 
 def _movies(path: str) -> pa.Table:
-    """`item_id` and `genres` of every movie; titles in the older files are Latin-1."""
+    """`item_id`, as text, and `genres` of every movie; titles in the older files are Latin-1."""
     name = path.rpartition("/")[2]
     with naming(path):
         content = read_bytes(path)
@@ -78,7 +79,9 @@ def _movies(path: str) -> pa.Table:
         genres = rows.iloc[:, 2] if name != "u.item" else _joined_flags(rows.iloc[:, -len(_GENRES) :])
     except (ValueError, IndexError) as error:
         raise FileError(path, f"not a movies file of MovieLens ({error})") from None
-    return pa.table({"item_id": pa.array(item_id), "genres": pa.array(genres, pa.string(), from_pandas=True)})
+    return pa.table(
+        {"item_id": pa.array(item_id).cast(pa.string()), "genres": pa.array(genres, pa.string(), from_pandas=True)}
+    )
 
 
 def _joined_flags(flags: pd.DataFrame) -> list[str]:
