@@ -8,7 +8,7 @@ import asyncio
 import math
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from ipaddress import ip_address
 
 import ray
@@ -95,17 +95,16 @@ def _listening(host: str, ports: tuple[int, int]) -> socket.socket:
     try:
         is_ipv6 = ip_address(host).version == 6
         family, dualstack = (socket.AF_INET6, host == "::") if is_ipv6 else (socket.AF_INET, False)
-        for port in range(first, last + 1):
-            try:
-                listening = socket.create_server((host, port), family=family, dualstack_ipv6=dualstack)
-                listening.setsockopt(
-                    socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
-                )  # else answers wait 40 ms for each other
-                return listening
-            except OSError:
-                if port == last:
-                    raise
-        raise AssertionError("ports are checked to be some")
+
+        def listening_at(port: int) -> socket.socket:
+            listening = socket.create_server((host, port), family=family, dualstack_ipv6=dualstack)
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else answers wait 40 ms for each other
+            return listening
+
+        for port in range(first, last):
+            with suppress(OSError):
+                return listening_at(port)
+        return listening_at(last)
     except (OSError, ValueError) as error:
         at = f" with direct_ports={first}-{last}" if first else ""
         raise UserError(

@@ -103,10 +103,9 @@ class SimEncoder(SequenceEncoder):
     def __init__(self, settings: ModelSettings, encoder: Sim, request_D: Tensor):
         super().__init__()
         width, num_heads = settings.width, settings.num_heads
-        self.search, self.field = encoder.search, encoder.field
+        self.soft, self.field = encoder.search == "soft", encoder.field
         self.top_events, self.short_events = encoder.top_events, encoder.short_events
         self.scale = settings.history_events**-0.5
-        self.soft = self.search == "soft"
         if self.soft:
             self.search_event, self.search_candidate = (nn.Linear(width, width, bias=False) for _ in range(2))
             _begin_as_search(self.search_candidate, self.search_event, width, request_D)
