@@ -2,6 +2,8 @@
 
 A request's history is never copied into it: requests of a user whose window starts agree (`longer.windows`) become one pack,
 and a pack's history is stored once, from the common window start to the newest request's end.
+
+B histories, R requests, C candidates in all of them, P packs, U users without an event, N rows or packs chosen.
 """
 
 from dataclasses import dataclass, replace

@@ -1,4 +1,7 @@
-"""Arrow list columns to flat NumPy arrays and back: the one place that knows how stored values become keys and floats."""
+"""Arrow list columns to flat NumPy arrays and back: the one place that knows how stored values become keys and floats.
+
+B histories, E events in all of them, R requests, or rows of any table with lists, C candidates in all of them.
+"""
 
 from collections.abc import Iterator
 from typing import TypeVar

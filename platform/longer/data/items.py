@@ -2,6 +2,8 @@
 
 A version is one Parquet file, ascending by item: `item_id`, its features as first seen in the log that a version of the
 sequence table was built from, and when that was. The request table gives its candidates the same.
+
+I items of the catalogue, C items looked up.
 """
 
 import numpy as np

@@ -2,6 +2,8 @@
 
 Each block and bucket leaves a record beside its data, so a job that was killed goes on where it was, and the most that any
 process holds is one block or one bucket. Measured against Ray Data's shuffles in `benchmarks.sequences`.
+
+K blocks, P buckets, U users of a bucket, E events of its news.
 """
 
 from collections.abc import Callable, Sequence

@@ -4,6 +4,9 @@ One group of a user's events (`group_id`, or one time without it) is one request
 its history is every event strictly before the group's earliest time, so of two groups at one time neither sees the other.
 Negatives are items of uniformly drawn events of the same split (popularity-matched) that the request does not have already.
 A draw is a hash of (seed, request_id, slot, round), so it is the same however the work is divided.
+
+B histories, E events in all of them, R requests, P positives and C candidates in all of them, S splits, I items, N rows of any
+kind: of negatives, the slots that are drawn for.
 """
 
 from dataclasses import dataclass

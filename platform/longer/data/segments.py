@@ -2,6 +2,8 @@
 
 Reading a bucket takes one ranged read a block, so neither pass holds more than one block or one bucket, however long the log is.
 A segment is one or two Arrow IPC streams: the bucket's events, and what is known of older ones that were cut (`Older`).
+
+E events of a block or of a bucket.
 """
 
 from collections.abc import Iterator

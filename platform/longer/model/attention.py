@@ -1,7 +1,7 @@
 """The transformer block, rotary positions, and attention over a context that many queries share.
 
-B histories, T tokens, D width, H heads, Z = D/H width of a head, G context groups (padded), P queries in all histories,
-S private keys of a query.
+B histories, T tokens, D width, W width inside the feed-forward part, H heads, Z = D/H width of a head, G context groups (padded),
+P queries in all histories, Q queries of one history, S private keys of a query, A = G + S keys that a query weighs.
 """
 
 import math

@@ -4,8 +4,9 @@ The same tokens and the same rule as the three steps of `Longer` (extend, tail, 
 here nothing is kept, so that every layer is one step over all tokens: query-window groups, then tails, then candidates. Where
 everything lies follows from the batch on the host. Filled up to fixed sizes, a batch runs as a CUDA graph (`CapturedPass`).
 
-B histories, N full groups of all histories, P of them in query windows, R requests, T tail tokens of a request, C candidates,
-D width, H heads, Z head width, K events in a group.
+B histories, N full groups of all histories, R requests, G = N + R groups with the partial ones, T tail tokens of a request, M of
+them globals, C candidates, P tail tokens of all requests, or those and the candidates, A tokens with keys in a layer, J runs of a
+request's queries, F interaction features, D width; of `x_TD`, T tokens that ask in a layer.
 """
 
 from typing import TYPE_CHECKING, NamedTuple

@@ -4,7 +4,9 @@ What `Longer.extend` and `Longer.tail` do for padded contexts, with the same num
 from each user's numbers in a `Room`, and what only fills it up goes to the pool's last row.
 
 B users, E events, N new full groups of all users (flat), P computed group rows of all users (flat), T tail tokens, A computed rows
-and tail tokens of all users (flat), R copied rows or vectors, M events new to the interaction index.
+and tail tokens of all users (flat), G = N + B new and partial groups, R copied rows or vectors, M events new to the interaction
+index, F fields of it, S segments of queries, or stretches to copy, D width, H heads, Z head width; of the pool's memory, N rows or
+V vectors of I words.
 """
 
 from dataclasses import dataclass

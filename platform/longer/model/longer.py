@@ -6,8 +6,10 @@ Notable:
 - training, `encode`, `append` and `score` are the same three steps (extend, tail, candidates) on different numbers of groups;
 - the last layer needs only keys and values of groups and globals: nothing reads what they would gather there.
 
-B histories, N full groups in all of them (flat), G context groups (padded), Q query-window groups (padded), T = 1 + M tail tokens,
-R requests, C candidates in all requests, D width, H heads, Z = D/H, K events in a group, d event width.
+B histories, E events in all of them, N full groups in all of them (flat), G context groups (padded), Q query-window groups
+(padded), T = 1 + M tail tokens, R requests, C candidates in all requests, P computed groups of all histories or tail tokens of all
+requests (flat), S = T + 1 tokens that a candidate sees beside the context, F interaction features, D width, H heads, Z = D/H,
+K events in a group, d event width.
 """
 
 from typing import cast

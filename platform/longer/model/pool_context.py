@@ -1,6 +1,6 @@
 """What candidates and new groups read of B users whose states lie in a pool: tables of numbers, no copy of any state.
 
-B states, N rows of the pool, T tail tokens, H heads, Z head width.
+B states, N rows of the pool, P numbers of all states (flat), L layers, T tail tokens, H heads, Z head width.
 """
 
 from collections.abc import Sequence

@@ -3,7 +3,8 @@
 What `interactions.InteractionIndex` is for histories, with the same answers. A state keeps, for each field, the sorted pairs
 (key, event number) of its window's events, and the events' times.
 
-B states, L events of a state (padded), M new events of all states, n of a state (padded), F fields, C candidates, V query values.
+B states, L events of a state (padded), M new events of all states, n of a state (padded), F fields, C candidates, V query values,
+I words of the pool, W of them written.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,8 @@
 """Attention of flat queries over context that many of them share, in one kernel on CUDA: the twin of `attention.attend_shared`.
 
 B histories, N groups of all histories (flat), P queries of all histories, S segments of queries, R requests, T tail tokens of a
-request, C queries with an own key, H heads, Z head width.
+request, C queries with an own key, A keys of context, tails and own end to end, J runs of a request's queries, H heads, Z head
+width, D = HZ.
 """
 
 import math

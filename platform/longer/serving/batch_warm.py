@@ -3,6 +3,8 @@
 Compiling takes many seconds, and would otherwise be counted, and felt, as scoring. One actor of a machine compiles; the others wait
 and read what it has. Kernels of packs serve any sizes; those of a sweep any but one user, which has kernels of its own. Few runs
 sweep lists of requests; those compile when the first bucket needs it, in turn as well: the stage `compile` of that bucket.
+
+B users, E events of all of them, R requests, C candidates in all requests, I items, T tasks.
 """
 
 from dataclasses import replace

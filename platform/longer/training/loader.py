@@ -1,4 +1,7 @@
-"""A split as flat arrays, in memory or mapped from a file, and its batches assembled ahead of the consumer."""
+"""A split as flat arrays, in memory or mapped from a file, and its batches assembled ahead of the consumer.
+
+B histories, R requests, C candidates in all of them, P packs, N requests or candidates chosen, T tasks.
+"""
 
 import queue
 import threading

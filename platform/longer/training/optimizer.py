@@ -1,6 +1,8 @@
 """AdamW on the dense layers; on large tables Adam of the rows that a step read, and nothing of the others.
 
 Side features' tables count as dense layers without decay: `model.categorical_rows` bounds what a pass over them costs.
+
+U rows of a large table that were read, d their width.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,7 @@
 """What an encoder is given: histories of similar length, padded, and their candidates in tiles of one history each.
 
-B histories, L events (padded), N tiles, A candidates of a tile (padded), D width.
+B histories, L events (padded), E events in all histories, R requests, C candidates in all of them, N tiles, A candidates of a tile
+(padded), D width.
 """
 
 from collections.abc import Callable, Iterator

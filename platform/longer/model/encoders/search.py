@@ -1,6 +1,7 @@
 """SIM and TWIN: search a long history for the events that matter to a candidate, then attend to those alone.
 
-B histories, L events, N tiles, A candidates of a tile, T events found, D width, H heads, Z head width, J side features of events.
+B histories, L events, N tiles, A candidates of a tile, T events found, D width, H heads, Z head width, J side features of events,
+d their width, E = 2D numbers of a timed event, or, of side features, events in all histories.
 """
 
 import math
