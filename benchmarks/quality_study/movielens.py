@@ -5,7 +5,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv
 
-from longer.data.columns import changes, list_columns
+from longer.arrays import changes
+from longer.data.columns import list_columns
 
 _TABS = csv.ParseOptions(delimiter="\t")
 _KEPT = ("event_ts", "item_id", "action", "rating", "genres")

@@ -20,6 +20,11 @@ MS_PER_HOUR = 3_600_000
 MS_PER_DAY = 24 * MS_PER_HOUR
 
 
+def power_of_two(n: int) -> int:
+    """The next one, from n on."""
+    return 1 << (max(1, n) - 1).bit_length()
+
+
 def changes(*keys: npt.NDArray) -> npt.NDArray[np.bool_]:
     """True where a row differs from the one before in any key, and for the first row."""
     changed = np.zeros(len(keys[0]), bool)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from longer.arrays import Histories
-from longer.model.captured_call import power_of_two, rounded
+from longer.arrays import Histories, power_of_two
+from longer.model.captured_call import rounded
 from longer.model.captured_growth import room_for
 from longer.model.engine import StateEngine
 from longer.model.grow import carry_out, grow

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from longer.model.captured_call import power_of_two
+from longer.arrays import power_of_two
 from longer.model.captured_growth import room_for
 from longer.model.engine import StateEngine
 from longer.model.grow import grow

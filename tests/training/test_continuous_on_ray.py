@@ -15,6 +15,7 @@ import ray.train.collective
 from jobs import evaluate, train
 from longer.arrays import MS_PER_DAY
 from longer.config import Settings
+from longer.data.events import iso_ms
 from longer.data.tables import RequestTable, SequenceTable
 from longer.errors import UserError
 from longer.model.inputs import to_tensors
@@ -22,7 +23,6 @@ from longer.model.longer import Longer
 from longer.storage import Table, Version
 from longer.training.checkpoints import load_model, save_weights, weights_of
 from longer.training.content import tally
-from longer.training.continuous import _milliseconds
 from longer.training.cursor import Position
 from longer.training.lineage import finished, past_of
 from longer.training.loader import read_part_since, score_split
@@ -100,7 +100,7 @@ def test_every_new_day_is_trained_once_in_order_though_a_worker_was_killed(
         assert day["day"] == str(np.datetime64(int(number), "D"))
         assert {key: day[key] for key in ("num_requests", "id_sum")} == tally(ids[times // MS_PER_DAY == number])
     assert version.manifest["trained_until"] == now["until"]
-    assert _milliseconds(now["until"]) == times.max() + timedelta(milliseconds=1) / timedelta(milliseconds=1)
+    assert iso_ms(now["until"]) == times.max() + timedelta(milliseconds=1) / timedelta(milliseconds=1)
     assert version.manifest["continues"] == base.id
     assert version.manifest["model_version"] != base.manifest["model_version"]
 
@@ -108,7 +108,7 @@ def test_every_new_day_is_trained_once_in_order_though_a_worker_was_killed(
 def test_a_day_is_tested_before_it_is_trained(continued: tuple[Settings, Version, Version]) -> None:
     settings, base, version = continued
     schema, tasks = settings.event_schema, settings.train.tasks
-    since_ms = _milliseconds(base.manifest["trained_until"])
+    since_ms = iso_ms(base.manifest["trained_until"])
     sequences = SequenceTable(settings.path("tables", "sequences"), schema)
     requests = RequestTable(settings.path("tables", "requests"), schema)
     part = read_part_since(sequences, requests, since_ms, range(requests.num_buckets))

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from longer.arrays import NO_EVENT_TS, Candidates, Float32, Histories, Int64
-from longer.arrays import changes as changes  # impressions.py and the quality study take it from here
 from longer.data.batches import Requests
 from longer.hashing import stable_keys
 from longer.schema import EventSchema

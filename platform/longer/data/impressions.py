@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longer.arrays import Histories, Int64
-from longer.data.columns import changes, list_columns, milliseconds, numbers, single_array
+from longer.arrays import Histories, Int64, changes
+from longer.data.columns import list_columns, milliseconds, numbers, single_array
 from longer.data.requests import grouped
 from longer.data.sequences import events_of
 from longer.errors import UserError

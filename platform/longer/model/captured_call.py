@@ -9,6 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from longer.arrays import power_of_two
+
 MAX_GRAPHS = 128
 """Graphs kept, the last used ones: a few for each size of batch would be enough if batches were alike."""
 
@@ -112,11 +114,6 @@ def _buffer(arrays: Arrays) -> tuple[Tensor, dict[str, tuple[int, int]]]:
         views[name] = at, at + array.nbytes
         at += -(-array.nbytes // 8) * 8
     return torch.empty(at, dtype=torch.uint8, pin_memory=True), views
-
-
-def power_of_two(n: int) -> int:
-    """The next one, from n on."""
-    return 1 << (max(1, n) - 1).bit_length()
 
 
 def rounded(n: int) -> int:

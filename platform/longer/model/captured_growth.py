@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from longer.model.captured_call import Graphs, power_of_two
+from longer.arrays import power_of_two
+from longer.model.captured_call import Graphs
 from longer.model.grow import carry_out
 from longer.model.growth import Growth, Room
 from longer.model.inputs import under

@@ -17,8 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from longer.arrays import Candidates, Int64
-from longer.model.captured_call import Graphs, power_of_two, rounded
+from longer.arrays import Candidates, Int64, power_of_two
+from longer.model.captured_call import Graphs, rounded
 from longer.model.inputs import RequestTensors, under
 from longer.model.longer import Longer
 from longer.model.pool import StatePool

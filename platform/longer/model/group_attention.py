@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longer.model.captured_call import power_of_two
+from longer.arrays import power_of_two
 from longer.model.fuse import has_kernels
 
 _MOST_EVENTS = 64

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longer.model.captured_call import power_of_two
+from longer.arrays import power_of_two
 
 Pair = tuple[Tensor, Tensor]
 """Keys and values."""

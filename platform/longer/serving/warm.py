@@ -5,8 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 
-from longer.arrays import NO_EVENT_TS, Candidates, Histories
-from longer.model.captured_call import power_of_two
+from longer.arrays import NO_EVENT_TS, Candidates, Histories, power_of_two
 from longer.model.captured_growth import rooms_for_events
 from longer.model.engine import StateEngine
 from longer.model.states import rows_for
