@@ -100,8 +100,13 @@ def _check_rows(settings: Settings, reports: list[PartReport], num_rows: int) ->
             f"unfit, {count} of them: {reason}; {see}, then repair the log, or what {asked.section} says of it, or raise the share"
         )
     if not num_rows:
+        skipped = next((report.problem for report in reports if report.problem), None)
         problem = (
-            f"no row of the log is fit: {see}" if num_read else "the log has no events: import a log with at least one"
+            f"no row of the log is fit: {see}"
+            if num_read
+            else f"every file was skipped, one because of {skipped}"
+            if skipped
+            else "the log has no events: import a log with at least one"
         )
         raise UserError(f"{asked.source}: {problem}")
 

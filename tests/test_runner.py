@@ -14,6 +14,16 @@ from longer.errors import UserError
 from longer.runner import user_error_in
 
 ROOT = Path(__file__).parent.parent
+_CONNECT = """
+import sys
+from longer.config import RaySettings
+from longer.errors import UserError
+from longer.runner import start_ray
+try:
+    start_ray(RaySettings(address=sys.argv[1]))
+except UserError as error:
+    print(error, file=sys.stderr)
+"""
 
 
 def run_python(*args: str, **env: str) -> subprocess.CompletedProcess:
@@ -34,6 +44,11 @@ def run_python(*args: str, **env: str) -> subprocess.CompletedProcess:
     ("args", "line"),
     [
         (["--nonsense", "1"], "unrecognized arguments: --nonsense 1: see --help"),
+        (
+            ["--import_events.columns", "{user_id: customer"],
+            "--import_events.columns {user_id: customer: not valid JSON",
+        ),
+        (["--train", "nonsense"], "--train nonsense: not valid JSON"),
         (["--config", "no.yaml"], "no.yaml: no such settings file; configs/ holds ready ones"),
         (["--import_events.source", "nowhere"], "import_events.source: nowhere/transactions.parquet: no such file"),
     ],
@@ -42,6 +57,18 @@ def test_a_mistake_is_one_line_and_exit_code_2(args: list[str], line: str) -> No
     done = run_python("-m", "jobs.import_events", *args)
     assert done.returncode == 2
     assert done.stderr.startswith(line)
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "[::1]:9", "no.such.host.invalid:6379", "nonsense", "auto"])
+def test_a_cluster_that_does_not_answer_is_told_at_once(address: str) -> None:
+    """Ray itself tries for more than ten minutes."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        left_behind = Path(folder) / "ray/ray_current_cluster"  # by a cluster that is gone, where `auto` looks
+        left_behind.parent.mkdir()
+        left_behind.write_text("127.0.0.1:9")
+        done = run_python("-c", _CONNECT, address, RAY_TMPDIR=folder)
+    assert done.stderr.startswith(f"ray.address={address}: no Ray answers there"), done.stderr
     assert done.stderr.count("\n") == 1
 
 

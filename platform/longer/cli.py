@@ -1,16 +1,17 @@
 """The command line of every job: all settings as flags, a YAML file, and the job's own switches."""
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic_settings import CliSettingsSource
+from pydantic_settings import CliSettingsSource, SettingsError
 
 from longer.config import Settings, load_settings, see_help
-from longer.errors import UserError, meant
+from longer.errors import UserError, meant, one_line
 
 _UNKNOWN = re.compile(r"unrecognized arguments: (--[\w.-]+)")
 
@@ -88,6 +89,24 @@ def parse_settings(
     source: CliSettingsSource = CliSettingsSource(Settings, root_parser=parser, cli_shortcuts=shortcuts)
     args = parser.parse_args(list(argv) if argv is not None else None)
     given = {name: getattr(args, name.replace("-", "_")) for name, *_ in flags}
-    overrides = source(parsed_args=args)()
+    try:
+        overrides = source(parsed_args=args)()
+    except SettingsError as error:
+        raise UserError(_of_json(args, error)) from None
     chosen = {name: value for name, value in overrides.items() if name in Settings.model_fields}
     return load_settings(args.config, chosen, shortcuts), given
+
+
+def _of_json(args: argparse.Namespace, error: SettingsError) -> str:
+    """What is wrong with a flag whose value is of several parts."""
+    for name, given in vars(args).items():
+        for value in given if isinstance(given, list) else [given]:
+            if isinstance(value, str) and (value.lstrip()[:1] in ("[", "{") or name in Settings.model_fields):
+                try:
+                    json.loads(value)
+                except ValueError:
+                    return (
+                        f"--{name} {value}: not valid JSON, as which lists and objects are given here: '[2, 8]', "
+                        '\'{"user_id": "customer"}\'; or set it in a --config file, which is YAML'
+                    )
+    return one_line(error)

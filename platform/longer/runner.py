@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +16,12 @@ import longer
 from longer.cli import parse_settings
 from longer.config import SUBMITTED, RaySettings, Settings
 from longer.errors import StorageError, UserError
+from longer.progress import say
 
 _FOLDERS_OF_JOBS = "working_dir_files"  # where Ray keeps them
 _KINDS = {"UserError": UserError, "StorageError": StorageError}
 _USER_ERROR_LINE = re.compile(rf"^longer\.errors\.({'|'.join(_KINDS)}): (.+)$", re.MULTILINE)
+_ANSWERS_WITHIN_S = 5.0
 _CAUSES = "cause", "controller_failure", "__cause__", "__context__"
 """Ray's tasks', Ray Train's, Python's own."""
 
@@ -93,6 +96,8 @@ def _check_root(settings: Settings) -> None:
 def start_ray(settings: RaySettings) -> None:
     """Connects to the cluster of the settings, or starts a local Ray, unless this process has one already.
 
+    A UserError if the cluster does not answer.
+
     A local Ray is authenticated by a token: the environment's (RAY_AUTH_MODE, RAY_AUTH_TOKEN) or the one that Ray keeps in
     ~/.ray. Setting the environment here would be too late: Ray reads it when first imported.
     """
@@ -116,10 +121,45 @@ def start_ray(settings: RaySettings) -> None:
             log_to_driver=False,  # workers' own lines come by `training.relay`; the rest is in Ray's log folder
         )
     else:
-        environment = {} if SUBMITTED in os.environ else {"py_modules": [str(Path(longer.__file__).parent)]}
-        ray.init(address=settings.cluster, logging_level=logging.WARNING, log_to_driver=False, runtime_env=environment)
+        _connect(settings.cluster)
     if callable(at_sigterm):
         signal.signal(signal.SIGTERM, at_sigterm)  # Ray's own prints where the process was, and aborts it
+    _tell_of_missing_pools(settings)
+
+
+def _connect(address: str) -> None:
+    """To a running cluster; a UserError if none answers there, or not to this token."""
+    import ray
+    from ray._private.services import canonicalize_bootstrap_address_or_die
+    from ray.exceptions import AuthenticationError
+
+    environment = {} if SUBMITTED in os.environ else {"py_modules": [str(Path(longer.__file__).parent)]}
+    try:
+        if "://" not in address:  # Ray itself would wait there for ten minutes and more
+            host, _, port = canonicalize_bootstrap_address_or_die(address).rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), _ANSWERS_WITHIN_S).close()
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, runtime_env=environment)
+    except (ConnectionError, TimeoutError, socket.gaierror, ValueError, AuthenticationError):
+        raise UserError(
+            f"ray.address={address}: no Ray answers there, or it wants another token than this shell's: start one "
+            "(docs/cluster.md), or export RAY_AUTH_MODE=token and the RAY_AUTH_TOKEN that it was started with"
+        ) from None
+
+
+def _tell_of_missing_pools(settings: RaySettings) -> None:
+    """A line if work would wait for a node that is not there: for ever, unless an autoscaler starts one."""
+    import ray
+
+    if settings.pool_label is None:
+        return
+    labels = [node["Labels"] for node in ray.nodes() if node["Alive"]]
+    if not any(of_node.get(settings.pool_label) == "cpu" for of_node in labels):
+        known = sorted({label for of_node in labels for label in of_node if not label.startswith("ray.io/")})
+        say(
+            "ray",
+            f"no node has the label {settings.pool_label}=cpu (ray.pool_label) so far, and work waits for one; nodes have "
+            f"{', '.join(known) or 'no labels of yours'}",
+        )
 
 
 def user_error_in(error: BaseException | None) -> UserError | None:

@@ -160,7 +160,9 @@ def run(argv: Sequence[str] | None = None) -> int:
         help=f"URL of the cluster's dashboard (default: {_ADDRESS}, or port 8265 here)",
     )
     parser.add_argument("job", nargs="+", help="the job and its flags, after --")
-    args = parser.parse_args(argv)
+    args, more = parser.parse_known_args(argv)
+    if more:
+        raise UserError(f"unrecognized arguments: {' '.join(more)}: the job comes with its flags after --")
     submission = None
     try:
         client = connect(args.address)

@@ -58,11 +58,38 @@ def test_a_mistake_there_is_its_line_and_exit_code_2(head: Head, tmp_path: Path)
     assert "import_events.source: no where/transactions.parquet: no such file" in done.stdout
 
 
+_CONNECT = """
+import sys
+from longer.config import RaySettings
+from longer.errors import UserError
+from longer.runner import start_ray
+try:
+    start_ray(RaySettings(address=sys.argv[1], pool_label="longer.poool"))
+except UserError as error:
+    print(error, file=sys.stderr)
+"""
+
+
+@pytest.mark.ray
+def test_a_job_here_on_the_cluster_there_is_told_of_a_wrong_token_and_of_a_label_that_no_node_has(head: Head) -> None:
+    """Takes long: Ray tries a wrong token for twenty seconds."""
+    connect = [sys.executable, "-c", _CONNECT, head.address]
+    told = head.run(*connect)
+    assert "no node has the label longer.poool=cpu (ray.pool_label) so far" in told.stderr, told.stderr
+    refused = head.run(*connect, RAY_AUTH_TOKEN="0" * 64)
+    assert "no Ray answers there, or it wants another token" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
 @pytest.mark.ray
 def test_a_mistake_here_is_one_line_and_exit_code_2(head: Head) -> None:
     [port] = free_ports(1)
     mistakes = [
         (submit(head, "jobs.trian"), "jobs.trian: no such job in"),
+        (
+            head.run(*SUBMIT, "jobs.train", "--config", "my.yaml"),
+            "--config my.yaml: the job comes with its flags after --",
+        ),
         (submit(head, "jobs.train", RAY_AUTH_TOKEN="0" * 64), "the cluster wants its token"),
         (submit(head, "jobs.train", RAY_AUTH_MODE="disabled"), "the cluster wants its token"),
         (head.run(*SUBMIT, "--address", f"127.0.0.1:{port}", "jobs.train"), "expected the dashboard's URL"),

@@ -228,6 +228,15 @@ def test_the_same_bytes_under_two_names_are_imported_once_and_reported(
     assert "day-0.parquet: the same bytes as day-0-copy.parquet, imported once" in capsys.readouterr().err
 
 
+def test_a_log_of_which_every_file_was_skipped_says_why(tmp_path: Path) -> None:
+    write_day(tmp_path / "log", 0)
+    settings = settings_of(
+        tmp_path / "run", tmp_path / "log", skip_unreadable_files=True, columns={"user_id": "custmer"}
+    )
+    with pytest.raises(UserError, match=r"every file was skipped, one because of .*no column 'custmer'"):
+        import_events.run(settings)
+
+
 def test_a_column_that_disappears_names_the_file_and_one_that_appears_is_ignored(tmp_path: Path) -> None:
     write_day(tmp_path / "log", 0, colour=["red"] * 20)
     pq.write_table(pa.table(day(1)).drop_columns(["price"]), tmp_path / "log/day-1.parquet")

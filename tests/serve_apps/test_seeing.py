@@ -129,6 +129,13 @@ def page(url: str) -> Iterator[Page]:
 
 
 @pytest.mark.ray
+def test_the_documentation_of_the_calls_loads_nothing_from_elsewhere(page: Page, url: str) -> None:
+    page.goto(f"{url}/docs")
+    expect(page.locator("#swagger-ui")).to_contain_text("/v1/score:batch")
+    assert page.evaluate("performance.getEntriesByType('resource').every(e => e.name.startsWith(location.origin))")
+
+
+@pytest.mark.ray
 def test_the_page_shows_the_service_and_scores_a_user_by_hand(page: Page, url: str) -> None:
     expect(page.locator("#trouble")).to_contain_text("authorization")
     page.locator("#token").fill(TOKEN)

@@ -249,6 +249,7 @@ def test_given_item_features_win_over_the_catalogue_and_missing_ones_fall_back(w
         (ScoreRequest(5, [1]), "candidates: expected string values"),
         (ScoreRequest(5, ["a"], {"price": ["secret"]}), "candidates.price: expected float values"),
         (ScoreRequest(5, ["a"], {"secret": [1]}), "candidates: unknown item feature: this model reads category, price"),
+        (ScoreRequest(5, ["a"], request_ts=END_MS // 1000), "request_ts: before 1990: expected milliseconds"),
         (ScoreRequest(5, ["a"], request_ts=2**63), "request_ts: expected milliseconds since 1970"),
         (ScoreRequest(5, ["a"], request_ts=-1), "request_ts: expected milliseconds since 1970"),
         (ScoreRequest(9, ["a"], request_ts=START_MS), "request_ts: the sequence table no longer keeps"),

@@ -12,6 +12,8 @@ from longer.table_settings import TimeUnit
 
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 _YEAR_1990_S = 631_152_000
+YEAR_1990_MS = _YEAR_1990_S * 1000
+"""Nothing that is logged is older: a time before it is in another unit."""
 _LARGEST_INT64 = "9223372036854775807"
 _MOST_EXACT_FLOAT = 2.0**53
 
@@ -152,7 +154,7 @@ def _misfits(values: npt.NDArray, time_ms: Int64, unit: TimeUnit, now_ms: int) -
     }
     today = int(pd.Timestamp(now_ms, unit="ms").strftime("%Y%m%d"))
     misfits[f"event_ts fits YYYYMMDD, not {unit}"] = (values >= 19900101) & (values <= today)
-    is_early = (values >= 1990) & (time_ms < _YEAR_1990_S * 1000)
+    is_early = (values >= 1990) & (time_ms < YEAR_1990_MS)
     return {**misfits, f"event_ts before 1990 in {unit}": is_early & ~np.any(list(misfits.values()), axis=0)}
 
 

@@ -18,7 +18,7 @@ from longer.data.days import DayFiles
 from longer.data.events import check_rows
 from longer.data.import_report import REPORT_SCHEMA, PartReport
 from longer.datasets import source_of
-from longer.datasets.readers import LINE, FileError
+from longer.datasets.readers import LINE, ColumnError, FileError
 from longer.datasets.source import Part
 from longer.errors import UserError
 from longer.files import remove_tree
@@ -67,8 +67,9 @@ class PartImporter:
         except FileError as error:
             remove_tree(f"{self.quarantine_path}/part-{name}.parquet")
             if not self.settings.skip_unreadable_files:
+                instead = "if other files have it," if isinstance(error, ColumnError) else "restore the file, or"
                 raise UserError(
-                    f"{error}; restore the file, or leave it out with --{self.settings.section}.skip_unreadable_files"
+                    f"{error}; {instead} leave this one out with --{self.settings.section}.skip_unreadable_files"
                 ) from None
             return PartReport(part.content_id, part.name, part.number, problem=str(error))
         report.events = days.finish()

@@ -34,6 +34,10 @@ class FileError(UserError):
         super().__init__(f"{path}: {problem}")
 
 
+class ColumnError(FileError):
+    """A file without a column that is asked for, as the other files of its log may be."""
+
+
 def is_parquet(path: str) -> bool:
     return path.lower().endswith(PARQUET)
 
@@ -123,7 +127,7 @@ def require_columns(path: str, names: Sequence[str], columns: Mapping[str, str])
             remedy = f"map {name!r} in the import's columns"
             if name not in ("user_id", "item_id", "event_ts"):
                 remedy += f", to null ('{name}: null') if the log has no such feature"
-            raise FileError(path, f"{problem} (it has {there}): {remedy}")
+            raise ColumnError(path, f"{problem} (it has {there}): {remedy}")
 
 
 @contextmanager

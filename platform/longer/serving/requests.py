@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from longer.data.columns import feature_arrays, missing_features
 from longer.data.events import check_rows
 from longer.data.items import ItemTable
+from longer.data.parse import YEAR_1990_MS
 from longer.errors import UserError
 from longer.hashing import stable_key, stable_keys
 from longer.schema import EventSchema
@@ -114,6 +115,8 @@ class RequestReader:
             return now_ms()
         if not 0 <= request_ts <= LAST_MS:
             return UserError("request_ts: expected milliseconds since 1970, up to the year 9999")
+        if request_ts < YEAR_1990_MS and self._time_unit == "ms":
+            return UserError("request_ts: before 1990: expected milliseconds since 1970, not seconds")
         return request_ts
 
     def candidates(self, requests: Sequence[ScoreRequest], items: ItemTable | None) -> list[Features | UserError]:
