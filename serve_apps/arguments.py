@@ -1,13 +1,13 @@
 """The application's arguments, and the tables that they lead to."""
 
 import os
-from typing import Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from longer.data.items import items_version
 from longer.data.tables import open_version
-from longer.errors import UserError
+from longer.errors import UserError, meant
 from longer.files import filesystem, read_bytes
 from longer.model.state_layout import Precision
 from longer.serving.history import check_kept
@@ -24,6 +24,16 @@ class ScoringArgs(BaseModel):
     """Arguments of the application; on the command line as NAME=VALUE, in a Serve config under `args`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _are_known(cls, given: Any) -> Any:
+        for name in given if isinstance(given, dict) else ():
+            if name not in cls.model_fields:
+                raise ValueError(
+                    f"{name}: unknown argument: {meant(name, cls.model_fields)}serve_apps/arguments.py has all"
+                )
+        return given
 
     checkpoint: str = Field(description="A checkpoint, or the checkpoints table: then its served version.")
     sequences: str | None = Field(

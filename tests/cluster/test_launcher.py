@@ -121,7 +121,7 @@ def test_nodes_come_from_zero_go_when_idle_and_only_those_without_states_may_be_
 def test_only_the_bucket_and_the_key_pair_are_to_be_filled_in() -> None:
     text = "\n".join(line.split("#")[0] for line in (ROOT / "cluster.yaml").read_text().splitlines())
     words = set(re.findall(r"(?<!\$)\b[A-Z][A-Z_]{4,}\b", text))
-    assert words == {"KEY_PAIR", "BUCKET", "PYTHONPATH", "RAY_AUTH_MODE"}
+    assert words == {"KEY_PAIR", "BUCKET", "PYTHONPATH", "RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED"}
     assert text.count("KEY_PAIR") == 2
     assert text.count("BUCKET") == 1
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import ray
 import yaml
+from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from jobs.serve import PROXY_MARGIN_S
@@ -23,6 +24,11 @@ def test_the_config_file_is_one_that_serve_and_the_builder_accept() -> None:
     assert config.http_options.host == "127.0.0.1"
     args = ScoringArgs.model_validate(application.args)
     assert config.http_options.request_timeout_s == args.timeout_s + PROXY_MARGIN_S
+
+
+def test_a_misspelt_argument_is_told_with_the_one_that_was_meant() -> None:
+    with pytest.raises(ValidationError, match=r"cach_bytes: unknown argument: did you mean cache_bytes\?"):
+        ScoringArgs.model_validate({"checkpoint": "c", "cach_bytes": 5})
 
 
 def test_a_wrong_path_is_one_line_and_exit_code_2_before_any_replica_starts(
