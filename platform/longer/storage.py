@@ -111,7 +111,7 @@ class Table:
         version = self.current()
         if version is None:
             raise UserError(
-                f"{self.path}: no published version of this table: run `python -m {job}` first, with the same --root"
+                f"{self.path}: no published version of this table: run `python -m {job}` first, with the same --config and --root"
             )
         return version
 

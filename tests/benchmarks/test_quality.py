@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -30,6 +31,17 @@ from longer.training.metrics import auc as roc_auc
 from longer.windows import WindowRule
 
 _LOGS = sorted(SCHEMAS)
+_RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize("records", sorted(_RESULTS.glob("quality_*.jsonl")), ids=lambda path: path.stem)
+def test_a_page_that_is_kept_says_what_its_records_do(records: Path) -> None:
+    """`--page-only` makes it anew; only what stands before the tables is written by hand."""
+    kept, body = records.with_suffix(".md").read_text(), page(Records(records).read()).partition("\n")[2].strip()
+    assert kept.rstrip().endswith(body)
+    num_trials, num_arms = re.search(r"are (\d+) trials, .* and (\d+) arms", kept.replace("\n", " ")).groups()
+    groups = [record["group"] for record in Records(records).read() if "trained" in record]
+    assert (groups.count("tuning"), len(groups) - groups.count("tuning")) == (int(num_trials), int(num_arms))
 
 
 @pytest.mark.parametrize("quick", [False, True])
