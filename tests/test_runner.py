@@ -94,10 +94,8 @@ for job in jobs:
 """
     done = run_python("-W", "ignore", "-c", each, str(tmp_path), *wanted)
     assert done.stdout.split() == ["2"] * len(wanted)
-    assert done.stderr.splitlines() == [
-        f"{tmp_path}/{table}: no published version of this table: run `python -m jobs.{first}` first, with the same --config and --root"
-        for table, first in wanted.values()
-    ]
+    why = "no published version of this table: run `python -m jobs.{}` first, with the same --config and --root"
+    assert done.stderr.splitlines() == [f"{tmp_path}/{table}: {why.format(first)}" for table, first in wanted.values()]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,18 @@ MS_PER_HOUR = 3_600_000
 MS_PER_DAY = 24 * MS_PER_HOUR
 
 
+def offsets_of(lengths_N: npt.NDArray) -> Int64:
+    """[N + 1]: where each of N stretches of these lengths begins, laid end to end, and where the last one ends."""
+    return np.append(np.int64(0), np.cumsum(lengths_N, dtype=np.int64))
+
+
+def ranges(starts_N: Int64, ends_N: Int64) -> tuple[Int64, Int64]:
+    """`offsets_of` the N ranges [start, end), and all numbers in them, one range after the other."""
+    lengths_N = ends_N - starts_N
+    offsets_N1 = offsets_of(lengths_N)
+    return offsets_N1, np.repeat(starts_N - offsets_N1[:-1], lengths_N) + np.arange(offsets_N1[-1])
+
+
 def power_of_two(n: int) -> int:
     """The next one, from n on."""
     return 1 << (max(1, n) - 1).bit_length()
@@ -62,9 +74,7 @@ class Histories:
         base_N = self.offsets_B1[rows_N] - self.first_index_B[rows_N]
         if (starts_N < self.first_index_B[rows_N]).any() or (base_N + ends_N > self.offsets_B1[rows_N + 1]).any():
             raise IndexError("events outside the rows: another user's would be read")
-        lengths_N = ends_N - starts_N
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths_N)])
-        events = np.repeat(base_N + starts_N - offsets[:-1], lengths_N) + np.arange(offsets[-1])
+        offsets, events = ranges(base_N + starts_N, base_N + ends_N)
         before_N = base_N + starts_N - 1
         at_row_start = starts_N == self.first_index_B[rows_N]
         prev = np.where(
@@ -117,7 +127,7 @@ class Histories:
     def followed_by(self, newer: "Histories") -> "Histories":
         """The same B users with `newer`'s events after their own; `newer` starts where each of these ends."""
         lengths_B, newer_lengths_B = np.diff(self.offsets_B1), np.diff(newer.offsets_B1)
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths_B + newer_lengths_B)])
+        offsets = offsets_of(lengths_B + newer_lengths_B)
         own_E = np.arange(len(self.event_ts_E)) + np.repeat(offsets[:-1] - self.offsets_B1[:-1], lengths_B)
         newer_E = np.arange(len(newer.event_ts_E)) + np.repeat(
             offsets[:-1] + lengths_B - newer.offsets_B1[:-1], newer_lengths_B
@@ -143,7 +153,7 @@ class Histories:
         lengths_B = np.concatenate([part.offsets_B1[1:] - part.offsets_B1[:-1] for part in parts])
         return Histories(
             user_key_B=np.concatenate([part.user_key_B for part in parts]),
-            offsets_B1=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths_B)]),
+            offsets_B1=offsets_of(lengths_B),
             first_index_B=np.concatenate([part.first_index_B for part in parts]),
             prev_event_ts_B=np.concatenate([part.prev_event_ts_B for part in parts]),
             event_ts_E=np.concatenate([part.event_ts_E for part in parts]),

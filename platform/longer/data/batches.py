@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
-from longer.arrays import NO_EVENT_TS, Candidates, Float32, Histories, Int64, RequestBatch, changes
+from longer.arrays import NO_EVENT_TS, Candidates, Float32, Histories, Int64, RequestBatch, changes, offsets_of, ranges
 from longer.windows import WindowRule
 
 
@@ -33,7 +33,7 @@ class Requests:
 
     def take(self, rows_N: Int64) -> "Requests":
         """Requests `rows_N`, in that order."""
-        offsets, picked_C = _ranges(self.candidates.offsets_R1[rows_N], self.candidates.offsets_R1[rows_N + 1])
+        offsets, picked_C = ranges(self.candidates.offsets_R1[rows_N], self.candidates.offsets_R1[rows_N + 1])
         return Requests(
             request_id_R=self.request_id_R[rows_N],
             user_id_R=self.user_id_R.take(pa.array(rows_N)),
@@ -63,8 +63,12 @@ class Packs:
 
     def take(self, packs_N: Int64) -> "Packs":
         """Packs `packs_N`, in that order."""
-        offsets, picked_R = _ranges(self.offsets_P1[packs_N], self.offsets_P1[packs_N + 1])
+        offsets, picked_R = ranges(self.offsets_P1[packs_N], self.offsets_P1[packs_N + 1])
         return Packs(self.order_R[picked_R], offsets)
+
+    def sums(self, values_R: Int64) -> Int64:
+        """[P]: sums over each pack's requests."""
+        return np.diff(offsets_of(values_R[self.order_R])[self.offsets_P1])
 
 
 def plan_packs(row_R: Int64, history_end_R: Int64, windows: WindowRule, max_requests: int) -> Packs:
@@ -111,10 +115,3 @@ def assemble(histories: Histories, row_R: Int64, requests: Requests, packs: Pack
         request_id_R=chosen.request_id_R,
         labels=chosen.labels,
     )
-
-
-def _ranges(starts_N: Int64, ends_N: Int64) -> tuple[Int64, Int64]:
-    """Offsets of the ranges laid end to end, and the indices they hold."""
-    lengths_N = ends_N - starts_N
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths_N)])
-    return offsets, np.repeat(starts_N - offsets[:-1], lengths_N) + np.arange(offsets[-1])

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longer.arrays import NO_EVENT_TS, Candidates, Float32, Histories, Int64
+from longer.arrays import NO_EVENT_TS, Candidates, Float32, Histories, Int64, offsets_of
 from longer.data.batches import Requests
 from longer.hashing import stable_keys
 from longer.schema import EventSchema
@@ -105,7 +105,7 @@ def keys_of_lists(lists: pa.ChunkedArray) -> Int64:
 
 def cut_lists(lists: pa.ChunkedArray | pa.Array, most_rows: int, most_values: int) -> Iterator[tuple[int, int]]:
     """Where to cut rows so that each part has at most so many, and their lists at most so many values, or one row alone."""
-    ends_R1 = np.append(0, np.cumsum(pc.list_value_length(lists).to_numpy(), dtype=np.int64))
+    ends_R1 = offsets_of(pc.list_value_length(lists).to_numpy())
     begin = 0
     while begin < len(lists):
         end = int(np.searchsorted(ends_R1, ends_R1[begin] + most_values, side="right")) - 1

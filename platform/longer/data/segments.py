@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from longer.arrays import offsets_of
 from longer.data.columns import single_array
 from longer.data.sequences import KeepRule, Older, trim_events
 from longer.errors import UserError, one_line
@@ -115,7 +116,7 @@ def write_segments(path: str, events: pa.Table, schema: EventSchema, num_buckets
     kept_E, older = trim_events(events, key_E, schema, rule)
     bucket_E = bucket_of(key_E if kept_E is None else key_E[kept_E], num_buckets).astype(np.uint16)
     by_bucket_E = np.argsort(bucket_E, kind="stable")  # 16 bits sort by radix
-    bounds = np.concatenate([[0], np.cumsum(np.bincount(bucket_E, minlength=num_buckets))])
+    bounds = offsets_of(np.bincount(bucket_E, minlength=num_buckets))
     rows = by_bucket_E if kept_E is None else kept_E[by_bucket_E]
     events = _narrowed(events).take(pa.array(rows)).combine_chunks()
     bucket_of_older = bucket_of(stable_keys(older.user_id), num_buckets)

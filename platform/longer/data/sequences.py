@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longer.arrays import NO_EVENT_TS, Int64, changes
+from longer.arrays import NO_EVENT_TS, Int64, changes, offsets_of
 from longer.data.columns import flat_list, list_columns, milliseconds, single_array
 from longer.schema import EventSchema
 
@@ -103,7 +103,7 @@ def build_sequences(events: pa.Table, older: Older, schema: EventSchema, rule: K
     first_index_U = rule.first_index(total_U)
     keep_from_U = start_U + first_index_U - num_older_U
     length_U = end_U - keep_from_U
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(length_U)])
+    offsets = offsets_of(length_U)
     kept_E = order_E
     if len(order_E) > offsets[-1]:
         kept_E = order_E[np.repeat(keep_from_U - offsets[:-1], length_U) + np.arange(offsets[-1])]

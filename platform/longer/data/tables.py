@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from longer.arrays import NO_EVENT_TS, Histories
+from longer.arrays import NO_EVENT_TS, Histories, offsets_of
 from longer.data.batches import Requests
 from longer.data.columns import histories_of, requests_of, single_array
 from longer.data.layout import bucket_files, news_arrow, news_path, rows_path
@@ -216,7 +216,7 @@ def _in_order(user_ids: pa.Array, histories: Histories, wanted: pa.Array) -> His
     prev_N[known_N] = some.prev_event_ts_B
     return Histories(
         user_key_B=stable_keys(wanted),
-        offsets_B1=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths_N)]),
+        offsets_B1=offsets_of(lengths_N),
         first_index_B=first_N,
         prev_event_ts_B=prev_N,
         event_ts_E=some.event_ts_E,

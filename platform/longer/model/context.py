@@ -108,7 +108,7 @@ def ranges(begin_B: Tensor, end_B: Tensor) -> tuple[Tensor, Tensor]:
     return row_P, value_P
 
 
-def offsets_of(row_P: Tensor, num_rows: int) -> Tensor:
+def row_offsets(row_P: Tensor, num_rows: int) -> Tensor:
     """[B + 1]: where each row's part of the sorted `row_P` begins, and the end."""
     return torch.searchsorted(row_P, torch.arange(num_rows + 1, device=row_P.device))
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from longer.arrays import Int64, RequestBatch
+from longer.arrays import Int64, RequestBatch, offsets_of
 from longer.windows import WindowRule
 
 T = TypeVar("T", Int64, Tensor)
@@ -118,7 +118,7 @@ def _layout(batch: RequestBatch, windows: WindowRule, num_tail: int, room: Sizes
     row_N, slot_N = _ranges(num_groups_B)
     row_P, slot_P = _ranges(num_queries_B)
     group_P = query_first_B[row_P] + slot_P
-    group_offsets_B1 = _offsets(num_groups_B)
+    group_offsets_B1 = offsets_of(num_groups_B)
     num_groups_B[-1] += room.groups - len(
         row_N
     )  # of the row that nobody asks about; nothing is left where nothing is filled
@@ -148,11 +148,11 @@ def _layout(batch: RequestBatch, windows: WindowRule, num_tail: int, room: Sizes
         window=np.concatenate([query_P, room.groups + np.arange(len(private))]),
         visible=np.concatenate([visible_P, (full_R - first_B[row_R])[private]]),
         visible_above=np.concatenate([_fill(slot_P + 1, room.queries), (full_R - query_first_B[row_R])[private]]),
-        group_offsets=_offsets(num_groups_B),
-        query_offsets=_offsets(num_queries_B),
+        group_offsets=offsets_of(num_groups_B),
+        query_offsets=offsets_of(num_queries_B),
         num_groups=num_groups_B,
         num_queries=num_queries_B,
-        segment_offsets=_offsets(
+        segment_offsets=offsets_of(
             np.concatenate([num_queries_B, np.diff(per_row_B1) * num_tail, np.diff(candidate_offsets_R1[per_row_B1])])
         ),
         event_begin=offsets_B,
@@ -194,8 +194,4 @@ def _fill(array: npt.NDArray, size: int, value: int = 0) -> npt.NDArray:
 def _ranges(sizes_B: Int64) -> tuple[Int64, Int64]:
     """Row, and number inside it, of everything in rows of these sizes."""
     row_N = np.repeat(np.arange(len(sizes_B)), sizes_B)
-    return row_N, np.arange(len(row_N)) - _offsets(sizes_B)[row_N]
-
-
-def _offsets(sizes: Int64) -> Int64:
-    return np.append(np.int64(0), np.cumsum(sizes))
+    return row_N, np.arange(len(row_N)) - offsets_of(sizes_B)[row_N]

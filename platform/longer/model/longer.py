@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from longer.model.attention import Block, attend_groups
-from longer.model.context import Context, SharedContext, Tail, offsets_of, ranges, splice, take_rows
+from longer.model.context import Context, SharedContext, Tail, ranges, row_offsets, splice, take_rows
 from longer.model.cpu_layers import candidate_layer, tail_layer
 from longer.model.flat import flat_forward
 from longer.model.fuse import fused_on_cuda, has_kernels
@@ -146,7 +146,7 @@ class Longer(Ranker):
         slot_P = group_P - computed_B[row_P]
         query_PHZ = block.queries(x_PD, group_P)
         if has_kernels(query_PHZ):
-            readers = Readers.of_padded(offsets_of(row_P, len(start_B)), key_BGHZ.shape[1])
+            readers = Readers.of_padded(row_offsets(row_P, len(start_B)), key_BGHZ.shape[1])
             context = key_BGHZ.flatten(0, 1), value_BGHZ.flatten(0, 1)
             return block.finish(x_PD, attend(query_PHZ, context, readers, group_P - start_B[row_P] + 1))
         longest = int(slot_P.max()) + 1
@@ -192,7 +192,7 @@ class Longer(Ranker):
         x_PD = x_RTD.flatten(0, 1)
         turns = self.turns(position_P, x_PD.dtype)
         if has_kernels(x_PD):
-            offsets_B1 = offsets_of(row_R, num_rows) * num_tail
+            offsets_B1 = row_offsets(row_R, num_rows) * num_tail
             readers: Readers | None = None
         else:
             num_queries_B = (torch.bincount(row_R, minlength=num_rows) * num_tail).tolist()
@@ -319,7 +319,7 @@ class Longer(Ranker):
         position_C = self.windows.num_groups(history_end_R)[request_C]
         sees_CT, offsets_B1 = (
             self.candidates_see_tail(exists_RT)[request_C],
-            offsets_R1[offsets_of(row_R, len(first_B))],
+            offsets_R1[row_offsets(row_R, len(first_B))],
         )
         return request_C, row_C, position_C, sees_CT, offsets_B1, *visible
 

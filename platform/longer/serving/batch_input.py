@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from longer.arrays import Histories, Int64, changes
+from longer.arrays import Histories, Int64, changes, offsets_of
 from longer.data.batches import Requests, rows_of_requests
 from longer.data.columns import (
     cut_lists,
@@ -260,5 +260,5 @@ def _num_untimely(questions: Questions) -> int:
 
 def _ends_before(histories: Histories, request_ts: int) -> Int64:
     """Absolute index after each user's last event strictly before a moment, [B]."""
-    before = np.append(0, np.cumsum(histories.event_ts_E < request_ts))
+    before = offsets_of(histories.event_ts_E < request_ts)
     return histories.first_index_B + np.diff(before[histories.offsets_B1])

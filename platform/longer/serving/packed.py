@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longer.arrays import Candidates, Float32, Int64, RequestBatch
+from longer.arrays import Candidates, Float32, Int64, RequestBatch, offsets_of
 from longer.data.batches import Packs, plan_packs
 from longer.model.flat import flat_outputs
 from longer.model.fuse import has_kernels, plainly
@@ -109,12 +109,11 @@ class Packed:
 
     @property
     def num_candidates_P(self) -> Int64:
-        ends_R1 = np.append(0, np.cumsum(np.diff(self.candidates.offsets_R1)[self.packs.order_R]))
-        return np.diff(ends_R1[self.packs.offsets_P1])
+        return self.packs.sums(np.diff(self.candidates.offsets_R1))
 
     def passes(self, cost_P: Int64, most: int) -> Iterator[tuple[Int64, Pass]]:
         """Numbers of candidates, and the pass that scores them: packs in order, of this cost at most or one pack alone."""
-        ends_P1 = np.append(0, np.cumsum(cost_P))
+        ends_P1 = offsets_of(cost_P)
         begin = 0
         while begin < len(self.packs):
             end = max(begin + 1, int(np.searchsorted(ends_P1, ends_P1[begin] + most, side="right")) - 1)

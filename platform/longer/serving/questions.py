@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from longer.arrays import Candidates, Histories, Int64
+from longer.arrays import Candidates, Histories, Int64, offsets_of, ranges
 from longer.model.fuse import computed_in
 from longer.model.ranker import Ranker
 
@@ -41,9 +41,7 @@ class Questions:
 
 def candidates_of(candidates: Candidates, requests_N: Int64) -> tuple[Int64, Candidates]:
     """Numbers of the candidates of requests `requests_N`, in that order, and those candidates."""
-    begins, lengths = candidates.offsets_R1[requests_N], np.diff(candidates.offsets_R1)[requests_N]
-    offsets = np.append(np.int64(0), np.cumsum(lengths))
-    picked_C = np.repeat(begins - offsets[:-1], lengths) + np.arange(offsets[-1])
+    offsets, picked_C = ranges(candidates.offsets_R1[requests_N], candidates.offsets_R1[requests_N + 1])
     return picked_C, Candidates(offsets, {name: values[picked_C] for name, values in candidates.features.items()})
 
 
@@ -99,7 +97,7 @@ class Budget:
         by_length = np.argsort(num_events_B, kind="stable")
         padded_B = self._padded_bytes(num_events_B)[by_length]
         beside_B = self.user_bytes(num_events_B, num_asked_B)[by_length] - padded_B
-        beside_B1 = np.append(0, np.cumsum(beside_B)).tolist()
+        beside_B1 = offsets_of(beside_B).tolist()
         starts = [0]
         for end, padded in enumerate(padded_B.tolist(), 1):  # of the longest so far, for each
             num_bytes = (end - starts[-1]) * padded + beside_B1[end] - beside_B1[starts[-1]]

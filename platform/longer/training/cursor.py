@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from longer.arrays import Int64
+from longer.arrays import Int64, offsets_of
 from longer.errors import UserError
 
 MIN_PACKS_OF_STEP = 3
@@ -53,7 +53,7 @@ class EpochPlan:
 
     def sums(self, values: npt.NDArray[np.integer]) -> Int64:
         """[S, N] sum of `values`, one a pack of the cursor, in each batch: sizes of every batch before one is made."""
-        ends = np.append(0, np.cumsum(values[self.packs_P], dtype=np.int64))
+        ends = offsets_of(values[self.packs_P])
         return np.diff(ends[self.offsets_SN1]).reshape(-1, self.num_batches)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from longer.arrays import MS_PER_DAY, Candidates, Histories, Int64, RequestBatch
+from longer.arrays import MS_PER_DAY, Candidates, Histories, Int64, RequestBatch, offsets_of
 from longer.data.batches import (
     Packs,
     Requests,
@@ -89,8 +89,7 @@ class SplitData:
 
     def num_candidates(self, packs: Packs) -> Int64:
         """Candidates of each pack."""
-        ends_R1 = np.append(0, np.cumsum(np.diff(self.requests.candidates.offsets_R1)[packs.order_R]))
-        return np.diff(ends_R1[packs.offsets_P1])
+        return packs.sums(np.diff(self.requests.candidates.offsets_R1))
 
     def cost(self, packs: Packs) -> Int64:
         """Events and candidates that each pack makes the model compute."""
@@ -228,7 +227,7 @@ def concat_requests(parts: list[Requests]) -> Requests:
         request_ts_R=np.concatenate([part.request_ts_R for part in parts]),
         history_end_R=np.concatenate([part.history_end_R for part in parts]),
         candidates=Candidates(
-            np.append(np.int64(0), np.cumsum(sizes_R)),
+            offsets_of(sizes_R),
             {
                 name: np.concatenate([part.candidates.features[name] for part in parts])
                 for name in first.candidates.features
