@@ -1,6 +1,7 @@
 """What tests share: one local Ray for the whole session, authenticated as the jobs' is, on any machine."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -20,6 +21,8 @@ from longer.runner import start_ray
 from tests.s3.proxy import Proxy, proxy_before
 from tests.s3.server import running_bucket
 
+# Ctrl-C counts in what tests start, also where a shell has put all of them into the background, with Ctrl-C ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # How long an example takes says more of what else the machine does.
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy machine")

@@ -29,15 +29,7 @@ from longer.serving.batch_output import Run, done_buckets, remove_unnamed
 from longer.serving.batch_plan import Plan, check_model, plan_scores, plan_vectors
 from longer.serving.batch_roll import roll
 from longer.serving.batch_scorer import BucketScorer
-from longer.serving.batch_totals import (
-    actors_of,
-    cost_in_words,
-    held_device_s,
-    in_words,
-    on_this_clock,
-    rates_of,
-    totals_of,
-)
+from longer.serving.batch_totals import Progress, actors_of, held_device_s, in_words, rates_of, totals_of
 from longer.storage import DataFile, Table, Version
 
 _BUCKETS_AT_ONCE = {"cpu": 1, "cuda": 2}
@@ -197,36 +189,18 @@ def _score_buckets(
             ),
             **scorer_options(pool, where),
         )
-        records: list[Record] = []
-
-        def seconds() -> float:
-            return time.time() - min(record["begun_at"] for record in records)  # actors have started before that
-
-        def note() -> str:
-            rates = rates_of(records, seconds())
-            scores = f"{rates['rows_per_s']:.0f} scores/s, " if rates["rows_per_s"] else ""  # vectors are none
-            return f"{scores}{rates['users_per_s']:.1f} users/s{cost_in_words(totals_of(records))}"
+        progress = Progress(job, buckets, run)
 
         def finished() -> Generator[Record]:
             # Not iter_rows: it keeps each row until the next block is there, and a record is clocked as it comes.
             blocks = written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
             for together in cast("Iterable[pa.Table]", blocks):
-                for record in together["record"].to_pylist():
-                    records.append(on_this_clock(json.loads(record)))
-                    yield records[-1]
-
-        def part_done() -> float:
-            done = {record["bucket"] for record in records}
-            half_done = (run.begun.keys() - done) & buckets.keys()
-            return (sum(buckets[b] for b in done) + sum(buckets[b] for b in half_done) / 2) / sum(buckets.values())
-
-        def tell_of_the_first() -> None:
-            if not records:
-                say(job, f"{len(run.begun)} buckets begun, none done yet")
+                yield from (progress.add(json.loads(record)) for record in together["record"].to_pylist())
 
         say(job, f"waiting for {fewest} {'actor' if fewest == 1 else 'actors'} to start")
         with (
-            meanwhile(tell_of_the_first, _FIRST_TOLD_EVERY_S),
+            meanwhile(progress.tell_of_the_first, _FIRST_TOLD_EVERY_S),
             closing(finished()) as fresh,
         ):  # else, of an error here, Ray Data's own end would wait for a Ray that is gone
-            return list(track(fresh, len(buckets), job.replace("_", " "), "buckets", note, seconds, part_done))
+            told = progress.note, progress.seconds, progress.part_done
+            return list(track(fresh, len(buckets), job.replace("_", " "), "buckets", *told))

@@ -2,9 +2,12 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from longer.data.records import Record
+from longer.progress import say
+from longer.serving.batch_output import Run
 
 
 def totals_of(records: Sequence[Record]) -> dict[str, Any]:
@@ -61,7 +64,42 @@ def rates_of(fresh: Sequence[Record], seconds: float) -> dict[str, Any]:
     }
 
 
-def on_this_clock(record: Record) -> Record:
+@dataclass(frozen=True)
+class Progress:
+    """What a run tells of itself while its buckets' records come; `buckets` are their sizes."""
+
+    job: str
+    buckets: dict[int, int]
+    run: Run
+    records: list[Record] = field(default_factory=list)
+
+    def add(self, record: Record) -> Record:
+        """The record, which has just come."""
+        self.records.append(_on_this_clock(record))
+        return self.records[-1]
+
+    def seconds(self) -> float:
+        """Since the first bucket was begun: actors have started before that."""
+        return time.time() - min(record["begun_at"] for record in self.records)
+
+    def part_done(self) -> float:
+        """Of the buckets' sizes; half of those that are under way."""
+        done = {record["bucket"] for record in self.records}
+        half_done = (self.run.begun.keys() - done) & self.buckets.keys()
+        sizes_done = sum(self.buckets[b] for b in done) + sum(self.buckets[b] for b in half_done) / 2
+        return sizes_done / sum(self.buckets.values())
+
+    def note(self) -> str:
+        rates = rates_of(self.records, self.seconds())
+        scores = f"{rates['rows_per_s']:.0f} scores/s, " if rates["rows_per_s"] else ""  # vectors are none
+        return f"{scores}{rates['users_per_s']:.1f} users/s{cost_in_words(totals_of(self.records))}"
+
+    def tell_of_the_first(self) -> None:
+        if not self.records:
+            say(self.job, f"{len(self.run.begun)} buckets begun, none done yet")
+
+
+def _on_this_clock(record: Record) -> Record:
     """A bucket's record that has just come, its times those of this node's clock: others' may be minutes off."""
     now = time.time()
     return record | {"begun_at": now - (record["done_at"] - record["begun_at"]), "done_at": now}

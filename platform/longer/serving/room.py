@@ -12,7 +12,7 @@ from longer.windows import WindowRule
 BATCH_USERS = 32
 """Most users whose states one batch uses: room for them stands beside the budget."""
 
-_ENTRY_BYTES, _ARRAY_BYTES = 2_900, 175
+_ENTRY_BYTES, _ARRAY_BYTES = 3_000, 190
 """Of a state's Python objects, and of each feature's array of its partial group besides the values: as measured over thousands of
 states, and a quarter for the heap's gaps."""
 
