@@ -49,6 +49,8 @@ def run_python(*args: str, **env: str) -> subprocess.CompletedProcess:
             "--import_events.columns {user_id: customer: not valid JSON",
         ),
         (["--train", "nonsense"], "--train nonsense: not valid JSON"),
+        (["--root", "r", "--seed", "1", "--train.num_workers", "[2, 8"], "--train.num_workers [2, 8: not valid JSON"),
+        (["--root", "r", "--train.tasks", "[{name: click}]"], "--train.tasks [{name: click}]: not valid JSON"),
         (["--config", "no.yaml"], "no.yaml: no such settings file; configs/ holds ready ones"),
         (["--import_events.source", "nowhere"], "import_events.source: nowhere/transactions.parquet: no such file"),
     ],

@@ -1,7 +1,6 @@
 """The command line of every job: all settings as flags, a YAML file, and the job's own switches."""
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from pydantic_settings import CliSettingsSource, SettingsError
 from longer.config import Settings, load_settings, see_help
 from longer.errors import UserError, meant, one_line
 
+_CUT_OFF = re.compile(r"^Parsing error encountered for ([\w.]+):")
 _UNKNOWN = re.compile(r"unrecognized arguments: (--[\w.-]+)")
 
 
@@ -92,21 +92,20 @@ def parse_settings(
     try:
         overrides = source(parsed_args=args)()
     except SettingsError as error:
-        raise UserError(_of_json(args, error)) from None
+        raise UserError(_not_json(args, error)) from None
     chosen = {name: value for name, value in overrides.items() if name in Settings.model_fields}
     return load_settings(args.config, chosen, shortcuts), given
 
 
-def _of_json(args: argparse.Namespace, error: SettingsError) -> str:
-    """What is wrong with a flag whose value is of several parts."""
-    for name, given in vars(args).items():
-        for value in given if isinstance(given, list) else [given]:
-            if isinstance(value, str) and (value.lstrip()[:1] in ("[", "{") or name in Settings.model_fields):
-                try:
-                    json.loads(value)
-                except ValueError:
-                    return (
-                        f"--{name} {value}: not valid JSON, as which lists and objects are given here: '[2, 8]', "
-                        '\'{"user_id": "customer"}\'; or set it in a --config file, which is YAML'
-                    )
+def _not_json(args: argparse.Namespace, error: SettingsError) -> str:
+    """Of a flag whose value is of several parts: of one cut off pydantic-settings has the name, and of others the value."""
+    unread = getattr(error.__cause__, "doc", None)
+    cut_off = _CUT_OFF.search(str(error))
+    for flag, given in vars(args).items():
+        values = given if isinstance(given, list) else [given]
+        if (flag == cut_off[1]) if cut_off else (unread is not None and unread in values):
+            return (
+                f"--{flag} {' '.join(values)}: not valid JSON, as which lists and objects are given here: '[2, 8]', "
+                '\'{"user_id": "customer"}\'; or set it in a --config file, which is YAML'
+            )
     return one_line(error)
