@@ -100,14 +100,11 @@ def _check_rows(settings: Settings, reports: list[PartReport], num_rows: int) ->
             f"unfit, {count} of them: {reason}; {see}, then repair the log, or what {asked.section} says of it, or raise the share"
         )
     if not num_rows:
-        skipped = next((report.problem for report in reports if report.problem), None)
-        problem = (
-            f"no row of the log is fit: {see}"
-            if num_read
-            else f"every file was skipped, one because of {skipped}"
-            if skipped
-            else "the log has no events: import a log with at least one"
-        )
+        problem = "the log has no events: import a log with at least one"
+        if num_read:
+            problem = f"no row of the log is fit: {see}"
+        elif skipped := [report.problem for report in reports if report.problem]:
+            problem = f"every file was skipped, one because of {skipped[0]}"
         raise UserError(f"{asked.source}: {problem}")
 
 

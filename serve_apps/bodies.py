@@ -1,13 +1,12 @@
 """What goes over HTTP as JSON, field by field: bodies in, answers out. These models are also the service's OpenAPI document."""
 
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, StrictInt, StrictStr, WithJsonSchema
 
+from longer.data.events import epoch_ms
 from longer.serving.requests import LAST_MS
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def _milliseconds(value: Any) -> Any:
@@ -15,7 +14,7 @@ def _milliseconds(value: Any) -> Any:
         moment = datetime.fromisoformat(value)
         if moment.tzinfo is None:
             raise ValueError("no time zone")
-        return (moment - _EPOCH) // timedelta(milliseconds=1)
+        return epoch_ms(moment)
     return value
 
 

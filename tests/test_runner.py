@@ -14,13 +14,13 @@ from longer.errors import UserError
 from longer.runner import user_error_in
 
 ROOT = Path(__file__).parent.parent
-_CONNECT = """
+CONNECT = """
 import sys
 from longer.config import RaySettings
 from longer.errors import UserError
 from longer.runner import start_ray
 try:
-    start_ray(RaySettings(address=sys.argv[1]))
+    start_ray(RaySettings(**dict(given.split("=") for given in sys.argv[1:])))
 except UserError as error:
     print(error, file=sys.stderr)
 """
@@ -69,7 +69,7 @@ def test_a_cluster_that_does_not_answer_is_told_at_once(address: str) -> None:
         left_behind = Path(folder) / "ray/ray_current_cluster"  # by a cluster that is gone, where `auto` looks
         left_behind.parent.mkdir()
         left_behind.write_text("127.0.0.1:9")
-        done = run_python("-c", _CONNECT, address, RAY_TMPDIR=folder)
+        done = run_python("-c", CONNECT, f"address={address}", RAY_TMPDIR=folder)
     assert done.stderr.startswith(f"ray.address={address}: no Ray answers there"), done.stderr
     assert done.stderr.count("\n") == 1
 

@@ -150,16 +150,15 @@ def _tell_of_missing_pools(settings: RaySettings) -> None:
     """A line if work would wait for a node that is not there: for ever, unless an autoscaler starts one."""
     import ray
 
-    if settings.pool_label is None:
-        return
-    labels = [node["Labels"] for node in ray.nodes() if node["Alive"]]
-    if not any(of_node.get(settings.pool_label) == "cpu" for of_node in labels):
-        known = sorted({label for of_node in labels for label in of_node if not label.startswith("ray.io/")})
-        say(
-            "ray",
-            f"no node has the label {settings.pool_label}=cpu (ray.pool_label) so far, and work waits for one; nodes have "
-            f"{', '.join(known) or 'no labels of yours'}",
-        )
+    for label, pool in settings.place(num_gpus=0).items():
+        labels = [node["Labels"] for node in ray.nodes() if node["Alive"]]
+        if all(of_node.get(label) != pool for of_node in labels):
+            known = sorted({name for of_node in labels for name in of_node if not name.startswith("ray.io/")})
+            say(
+                "ray",
+                f"no node has the label {label}={pool} (ray.pool_label) so far, and work waits for one; nodes have "
+                f"{', '.join(known) or 'no labels of yours'}",
+            )
 
 
 def user_error_in(error: BaseException | None) -> UserError | None:

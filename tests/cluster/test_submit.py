@@ -12,6 +12,7 @@ import pytest
 
 from tests.cluster.nodes import BIN, ROOT, Head, free_ports, running_head
 from tests.test_pipeline import write_purchases
+from tests.test_runner import CONNECT
 
 SUBMIT = [sys.executable, "-m", "longer.submit"]
 RAY = str(BIN / "ray")
@@ -58,22 +59,10 @@ def test_a_mistake_there_is_its_line_and_exit_code_2(head: Head, tmp_path: Path)
     assert "import_events.source: no where/transactions.parquet: no such file" in done.stdout
 
 
-_CONNECT = """
-import sys
-from longer.config import RaySettings
-from longer.errors import UserError
-from longer.runner import start_ray
-try:
-    start_ray(RaySettings(address=sys.argv[1], pool_label="longer.poool"))
-except UserError as error:
-    print(error, file=sys.stderr)
-"""
-
-
 @pytest.mark.ray
 def test_a_job_here_on_the_cluster_there_is_told_of_a_wrong_token_and_of_a_label_that_no_node_has(head: Head) -> None:
     """Takes long: Ray tries a wrong token for twenty seconds."""
-    connect = [sys.executable, "-c", _CONNECT, head.address]
+    connect = [sys.executable, "-c", CONNECT, f"address={head.address}", "pool_label=longer.poool"]
     told = head.run(*connect)
     assert "no node has the label longer.poool=cpu (ray.pool_label) so far" in told.stderr, told.stderr
     refused = head.run(*connect, RAY_AUTH_TOKEN="0" * 64)

@@ -1,12 +1,12 @@
 """What a build of the sequence table reads and what decides its content: everything, or what has come since the last version."""
 
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
 from typing import Any
 
+from longer.arrays import MS_PER_HOUR
 from longer.config import Settings
-from longer.data.events import iso_time
+from longer.data.events import iso_ms, iso_time
 from longer.data.layout import BucketFiles, bucket_files
 from longer.data.records import Record
 from longer.data.sequences import KeepRule
@@ -39,8 +39,7 @@ class BuildPlan:
         """Of an increment: the oldest time that an event may still have."""
         if self.base is None:
             return None
-        watermark = datetime.fromisoformat(self.base.manifest["watermark"]).timestamp()
-        return round((watermark - self.inputs["late_allowance_hours"] * 3600) * 1000)
+        return round(iso_ms(self.base.manifest["watermark"]) - self.inputs["late_allowance_hours"] * MS_PER_HOUR)
 
     @cached_property
     def base_files(self) -> dict[int, BucketFiles]:

@@ -71,7 +71,12 @@ def iso_time(time_ms: int) -> str:
 
 def iso_ms(iso: str) -> int:
     """Milliseconds of a time that manifests have."""
-    return (datetime.fromisoformat(iso) - _EPOCH) // timedelta(milliseconds=1)
+    return epoch_ms(datetime.fromisoformat(iso))
+
+
+def epoch_ms(moment: datetime) -> int:
+    """Milliseconds since 1970 UTC of a moment with a time zone, rounded down: exact, as seconds in a float are not."""
+    return (moment - _EPOCH) // timedelta(milliseconds=1)
 
 
 def _first_reasons(unfit: dict[str, pa.Array], num_rows: int) -> pa.Array:

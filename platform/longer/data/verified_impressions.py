@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from longer.arrays import Int64
 from longer.data.columns import flat_list, milliseconds, single_array
-from longer.data.findings import Findings, Kind
+from longer.data.findings import Findings
 from longer.data.requests import request_ids
 from longer.data.tables import SequenceTable
 from longer.hashing import hash_int64, stable_keys
@@ -119,7 +119,7 @@ def check_shown(rows: pa.Table, due: Due, schema: EventSchema, found: Findings, 
     found.add("candidates", wrong_N, tell_items)
     for name in names[1:]:
         differs_C = _differ(held[name], single_array(wanted[name])) & ~wrong_N[row_C]
-        kind: Kind = "label" if name in schema.tasks else "candidate_feature"
+        kind = "label" if name in schema.tasks else "candidate_feature"
         found.add(
             kind,
             differs_C,

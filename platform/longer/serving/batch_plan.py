@@ -1,13 +1,13 @@
 """What an offline run is asked and what decides its content: versions of model and tables, users, items, and the moment."""
 
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import cached_property
 from typing import Any, Literal
 
 from longer.batch_settings import BatchSettings, UserSettings
 from longer.config import Settings
-from longer.data.events import iso_time
+from longer.data.events import epoch_ms, iso_ms, iso_time
 from longer.data.id_lists import IdList
 from longer.data.items import items_version
 from longer.data.layout import bucket_of_path
@@ -29,8 +29,6 @@ _TABLES: dict[Kind, str] = {
 """Under the root, one table a kind of question: their rows differ."""
 
 _ALL = "all"
-
-_EPOCH, _MILLISECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(milliseconds=1)
 
 
 @dataclass(frozen=True)
@@ -236,5 +234,5 @@ def _plan_users(settings: Settings, asked: UserSettings, kind: Kind) -> Plan:
 def _moment(asked: UserSettings, sequences: Version) -> int:
     """In milliseconds, as events are: the settings', rounded up so that no event before it is lost, or after the newest event."""
     if asked.request_ts:
-        return -((_EPOCH - asked.request_ts) // _MILLISECOND)
-    return (datetime.fromisoformat(sequences.manifest["watermark"]) - _EPOCH) // _MILLISECOND + 1
+        return epoch_ms(asked.request_ts + timedelta(microseconds=999))
+    return iso_ms(sequences.manifest["watermark"]) + 1

@@ -16,6 +16,8 @@ import pyarrow.compute as pc
 
 from longer.arrays import NO_EVENT_TS, Histories, Int64
 from longer.data.columns import list_columns, milliseconds, single_array
+from longer.data.events import iso_ms
+from longer.data.parse import YEAR_1990_MS
 from longer.data.sequences import KeepRule, Older, events_of, merge_sequences, order_events
 from longer.data.tables import SequenceTable, histories_in_order
 from longer.errors import UserError
@@ -57,7 +59,7 @@ class HistorySource:
     @property
     def time_unit(self) -> TimeUnit:
         """Of events that come from outside: a log whose newest is before 1990 counts from a moment of its own."""
-        return "relative_ms" if self.version.manifest["watermark"] < "1990" else "ms"
+        return "relative_ms" if iso_ms(self.version.manifest["watermark"]) < YEAR_1990_MS else "ms"
 
     def newer(self) -> SequenceTable | None:
         """The table at its served version if that is another than this source's; a pinned source never moves. For any thread."""
