@@ -16,9 +16,11 @@ from longer.runner import user_error_in
 ROOT = Path(__file__).parent.parent
 CONNECT = """
 import sys
+from ray._private import services
 from longer.config import RaySettings
 from longer.errors import UserError
 from longer.runner import start_ray
+services._find_address_from_flag = lambda flag: set()  # `auto` would find those of other tests
 try:
     start_ray(RaySettings(**dict(given.split("=") for given in sys.argv[1:])))
 except UserError as error:

@@ -18,7 +18,7 @@ from pydantic_core import to_json
 from requests.adapters import HTTPAdapter
 
 from longer.errors import UserError
-from longer.patience import Patience, as_ms
+from longer.patience import Patience, as_ms, each_answered
 from longer.replica_urls import ReplicaUrls
 from longer.ring import session_of
 
@@ -39,8 +39,9 @@ class ScoringClient:
     addresses (`direct_host`) and they can be reached, else, and if not `direct`, through Serve's proxy at `url`.
 
     Every call is safe to repeat, so one that finds no connection, a full service (503) or a replica that dies with it (500) is,
-    after a pause that grows, no shorter than the service asks for. `timeout_s` is for all of it, and the service is told what is
-    left; a thread should have a client of its own. Proxies and ~/.netrc are not looked at.
+    after a pause that grows, no shorter than the service asks for; so are those of a batch's requests that are answered 503.
+    `timeout_s` is for all of it, and the service is told what is left; a thread should have a client of its own. Proxies and
+    ~/.netrc are not looked at.
 
     A call that is refused raises a UserError with the service's reason; one that is not answered, a `requests` exception. One that
     is not answered in time is not repeated: the service may be at it still, and would only have more to do.
@@ -76,12 +77,16 @@ class ScoringClient:
         plain = candidates.replace_schema_metadata({"request": about})
         with pa.ipc.new_stream(sink, plain.schema) as writer:
             writer.write_table(plain)
-        content = self._send("POST", "score", sink.getvalue().to_pybytes(), user_id, _ARROW)
+        content = self._send("POST", "score", sink.getvalue().to_pybytes(), user_id, self._patience(), _ARROW)
         return pa.ipc.open_stream(content).read_all()
 
     def score_batch(self, asked: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """One result a request, in order: scores, or `error` and `status`."""
-        return self._post("score:batch", {"requests": asked}, None)["results"]
+
+        def ask(some: Sequence[Mapping[str, Any]], patience: Patience) -> list[dict[str, Any]]:
+            return json.loads(self._send("POST", "score:batch", to_json({"requests": some}), None, patience))["results"]
+
+        return each_answered(ask, asked, self._patience(), requests.RequestException)
 
     def add_events(self, user_id: int | str, events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """How many events were received, how many of them were new, and to which replica."""
@@ -89,18 +94,26 @@ class ScoringClient:
 
     def forget(self, user_id: int | str) -> dict[str, int]:
         """Makes every replica drop what it holds of the user."""
-        return json.loads(self._send("DELETE", f"users/{_in_path(user_id)}", b"", user_id))
+        return json.loads(self._send("DELETE", f"users/{_in_path(user_id)}", b"", user_id, self._patience()))
 
-    def _post(self, path: str, body: dict[str, Any], user_id: int | str | None) -> dict[str, Any]:
-        return json.loads(self._send("POST", path, to_json(body), user_id))
+    def _patience(self) -> Patience:
+        return Patience(self._timeout_s, self._max_retries)
+
+    def _post(self, path: str, body: dict[str, Any], user_id: int | str) -> dict[str, Any]:
+        return json.loads(self._send("POST", path, to_json(body), user_id, self._patience()))
 
     def _send(
-        self, method: str, path: str, body: bytes, user_id: int | str | None, content_type: str = "application/json"
+        self,
+        method: str,
+        path: str,
+        body: bytes,
+        user_id: int | str | None,
+        patience: Patience,
+        content_type: str = "application/json",
     ) -> bytes:
         headers = {"content-type": content_type}
         if user_id is not None:
             headers["x-session-id"] = session_of(user_id)
-        patience = Patience(self._timeout_s, self._max_retries)
         if self._replicas:
             told = self._straight(self._replicas, method, path, body, headers, patience)
             if told is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 
 from longer.errors import UserError
-from longer.patience import Patience, as_ms
+from longer.patience import Patience, as_ms, each_answered
 from longer.ring import session_of
 from longer.rpc import scoring_pb2 as pb
 from longer.rpc.scoring_pb2_grpc import ScoringStub
@@ -30,8 +30,8 @@ _NOTHING: Mapping[str, Any] = {}
 
 class GrpcScoringClient:
     """Every call is safe to repeat, so one that finds no connection, a full service or a replica that dies with it is, after a
-    pause that grows. `timeout_s` is for all of it, and the service is told what is left. For any number of threads. With
-    `credentials` the channel is encrypted, as for a service behind a gateway.
+    pause that grows; so are those of a batch's requests that are answered 503. `timeout_s` is for all of it, and the service is
+    told what is left. For any number of threads. With `credentials` the channel is encrypted, as for a service behind a gateway.
 
     A call that is refused raises a UserError with the service's reason; one that is not answered, a `grpc.RpcError`.
     """
@@ -68,37 +68,40 @@ class GrpcScoringClient:
     ) -> dict[str, Any]:
         """What the HTTP client answers; candidates are ids, or objects with `id` and `features`, times milliseconds since 1970."""
         request = _score_request(user_id, candidates, request_ts, events, top_k, request_features)
-        return _score_answer(self._call(self._stub.Score, request, user_id))
+        return _score_answer(self._call(self._stub.Score, request, user_id, self._patience()))
 
     def score_batch(self, asked: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """One result a request, in order: scores, or `error` and `status`."""
-        request = pb.ScoreBatchRequest(requests=[_score_request(**one) for one in asked])
-        return [
-            _score_answer(result.response)
-            if result.HasField("response")
-            else {"error": result.refusal.error, "status": result.refusal.status}
-            for result in self._call(self._stub.ScoreBatch, request, None).results
-        ]
+
+        def ask(some: Sequence[Mapping[str, Any]], patience: Patience) -> list[dict[str, Any]]:
+            request = pb.ScoreBatchRequest(requests=[_score_request(**one) for one in some])
+            return list(map(_result, self._call(self._stub.ScoreBatch, request, None, patience).results))
+
+        return each_answered(ask, asked, self._patience(), grpc.RpcError)
 
     def add_events(self, user_id: int | str, events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """How many events were received, how many of them were new, and to which replica."""
         request = pb.AddEventsRequest(user_id=_id(user_id), events=list(map(_event, events)))
-        answer = self._call(self._stub.AddEvents, request, user_id)
+        answer = self._call(self._stub.AddEvents, request, user_id, self._patience())
         return {"received": answer.received, "new": answer.new, "replica": answer.replica}
 
     def forget(self, user_id: int | str) -> dict[str, int]:
         """Makes every replica drop what it holds of the user."""
-        answer = self._call(self._stub.ForgetUser, pb.ForgetUserRequest(user_id=_id(user_id)), user_id)
+        answer = self._call(
+            self._stub.ForgetUser, pb.ForgetUserRequest(user_id=_id(user_id)), user_id, self._patience()
+        )
         return {"replicas": answer.replicas, "held": answer.held}
 
     def close(self) -> None:
         self._channel.close()
 
-    def _call(self, method: Callable[..., Any], request: Any, user_id: int | str | None) -> Any:
+    def _patience(self) -> Patience:
+        return Patience(self._timeout_s, self._max_retries)
+
+    def _call(self, method: Callable[..., Any], request: Any, user_id: int | str | None, patience: Patience) -> Any:
         metadata = self._metadata
         if user_id is not None:
             metadata = [*metadata, ("session_id", session_of(user_id))]  # as over HTTP: the same replica
-        patience = Patience(self._timeout_s, self._max_retries)
         while True:
             left_s = patience.left_s()
             try:
@@ -132,6 +135,12 @@ def _score_request(
         top_k=top_k,
         request_features={name: _value(value) for name, value in request_features.items()},
     )
+
+
+def _result(result: pb.ScoreResult) -> dict[str, Any]:
+    if result.HasField("response"):
+        return _score_answer(result.response)
+    return {"error": result.refusal.error, "status": result.refusal.status}
 
 
 def _score_answer(answer: pb.ScoreResponse) -> dict[str, Any]:

@@ -2,6 +2,14 @@
 
 import random
 import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from longer.errors import UserError
+
+_UNAVAILABLE = 503
+_PART_PAUSE_S = 1.0
+"""What the service asks of calls that it refuses so."""
 
 
 class Patience:
@@ -27,6 +35,27 @@ class Patience:
         self._num_pauses += 1
         time.sleep(pause_s)
         return True
+
+
+def each_answered(
+    ask: Callable[[Sequence[Any], Patience], list[dict[str, Any]]],
+    asked: Sequence[Mapping[str, Any]],
+    patience: Patience,
+    lost: type[Exception],
+) -> list[dict[str, Any]]:
+    """One result a request, in order. Requests whose result is 503, for which a call of their own would be repeated, are asked
+    again by themselves; should that call be refused, or `lost`, what has been answered before stands."""
+    results = ask(asked, patience)
+    while places := [place for place, result in enumerate(results) if result.get("status") == _UNAVAILABLE]:
+        if not patience.pauses(_PART_PAUSE_S):
+            break
+        try:
+            told = ask([asked[place] for place in places], patience)
+        except (UserError, lost):
+            break
+        for place, result in zip(places, told, strict=True):
+            results[place] = result
+    return results
 
 
 def as_ms(seconds: float) -> str:

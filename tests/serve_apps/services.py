@@ -196,7 +196,11 @@ def load(
                 else:
                     told = [client.score(user, CANDIDATES, request_ts=END_MS) for user in some]
                 answers.latencies_ms.append((time.perf_counter() - began_s) * 1000)
-                answers.answered += zip(some, told, strict=True)
+                for user, answer in zip(some, told, strict=True):
+                    if "error" in answer:
+                        answers.refused[f"{answer['error']} ({answer['status']})"] += 1
+                    else:
+                        answers.answered.append((user, answer))
             except UserError as refusal:
                 answers.refused[str(refusal)] += 1
                 time.sleep(_REFUSED_PAUSE_S)

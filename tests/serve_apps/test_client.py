@@ -91,6 +91,51 @@ def test_a_full_service_is_asked_again_and_not_for_ever(full_at_first: str) -> N
         ScoringClient("http://127.0.0.1:9", max_retries=0).score(1, [1])
 
 
+class PartlyUnreadable(BaseHTTPRequestHandler):
+    """Users whose number is not below that of the calls are refused for the moment; after `num_answered` calls, all are."""
+
+    asked: ClassVar[list[list[int]]] = []
+    num_answered: ClassVar[int]
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        users = [one["user_id"] for one in body["requests"]]
+        self.asked.append(users)
+        refused = {"error": "later", "status": 503}
+        results = [{"scores": user} if user < len(self.asked) else refused for user in users]
+        content = json.dumps({"results": results}).encode()
+        self.send_response(200 if len(self.asked) <= self.num_answered else 500)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("num_answered", "max_retries", "asked", "num_refused"),
+    [
+        (9, 3, [[0, 2, 1, 0], [2, 1], [2]], 0),
+        (9, 1, [[0, 2, 1, 0], [2, 1]], 1),
+        (1, 1, [[0, 2, 1, 0], [2, 1]], 2),
+    ],
+)
+def test_of_several_users_those_refused_for_the_moment_are_asked_again_and_nobody_else(
+    num_answered: int, max_retries: int, asked: list[list[int]], num_refused: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As single calls are; what has been answered is not lost for those who are not."""
+    monkeypatch.setattr("longer.patience.time.sleep", lambda _: None)
+    PartlyUnreadable.asked, PartlyUnreadable.num_answered = [], num_answered
+    with serving(PartlyUnreadable) as url:
+        client = ScoringClient(url, timeout_s=30, max_retries=max_retries, direct=False)
+        results = client.score_batch([{"user_id": user, "candidates": [1]} for user in asked[0]])
+    assert PartlyUnreadable.asked == asked
+    told = [None if "error" in result else result["scores"] for result in results]
+    assert told.count(None) == num_refused
+    assert all(said in (None, user) for said, user in zip(told, asked[0], strict=True))
+
+
 class Broken(FullAtFirst):
     """An error of the service's own."""
 

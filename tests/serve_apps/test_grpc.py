@@ -229,6 +229,16 @@ class FullAtFirst(ScoringServicer):
         told = dict(context.invocation_metadata())
         return pb.ScoreResponse(model_version=f"{told['session_id']} {told['x-timeout-ms']} {told['application']}")
 
+    def ScoreBatch(self, request: pb.ScoreBatchRequest, context: grpc.ServicerContext) -> pb.ScoreBatchResponse:
+        """The users below the number of calls."""
+        self.num_calls += 1
+        users = [one.user_id.number for one in request.requests]
+        refused = pb.ScoreResult(refusal=pb.Refusal(error=f"{users}", status=503))
+        answered = [pb.ScoreResult(response=pb.ScoreResponse(model_version=f"{users} {user}")) for user in users]
+        return pb.ScoreBatchResponse(
+            results=[refused if user >= self.num_calls else one for user, one in zip(users, answered, strict=True)]
+        )
+
 
 def test_a_full_service_is_asked_again_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
@@ -247,6 +257,10 @@ def test_a_full_service_is_asked_again_and_not_for_ever(monkeypatch: pytest.Monk
         servicer.num_calls = 0
         with pytest.raises(grpc.RpcError, match="full"):
             GrpcScoringClient(address, timeout_s=5, max_retries=1).score(1, [1])
+        servicer.num_calls = 0
+        told = client.score_batch([{"user_id": user, "candidates": [1]} for user in (0, 9, 2, 1)])
+        assert [one.get("model_version") for one in told] == ["[0, 9, 2, 1] 0", None, "[9, 2] 2", "[9, 2, 1] 1"]
+        assert (told[1]["error"], told[1]["status"]) == ("[9, 2]", 503)
         server.stop(None)
     with pytest.raises(grpc.RpcError):
         GrpcScoringClient("127.0.0.1:9", max_retries=0).score(1, [1])

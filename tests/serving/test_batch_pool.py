@@ -11,7 +11,7 @@ import ray
 
 from longer.batch_settings import BatchSettings
 from longer.config import RaySettings
-from longer.serving import batch
+from longer.serving import batch, batch_totals
 from longer.serving.batch_output import Run
 from longer.serving.batch_plan import Plan
 from longer.serving.batch_roll import roll, sign
@@ -70,13 +70,13 @@ def test_a_bucket_is_clocked_as_it_is_done_not_when_the_next_one_is(
     """Else rates are those of a run that is shorter by a bucket. Its buckets take seconds, against which a busy machine's Ray is
     fast."""
     monkeypatch.setattr(batch, "BucketScorer", Timed)
-    records, on_this_clock = list[dict](), batch.on_this_clock
+    records, on_this_clock = list[dict](), batch_totals._on_this_clock
 
     def noted(record: dict) -> dict:
         records.append(on_this_clock(record))
         return records[-1]
 
-    monkeypatch.setattr(batch, "on_this_clock", noted)
+    monkeypatch.setattr(batch_totals, "_on_this_clock", noted)
     plan = batch.plan_scores(world_with_requests(tmp_path / "world"))
     manifest, _ = batch._scored(
         plan, BatchSettings(concurrency=(1, 1)), RaySettings(), Run(str(tmp_path)), "batch_score", time.time()
