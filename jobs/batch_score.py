@@ -11,8 +11,8 @@ from longer.progress import say
 from longer.runner import run_job
 from longer.serving.batch import batch_score
 from longer.serving.batch_online import check_against_online
+from longer.serving.batch_plan import check_named
 from longer.storage import Version
-from longer.training.inputs import served_checkpoint
 
 SHORT = [f"batch_score.{name}" for name in ("requests_table", "split", "users", "candidates", "catalogue", "top_k")]
 
@@ -34,4 +34,4 @@ def run(settings: Settings) -> Version:
 
 
 if __name__ == "__main__":
-    run_job(__doc__, run, short=SHORT, check=served_checkpoint)
+    run_job(__doc__, run, short=SHORT, check=lambda settings: check_named(settings, settings.batch_score))

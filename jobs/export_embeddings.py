@@ -3,8 +3,8 @@
 from longer.config import Settings
 from longer.runner import run_job
 from longer.serving.batch import export_vectors
+from longer.serving.batch_plan import check_named
 from longer.storage import Version
-from longer.training.inputs import served_checkpoint
 
 SHORT = ["export_embeddings.users"]
 
@@ -15,4 +15,4 @@ def run(settings: Settings) -> Version:
 
 
 if __name__ == "__main__":
-    run_job(__doc__, run, short=SHORT, check=served_checkpoint)
+    run_job(__doc__, run, short=SHORT, check=lambda settings: check_named(settings, settings.export_embeddings))

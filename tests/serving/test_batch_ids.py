@@ -1,5 +1,6 @@
 """Files that name users and candidates: read as they were when the run began, or refused in one line."""
 
+import runpy
 import tempfile
 import time
 from collections.abc import Iterator
@@ -120,6 +121,23 @@ def test_more_ids_than_one_list_can_hold_are_one_line(
     users = IdList(ids_file(tmp_path, user_id=["x" * 20] * 3), "user_id", pa.string(), "batch_score.users")
     with pytest.raises(UserError, match="more than 2 GiB of user_id in one bucket of users"):
         spread(users, users.digest(), 3, str(tmp_path / "spread"))
+
+
+@pytest.mark.parametrize("job", ["batch_score", "export_embeddings"])
+def test_a_file_of_ids_that_is_not_there_is_told_before_a_ray_is_looked_for(
+    job: str, world: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nowhere = str(tmp_path / "nowhere")
+    given = [
+        f"--root={world.root}",
+        "--ray.address=127.0.0.1:1",
+        f"--event_schema={world.event_schema.model_dump_json()}",
+    ]
+    items = ["--catalogue", "--top-k=3"] if job == "batch_score" else []
+    monkeypatch.setattr("sys.argv", [job, *given, *items, f"--users={nowhere}"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module(f"jobs.{job}", run_name="__main__")
+    assert capsys.readouterr().err.startswith(f"{job}.users={nowhere}: no Parquet file there")
 
 
 def test_ids_that_cannot_be_read_are_one_line(world: Settings, tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """What the manifests of both tables say, against what their files held and against each other. No Ray."""
 
 from collections import Counter
-from datetime import datetime
 from typing import Any
 
+from longer.data.events import iso_ms
 from longer.data.findings import BucketReport
 from longer.data.requests import SPLITS, asked_in, split_times
 from longer.data.verification import time_text
@@ -120,6 +120,6 @@ def _contradict(source: Source, name: str, stated: Any, due: str, report: Bucket
 def _milliseconds(iso: Any) -> int | None:
     """None of what is no time."""
     try:
-        return round(datetime.fromisoformat(iso).timestamp() * 1000)
+        return iso_ms(iso)
     except (TypeError, ValueError):
         return None

@@ -195,22 +195,34 @@ def check_model(plan: Plan) -> None:
         )
 
 
-def _plan_users(settings: Settings, asked: UserSettings, kind: Kind) -> Plan:
-    schema, section = settings.event_schema, "export_embeddings" if kind == "vectors" else "batch_score"
-    checkpoint = served_checkpoint(settings)
-    sequences = open_version(settings.path("tables", "sequences"), schema, None, "jobs.build_sequences")
-    inputs = {"checkpoint": checkpoint.id, "sequences": sequences.id}
+def check_named(settings: Settings, asked: UserSettings) -> None:
+    """A UserError if there is no checkpoint, or no file where ids are named; none is read."""
+    served_checkpoint(settings)
+    for ids in _named_ids(settings.event_schema, asked).values():
+        _ = ids.files
+
+
+def _named_ids(schema: EventSchema, asked: UserSettings) -> dict[str, IdList]:
+    """Files of users and of candidates, where there are such."""
     user_type, item_type = schema.id_types
-    users = IdList(asked.users, "user_id", user_type, f"{section}.users") if asked.users else None
-    inputs |= {"users": users.digest()} if users else {}
-    candidates = None
-    if isinstance(asked, BatchSettings):
-        if asked.candidates:
-            candidates = IdList(asked.candidates, "item_id", item_type, "batch_score.candidates")
-            inputs |= {"candidates": candidates.digest()}
-        if asked.catalogue or schema.features_of("item"):
-            inputs |= {"items": items_version(sequences.id, schema)}
-            open_version(settings.path("tables", "items"), schema, inputs["items"], "jobs.build_sequences")
+    named = {}
+    if asked.users:
+        section = "batch_score" if isinstance(asked, BatchSettings) else "export_embeddings"
+        named["users"] = IdList(asked.users, "user_id", user_type, f"{section}.users")
+    if isinstance(asked, BatchSettings) and asked.candidates:
+        named["candidates"] = IdList(asked.candidates, "item_id", item_type, "batch_score.candidates")
+    return named
+
+
+def _plan_users(settings: Settings, asked: UserSettings, kind: Kind) -> Plan:
+    schema, checkpoint = settings.event_schema, served_checkpoint(settings)
+    sequences = open_version(settings.path("tables", "sequences"), schema, None, "jobs.build_sequences")
+    named = _named_ids(schema, asked)
+    inputs = {"checkpoint": checkpoint.id, "sequences": sequences.id}
+    inputs |= {name: ids.digest() for name, ids in named.items()}
+    if isinstance(asked, BatchSettings) and (asked.catalogue or schema.features_of("item")):
+        inputs |= {"items": items_version(sequences.id, schema)}
+        open_version(settings.path("tables", "items"), schema, inputs["items"], "jobs.build_sequences")
     return Plan(
         kind=kind,
         schema=schema,
@@ -219,8 +231,8 @@ def _plan_users(settings: Settings, asked: UserSettings, kind: Kind) -> Plan:
         sequences=sequences,
         inputs=inputs,
         request_ts=_moment(asked, sequences),
-        users=users,
-        candidates=candidates,
+        users=named.get("users"),
+        candidates=named.get("candidates"),
         top_k=asked.top_k if isinstance(asked, BatchSettings) else None,
         check_requests=asked.check_requests,
         batch_bytes=asked.batch_bytes,
