@@ -23,9 +23,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 quickstart: $(INSTALLED)
 	$(BIN)/python -m jobs.pipeline --config $(CONFIG) $(if $(FRESH),--fresh)
 
-# Two processes: one for all that starts a Ray, one for the rest.
+# Two processes share the files, in their order: what a file's tests have in common is made once.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -34,20 +35,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast files first: without Ray, then with one of their own, then those on the Ray of the session, idle for none before.
 
-    With two processes (`make test`) all that start a Ray are one's, and what is without is the other's.
+    Of these the ones with most tests first: a long one that begins last would run alone, where two processes share the files.
     """
-    rank = dict.fromkeys((item.path for item in items), 0)
+    num_tests = Counter(item.path for item in items)
+    rank = dict.fromkeys(num_tests, 0)
     for item in items:
         here = 2 if "local_ray" in getattr(item, "fixturenames", ()) else 1 if item.get_closest_marker("ray") else 0
         rank[item.path] = max(rank[item.path], here)
-    items.sort(key=lambda item: rank[item.path])
-    if config.getoption("dist", "no") == "loadgroup":
-        for item in items:
-            if rank[item.path]:
-                item.add_marker(pytest.mark.xdist_group("ray"))
+    items.sort(key=lambda item: (rank[item.path], -num_tests[item.path] if rank[item.path] else 0))
 
 
 @pytest.fixture

@@ -16,16 +16,20 @@ from longer.runner import user_error_in
 ROOT = Path(__file__).parent.parent
 CONNECT = """
 import sys
-from ray._private import services
 from longer.config import RaySettings
 from longer.errors import UserError
 from longer.runner import start_ray
-services._find_address_from_flag = lambda flag: set()  # `auto` would find those of other tests
 try:
     start_ray(RaySettings(**dict(given.split("=") for given in sys.argv[1:])))
 except UserError as error:
     print(error, file=sys.stderr)
 """
+
+ALONE = """
+from ray._private import services
+services._find_address_from_flag = lambda flag: set()
+"""
+"""`auto` does not find the Rays of other tests, though they run on this machine."""
 
 
 def run_python(*args: str, **env: str) -> subprocess.CompletedProcess:
@@ -71,7 +75,7 @@ def test_a_cluster_that_does_not_answer_is_told_at_once(address: str) -> None:
         left_behind = Path(folder) / "ray/ray_current_cluster"  # by a cluster that is gone, where `auto` looks
         left_behind.parent.mkdir()
         left_behind.write_text("127.0.0.1:9")
-        done = run_python("-c", CONNECT, f"address={address}", RAY_TMPDIR=folder)
+        done = run_python("-c", ALONE + CONNECT, f"address={address}", RAY_TMPDIR=folder)
     assert done.stderr.startswith(f"ray.address={address}: no Ray answers there"), done.stderr
     assert done.stderr.count("\n") == 1
 
