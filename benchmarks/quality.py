@@ -1,7 +1,8 @@
 """LONGER against the encoders it is compared with: python -m benchmarks.quality --log journey --root FOLDER [--device cuda]
 
 First trials on the validation split alone, which settle how each encoder is trained (`--tune`: nothing else); then the arms of a
-grid, the most important first. An encoder's arms wait for its own trials only, and all are trained like the first of them.
+grid, the most important first. An encoder's arms wait for its own trials only; those that a later trial shows how to train better
+are trained again.
 `--group` takes arms of these groups only, or of all, without trials; `--only` those of these names, with trials of an encoder that
 it names.
 Each adds a JSON line to `--results`; what is there already is not trained again.
@@ -50,7 +51,7 @@ from benchmarks.quality_study.plots import plots
 from benchmarks.quality_study.processes import run_in_processes
 from benchmarks.quality_study.records import Records
 from benchmarks.quality_study.training import Budget, baselines, run, sizes_of
-from benchmarks.quality_study.tuning import SEARCH, chains, chosen, num_trials, runnable, waits
+from benchmarks.quality_study.tuning import SEARCH, chains, chosen, num_trials, runnable, stands, waits
 from longer.table_settings import GenerateSettings
 
 _GENERATED = GenerateSettings(
@@ -127,11 +128,12 @@ class _Study:
     def _left(self, arms: list[Arm], records: list[dict[str, Any]]) -> list[Arm]:
         """What is asked and has no record."""
         only, groups = self.asked.only, GROUPS if "all" in self.asked.group else self.asked.group
-        done = {record.get("key") for record in records} | self.records.left_out(records)
+        done, left_out = {record.get("key"): record for record in records}, self.records.left_out(records)
         return [
             arm
             for arm in arms
-            if arm.key not in done
+            if arm.key not in left_out
+            and not (arm.key in done and stands(done[arm.key], records, arm))
             and (not only or arm.encoder in only or arm.name in only)
             and (not groups or arm.group in groups)
         ]
@@ -140,7 +142,7 @@ class _Study:
         """Whether the arm was mine to train."""
         if arm.log in self.awaited:
             return False
-        with self.records.claim(arm.key) as is_mine:
+        with self.records.claim(arm.key, partial(stands, arm=arm)) as is_mine:
             if not is_mine:
                 return False
             if (log := self._log(arm.log)) is None:

@@ -93,6 +93,8 @@ class Arm:
     """One of `training.UNDO`: what LONGER's start is without that part of it."""
     trial: Trained | None = None
     """How a `tuning` arm is trained; others are as their trials say."""
+    more_passes: int = 0
+    """Beside those that the trials say: what the study's budget of passes keeps from an encoder."""
 
     @property
     def key(self) -> str:

@@ -22,11 +22,14 @@ OF_GOALS = (
 )
 """Switches of LONGER that a goal rests on."""
 
+_LATER = tuple(name + FEATURES for name in GENERATED_ENCODERS if name not in ("longer", "none"))
+"""Of the generated log, which is there for what ids tell: one seed, trained as on ids."""
+
 
 def turn(arm: Arm) -> tuple[int, int, int]:
     """Encoders and lengths of every log come first, then the switches that goals rest on, then the rest group by group, all of one
     seed before the next."""
-    if arm.group in ("encoders", "lengths"):
+    if arm.group in ("encoders", "lengths") and not (arm.log == "generated" and arm.name in _LATER):
         return 0, 0, 0
     return (1, 0, 0) if arm.name in OF_GOALS else (2, arm.seed, GROUPS.index(arm.group))
 
@@ -133,8 +136,8 @@ def _undone(here: Arm) -> list[Arm]:
 
 
 def _tried(base: Arm) -> list[Arm]:
-    """What might part LONGER from the encoder that it ties with, with the features, and switches at other rates than LONGER's own
-    best (0.01, 0.0006): by the validation split alone."""
+    """What might part LONGER from the encoders nearest to it, with the features (passes beyond the budget too), and switches at
+    other rates than LONGER's own best (0.01, 0.0006): by the validation split alone."""
     here = replace(base, group="tried")
     both = [replace(here, name=name, encoder=name) for name in ("longer", "hstu")]
     dropped = [
@@ -142,6 +145,11 @@ def _tried(base: Arm) -> list[Arm]:
     ]
     sizes = {"N=2": {"num_self_layers": 2}, "D=192": {"width": 192}}
     larger = [replace(both[0], name=f"longer+features {name}", model=model) for name, model in sizes.items()]
+    passes = [
+        replace(here, name=f"{name}+features, {more} more", encoder=name, more_passes=more)
+        for name in ("longer", "hstu", "transformer")
+        for more in (1, 2)
+    ]
     ids_only = replace(here, features=False)
     switched = (
         replace(ids_only, name=UNMERGED, merge=1, queries=400),
@@ -153,7 +161,7 @@ def _tried(base: Arm) -> list[Arm]:
         for arm in switched
         for rate in rates
     ]
-    return [*dropped, *larger, *at_rates]
+    return [*dropped, *larger, *passes, *at_rates]
 
 
 def _sizes(here: Arm) -> list[Arm]:
@@ -195,11 +203,12 @@ def _generated(quick: bool, seeds: int) -> Iterator[Arm]:
         yield from ids + counted
         return
     encoders = [replace(base, name=name, group="encoders", encoder=name) for name in GENERATED_ENCODERS]
-    encoders += [replace(arm, name=arm.name + FEATURES, features=True) for arm in encoders[:2]]
+    with_features = [replace(arm, name=arm.name + FEATURES, features=True) for arm in encoders]
+    encoders += with_features[:2]
     sizes = [replace(base, name=f"D={w}", group="widths", model={"width": w}) for w in (32, 64, 96, 192, 256)]
     trained = replace(
         base, name="trained at L=4000, tested at 10000", group="switches", length=4000, score_length=10_000
     )
     short = replace(trained, name="trained at L=2000, tested at 10000", length=2000)
     yield from _rounds(seeds, [*encoders, *ids])
-    yield from _rounds(1, [short, trained, *counted, *sizes])
+    yield from _rounds(1, [short, trained, *counted, *sizes, *with_features[2:]])

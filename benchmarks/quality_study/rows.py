@@ -67,6 +67,15 @@ def curve(mine: Sequence[Record], features: bool, encoder: str = "longer") -> di
     return dict(sorted(found.items()))
 
 
+def frontier(arms: dict[str, list[Record]], value: Value) -> list[str]:
+    """Arms that none is better than at no more FLOPs, the cheapest first."""
+    found = list[str]()
+    for name in sorted(arms, key=lambda name: (mega_flops(arms[name][0]), -mean(arms[name], value))):
+        if not found or mean(arms[name], value) > mean(arms[found[-1]], value):
+            found.append(name)
+    return found
+
+
 def power_law(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float, float]:
     """alpha, beta, gamma of y = alpha * x^beta + gamma by least squares, and R^2; beta is at most `MOST_EXPONENT` either way."""
     x_N, y_N = np.log(np.asarray(x, float)), np.asarray(y, float)

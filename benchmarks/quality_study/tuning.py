@@ -13,7 +13,7 @@ Chain = tuple[str, bool]
 
 @dataclass(frozen=True)
 class Search:
-    """What is tried: where the best rate is the last one tried, the next one beyond it too, as long as there is one."""
+    """What is tried first, and then, until the best of all has been tried between its neighbours: `beyond`."""
 
     tables: tuple[float, ...] = (0.01, 0.003, 0.03)
     beyond: tuple[float, ...] = (0.001, 0.0003, 0.1)
@@ -43,11 +43,8 @@ def runnable(log: str, chain: Chain, search: Search, records: Sequence[dict[str,
 
     First the rates of tables, then of dense layers, then more passes, each at the best of what was tried before. A chain with the
     features comes after the rates on ids, has that of dense layers, and tries the rates of tables around the best one there.
-    A chain that the grid has an arm of is at its end: more trials would change nothing.
     """
     encoder, features = chain
-    if _began(records, log, chain):
-        return []
     on_ids: dict[Trained, float] = {}
     if features and encoder != "none":
         on_ids = _tried(records, log, (encoder, False))
@@ -69,17 +66,16 @@ def _stages(search: Search, tried: dict[Trained, float], on_ids: dict[Trained, f
         return sorted(fits, key=lambda each: -tried[each])
 
     start = replace(max(on_ids, key=lambda each: on_ids[each]), passes=1) if on_ids else Trained()
-    rates = _around(start.tables, search) if on_ids else search.tables
-    yield [replace(start, tables=rate) for rate in rates]
-    for _ in search.beyond:
-        seen = [each.tables for each in found(dense=start.dense)]
-        yield [replace(start, tables=rate) for rate in _further(seen, search.beyond)]
+    rates = sorted({*search.tables, *search.beyond})
+    yield [replace(start, tables=rate) for rate in (_around(start.tables, rates) if on_ids else search.tables)]
+    for _ in rates:
+        yield [replace(start, tables=rate) for rate in _around(found(dense=start.dense)[0].tables, rates)]
     if not on_ids:
         start = found(dense=start.dense)[0]
+        rates = sorted({start.dense, *search.dense, *search.dense_beyond})
         yield [replace(start, dense=rate) for rate in search.dense]
-        for _ in search.dense_beyond:
-            seen = [each.dense for each in found(tables=start.tables)]
-            yield [replace(start, dense=rate) for rate in _further(seen, search.dense_beyond)]
+        for _ in rates:
+            yield [replace(start, dense=rate) for rate in _around(found(tables=start.tables)[0].dense, rates)]
     once = found()[0]
     for passes in range(2, search.passes + 1):
         yield [replace(once, passes=passes)]
@@ -87,17 +83,8 @@ def _stages(search: Search, tried: dict[Trained, float], on_ids: dict[Trained, f
             return
 
 
-def _further(best_first: Sequence[float], beyond: Sequence[float]) -> list[float]:
-    """The next rate on the side on which the best one is the last."""
-    if best_first[0] == min(best_first):
-        return [rate for rate in beyond if rate < best_first[0]][:1]
-    if best_first[0] == max(best_first):
-        return [rate for rate in beyond if rate > best_first[0]][:1]
-    return []
-
-
-def _around(rate: float, search: Search) -> list[float]:
-    rates = sorted({*search.tables, *search.beyond})
+def _around(rate: float, rates: Sequence[float]) -> list[float]:
+    """Itself and its neighbours."""
     place = rates.index(rate)
     return [rate, *rates[max(0, place - 1) : place], *rates[place + 1 : place + 2]]
 
@@ -118,15 +105,18 @@ def _tried(records: Iterable[dict[str, Any]], log: str, chain: Chain) -> dict[Tr
 
 
 def chosen(records: Sequence[dict[str, Any]], arm: Arm) -> Trained:
-    """How an arm of the grid is trained: as the first of its encoder was, with the same features if there is one; else as that
-    validated best."""
+    """How an arm of the grid is trained: as its encoder validated best, with the same features if there are such trials."""
     encoder = _tuned_as(arm)
     for features in (arm.features, not arm.features):
-        if began := _began(records, arm.log, (encoder, features)):
-            return began
         if tried := _tried(records, arm.log, (encoder, features)):
-            return max(tried, key=lambda each: tried[each])
+            best = max(tried, key=lambda each: tried[each])
+            return replace(best, passes=best.passes + arm.more_passes)
     return Trained()
+
+
+def stands(record: dict[str, Any], records: Sequence[dict[str, Any]], arm: Arm) -> bool:
+    """Whether an arm's record is of how its encoder is trained by these trials: a search that went on may have found better."""
+    return record["trained"] == asdict(arm.trial or chosen(records, arm))
 
 
 def waits(arm: Arm, trials: Iterable[Arm]) -> bool:
@@ -146,13 +136,6 @@ def _is_rate(trial: Arm) -> bool:
 
 def _tuned_as(arm: Arm) -> str:
     return "longer" if arm.encoder == ITSELF else arm.encoder
-
-
-def _began(records: Iterable[dict[str, Any]], log: str, chain: Chain) -> Trained | None:
-    """How the first of the grid's arms of an encoder was trained."""
-    of_grid = (record for record in records if record.get("group", "tuning") not in ("tuning", "tried"))
-    arms = (r for r in of_grid if (r["log"], r["encoder"], r["features"]) == (log, *chain))
-    return next((Trained(**record["trained"]) for record in arms), None)
 
 
 def num_trials(records: Sequence[dict[str, Any]], log: str, chain: Chain) -> int:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -11,17 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.quality_study.arms import BASES, ENCODERS, FEATURES, ITSELF, QUICK, Trained, model_settings
+from benchmarks.quality_study.arms import BASES, QUICK, Arm, Trained, model_settings
 from benchmarks.quality_study.cache import cached
 from benchmarks.quality_study.data import SCHEMAS, read_log
 from benchmarks.quality_study.draws import auc_of_draws, lead
-from benchmarks.quality_study.goals import goals
 from benchmarks.quality_study.grid import grid
 from benchmarks.quality_study.log import Log
-from benchmarks.quality_study.page import page
-from benchmarks.quality_study.plots import plots
 from benchmarks.quality_study.records import Records
-from benchmarks.quality_study.rows import power_law
+from benchmarks.quality_study.steering import trials
 from benchmarks.quality_study.training import _plan, _runs
 from benchmarks.quality_study.tuning import SEARCH, chains, chosen, runnable
 from longer.data.batches import plan_packs
@@ -31,17 +27,6 @@ from longer.training.metrics import auc as roc_auc
 from longer.windows import WindowRule
 
 _LOGS = sorted(SCHEMAS)
-_RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-
-
-@pytest.mark.parametrize("records", sorted(_RESULTS.glob("quality_*.jsonl")), ids=lambda path: path.stem)
-def test_a_page_that_is_kept_says_what_its_records_do(records: Path) -> None:
-    """`--page-only` makes it anew; only what stands before the tables is written by hand."""
-    kept, body = records.with_suffix(".md").read_text(), page(Records(records).read()).partition("\n")[2].strip()
-    assert kept.rstrip().endswith(body)
-    num_trials, num_arms = re.search(r"are (\d+) trials, .* and (\d+) arms", kept.replace("\n", " ")).groups()
-    groups = [record["group"] for record in Records(records).read() if "trained" in record]
-    assert (groups.count("tuning"), len(groups) - groups.count("tuning")) == (int(num_trials), int(num_arms))
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -65,26 +50,52 @@ def test_every_arm_has_settings_of_the_window_and_width_that_it_names(log: str, 
             assert settings.encoder.field in SCHEMAS[log].features_of("item", "categorical")
 
 
+@pytest.mark.parametrize("best_on_ids", [0.0003, 0.001, 0.03, 0.1])
+@pytest.mark.parametrize("best", [0.0003, 0.003, 0.01, 0.1])
 @pytest.mark.parametrize("log", _LOGS)
-def test_trials_go_on_until_the_best_rate_is_inside_and_are_no_arms_of_the_grid(log: str) -> None:
+def test_trials_go_on_until_the_best_rate_is_between_its_neighbours_and_are_no_arms_of_the_grid(
+    log: str, best: float, best_on_ids: float
+) -> None:
+    """The best rate with the features may lie far from that on ids, where their trials begin."""
     records: list[dict] = []
 
-    def auc(trial: Trained) -> float:  # best at 0.0003, 0.02 and two passes
-        off = abs(math.log(trial.tables / 0.0003)) + abs(math.log(trial.dense / 0.02)) + abs(trial.passes - 2)
+    def auc(trial: Trained, features: bool) -> float:  # best at dense 0.02 and two passes
+        tables = best if features else best_on_ids
+        off = abs(math.log(trial.tables / tables)) + abs(math.log(trial.dense / 0.02)) + abs(trial.passes - 2)
         return 0.8 - 0.01 * off
 
     while turn := [arm for chain in chains(log) for arm in runnable(log, chain, SEARCH, records)]:
         for arm in turn:
             assert arm.trial
             about = {"group": "tuning", "log": log, "encoder": arm.encoder, "features": arm.features}
-            records.append({**about, "key": arm.key, "trained": asdict(arm.trial), "valid": {"auc": auc(arm.trial)}})
+            found = {"auc": auc(arm.trial, arm.features)}
+            records.append({**about, "key": arm.key, "trained": asdict(arm.trial), "valid": found})
     keys = [record["key"] for record in records]
     assert len(set(keys)) == len(keys)
     arms = grid(log, quick=False, seeds=3)
     assert not set(keys) & {arm.key for arm in arms}
-    tried = {encoder for encoder, _ in chains(log)} & {"longer", "none"}
-    assert {chosen(records, arm) for arm in arms if arm.encoder in tried} == {Trained(0.0003, 0.02, 2)}
+    as_tried = [arm for arm in arms if not arm.trial and not arm.more_passes]
+    for encoder, features in chains(log):
+        mine = {chosen(records, arm) for arm in as_tried if (arm.encoder, arm.features) == (encoder, features)}
+        assert mine == {Trained(best if features else best_on_ids, 0.02, 2)}
     assert chosen([], arms[0]) == Trained()
+
+
+@pytest.mark.parametrize(("gains", "passes"), [((0.01, 0.01), 3), ((0.01, 0.0005), 3), ((0.0005,), 2), ((-0.01,), 2)])
+def test_another_pass_is_tried_if_the_last_was_worth_it(gains: tuple[float, ...], passes: int) -> None:
+    """Three at most, for all encoders: whom that stops is told beside the trials."""
+    values, records = [0.7, *(0.7 + sum(gains[: n + 1]) for n in range(len(gains)))], list[dict]()
+    while turn := runnable("journey", ("din", False), SEARCH, records):
+        for arm in turn:
+            assert arm.trial
+            value = values[arm.trial.passes - 1] - 0.1 * (replace(arm.trial, passes=1) != Trained())
+            about = {"group": "tuning", "log": "journey", "encoder": "din", "features": False, "arm": arm.name}
+            records.append({**about, "trained": asdict(arm.trial), "valid": {"auc": value}})
+    assert max(record["trained"]["passes"] for record in records) == passes
+    row = next(line for line in trials(records).splitlines() if line.startswith("| din |"))
+    assert ("the last gained 0.0100" in row) == (gains == (0.01, 0.01))
+    more = Arm("din, 2 more", "journey", "tried", 0, encoder="din", features=False, more_passes=2)
+    assert chosen(records, more).passes == chosen(records, replace(more, more_passes=0)).passes + 2
 
 
 def test_every_arm_takes_the_same_steps_of_the_same_requests() -> None:
@@ -200,95 +211,3 @@ def test_no_label_of_training_tells_which_cluster_a_test_asks_for() -> None:
     assert (
         len(asked("train") & (asked("test") | asked("valid"))) <= 1
     )  # of 1,200 pairs of episodes, one in 5,000 by chance
-
-
-def test_power_laws_are_found_with_their_fit() -> None:
-    x = np.array([20, 50, 100, 500, 2000, 4000.0])
-    alpha, beta, gamma, r2 = power_law(x.tolist(), (0.8 - 0.3 * x**-0.4).tolist())
-    assert r2 > 0.999
-    assert beta == pytest.approx(-0.4, rel=0.05)
-    assert alpha == pytest.approx(-0.3, rel=0.1)
-    assert gamma == pytest.approx(0.8, abs=0.01)
-
-
-def record(arm: str, seed: int, auc: float, **more: object) -> dict:
-    test = {"auc": auc, "long_auc": auc, "gauc": auc, "logloss": 0.4, "rows": 9, "long_rows": 3}
-    about = {"hardware": "cpu", "torch": "2", "quick": True, "train_requests": 1, "steps": 1, "train_s": 1.0}
-    trained = {"tables": 0.01, "dense": 0.002, "passes": 1}
-    same = {"log": "journey", "group": "encoders", "encoder": "longer", "features": True, "length": 200}
-    sizes = {"dense_parameters": 1, "table_parameters": 1, "forward_flops": {"flops": 1e6}}
-    found = {"test": test, "long_auc_draws": [auc, auc], "trained": trained}
-    return {"key": f"{arm}/{seed}", "arm": arm, "seed": seed, **found, **about, **same, **sizes, **more}
-
-
-def test_a_lead_counts_beyond_the_spread_of_three_seeds_only() -> None:
-    def told(ours: tuple[float, ...], theirs: tuple[float, ...]) -> str:
-        arms = {"longer": ours} | dict.fromkeys(ENCODERS, theirs)
-        found = [record(name + FEATURES, seed, auc) for name, aucs in arms.items() for seed, auc in enumerate(aucs)]
-        return goals(found, {"count_all": {"auc": 0.5, "long_auc": 0.5, "long_auc_draws": [0.5, 0.5]}})[0]
-
-    assert told((0.80, 0.81, 0.82), (0.70, 0.71, 0.72)).startswith("- **met**")
-    assert told((0.80, 0.81, 0.82), (0.79, 0.80, 0.81)).startswith("- **missed**")
-    assert told((0.80, 0.82), (0.70, 0.72)).startswith("- not measured")
-
-
-def test_no_goal_is_met_by_seeds_that_lie_far_apart_or_by_queries_that_gain_nothing() -> None:
-    def told(claim: str, **aucs: tuple[float, ...]) -> str:
-        names = {"some": "longer L=1000", "every": "k=250 L=1000", "alone": ITSELF, "k1": "K=1"}
-        arms = {names.get(name, name): values for name, values in aucs.items()}
-        found = [
-            record(name, seed, auc, features=False, forward_flops={"flops": 1e6 * (name != ITSELF)})
-            for name, values in arms.items()
-            for seed, auc in enumerate(values)
-        ]
-        (line,) = [line for line in goals(found, {}) if claim in line]
-        return line
-
-    few = {"some": (0.79, 0.79, 0.79), "alone": (0.5, 0.5, 0.5)}
-    share = "at about half of the FLOPs, on ids"
-    assert told(share, none=(0.70,) * 3, every=(0.7901,) * 3, **few).startswith("- **missed**")  # at all of the FLOPs
-    assert "no gain to keep" in told(share, none=(0.70,) * 3, every=(0.69, 0.70, 0.72), **few)
-    assert told("merging loses little", longer=(0.740, 0.740, 0.740), k1=(0.743, 0.743, 0.743)).startswith("- **met**")
-    assert told("merging loses little", longer=(0.740, 0.740, 0.740), k1=(0.738, 0.743, 0.748)).startswith(
-        "- **missed**"
-    )
-
-
-def test_a_page_before_any_test_shows_the_trials() -> None:
-    trial = {**record("longer tables 0.01", 0, 0.7, group="tuning"), "valid": {"auc": 0.7123}}
-    del trial["test"]
-    lines = page([trial]).splitlines()
-    assert any("| longer+features | 0.01, 0.002, 1 | 0.7123 |" in line for line in lines)
-    assert json.loads(lines[-1]) == {"auc": {}, "auc_by_length": {}, "spread": None}
-
-
-def test_the_page_ends_with_one_line_of_json_and_means_over_seeds() -> None:
-    lines = page([record("longer+features", 0, 0.7), record("longer+features", 1, 0.8)]).splitlines()
-    last = json.loads(lines[-1])
-    assert last["auc"]["longer+features"] == pytest.approx(0.75)
-    assert last["spread"] == pytest.approx(0.05)
-    assert any("0.7500 ± 0.0500" in line for line in lines)
-
-
-def test_records_of_runs_with_other_budgets_make_no_page_together() -> None:
-    """Half of an arm's seeds would be tested on other requests than the arm that it is compared with."""
-    one = record("longer", 0, 0.7)
-    for other, what in (
-        ({"steps": 2}, "steps a pass"),
-        ({"test": one["test"] | {"rows": 198}}, "tested on different requests"),
-        ({"hardware": "2 CPU cores"}, "precision"),
-    ):
-        with pytest.raises(AssertionError, match=what):
-            page([one, record("longer", 1, 0.8, **other)])
-
-
-def test_a_sitting_that_ended_early_has_plots_and_a_page_that_names_what_was_left_out(tmp_path: Path) -> None:
-    """The first arms that are trained have the features, and there is one of each."""
-    first = record("longer+features", 0, 0.7)
-    left_out = {"left_out": "journey/din/0", "log": "journey", "why": "out of memory"}
-    measured = {"key": "journey/baselines", "log": "journey", "baselines": {}}
-    measured |= {"sizes": {"users": 2_500, "events": 9, "longest": 4, "tested": 6_000}}
-    assert len(plots([first], tmp_path, "some")) == 2
-    told = page([first, left_out, measured])
-    assert "- left out: journey/din/0 (out of memory)" in told
-    assert "of 6,000 requests, 3 of them with a long history: 100 events and more" in told

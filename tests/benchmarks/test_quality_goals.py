@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.quality_study.arms import ENCODERS, FEATURES
+from benchmarks.quality_study.arms import ENCODERS, FEATURES, ITSELF
 from benchmarks.quality_study.draws import lead
 from benchmarks.quality_study.goals import goals
 from benchmarks.quality_study.grid import LENGTHS, SHORT
 from benchmarks.quality_study.rows import curve, power_law
-from tests.benchmarks.test_quality import record
+from tests.benchmarks.test_quality_page import record
 
 BEATS = "LONGER beats every encoder and count_all"
 UNMERGED_BEATS = "LONGER without merging (K = 1) beats every encoder and count_all"
@@ -151,6 +151,19 @@ def test_queries_are_in_order_only_if_each_leads_the_next(
 
 
 @pytest.mark.parametrize(
+    ("kept", "cost", "verdict"),
+    [(0.96, 0.5, "met"), (0.94, 0.5, "missed"), (0.96, 0.59, "met"), (0.96, 0.61, "missed")],
+)
+def test_queries_keep_most_of_the_gain_at_little_of_the_cost(kept: float, cost: float, verdict: str) -> None:
+    def of(arm: str, value: float, flops: float) -> Records:
+        return seeds(arm, value, features=False, forward_flops={"flops": flops * 1e6})
+
+    records = [*of("none", 0.60, 1), *of("longer, no history", 0.60, 10), *of("k=250 L=1000", 0.80, 100)]
+    some = of("longer L=1000", 0.60 + 0.20 * kept, 100 * cost)
+    assert verdicts("100 queries keep", [*records, *some])[0] == verdict
+
+
+@pytest.mark.parametrize(
     ("merged", "verdict"),
     [(0.81, "met"), (0.7975, "met"), (0.7965, "missed"), (0.79, "missed")],  # 0.005 less both spreads, 0.002
 )
@@ -191,3 +204,36 @@ def test_a_fit_is_judged_by_what_it_tells_beyond_the_mean() -> None:
     assert r2 == pytest.approx(1 - np.var(left) / np.var(y), abs=1e-6)
     assert 0 < r2 < 0.7
     assert power_law(x, (y + 10).tolist())[3] == pytest.approx(r2)
+
+
+def test_a_lead_counts_beyond_the_spread_of_three_seeds_only() -> None:
+    def told(ours: tuple[float, ...], theirs: tuple[float, ...]) -> str:
+        arms = {"longer": ours} | dict.fromkeys(ENCODERS, theirs)
+        found = [record(name + FEATURES, seed, auc) for name, aucs in arms.items() for seed, auc in enumerate(aucs)]
+        return goals(found, {"count_all": {"auc": 0.5, "long_auc": 0.5, "long_auc_draws": [0.5, 0.5]}})[0]
+
+    assert told((0.80, 0.81, 0.82), (0.70, 0.71, 0.72)).startswith("- **met**")
+    assert told((0.80, 0.81, 0.82), (0.79, 0.80, 0.81)).startswith("- **missed**")
+    assert told((0.80, 0.82), (0.70, 0.72)).startswith("- not measured")
+
+
+def test_no_goal_is_met_by_seeds_that_lie_far_apart_or_by_queries_that_gain_nothing() -> None:
+    def told(claim: str, **aucs: tuple[float, ...]) -> str:
+        names = {"some": "longer L=1000", "every": "k=250 L=1000", "alone": ITSELF, "k1": "K=1"}
+        arms = {names.get(name, name): values for name, values in aucs.items()}
+        found = [
+            record(name, seed, auc, features=False, forward_flops={"flops": 1e6 * (name != ITSELF)})
+            for name, values in arms.items()
+            for seed, auc in enumerate(values)
+        ]
+        (line,) = [line for line in goals(found, {}) if claim in line]
+        return line
+
+    few = {"some": (0.79, 0.79, 0.79), "alone": (0.5, 0.5, 0.5)}
+    share = "at about half of the FLOPs, on ids"
+    assert told(share, none=(0.70,) * 3, every=(0.7901,) * 3, **few).startswith("- **missed**")  # at all of the FLOPs
+    assert "no gain to keep" in told(share, none=(0.70,) * 3, every=(0.69, 0.70, 0.72), **few)
+    assert told("merging loses little", longer=(0.740, 0.740, 0.740), k1=(0.743, 0.743, 0.743)).startswith("- **met**")
+    assert told("merging loses little", longer=(0.740, 0.740, 0.740), k1=(0.738, 0.743, 0.748)).startswith(
+        "- **missed**"
+    )

@@ -95,13 +95,51 @@ def test_passes_are_over_all_of_an_arms_requests(turned: Log) -> None:
     assert [trained(turned, how=Trained(passes=passes))["steps"] for passes in (1, 3)] == [2, 6]
 
 
+def test_seeds_differ_in_weights_and_in_order_and_are_made_again_alike(turned: Log) -> None:
+    """Else three rows of a table are one, and its spread nothing."""
+    first, again, other = (trained(turned, replace(LONGER, seed=seed)) for seed in (0, 0, 1))
+    assert first["final_loss"] == pytest.approx(again["final_loss"], rel=1e-6)
+    nothing = Trained(1e-12, 1e-12)  # learned: what is left is where a seed begins
+    begun = [trained(turned, replace(LONGER, seed=seed), nothing)["test"]["logloss"] for seed in (0, 0, 1)]
+    assert begun[0] == pytest.approx(begun[1], rel=1e-6)
+    assert begun[0] != pytest.approx(begun[2], rel=1e-3)
+    ended = []
+    for arm in (LONGER, replace(LONGER, seed=1)):
+        torch.manual_seed(0)  # weights alike: what is left is the order of what is learned
+        model = make_model(model_settings(arm, TINY), turned.schema, TASKS)
+        training._train(model, turned, BUDGET, arm, BUDGET.train_settings(Trained(), "longer"))
+        ended.append(torch.cat([weight.detach().flatten() for weight in model.dense_parameters()]))
+    assert (ended[0] - ended[1]).abs().max() > 1e-4
+    assert other["final_loss"] != pytest.approx(first["final_loss"], rel=1e-3)
+
+
+def test_each_split_is_scored_on_as_many_requests_as_the_budget_says(turned: Log) -> None:
+    few = replace(BUDGET, valid_requests=10, test_requests=30)
+    record = training.run(LONGER, TINY, turned, few, Trained())
+    assert (record["valid"]["rows"], record["test"]["rows"]) == (2 * 10, 2 * 30)  # two candidates each
+
+
+@pytest.mark.parametrize("encoder", ["longer", "din"])
+def test_a_records_parameters_are_those_that_are_trained(turned: Log, encoder: str) -> None:
+    arm = replace(LONGER, encoder=encoder)
+    record, model = trained(turned, arm), make_model(model_settings(arm, TINY), turned.schema, TASKS)
+    every = sum(weight.numel() for weight in model.parameters())
+    tables = sum(w.numel() for name, w in model.named_parameters() if ".embedding.weight" in name)
+    assert record["dense_parameters"] + record["table_parameters"] == every
+    assert record["table_parameters"] == tables
+
+
+@pytest.mark.parametrize("encoder", ["longer", "din", "transformer"])
 @pytest.mark.parametrize(("how", "tables_learn"), [(Trained(1e-9, 0.01), False), (Trained(0.01, 1e-9), True)])
-def test_tables_and_dense_layers_learn_each_at_their_own_rate(turned: Log, how: Trained, tables_learn: bool) -> None:
+def test_tables_and_dense_layers_learn_each_at_their_own_rate(
+    turned: Log, how: Trained, tables_learn: bool, encoder: str
+) -> None:
     torch.manual_seed(0)
-    model = make_model(model_settings(LONGER, TINY), turned.schema, TASKS)
+    arm = replace(LONGER, encoder=encoder)
+    model = make_model(model_settings(arm, TINY), turned.schema, TASKS)
     kinds = (model.embedding_parameters(), model.dense_parameters())
     before = [[weight.detach().clone() for weight in weights] for weights in kinds]
-    training._train(model, turned, BUDGET, LONGER, BUDGET.train_settings(how, "longer"))
+    training._train(model, turned, BUDGET, arm, BUDGET.train_settings(how, encoder))
     tables, dense = (
         max(float((weight.detach() - old).abs().max()) for weight, old in zip(weights, olds, strict=True))
         for weights, olds in zip(kinds, before, strict=True)

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import pytest
 from benchmarks import quality
 from benchmarks.quality_study.arms import ITSELF, Arm, Trained
 from benchmarks.quality_study.cache import cached
-from benchmarks.quality_study.grid import GROUPS, OF_GOALS, grid
+from benchmarks.quality_study.grid import GROUPS, OF_GOALS, grid, turn
 from benchmarks.quality_study.records import Records
-from benchmarks.quality_study.tuning import SEARCH, chosen, runnable, waits
+from benchmarks.quality_study.tuning import SEARCH, runnable, stands, waits
 from longer.table_settings import GenerateSettings
 
 
@@ -65,15 +66,27 @@ def test_trials_with_the_features_begin_when_the_rates_on_ids_are_found() -> Non
     assert turn
 
 
-def test_all_arms_of_an_encoder_are_trained_as_the_first_of_them_was() -> None:
-    """A trial that another sitting adds must not change what the next seed of an arm is trained with."""
+def test_an_arm_is_trained_again_once_its_trials_have_found_better(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Else the seeds of one row would be trained in two ways, or a search that went on would be for nothing."""
+    here = study(monkeypatch, tmp_path, "--seeds", "2")
     first, second = (Arm("din", "journey", "encoders", seed, encoder="din", features=False) for seed in (0, 1))
-    trial = Arm("din tables", "journey", "tuning", 0, encoder="din", features=False, trial=Trained())
-    records = [record(trial, Trained(), 0.70)]
-    assert runnable("journey", ("din", False), SEARCH, records)
-    records += [record(first, chosen(records, first)), record(trial, Trained(passes=3), 0.80)]
-    assert chosen(records, second) == Trained()
-    assert not runnable("journey", ("din", False), SEARCH, records)
+    trials = [
+        record(Arm(f"trial {n}", "journey", "tuning", 0, encoder="din", features=False, trial=how), how, 0.70 + n / 10)
+        for n, how in enumerate((Trained(), Trained(passes=3)))
+    ]
+    for one in (trials[0], record(first, Trained())):
+        here.records.append(one)
+    assert here._left([first, second], here.records.read()) == [second]
+    here.records.append(trials[1])
+    assert here._left([first, second], here.records.read()) == [first, second]
+    with here.records.claim(first.key, partial(stands, arm=first)) as is_mine:
+        assert is_mine
+    here.records.append(record(first, Trained(passes=3)))
+    assert here._left([first, second], here.records.read()) == [second]
+    with here.records.claim(first.key, partial(stands, arm=first)) as is_mine:
+        assert not is_mine
 
 
 def test_headline_rows_of_all_logs_come_before_switches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -84,7 +97,11 @@ def test_headline_rows_of_all_logs_come_before_switches(monkeypatch: pytest.Monk
         "generated",
         "movielens",
     ]
-    later = [arm for arm in found if arm.group not in GROUPS[:2]]
+    headline = [arm for arm in found if arm.group in GROUPS[:2] and turn(arm) == (0, 0, 0)]
+    assert {(arm.log, arm.encoder) for arm in found if arm.group in GROUPS[:2]} == {
+        (a.log, a.encoder) for a in headline
+    }
+    later = [arm for arm in found if arm not in headline]
     assert later == found[-len(later) :]
     assert {arm.name for arm in later[: 3 * len(OF_GOALS)]} == set(OF_GOALS)
     others = [(arm.seed, GROUPS.index(arm.group)) for arm in later[3 * len(OF_GOALS) :]]
