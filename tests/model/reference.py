@@ -113,6 +113,13 @@ class Raw:
         sides = self.event_sides(user.features, user.event_ts_E, previous_ts_E)
         return self.norm("embedding.norm", sum(sides, self.items(user.features)))
 
+    def in_paper(self, x_Ed: Tensor, request_ts: int, ts_E: np.ndarray, place_E: np.ndarray) -> Tensor:
+        """[E, d]: with a learned place, and how long before the request; events before the window have any place."""
+        places = self.weights["embedding.paper.place.weight"]
+        x_Ed = x_Ed + places[place_E.clip(max=len(places) - 1)]
+        distance_Ed = self.gap("embedding.paper.gap", np.full(len(ts_E), request_ts), ts_E)
+        return x_Ed + self.perceptron("embedding.paper.feed_forward", torch.cat([x_Ed, distance_Ed], dim=1))
+
     def groups(self, x_Ed: Tensor, group_E: np.ndarray, num_groups: int, merge_size: int) -> Tensor:
         """[G, D]: events attend to those of their own group, and K of them, or zeros, become a token."""
         if self.settings.inner_transformer:
@@ -148,6 +155,9 @@ class Raw:
     ) -> Tensor:
         """[C, D]: items merged as groups of copies of themselves, with what is known of the request and the history."""
         x_Cd = self.norm("embedding.norm", self.items(features))
+        if self.settings.encoding == "paper":
+            at_once = np.full(len(x_Cd), request_ts)
+            x_Cd = self.in_paper(x_Cd, request_ts, at_once, np.zeros(len(x_Cd), np.int64))
         if self.settings.inner_transformer:
             x_Cd = self.inner(x_Cd, torch.eye(len(x_Cd), dtype=torch.bool))
         x_CD = self.merged(torch.cat([x_Cd] * merge_size, dim=1))
@@ -217,10 +227,7 @@ def _one_request(
 
     x_Ed, in_paper = raw.events(user), settings.encoding == "paper"
     if in_paper:
-        distance_Ed = raw.gap("variant.request_gap", np.full(num_events, request_ts), user.event_ts_E)
-        x_Ed = raw.linear("variant.mix", torch.cat([x_Ed, distance_Ed], dim=1))
-        from_newest = np.arange(num_events)[::-1].clip(max=len(raw.weights["variant.place.weight"]) - 1)
-        x_Ed = x_Ed + raw.weights["variant.place.weight"][from_newest.copy()]
+        x_Ed = raw.in_paper(x_Ed, request_ts, user.event_ts_E, num_events - np.arange(num_events))
     group_E = np.arange(history_start * K, num_events) // K - history_start
     x_GD = raw.groups(x_Ed[history_start * K :], group_E, g - history_start, K)
     counts_CF = recounted(raw, user, history_start * K, request_ts, candidates)

@@ -96,6 +96,35 @@ class InnerTrans(nn.Module):
         return x_NKd + self.feed_forward(self.norm_feed_forward(x_NKd))
 
 
+class PaperEncoding(nn.Module):
+    """Time and place as in arXiv 2505.04421, section 3.5.1: a learned place is added, the distance in time to the request is
+    concatenated, and both pass through an MLP.
+
+    Candidates pass through the same. Places count back from the request, whose candidates are at 0 and whose newest event is at
+    1. Other than in the paper, the MLP is added to its input and begins as zeros, so that an item is much the same as an event
+    and as a candidate and the first layer can search for it; and user globals, which are learned whole, have no part in it.
+    """
+
+    def __init__(self, width: int, max_events: int):
+        super().__init__()
+        self.place = nn.Embedding(1 + max_events, width)
+        nn.init.normal_(self.place.weight, std=TABLE_STD)
+        self.gap = Gap(width)
+        last = nn.Linear(2 * width, width)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.feed_forward = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.GELU(), last)
+
+    def forward(self, x_d: Tensor, request_ts: Tensor, event_ts: Tensor, place: Tensor) -> Tensor:
+        """Events as a request sees them; leading dimensions agree."""
+        x_d = x_d + read_rows(self.place.weight, place)
+        return x_d + self.feed_forward(torch.cat([x_d, self.gap(request_ts, event_ts)], dim=-1))
+
+    def candidates(self, x_Cd: Tensor) -> Tensor:
+        zero_C = torch.zeros(len(x_Cd), dtype=torch.int64, device=x_Cd.device)
+        return self(x_Cd, zero_C, zero_C, zero_C)
+
+
 @fused_on_cuda
 def _events_of_groups(start_N: Tensor, size_N: Tensor, key_E: Tensor, merge_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """[N, K]: which events of each group exist, their places (0 where there is none), and their keys."""
@@ -106,7 +135,7 @@ def _events_of_groups(start_N: Tensor, size_N: Tensor, key_E: Tensor, merge_size
 
 
 class Embedding(nn.Module):
-    """Events and candidates in one space: both pass through the same item table and the same merge.
+    """Events and candidates in one space: both pass through the same item table, the same encoding and the same merge.
 
     A candidate is merged as a group of K copies of itself, which keeps item identity through the projection: on ids alone
     K = 4 ranks much better so than with a projection of its own.
@@ -136,6 +165,8 @@ class Embedding(nn.Module):
         self.gap = Gap(d)
         self.hour = HourOfWeek(d)
         self.norm = nn.LayerNorm(d)
+        in_paper, max_events = settings.encoding == "paper", settings.windows.max_history_events
+        self.paper = PaperEncoding(d, max_events) if in_paper else None
         self.inner = InnerTrans(d) if settings.inner_transformer else None
         self.merge = nn.Linear(width, width)
         nn.init.eye_(self.merge.weight)  # concatenation itself: a candidate and an event begin alike, slot by slot
@@ -227,6 +258,8 @@ class Embedding(nn.Module):
     def candidates(self, candidates: Mapping[str, Tensor], id_Cd: Tensor | None = None) -> Tensor:
         """[C, D]; `id_Cd` are the rows of the items' table, where they have been read already."""
         x_Cd = self.norm(self._item(candidates, id_Cd))
+        if self.paper is not None:
+            x_Cd = self.paper.candidates(x_Cd)
         if self.inner is not None:
             x_Cd = self.inner(x_Cd[:, None], None)[:, 0]
         return self.merge(x_Cd.repeat(1, self.merge_size))

@@ -24,10 +24,10 @@ def merged_share(num_tokens: int, width: int, merge_size: int) -> float:
 def longer_flops(settings: ModelSettings, num_groups: int, num_queries: int, num_candidates: int) -> int:
     """Forward FLOPs of one request's encoder: `num_groups` whole groups, of which `num_queries` are queries, and candidates.
 
-    From event vectors to what the last layer gives the candidates: InnerTrans, merge, cross-causal layer, self-causal
-    layers. The last layer is computed for candidates only. With `queries: learnable` learned tokens count as queries
-    here. Where user states exist, there is a slot for the partial newest group besides, computed whether it holds an
-    event or not. Scores that the mask hides are counted, as in the paper.
+    From event vectors to what the last layer gives the candidates: the paper's encoding, InnerTrans, merge, cross-causal
+    layer, self-causal layers. The last layer is computed for candidates only. With `queries: learnable` learned tokens
+    count as queries here. Where user states exist, there is a slot for the partial newest group besides, computed
+    whether it holds an event or not. Scores that the mask hides are counted, as in the paper.
     """
     d, width, merge_size = settings.event_width, settings.width, settings.merge_size
     num_globals, num_query_groups = settings.num_cls_tokens + settings.num_user_tokens, num_queries
@@ -37,8 +37,8 @@ def longer_flops(settings: ModelSettings, num_groups: int, num_queries: int, num
         num_groups, num_query_groups = num_groups + 1, num_query_groups + 1
     feed_forward = 4 * settings.feed_forward_ratio * width**2
     total = 2 * (num_groups + num_candidates) * width**2
-    if settings.encoding == "paper":  # each event with its distance in time, 2d to d
-        total += 4 * num_groups * merge_size * d**2
+    if settings.encoding == "paper":  # of each event and candidate, 2d to 2d to d
+        total += 12 * (num_groups * merge_size + num_candidates) * d**2
     if settings.inner_transformer:
         total += num_groups * (16 * merge_size * d**2 + 4 * merge_size**2 * d) + num_candidates * (16 * d**2 + 4 * d)
     num_tokens = num_query_groups + num_globals

@@ -6,8 +6,8 @@ same rule (`visibility`); what differs is which tokens are queries and what an e
 - `queries: uniform` takes k groups spread evenly over the window, `recent_uniform` half of them newest and half spread over the
   rest, `learnable` k learned tokens that see what user globals see. Which groups are taken depends on where the windows start,
   as in the appendable encoding, so a longer history has them until the windows move (`chosen_groups`);
-- `encoding: paper` concatenates to every event its distance in time to the request, adds a learned vector of its place counted
-  from the newest event, and rotates nothing.
+- `encoding: paper` puts into every event its distance to the request, in time and in events (`PaperEncoding`), and rotates
+  nothing.
 
 R requests, C candidates in all, G groups (padded), K events in a group, Q chosen groups (padded), M globals (learned queries
 included), A candidates of a request (padded), S = G + M or Q + M keys, D width, d event width, H heads, Z head width.
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from longer.arrays import Int64
 from longer.model.attention import Block
 from longer.model.context import take_rows
-from longer.model.embedding import Gap
 from longer.model.inputs import BatchTensors, on
 from longer.model.padded import LANES, length_classes, pad_ranges
 from longer.model.visibility import CANDIDATE, GLOBAL, GROUP, visible
@@ -39,25 +38,12 @@ _MAX_GROUPS = 1 << 16
 
 
 class Variant(nn.Module):
-    """The weights that only these switches have."""
+    """The weights that only these query choices have."""
 
     def __init__(self, settings: ModelSettings):
         super().__init__()
-        d = settings.event_width
         self.num_queries = settings.query_groups if settings.queries == "learnable" else 0
         self.queries_QD = nn.Parameter(torch.randn(self.num_queries, settings.width) * 0.05)
-        self.in_paper = settings.encoding == "paper"
-        if self.in_paper:
-            self.request_gap = Gap(d)
-            self.place = nn.Embedding(settings.windows.max_history_events, d)
-            nn.init.normal_(self.place.weight, std=0.05)
-            self.mix = nn.Linear(2 * d, d)
-
-    def events(self, x_d: Tensor, request_ts: Tensor, event_ts: Tensor, place: Tensor) -> Tensor:
-        """Event vectors as a request sees them; `place` counts from the newest event, which is 0. Leading dimensions agree."""
-        if not self.in_paper:
-            return x_d
-        return self.mix(torch.cat([x_d, self.request_gap(request_ts, event_ts)], dim=-1)) + self.place(place)
 
 
 def chosen_groups(queries: str, windows: WindowRule, group_RG: Int64, history_end_R: Int64) -> np.ndarray:
@@ -131,7 +117,7 @@ def _some_requests(
     x_RSD = torch.cat([x_RGD, globals_RMD], dim=1)
     position_RS, exists_RS = torch.cat([groups, global_RM], 1), F.pad(there, (0, num_globals), value=True)
     x_RAD = take_rows(x_CD, candidate)
-    turn = 0 if model.variant.in_paper else 1
+    turn = 0 if model.embedding.paper is not None else 1
     position_RA = end[:, None].expand(candidate.shape) * turn
     for layer, block in enumerate(model.layers):
         if layer > 0:
@@ -157,15 +143,17 @@ def _groups(model: "Longer", batch: BatchTensors, requests: Int64, group_RG: Int
     exists_RGK = number_RGK < end_R[:, None, None]
     base_R = source.histories.offsets_B1[row_R] - source.histories.first_index_B[row_R]
     event_RGK = np.where(exists_RGK, number_RGK + base_R[:, None, None], 0)
-    place_RGK = np.where(exists_RGK, end_R[:, None, None] - 1 - number_RGK, 0)
-    event, exists, place = on(device, event_RGK, exists_RGK, place_RGK)
-    (each_R,) = on(device, requests)
-    request_ts = event_ts = batch.request_ts_R[each_R][:, None, None].expand(event.shape)
-    if len(x_Ed):
-        x_RGKd, event_ts = take_rows(x_Ed, event), batch.histories.event_ts_E[event]
-    else:  # the empty sum keeps every weight in the graph, which data-parallel training counts on
-        x_RGKd = x_Ed.sum() * 0 + x_Ed.new_zeros(*event.shape, x_Ed.shape[-1])
-    x_RGKd = model.variant.events(x_RGKd, request_ts, event_ts, place) * exists[..., None]
+    event, exists = on(device, event_RGK, exists_RGK)
+    if not len(x_Ed):  # the sum keeps every weight in the graph, which data-parallel training counts on
+        x_Ed = x_Ed.sum() * 0 + x_Ed.new_zeros(1, x_Ed.shape[-1])
+    x_RGKd = take_rows(x_Ed, event)
+    if model.embedding.paper is not None:
+        place, each_R = on(device, np.where(exists_RGK, end_R[:, None, None] - number_RGK, 0), requests)
+        request_ts = batch.request_ts_R[each_R][:, None, None].expand(event.shape)
+        ts_E = batch.histories.event_ts_E
+        event_ts = ts_E[event] if len(ts_E) else request_ts
+        x_RGKd = model.embedding.paper(x_RGKd, request_ts, event_ts, place)
+    x_RGKd = x_RGKd * exists[..., None]
     return model.embedding.groups(x_RGKd.flatten(0, 1), exists.flatten(0, 1)).unflatten(0, event.shape[:2])
 
 

@@ -4,7 +4,6 @@ L events of the user, D width, H heads, Z head width.
 """
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -329,42 +328,6 @@ def test_recomputed_activations_give_the_same_gradients(encoder: dict[str, Any],
     kept = gradients(model, asked)
     model.set_recompute(True)
     torch.testing.assert_close(gradients(model, asked), kept, **exactly)
-
-
-SEARCHES = [
-    e for e in ENCODERS if e["kind"] in ("din", "sim", "twin", "transformer", "hstu") and "recent_events" not in e
-]
-
-
-@pytest.mark.parametrize("encoder", SEARCHES, ids=name_of)
-def test_encoders_that_attend_begin_as_a_search_for_the_candidates_own_item(encoder: dict[str, Any]) -> None:
-    """As LONGER does: what is compared is not who began well. An event weighs what its absence changes in what is read."""
-    torch.manual_seed(0)
-    sizes = {**SIZES, "merge_size": 1, "event_width": 64, "inner_transformer": False, "item_rows": 1000}
-    wider = {"top_events": 20} if "top_events" in encoder else {}
-    wider |= {"num_layers": 1} if encoder["kind"] == "hstu" else {}  # its last gathers at random
-    model = make_model(ModelSettings(**sizes, encoder={**encoder, **wider}), SCHEMA, TASKS).double().eval()
-    assert isinstance(model, EncoderRanker)
-    assert model.encoder is not None
-    rng = np.random.default_rng(0)
-    histories = random_histories(rng, [20])
-    for name in ("item_id", "category"):
-        histories.features[name][:] = np.arange(1, 21) % (3 if name == "category" else 21)  # others of its category too
-    candidates = random_candidates(rng, [1])
-    candidates.features["item_id"][:], candidates.features["category"][:] = 10, 1
-    request_ts, read = np.array([2_000_000_000_000]), []
-    for absent in (None, *range(1, 19)):  # the newest two are there always: SIM reads them apart
-        kept = np.arange(20) != (-1 if absent is None else absent - 1)
-        changed = replace(
-            histories,
-            offsets_B1=np.array([0, kept.sum()]),
-            event_ts_E=histories.event_ts_E[kept],
-            features={name: x[kept] for name, x in histories.features.items()},
-        )
-        batch = to_tensors(one_request_a_row(model, changed, request_ts, candidates))
-        read.append(model.encode(model.encoder, batch, entered(model, batch)).detach())
-    moved = [float((each - read[0]).norm()) for each in read[1:]]
-    assert int(np.argmax(moved)) + 1 == 10
 
 
 @pytest.mark.parametrize("encoder", ENCODERS, ids=name_of)
