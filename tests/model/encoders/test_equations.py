@@ -297,6 +297,21 @@ def test_user_embedding_is_the_towers_vector_and_never_learns(asked: RequestBatc
     assert not trained & {id(p) for p in model.upstream.parameters()}
 
 
+def test_a_frozen_user_embedding_is_the_same_in_every_training_step(asked: RequestBatch) -> None:
+    """Its tower would drop out as the model does, and what is told to be frozen be noise."""
+    model, batch = small_ranker({"kind": "user_embedding"}, dropout=0.5), to_tensors(asked)
+    assert model.encoder is not None
+    served = model.encode(model.encoder, batch, entered(model, batch))
+    for mode in (True, False, True):
+        read = model.train(mode).encode(model.encoder, batch, entered(model, batch))
+        torch.testing.assert_close(read, served, **exactly)
+        assert model.training == model.encoder.training == mode
+    made = make_model(model.settings, SCHEMA, TASKS)  # as training makes it, whose models begin in train mode
+    assert isinstance(made, EncoderRanker)
+    assert made.training
+    assert not any(module.training for module in made.upstream.modules())
+
+
 @pytest.mark.parametrize("encoder", ENCODERS, ids=name_of)
 def test_every_trained_weight_has_a_gradient_even_where_nobody_has_a_history(encoder: dict[str, Any]) -> None:
     """Data-parallel training waits for the gradient of every weight in every step."""

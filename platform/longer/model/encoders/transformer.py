@@ -3,7 +3,7 @@
 B histories, L events, N tiles, A candidates of a tile, D width, H heads, Z head width.
 """
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -116,7 +116,13 @@ class UserEmbeddingEncoder(SequenceEncoder):
     def __init__(self, settings: ModelSettings, upstream: "Ranker"):
         super().__init__()
         self.output_width = settings.width
-        self.upstream = upstream.requires_grad_(False)
+        self.upstream = upstream.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """What is frozen drops nothing out: a user's vector is the same in every step."""
+        super().train(mode)
+        self.upstream.eval()
+        return self
 
     def cells_per_slot(self, longest: int, num_candidates: int) -> int:
         return self.tower.layers.cells_per_slot()
