@@ -66,6 +66,17 @@ def test_a_switch_of_longer_that_another_encoder_would_ignore_is_refused(name: s
         parse_settings("a job", chosen)
 
 
+@pytest.mark.parametrize("encoder", ["none", "sum_pooling", "din", "twin"])
+def test_dropout_that_an_encoder_would_ignore_is_refused(encoder: str) -> None:
+    chosen = ["--model.merge_size", "1", "--model.encoder", f'{{"kind": "{encoder}"}}', "--model.dropout"]
+    parse_settings("a job", [*chosen, "0"])
+    with pytest.raises(
+        UserError, match=f"dropout=0.1: encoder {encoder} has no layer .* leave dropout out or set"
+    ) as told:
+        parse_settings("a job", [*chosen, "0.1"])
+    assert "\n" not in str(told.value)
+
+
 @pytest.mark.parametrize("columns", GENERIC_MISTAKES)
 def test_a_mapping_that_cannot_be_meant_is_one_line(columns: str) -> None:
     chosen = ["--import_events.dataset", "generic", "--import_events.source", "log", "--import_events.columns", columns]

@@ -40,7 +40,13 @@ class ModelSettings(Section):
         1, ge=0, description="Global tokens that are the user's own; 0: the model knows users by their events only."
     )
     feed_forward_ratio: int = Field(4, ge=1, description="Width of the feed-forward layer over the token's.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability on attention and feed-forward outputs.")
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Dropout probability on attention and feed-forward outputs: of longer, transformer, hstu and user_tower. With "
+        "user_embedding, that which its tower was trained with, and none any more.",
+    )
     item_rows: int = Field(131_072, ge=2, description="Rows of the hashed item embedding table.")
     user_rows: int = Field(16_384, ge=2, description="Rows of the hashed user embedding table.")
     categorical_rows: int = Field(
@@ -85,12 +91,21 @@ class ModelSettings(Section):
                 f"merge_size={self.merge_size}: encoder {self.encoder.kind} reads every event: set merge_size to 1 and give "
                 "event_width the whole width"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _encoder_has_what_is_switched(self) -> Self:
         for name, only in (("encoding", "appendable"), ("queries", "recent")):
             if self.encoder.kind != "longer" and getattr(self, name) != only:
                 raise ValueError(
                     f"{name}={getattr(self, name)}: encoder {self.encoder.kind} has no such switch: leave {name} out "
                     "or set encoder.kind to longer"
                 )
+        if self.dropout and self.encoder.kind in ("none", "sum_pooling", "din", "sim", "twin"):
+            raise ValueError(
+                f"dropout={self.dropout:g}: encoder {self.encoder.kind} has no layer that drops out: leave dropout out or set "
+                "encoder.kind to longer, transformer, hstu or user_tower"
+            )
         return self
 
     @property

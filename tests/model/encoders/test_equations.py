@@ -312,6 +312,22 @@ def test_a_frozen_user_embedding_is_the_same_in_every_training_step(asked: Reque
     assert not any(module.training for module in made.upstream.modules())
 
 
+@pytest.mark.parametrize("encoder", [e for e in ENCODERS if e["kind"] != "user_embedding"], ids=name_of)
+def test_dropout_is_accepted_by_those_encoders_that_drop_out(encoder: dict[str, Any], asked: RequestBatch) -> None:
+    """Of the others it would be a setting that does nothing. The frozen user embedding tells what its tower was trained with."""
+    model = small_ranker(encoder)
+    model = make_model(model.settings.model_copy(update={"dropout": 0.5}), SCHEMA, TASKS).train()
+    once, again = model(to_tensors(asked)), model(to_tensors(asked))
+    assert is_accepted({**model.settings.model_dump(), "dropout": 0.5}) != torch.equal(once, again)
+
+
+def is_accepted(model: dict[str, Any]) -> bool:
+    try:
+        return bool(ModelSettings(**model))
+    except ValueError:
+        return False
+
+
 @pytest.mark.parametrize("encoder", ENCODERS, ids=name_of)
 def test_every_trained_weight_has_a_gradient_even_where_nobody_has_a_history(encoder: dict[str, Any]) -> None:
     """Data-parallel training waits for the gradient of every weight in every step."""
