@@ -54,6 +54,8 @@ def longer_flops(settings: ModelSettings, num_groups: int, num_queries: int, num
 def longer_parameters(settings: ModelSettings) -> int:
     """Weights of LONGER's layers, InnerTrans and merge; embeddings, heads and interaction features are not counted."""
     d, width, ratio = settings.event_width, settings.width, settings.feed_forward_ratio
-    layer = (4 + 2 * ratio) * width**2 + (9 + ratio) * width  # 12 d^2 + 13 d at the paper's ratio of 4
+    layer = (
+        layer_parameters(width) + (ratio - 4) * (2 * width + 1) * width
+    )  # the paper's feed-forward layer is 4 times as wide
     inner = 8 * d**2 + 11 * d if settings.inner_transformer else 0
     return (settings.num_self_layers + 1) * layer + inner + width**2 + width
