@@ -1,4 +1,7 @@
-"""Formulas against the paper's figures, and against passes that were counted."""
+"""Formulas against the paper's figures, and against passes that were counted.
+
+B histories, L tokens of one, T tokens that are queries, S that are keys, D width.
+"""
 
 from collections.abc import Callable
 from typing import Any
