@@ -30,7 +30,7 @@ SEARCH = Search()
 def chains(log: str) -> list[Chain]:
     """On ids alone, where the sequence is all there is, then with the features; the features alone have no other chain.
 
-    The generated log's encoders are compared on ids only, but for LONGER beside the features alone.
+    The generated log's encoders have trials on ids only, but for LONGER and the features alone.
     """
     if log == "generated":
         return [*((name, False) for name in GENERATED_ENCODERS if name != "none"), ("none", True), ("longer", True)]
