@@ -10,13 +10,13 @@ Processes of one machine share the work: `--processes` a GPU, or the same comman
 Arms that fail, or that memory does not hold, are tried once more at the end and by the next run; the page says what is left out.
 Then prints a Markdown page with goals and tables and, with `--plots`, writes plots; the last line is JSON.
 
-FOLDER holds what a log is read from:
-- journey: tables/sequences, as `jobs.build_sequences` makes it with configs/quickstart.yaml;
-- movielens: ml-100k.inter and ml-100k.item of the package recbole 1.2.1 (`pip install --no-deps --target DIR recbole==1.2.1`, in
-  DIR/recbole/dataset_example/ml-100k), which may be installed but not passed on;
+FOLDER is the root of a quickstart, and each log of `--log all` is read from what is there:
+- journey: tables/sequences, as `jobs.import_events` and `jobs.build_sequences` make it with configs/quickstart.yaml;
+- movielens: recbole/dataset_example/ml-100k/ of the package recbole 1.2.1, which may be installed but not passed on:
+  `python -m pip install --no-deps --target FOLDER/movielens recbole==1.2.1`;
 - generated: nothing.
 
-With `--log all` it holds journey/ and ml-100k/. A log is prepared once, in `--cache`.
+A log is prepared once, in `--cache`.
 
 `--quick` is a small grid of smaller models, without trials: all logs in 10 minutes on 2 cores.
 """
@@ -43,7 +43,7 @@ from benchmarks import quality_study
 from benchmarks.conditions import commit
 from benchmarks.quality_study.arms import BASES, QUICK, Arm, Base, model_settings
 from benchmarks.quality_study.cache import cached
-from benchmarks.quality_study.data import SCHEMAS, read_log
+from benchmarks.quality_study.data import SCHEMAS, home, read_log, require
 from benchmarks.quality_study.grid import GROUPS, grid, turn
 from benchmarks.quality_study.log import Log
 from benchmarks.quality_study.page import page
@@ -52,6 +52,7 @@ from benchmarks.quality_study.processes import run_in_processes
 from benchmarks.quality_study.records import Records
 from benchmarks.quality_study.training import Budget, baselines, run, sizes_of
 from benchmarks.quality_study.tuning import SEARCH, chains, chosen, num_trials, runnable, stands, waits
+from longer.errors import UserError
 from longer.table_settings import GenerateSettings
 
 _GENERATED = GenerateSettings(
@@ -82,6 +83,8 @@ def main() -> None:
 
 class _Study:
     """What this process trains of a study that others may share."""
+    if not asked.page_only:
+        _require(logs, asked.root)
 
     def __init__(self, asked: argparse.Namespace, results: Path) -> None:
         self.asked, self.results = asked, results
@@ -95,6 +98,19 @@ class _Study:
         self.budget = Budget(
             asked.train_requests or (1_000 if quick else 140_000),
             asked.requests_per_step or (32 if quick else 128),
+def _require(logs: Sequence[str], root: str) -> None:
+    """Exits with 2, before anything is trained, and a line for each log whose files are not there."""
+    missing = []
+    for log in logs:
+        try:
+            require(log, root)
+        except UserError as error:
+            missing.append(str(error))
+    if missing:
+        print("\n".join(missing), file=sys.stderr)
+        sys.exit(2)
+
+
             asked.test_requests or (300 if quick else 6_000),
             200 if quick else 2_000,
             self.device,
@@ -193,11 +209,9 @@ class _Study:
         """Prepared once on this machine, with its baselines measured; None while another process prepares it."""
         if log not in self.logs:
             sizes = _GENERATED_QUICK if self.asked.quick else _GENERATED
-            root = self.asked.root
-            if self.asked.log == "all":
-                root = f"{root}/{'ml-100k' if log == 'movielens' else log}"
-            name = f"{log}_{_made_of(log, root, sizes)}"
-            prepared = cached(Path(self.asked.cache) / name, partial(read_log, log, root, sizes=sizes))
+            name = f"{log}_{_made_of(log, self.asked.root, sizes)}"
+            read = partial(read_log, log, home(log, self.asked.root), sizes=sizes)
+            prepared = cached(Path(self.asked.cache) / name, read)
             if prepared is None:
                 return None
             self.logs[log] = prepared
@@ -220,8 +234,7 @@ def _made_of(log: str, root: str, sizes: GenerateSettings) -> str:
     """Names what a prepared log is made of: the code that makes logs, and the files that it reads."""
     rooms = (quality_study, longer.data, longer.datasets)
     code = sorted(path for room in rooms for path in Path(room.__path__[0]).glob("*.py"))
-    read = [] if log == "generated" else sorted(path for path in Path(root).rglob("*") if path.is_file())
-    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in read]
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in require(log, root)]
     about = (files, sizes.model_dump_json(), [path.read_text() for path in code])
     return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
 
@@ -238,7 +251,7 @@ def _say(message: str) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--log", choices=[*sorted(SCHEMAS), "all"], default="journey", help="which log")
-    parser.add_argument("--root", default="runs/quickstart", help="folder that the log is read from")
+    parser.add_argument("--root", default="runs/quickstart", help="root of a quickstart, which logs are read from")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--minutes", type=float, help="begin no arm that would end later than this, and print no page")
     parser.add_argument(

