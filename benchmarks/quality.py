@@ -18,7 +18,7 @@ FOLDER is the root of a quickstart, and each log of `--log all` is read from wha
 
 A log is prepared once, in `--cache`.
 
-`--quick` is a small grid of smaller models, without trials: all logs in 10 minutes on 2 cores.
+`--quick` is a small grid of smaller models, without trials: all logs within 10 minutes on 2 cores, with `--processes 2`.
 """
 
 import argparse
@@ -59,8 +59,23 @@ _GENERATED = GenerateSettings(
     num_users=20_000, num_events=100_000_000, num_items=100_000, num_clusters=1_000, user_zipf_exponent=0.5
 )
 _GENERATED_QUICK = GenerateSettings(
-    num_users=500, num_events=200_000, num_items=10_000, num_clusters=200, user_zipf_exponent=0.5
+    num_users=500,
+    num_events=200_000,
+    num_items=2_000,
+    num_clusters=50,
+    num_days=30,
+    period_days=14,
+    long_range_share=0.6,
+    user_zipf_exponent=0.5,
 )
+"""Interests that show in few steps: they fill more of a day, return sooner, and are of fewer clusters."""
+_SIZES = 140_000, 128, 6_000, 2_000
+"""Requests that arms are trained on, those of a step, and those of the test and the validation split."""
+_SIZES_QUICK = {
+    "journey": (4_000, 16, 300, 200),
+    "movielens": (80_000, 64, 2_000, 1_000),
+    "generated": (16_000, 32, 2_000, 1_000),
+}
 _POLL_S = 2.0
 
 
@@ -68,6 +83,8 @@ def main() -> None:
     asked = _arguments()
     results = Path(asked.results or f"quality_{asked.log}{'_quick' if asked.quick else ''}.jsonl")
     logs = ("journey", "generated", "movielens") if asked.log == "all" else (asked.log,)
+    if not asked.page_only:
+        _require(logs, asked.root)
     if asked.processes and not asked.page_only:
         mine = ["--minutes", str(asked.minutes or 60 * 24 * 365), "--processes", "0"]  # they print no page
         run_in_processes([*sys.argv[1:], *mine], asked.processes, asked.device, asked.mps)
@@ -81,23 +98,6 @@ def main() -> None:
         plots(records, Path(asked.plots), results.stem)
 
 
-class _Study:
-    """What this process trains of a study that others may share."""
-    if not asked.page_only:
-        _require(logs, asked.root)
-
-    def __init__(self, asked: argparse.Namespace, results: Path) -> None:
-        self.asked, self.results = asked, results
-        self.deadline = time.monotonic() + 60 * (asked.minutes or math.inf)
-        self.records, self.logs = Records(results), dict[str, Log]()
-        self.awaited = set[str]()  # logs that others prepare
-        self.device, quick = torch.device(asked.device), asked.quick
-        self.about = _about(asked, self.device)  # now: a card that fails tells nothing
-        if self.device.type == "cuda" and not asked.compile:
-            torch.compiler.set_stance("force_eager")  # arms are too many and too short to compile each
-        self.budget = Budget(
-            asked.train_requests or (1_000 if quick else 140_000),
-            asked.requests_per_step or (32 if quick else 128),
 def _require(logs: Sequence[str], root: str) -> None:
     """Exits with 2, before anything is trained, and a line for each log whose files are not there."""
     missing = []
@@ -111,10 +111,18 @@ def _require(logs: Sequence[str], root: str) -> None:
         sys.exit(2)
 
 
-            asked.test_requests or (300 if quick else 6_000),
-            200 if quick else 2_000,
-            self.device,
-        )
+class _Study:
+    """What this process trains of a study that others may share."""
+
+    def __init__(self, asked: argparse.Namespace, results: Path) -> None:
+        self.asked, self.results = asked, results
+        self.deadline = time.monotonic() + 60 * (asked.minutes or math.inf)
+        self.records, self.logs = Records(results), dict[str, Log]()
+        self.awaited = set[str]()  # logs that others prepare
+        self.device = torch.device(asked.device)
+        self.about = _about(asked, self.device)  # now: a card that fails tells nothing
+        if self.device.type == "cuda" and not asked.compile:
+            torch.compiler.set_stance("force_eager")  # arms are too many and too short to compile each
 
     def train(self, logs: Sequence[str]) -> None:
         """All that is asked of these logs: trials in turn, and meanwhile arms of encoders that have none left."""
@@ -165,7 +173,8 @@ def _require(logs: Sequence[str], root: str) -> None:
                 self.awaited.add(arm.log)
                 return False
             try:
-                record = run(arm, self._base(arm.log), log, self.budget, arm.trial or chosen(self.records.read(), arm))
+                trained = arm.trial or chosen(self.records.read(), arm)
+                record = run(arm, self._base(arm.log), log, self._budget(arm.log), trained)
             except Exception as error:  # the other arms go on
                 self._leave_out(arm, error)
             else:
@@ -187,6 +196,17 @@ def _require(logs: Sequence[str], root: str) -> None:
 
     def _base(self, log: str) -> Base:
         return (QUICK if self.asked.quick else BASES)[log]
+
+    def _budget(self, log: str) -> Budget:
+        asked = self.asked
+        train, of_step, test, valid = _SIZES_QUICK[log] if asked.quick else _SIZES
+        return Budget(
+            asked.train_requests or train,
+            asked.requests_per_step or of_step,
+            asked.test_requests or test,
+            valid,
+            self.device,
+        )
 
     def _free(self) -> None:
         """Gives what the last arm took of the card to the other processes. Raises if the card does not work any more."""
@@ -222,8 +242,9 @@ def _require(logs: Sequence[str], root: str) -> None:
         with self.records.claim(f"{log}/baselines") as is_mine:
             if is_mine:
                 settings = model_settings(Arm("longer", log, "encoders", 0), self._base(log))
-                found = baselines(self.logs[log], self.budget, settings, self._base(log).long_from)
-                sizes = sizes_of(self.logs[log], self.budget)
+                budget = self._budget(log)
+                found = baselines(self.logs[log], budget, settings, self._base(log).long_from)
+                sizes = sizes_of(self.logs[log], budget)
                 self._append({"key": f"{log}/baselines", "log": log, "baselines": found, "sizes": sizes})
 
     def _append(self, record: dict[str, Any]) -> None:

@@ -58,9 +58,9 @@ BASES = {
     "generated": Base(10_000, 128, 100, 1, 5000, "category", {"item_rows": 131_072, "user_rows": 32_768}),
 }
 QUICK = {
-    "journey": Base(200, 32, 16, 1, 100, "category", {"item_rows": 16_384, "user_rows": 4_096}),
-    "movielens": Base(200, 32, 16, 1, 100, "genres", {"item_rows": 8_192, "user_rows": 2_048}),
-    "generated": Base(400, 32, 16, 1, 200, "category", {"item_rows": 16_384, "user_rows": 1_024}),
+    "journey": Base(500, 128, 25, 1, 100, "category", {"item_rows": 131_072, "user_rows": 4_096}),
+    "movielens": Base(200, 64, 16, 1, 100, "genres", {"item_rows": 8_192, "user_rows": 2_048}),
+    "generated": Base(400, 64, 16, 1, 200, "category", {"item_rows": 16_384, "user_rows": 1_024}),
 }
 
 

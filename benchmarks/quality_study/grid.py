@@ -36,8 +36,30 @@ def turn(arm: Arm) -> tuple[int, int, int]:
 
 def grid(log: str, quick: bool, seeds: int) -> list[Arm]:
     """All arms of a log in the order in which they are worth their time; a block's seeds come one round each."""
+    if quick:
+        return _quick(log)
     make = {"journey": _journey, "movielens": _movielens, "generated": _generated}[log]
-    return list(make(quick, 1 if quick else seeds))
+    return list(make(seeds))
+
+
+def _quick(log: str) -> list[Arm]:
+    """What the study is about, as far as two cores show it in minutes: encoders that are cheap at this length, LONGER by length, an
+    arm without merging and one of other queries."""
+    ids = Arm("", log, "encoders", 0, features=False)
+    if log == "movielens":
+        return _both(replace(ids, features=True), ("longer", "none", "din"))
+    longer = replace(ids, name="longer")
+    of_features = [replace(ids, name=name + FEATURES, encoder=name, features=True) for name in ("longer", "none")]
+    encoders = [replace(ids, name=name, encoder=name) for name in ("none", "sum_pooling", "din_recent50", "twin")]
+    switches = replace(longer, group="switches")
+    switched = [
+        replace(switches, name=UNMERGED, merge=1, queries=100),
+        replace(switches, name="uniform queries", model={"queries": "uniform"}),
+    ]
+    lengths = _lengths(ids, (50, 200, 500) if log == "journey" else (50, 100, 200, 400))
+    if log == "generated":  # where features would count what is planted
+        lengths = [arm for arm in lengths if not arm.features]
+    return [*of_features, longer, *encoders, *lengths, *switched]
 
 
 def _rounds(seeds: int, arms: list[Arm]) -> Iterator[Arm]:
@@ -54,12 +76,9 @@ def _both(base: Arm, names: Iterable[str]) -> list[Arm]:
     ]
 
 
-def _journey(quick: bool, seeds: int) -> Iterator[Arm]:
+def _journey(seeds: int) -> Iterator[Arm]:
     base = Arm("", "journey", "encoders", 0)
     encoders = _both(base, ("longer", *ENCODERS, ITSELF))
-    if quick:
-        yield from [*encoders[: len(encoders) // 2 + 1], *_lengths(base, (20, 50, 200))]
-        return
     yield from _rounds(seeds, encoders)
     yield from _rounds(seeds, _lengths(base, LENGTHS))
     yield from _rounds(seeds, _flops(base))
@@ -184,24 +203,18 @@ def _lengths(here: Arm, lengths: tuple[int, ...]) -> list[Arm]:
     ]
 
 
-def _movielens(quick: bool, seeds: int) -> Iterator[Arm]:
+def _movielens(seeds: int) -> Iterator[Arm]:
     base = Arm("", "movielens", "encoders", 0)
-    if quick:
-        yield from _both(base, ("longer", "none", "din"))
-        return
     ids = replace(base, features=False)
     lengths = [replace(ids, name=f"longer L={n}", group="lengths", length=n) for n in (20, 50, 100, 200, 500)]
     yield from _rounds(seeds, _both(base, ("longer", *ENCODERS, ITSELF)) + lengths)
 
 
-def _generated(quick: bool, seeds: int) -> Iterator[Arm]:
+def _generated(seeds: int) -> Iterator[Arm]:
     base = Arm("", "generated", "lengths", 0, features=False)
-    lengths = (50, 100, 200, 400) if quick else (100, 200, 500, 1000, 2000, 3000, 4000, 6000)
+    lengths = (100, 200, 500, 1000, 2000, 3000, 4000, 6000)
     ids = [replace(base, name=f"longer L={length}", length=length) for length in reversed(lengths)]
-    counted = [replace(arm, name=arm.name + FEATURES, features=True) for arm in (ids if quick else [ids[2], ids[5]])]
-    if quick:
-        yield from ids + counted
-        return
+    counted = [replace(arm, name=arm.name + FEATURES, features=True) for arm in (ids[2], ids[5])]
     encoders = [replace(base, name=name, group="encoders", encoder=name) for name in GENERATED_ENCODERS]
     with_features = [replace(arm, name=arm.name + FEATURES, features=True) for arm in encoders]
     encoders += with_features[:2]

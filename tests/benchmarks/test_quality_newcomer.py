@@ -8,7 +8,9 @@ import pyarrow as pa
 import pytest
 
 from benchmarks import quality
+from benchmarks.quality_study.arms import FEATURES, QUICK, UNMERGED
 from benchmarks.quality_study.data import SCHEMAS, home, require
+from benchmarks.quality_study.grid import grid
 from benchmarks.quality_study.movielens import IN_PACKAGE
 from longer.errors import UserError
 from longer.schema import EventSchema
@@ -100,3 +102,28 @@ def test_the_readme_installs_movielens_where_the_study_reads_it_by_default(monke
     monkeypatch.setattr(sys, "argv", ["quality"])
     assert target
     assert home("movielens", quality._arguments().root) == f"{target[1]}/{IN_PACKAGE}"
+
+
+@pytest.mark.parametrize("log", ["journey", "generated"])
+def test_a_quick_page_is_of_more_than_longer_by_itself(log: str) -> None:
+    """On ids it had LONGER alone, and of lengths, merging and queries nothing."""
+    arms = {arm.name: arm for arm in grid(log, quick=True, seeds=3)}
+    assert {"longer" + FEATURES, "none" + FEATURES, "longer", UNMERGED, "uniform queries"} <= set(arms)
+    on_ids = {arm.encoder for arm in arms.values() if arm.group == "encoders" and not arm.features}
+    assert len(on_ids - {"longer", "none"}) >= 3
+    lengths = [arm.length for arm in arms.values() if arm.group == "lengths" and not arm.features]
+    assert len(lengths) >= 2
+    assert max(lengths) < QUICK[log].length
+
+
+def test_quick_requests_of_the_generated_log_are_answered_within_its_longest_window_and_not_within_its_shortest() -> (
+    None
+):
+    """At every length LONGER had an AUC of .50: what it could have found was too little to be learned in these steps."""
+    sizes, longest = quality._GENERATED_QUICK, QUICK["generated"].length
+    shortest = min(arm.length for arm in grid("generated", quick=True, seeds=1) if arm.group == "lengths")
+    period = sizes.num_events / sizes.num_users * sizes.period_days / sizes.num_days
+    assert shortest < period / 2
+    assert longest > 2 * period
+    in_an_episode = period / sizes.period_days * sizes.episode_days
+    assert sizes.long_range_share * in_an_episode > 10  # events of the cluster that is asked about
