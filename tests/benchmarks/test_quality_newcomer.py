@@ -127,3 +127,12 @@ def test_quick_requests_of_the_generated_log_are_answered_within_its_longest_win
     assert longest > 2 * period
     in_an_episode = period / sizes.period_days * sizes.episode_days
     assert sizes.long_range_share * in_an_episode > 10  # events of the cluster that is asked about
+
+
+def test_make_bench_runs_the_study_small_and_names_benchmarks_that_are_there() -> None:
+    """In full it has trials, and arms for hours of GPUs."""
+    small = dict(re.findall(r"^SMALL_(\w+) := (.*)$", (_HERE / "Makefile").read_text(), re.MULTILINE))
+    assert "--quick" in small["quality"].split()
+    for name, arguments in small.items():
+        script = (_HERE / "benchmarks" / f"{name}.py").read_text()
+        assert all(f'"{flag}"' in script for flag in re.findall(r"--[\w-]+", arguments))
