@@ -52,7 +52,7 @@ format: $(INSTALLED)
 serve: $(INSTALLED)
 	$(BIN)/python -m jobs.serve --config $(CONFIG)
 
-# At sizes for two cores; the pages in benchmarks/results say theirs. `multi_gpu` tells nothing without GPUs.
+# At sizes for two cores, about 25 minutes in all; the pages in benchmarks/results say theirs. `multi_gpu` tells nothing without GPUs.
 SMALL_batch_scoring := --runs 1
 SMALL_point_reads := --users 100000
 SMALL_quality := --log all --quick --processes 2 --results runs/quality_quick.jsonl
