@@ -69,12 +69,11 @@ _GENERATED_QUICK = GenerateSettings(
     user_zipf_exponent=0.5,
 )
 """Interests that show in few steps: they fill more of a day, return sooner, and are of fewer clusters."""
-_SIZES = 140_000, 128, 6_000, 2_000
-"""Requests that arms are trained on, those of a step, and those of the test and the validation split."""
+_SIZES = {"train_requests": 140_000, "requests_per_step": 128, "test_requests": 6_000, "valid_requests": 2_000}
 _SIZES_QUICK = {
-    "journey": (4_000, 16, 300, 200),
-    "movielens": (80_000, 64, 2_000, 1_000),
-    "generated": (16_000, 32, 2_000, 1_000),
+    "journey": {"train_requests": 4_000, "requests_per_step": 16, "test_requests": 300, "valid_requests": 200},
+    "movielens": {"train_requests": 80_000, "requests_per_step": 64, "test_requests": 2_000, "valid_requests": 1_000},
+    "generated": {"train_requests": 16_000, "requests_per_step": 32, "test_requests": 2_000, "valid_requests": 1_000},
 }
 _POLL_S = 2.0
 
@@ -198,15 +197,9 @@ class _Study:
         return (QUICK if self.asked.quick else BASES)[log]
 
     def _budget(self, log: str) -> Budget:
-        asked = self.asked
-        train, of_step, test, valid = _SIZES_QUICK[log] if asked.quick else _SIZES
-        return Budget(
-            asked.train_requests or train,
-            asked.requests_per_step or of_step,
-            asked.test_requests or test,
-            valid,
-            self.device,
-        )
+        sizes = _SIZES_QUICK[log] if self.asked.quick else _SIZES
+        asked = {name: given for name in sizes if (given := getattr(self.asked, name, None))}
+        return Budget(**sizes | asked, device=self.device)
 
     def _free(self) -> None:
         """Gives what the last arm took of the card to the other processes. Raises if the card does not work any more."""

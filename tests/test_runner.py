@@ -12,6 +12,7 @@ import pytest
 from longer.config import RaySettings
 from longer.errors import UserError
 from longer.runner import user_error_in
+from tests.cluster.nodes import free_ports
 
 ROOT = Path(__file__).parent.parent
 CONNECT = """
@@ -92,15 +93,15 @@ def test_what_is_missing_is_told_before_a_ray_is_started_or_looked_for(tmp_path:
     }
     each = """
 import runpy, sys
-root, *jobs = sys.argv[1:]
+root, port, *jobs = sys.argv[1:]
 for job in jobs:
-    sys.argv = [job, "--root", root, "--ray.address", "127.0.0.1:1"]
+    sys.argv = [job, "--root", root, "--serve.port", port, "--ray.address", "127.0.0.1:1"]
     try:
         runpy.run_module(f"jobs.{job}", run_name="__main__")
     except SystemExit as end:
         print(end.code)
 """
-    done = run_python("-W", "ignore", "-c", each, str(tmp_path), *wanted)
+    done = run_python("-W", "ignore", "-c", each, str(tmp_path), str(free_ports(1)[0]), *wanted)
     assert done.stdout.split() == ["2"] * len(wanted)
     why = "no published version of this table: run `python -m jobs.{}` first, with the same --config and --root"
     assert done.stderr.splitlines() == [f"{tmp_path}/{table}: {why.format(first)}" for table, first in wanted.values()]

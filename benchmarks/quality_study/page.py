@@ -6,14 +6,7 @@ from typing import Any
 
 from benchmarks.quality_study.arms import BASES, FEATURES, QUICK, UNMERGED, Arm, model_settings
 from benchmarks.quality_study.goals import goals
-from benchmarks.quality_study.rows import (
-    Record,
-    auc,
-    by_arm,
-    curve,
-    mean,
-    spread,
-)
+from benchmarks.quality_study.rows import Record, auc, by_arm, curve, mean, spread
 from benchmarks.quality_study.steering import trials, validated
 from benchmarks.quality_study.tables import encoders, frontiers, lengths, same_flops, table, widths
 from benchmarks.quality_study.tuning import SEARCH, stands
@@ -48,7 +41,7 @@ def page(records: Sequence[Record]) -> str:
     records = list({record.get("key", record.get("left_out")): record for record in records}.values())
     trained = [record for record in records if "trained" in record]
     _check_alike(trained)
-    stale = [r["key"] for r in trained if r["group"] not in ("tuning", "tried") and not stands(r, trained, arm_of(r))]
+    stale = [r["key"] for r in trained if r["group"] not in ("tuning", "tried") and not stands(r, trained, _arm_of(r))]
     if not trained:
         return "no arm is trained yet"
     tested = [record for record in trained if "test" in record]
@@ -99,7 +92,7 @@ def _check_alike(trained: Sequence[Record]) -> None:
         assert len(found) == len({log for log, _ in found}), f"arms of one log {what}: {sorted(found)}"
 
 
-def arm_of(record: Record) -> Arm:
+def _arm_of(record: Record) -> Arm:
     """As far as it says how it is trained."""
     name, log, group, seed = (record[key] for key in ("arm", "log", "group", "seed"))
     return Arm(name, log, group, seed, encoder=record["encoder"], features=record["features"])

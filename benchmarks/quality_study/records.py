@@ -8,9 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-Record = dict[str, Any]
+from benchmarks.quality_study.rows import Record
 
 
 class Records:

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from benchmarks.quality_study.arms import ENCODERS, FEATURES, ITSELF, Arm, Trained
 from benchmarks.quality_study.grid import GENERATED_ENCODERS
+from benchmarks.quality_study.rows import Record
 
 Chain = tuple[str, bool]
 """An encoder, and whether it has the interaction features."""
@@ -38,7 +38,7 @@ def chains(log: str) -> list[Chain]:
     return [*((name, False) for name in with_sequence), ("none", True), *((name, True) for name in with_sequence)]
 
 
-def runnable(log: str, chain: Chain, search: Search, records: Sequence[dict[str, Any]]) -> list[Arm]:
+def runnable(log: str, chain: Chain, search: Search, records: Sequence[Record]) -> list[Arm]:
     """The trials of a chain whose turn it is: all of one stage that have no record; none at the chain's end or before its turn.
 
     First the rates of tables, then of dense layers, then more passes, each at the best of what was tried before. A chain with the
@@ -95,7 +95,7 @@ def _arm(log: str, chain: Chain, trial: Trained) -> Arm:
     return Arm(told, log, "tuning", 0, encoder=encoder, features=features, trial=trial)
 
 
-def _tried(records: Iterable[dict[str, Any]], log: str, chain: Chain) -> dict[Trained, float]:
+def _tried(records: Iterable[Record], log: str, chain: Chain) -> dict[Trained, float]:
     """What each trial of a chain validated at."""
     return {
         Trained(**record["trained"]): record["valid"]["auc"]
@@ -104,7 +104,7 @@ def _tried(records: Iterable[dict[str, Any]], log: str, chain: Chain) -> dict[Tr
     }
 
 
-def chosen(records: Sequence[dict[str, Any]], arm: Arm) -> Trained:
+def chosen(records: Sequence[Record], arm: Arm) -> Trained:
     """How an arm of the grid is trained: as its encoder validated best, with the same features if there are such trials."""
     encoder = _tuned_as(arm)
     for features in (arm.features, not arm.features):
@@ -114,7 +114,7 @@ def chosen(records: Sequence[dict[str, Any]], arm: Arm) -> Trained:
     return Trained()
 
 
-def stands(record: dict[str, Any], records: Sequence[dict[str, Any]], arm: Arm) -> bool:
+def stands(record: Record, records: Sequence[Record], arm: Arm) -> bool:
     """Whether an arm's record is of how its encoder is trained by these trials: a search that went on may have found better."""
     return record["trained"] == asdict(arm.trial or chosen(records, arm))
 
@@ -138,5 +138,5 @@ def _tuned_as(arm: Arm) -> str:
     return "longer" if arm.encoder == ITSELF else arm.encoder
 
 
-def num_trials(records: Sequence[dict[str, Any]], log: str, chain: Chain) -> int:
+def num_trials(records: Sequence[Record], log: str, chain: Chain) -> int:
     return len(_tried(records, log, chain))

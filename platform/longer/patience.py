@@ -46,9 +46,9 @@ def each_answered(
     """One result a request, in order. Requests whose result is 503, for which a call of their own would be repeated, are asked
     again by themselves; should that call be refused, or `lost`, what has been answered before stands."""
     results = ask(asked, patience)
-    while places := [place for place, result in enumerate(results) if result.get("status") == _UNAVAILABLE]:
-        if not patience.pauses(_PART_PAUSE_S):
-            break
+    while (
+        places := [place for place, result in enumerate(results) if result.get("status") == _UNAVAILABLE]
+    ) and patience.pauses(_PART_PAUSE_S):
         try:
             told = ask([asked[place] for place in places], patience)
         except (UserError, lost):

@@ -116,9 +116,7 @@ def test_a_quick_page_is_of_more_than_longer_by_itself(log: str) -> None:
     assert max(lengths) < QUICK[log].length
 
 
-def test_quick_requests_of_the_generated_log_are_answered_within_its_longest_window_and_not_within_its_shortest() -> (
-    None
-):
+def test_quick_requests_of_the_generated_log_are_answered_in_its_longest_window_alone() -> None:
     """At every length LONGER had an AUC of .50: what it could have found was too little to be learned in these steps."""
     sizes, longest = quality._GENERATED_QUICK, QUICK["generated"].length
     shortest = min(arm.length for arm in grid("generated", quick=True, seeds=1) if arm.group == "lengths")
